@@ -1,0 +1,1 @@
+"""A union file system in user space."""

@@ -1,0 +1,33 @@
+"""Errors with a meaning of their own, and the maker of `OSError`.
+
+Two families never mix.  An `OSError` is the language inside: it carries an errno, becomes the reply to one
+request, and ends nothing.  A `UserError` is a sentence for the person who typed a command, with the exit
+code of the process; only the start of a mount and the command line raise it.
+"""
+
+import os
+
+
+class UserError(Exception):
+    """A request of the user that cannot be met; `str()` is one sentence, `exit_code` ends the process."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """The command line itself is wrong: an unknown option, a missing or contradictory argument."""
+
+    exit_code = 2
+
+
+class MountError(UserError):
+    """The mount cannot be made; 32 is what mount(8) documents for a mount failure."""
+
+    exit_code = 32
+
+
+def oserror(errno: int, path: bytes | str | None = None) -> OSError:
+    """Return the `OSError` (of the fitting subclass) for an errno, as the interpreter itself would raise it."""
+    if path is None:
+        return OSError(errno, os.strerror(errno))
+    return OSError(errno, os.strerror(errno), path)

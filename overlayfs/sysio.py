@@ -1,0 +1,620 @@
+"""The only door to raw system calls.
+
+Every function takes descriptors and bytes, and returns a value or raises `OSError`.
+
+A *place* is the pair ``(dirfd, name)``.  `name` is ONE component, without a slash; it is never followed if it
+is a symbolic link.  ``b""`` means the object behind the descriptor itself, which may be opened with O_PATH.
+Paths of several components go through `open_beneath` alone, and that never leaves the directory it starts
+from: openat2(2) refuses symbolic links, magic links, mount points and ``..`` above the start.
+Descriptors made here are close-on-exec.  Modes are subject to the process's umask, which a daemon sets to 0.
+
+Calls that change something announce themselves to `fuse`, which a test replaces to make the n-th one fail.
+
+Sources: the manual pages openat2(2), renameat2(2), name_to_handle_at(2), fchmodat(2), utimensat(2),
+getdents(2), xattr(7), copy_file_range(2), ioctl_ficlone(2), preadv2(2), statfs(2); for ioctl numbers
+``include/uapi/linux/fs.h``, ``fs/ext4/ext4.h``, ``fs/xfs/libxfs/xfs_fs.h``, ``include/uapi/linux/btrfs.h``.
+"""
+
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from overlayfs.errors import oserror
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+
+fuse: Callable[[str], None] | None = None
+"""Called with the name of each changing call before it acts; what it raises is what the call raises."""
+
+
+def _changing(call: str) -> None:
+    if fuse is not None:
+        fuse(call)
+
+
+# --- the C library -----------------------------------------------------------------------------------------
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_Function = Callable[..., int]
+
+# System calls without a wrapper in every supported C library.  Numbers from 424 on are the same everywhere.
+_NR_OPENAT2 = 437
+_NR_FCHMODAT2 = 452
+
+_AT_SYMLINK_NOFOLLOW = 0x100
+_AT_SYMLINK_FOLLOW = 0x400
+_AT_EMPTY_PATH = 0x1000
+
+_RESOLVE_NO_XDEV = 0x01
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
+_CONFINED = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
+
+_O_TMPFILE_BIT = os.O_TMPFILE & ~os.O_DIRECTORY
+_TAKES_MODE = os.O_CREAT | _O_TMPFILE_BIT  # openat2 answers EINVAL to a mode without one of these
+_OPEN_CHANGES = os.O_CREAT | os.O_TRUNC | _O_TMPFILE_BIT
+
+
+def _function(symbol: str, *arguments: Any) -> _Function:
+    # Indexing makes a new object each time, so that one symbol (syscall) can have several signatures.
+    made = _libc[symbol]
+    made.argtypes = arguments
+    made.restype = ctypes.c_long if symbol == "syscall" else ctypes.c_int
+    return made
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_openat2 = _function(
+    "syscall", ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_OpenHow), ctypes.c_size_t
+)
+_fchmodat2 = _function("syscall", ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_int)
+_renameat2 = _function("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+_linkat = _function("linkat", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+_utimensat = _function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_Timespec), ctypes.c_int)
+_getdents64 = _function("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+_fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
+_syncfs = _function("syncfs", ctypes.c_int)
+_name_to_handle_at = _function(
+    "name_to_handle_at", ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
+)
+
+
+def _failed(name: bytes | None = None) -> OSError:
+    return oserror(ctypes.get_errno(), name)
+
+
+def _component(name: bytes) -> bytes:
+    # ctypes would cut a name at a NUL, and a slash or ".." would leave the directory: both are bugs or attacks.
+    if b"/" in name or b"\0" in name or name == b"..":
+        raise oserror(errno.EINVAL, name)
+    return name
+
+
+def _through_proc(dirfd: int, name: bytes) -> bytes:
+    # A magic link leads to the object itself, also for O_PATH, and its last step does not follow a symlink.
+    return b"/proc/self/fd/%d/%b" % (dirfd, _component(name)) if name else b"/proc/self/fd/%d" % dirfd
+
+
+# --- opening -----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _how(flags: int, mode: int) -> _OpenHow:
+    # The kernel only reads it, so one object may serve several threads at once.
+    return _OpenHow(flags | os.O_CLOEXEC, mode & 0o7777 if flags & _TAKES_MODE else 0, _CONFINED)
+
+
+_HOW_SIZE = ctypes.sizeof(_OpenHow)
+_WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+_LONGEST_WALK = 4000  # PATH_MAX is 4096 with the final NUL
+
+
+def _open(dirfd: int, path: bytes, flags: int, mode: int) -> int:
+    if flags & _OPEN_CHANGES:
+        _changing("open")
+    how = _how(flags, mode)
+    while True:
+        fd = _openat2(_NR_OPENAT2, dirfd, path, how, _HOW_SIZE)
+        if fd >= 0:
+            return fd
+        if ctypes.get_errno() != errno.EINTR:
+            raise _failed(path)
+
+
+def _chunks(path: bytes) -> Iterator[bytes]:
+    while len(path) > _LONGEST_WALK:
+        cut = path.rfind(b"/", 0, _LONGEST_WALK)
+        if cut <= 0:
+            raise oserror(errno.ENAMETOOLONG, path)
+        yield path[:cut]
+        path = path[cut:].lstrip(b"/")
+    yield path
+
+
+def open_beneath(dirfd: int, path: bytes, flags: int, mode: int = 0) -> int:
+    """Open `path`, any number of components and any length, below `dirfd`; ``b""`` is the directory itself.
+
+    ELOOP for a symbolic link anywhere (a last one opens with O_PATH | O_NOFOLLOW), EXDEV for a mount point or
+    an escape through ``..``.  `mode` counts with O_CREAT or O_TMPFILE only.
+    """
+    if b"\0" in path:
+        raise oserror(errno.EINVAL, path)
+    *leading, last = _chunks(path)
+    current = dirfd
+    try:
+        for chunk in leading:
+            current, previous = _open(current, chunk, _WALK, 0), current
+            if previous != dirfd:
+                os.close(previous)
+        return _open(current, last or b".", flags, mode)
+    finally:
+        if current != dirfd:
+            os.close(current)
+
+
+def open_child(dirfd: int, name: bytes, flags: int, mode: int = 0) -> int:
+    """Open one child without following it; ``b""`` opens the descriptor's own object anew.
+
+    ELOOP for a symbolic link unless O_PATH is asked, EXDEV for a mount point.
+    """
+    if name:
+        return _open(dirfd, _component(name), flags | os.O_NOFOLLOW, mode)
+    if flags & _OPEN_CHANGES:
+        _changing("open")
+    return os.open(_through_proc(dirfd, b""), (flags | os.O_CLOEXEC) & ~os.O_NOFOLLOW, mode)
+
+
+def close(fd: int) -> None:
+    """Close a descriptor."""
+    os.close(fd)
+
+
+# --- looking -----------------------------------------------------------------------------------------------
+
+
+def stat_at(dirfd: int, name: bytes) -> os.stat_result:
+    """Return the attributes of the object itself, as lstat does.  A mount point answers for what is mounted."""
+    if name:
+        return os.stat(_component(name), dir_fd=dirfd, follow_symlinks=False)
+    return os.fstat(dirfd)
+
+
+def statvfs_fd(fd: int) -> os.statvfs_result:
+    """Return capacity and limits of the file system behind any descriptor."""
+    return os.fstatvfs(fd)
+
+
+_ENTRY = struct.Struct("=QqHB")  # struct linux_dirent64: d_ino, d_off, d_reclen, d_type, then the name
+_LISTING = 64 * 1024
+
+
+def _entries(block: bytes) -> Iterator[tuple[bytes, int]]:
+    unpack, header = _ENTRY.unpack_from, _ENTRY.size
+    at, end = 0, len(block)
+    while at < end:
+        _, _, length, kind = unpack(block, at)
+        start = at + header
+        name = block[start : block.index(0, start)]
+        at += length
+        if name != b"." and name != b"..":
+            yield name, kind << 12  # DT_* values are the S_IFMT bits shifted by 12; DT_UNKNOWN is 0
+
+
+def list_dir(dirfd: int) -> list[tuple[bytes, int]]:
+    """Return (name, type) of each entry but ``.`` and ``..``, in the order of the file system.
+
+    The type is the S_IFMT part of the mode, or 0 where the file system does not tell and a stat is needed.
+    `dirfd` may be opened with O_PATH; its own offset is neither used nor moved.
+    """
+    fd = _open(dirfd, b".", os.O_RDONLY | os.O_DIRECTORY, 0)
+    buffer = ctypes.create_string_buffer(_LISTING)
+    found: list[tuple[bytes, int]] = []
+    try:
+        while (size := _getdents64(fd, buffer, _LISTING)) > 0:
+            found.extend(_entries(ctypes.string_at(buffer, size)))
+        if size < 0:
+            raise _failed()
+    finally:
+        os.close(fd)
+    return found
+
+
+def readlink_at(dirfd: int, name: bytes) -> bytes:
+    """Return the target of a symbolic link; ``b""`` needs a descriptor opened with O_PATH | O_NOFOLLOW."""
+    return os.readlink(_component(name), dir_fd=dirfd)
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+
+def mkdir_at(dirfd: int, name: bytes, mode: int) -> None:
+    """Make a directory.  mkdir(2) ignores S_ISUID and S_ISGID: set them with `chmod_at`."""
+    _changing("mkdir_at")
+    os.mkdir(_component(name), mode, dir_fd=dirfd)
+
+
+def mknod_at(dirfd: int, name: bytes, mode: int, rdev: int) -> None:
+    """Make a regular file, FIFO, socket or device; `mode` holds type and permissions."""
+    _changing("mknod_at")
+    os.mknod(_component(name), mode, rdev, dir_fd=dirfd)
+
+
+def symlink_at(target: bytes, dirfd: int, name: bytes) -> None:
+    """Make a symbolic link `name` holding `target`, which is not looked at."""
+    if b"\0" in target:
+        raise oserror(errno.EINVAL, target)
+    _changing("symlink_at")
+    os.symlink(target, _component(name), dir_fd=dirfd)
+
+
+def link_at(src_dirfd: int, src_name: bytes, dirfd: int, name: bytes) -> None:
+    """Give an object one more name.  An empty `src_name` links the descriptor, O_TMPFILE and O_PATH included.
+
+    The descriptor goes through /proc because AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH (linkat(2)).
+    """
+    _changing("link_at")
+    source = _component(src_name) or _through_proc(src_dirfd, b"")
+    flags = 0 if src_name else _AT_SYMLINK_FOLLOW
+    if _linkat(src_dirfd, source, dirfd, _component(name), flags) < 0:
+        raise _failed(name)
+
+
+def unlink_at(dirfd: int, name: bytes) -> None:
+    """Remove a name that is not a directory's."""
+    _changing("unlink_at")
+    os.unlink(_component(name), dir_fd=dirfd)
+
+
+def rmdir_at(dirfd: int, name: bytes) -> None:
+    """Remove an empty directory."""
+    _changing("rmdir_at")
+    os.rmdir(_component(name), dir_fd=dirfd)
+
+
+def rename_at(sdirfd: int, sname: bytes, ddirfd: int, dname: bytes, flags: int = 0) -> None:
+    """Move a name in one step; `flags` are the RENAME_* constants of renameat2(2)."""
+    _changing("rename_at")
+    if _renameat2(sdirfd, _component(sname), ddirfd, _component(dname), flags) < 0:
+        raise _failed(sname)
+
+
+# --- attributes --------------------------------------------------------------------------------------------
+
+
+def chmod_at(dirfd: int, name: bytes, mode: int) -> None:
+    """Set permission bits; EOPNOTSUPP for a symbolic link, whose target is never touched.
+
+    fchmodat2(2) exists since Linux 6.6; before, or where a filter forbids it, the mode goes through an O_PATH
+    descriptor, which pins the object between the check and the change.
+    """
+    _changing("chmod_at")
+    flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
+    if _fchmodat2(_NR_FCHMODAT2, dirfd, _component(name), mode & 0o7777, flags) == 0:
+        return
+    if ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM):
+        raise _failed(name)
+    _chmod_pinned(dirfd, name, mode & 0o7777)
+
+
+def _chmod_pinned(dirfd: int, name: bytes, mode: int) -> None:
+    if not name:
+        _chmod_descriptor(dirfd, mode)
+        return
+    fd = _open(dirfd, name, os.O_PATH | os.O_NOFOLLOW, 0)
+    try:
+        _chmod_descriptor(fd, mode)
+    finally:
+        os.close(fd)
+
+
+def _chmod_descriptor(fd: int, mode: int) -> None:
+    # Some file systems (and old kernels) would change the mode of a symbolic link and then report a failure.
+    if os.fstat(fd).st_mode & 0o170000 == 0o120000:
+        raise oserror(errno.EOPNOTSUPP)
+    os.chmod(_through_proc(fd, b""), mode)
+
+
+def chown_at(dirfd: int, name: bytes, uid: int, gid: int) -> None:
+    """Set owner and group of the object itself; -1 keeps one.  Clears set-id bits and capabilities of files."""
+    _changing("chown_at")
+    if name:
+        os.chown(_component(name), uid, gid, dir_fd=dirfd, follow_symlinks=False)
+    else:
+        os.chown(_through_proc(dirfd, b""), uid, gid)
+
+
+_UTIME_OMIT = (1 << 30) - 2
+
+
+def _timespec(nanoseconds: int | None) -> _Timespec:
+    if nanoseconds is None:
+        return _Timespec(0, _UTIME_OMIT)
+    return _Timespec(*divmod(nanoseconds, 1_000_000_000))
+
+
+def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
+    """Set the times of the object itself, in nanoseconds since 1970; None keeps one."""
+    _changing("utimens_at")
+    times = (_Timespec * 2)(_timespec(atime_ns), _timespec(mtime_ns))
+    flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
+    if _utimensat(dirfd, _component(name), times, flags) < 0:
+        raise _failed(name)
+
+
+# --- extended attributes -----------------------------------------------------------------------------------
+
+
+def getxattr_at(dirfd: int, name: bytes, attr: bytes) -> bytes:
+    """Return the value of an extended attribute; ENODATA when there is none."""
+    return os.getxattr(_through_proc(dirfd, name), attr, follow_symlinks=not name)
+
+
+def find_xattr(dirfd: int, name: bytes, attr: bytes) -> bytes | None:
+    """Return the value, or None when the object has none or the file system knows no such attributes."""
+    try:
+        return getxattr_at(dirfd, name, attr)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
+    """Return the names of all extended attributes that the caller may see."""
+    try:
+        return [os.fsencode(attr) for attr in os.listxattr(_through_proc(dirfd, name), follow_symlinks=not name)]
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return []
+        raise
+
+
+def setxattr_at(dirfd: int, name: bytes, attr: bytes, value: bytes, flags: int = 0) -> None:
+    """Set an extended attribute; `flags` may be os.XATTR_CREATE or os.XATTR_REPLACE."""
+    _changing("setxattr_at")
+    os.setxattr(_through_proc(dirfd, name), attr, value, flags, follow_symlinks=not name)
+
+
+def removexattr_at(dirfd: int, name: bytes, attr: bytes) -> None:
+    """Remove an extended attribute; ENODATA when there is none."""
+    _changing("removexattr_at")
+    os.removexattr(_through_proc(dirfd, name), attr, follow_symlinks=not name)
+
+
+# --- data --------------------------------------------------------------------------------------------------
+
+_FICLONE = 0x40049409
+_CANNOT_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
+_CANNOT_COPY_RANGE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
+_RANGE = 64 * 1024 * 1024  # a frozen or killed copy is noticed between two of these
+_BLOCK = 1024 * 1024
+
+
+def clone_file(src_fd: int, dst_fd: int) -> bool:
+    """Share all data of `src_fd` with `dst_fd` (FICLONE); False where the file systems cannot."""
+    _changing("clone_file")
+    try:
+        fcntl.ioctl(dst_fd, _FICLONE, src_fd)
+    except OSError as error:
+        if error.errno in _CANNOT_CLONE:
+            return False
+        raise
+    return True
+
+
+def copy_data(src_fd: int, dst_fd: int, size: int) -> int:
+    """Copy the first `size` bytes into an empty file, keep holes, set its size; return the bytes of data copied.
+
+    A source that has shrunk meanwhile ends in a hole.  The offset of `src_fd` moves.
+    """
+    _changing("copy_data")
+    copied = sum(_copy_extent(src_fd, dst_fd, start, end) for start, end in _extents(src_fd, size))
+    os.ftruncate(dst_fd, size)
+    return copied
+
+
+def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                return
+            if error.errno != errno.EINVAL:
+                raise
+            start, end = end, size  # the file system cannot tell
+        if start < size:
+            yield start, min(end, size)
+
+
+def _copy_extent(src_fd: int, dst_fd: int, start: int, end: int) -> int:
+    at = start
+    while at < end:
+        try:
+            done = os.copy_file_range(src_fd, dst_fd, min(end - at, _RANGE), at, at)
+        except OSError as error:
+            if error.errno not in _CANNOT_COPY_RANGE:
+                raise
+            done = 0
+        if done == 0:  # also what some file systems say instead of an error
+            return at - start + _copy_blocks(src_fd, dst_fd, at, end)
+        at += done
+    return at - start
+
+
+def _copy_blocks(src_fd: int, dst_fd: int, start: int, end: int) -> int:
+    at = start
+    while at < end and (data := os.pread(src_fd, min(end - at, _BLOCK), at)):
+        at += _write_all(dst_fd, at, data)
+    return at - start
+
+
+def _write_all(fd: int, offset: int, data: bytes | bytearray | memoryview) -> int:
+    done = os.pwrite(fd, data, offset)
+    if done == len(data):
+        return done
+    left = memoryview(data)[done:]
+    while left:
+        step = os.pwrite(fd, left, offset + done)
+        done, left = done + step, left[step:]
+    return done
+
+
+def write_at(fd: int, offset: int, data: bytes | bytearray | memoryview) -> int:
+    """Write all of `data` at `offset`; return its length.  An error after a part has been written is raised."""
+    _changing("write_at")
+    return _write_all(fd, offset, data)
+
+
+def read_at(fd: int, offset: int, size: int, nowait: bool = False) -> bytes:
+    """Read up to `size` bytes at `offset`; fewer only at the end of the file.
+
+    A short answer means the end of the file to FUSE, so a read cut short by an error goes on and raises it.
+    With `nowait`, BlockingIOError when not all of it is in memory (RWF_NOWAIT); where the file system does not
+    know the flag the read is a plain one.
+    """
+    read = _read_cached if nowait else _read_plain
+    data = read(fd, offset, size)
+    while 0 < len(data) < size:
+        more = read(fd, offset + len(data), size - len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _read_plain(fd: int, offset: int, size: int) -> bytes:
+    return os.pread(fd, size, offset)
+
+
+def _read_cached(fd: int, offset: int, size: int) -> bytes:
+    buffer = bytearray(size)
+    try:
+        done = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return os.pread(fd, size, offset)
+        raise
+    return bytes(memoryview(buffer)[:done])
+
+
+def truncate_fd(fd: int, size: int) -> None:
+    """Set the size of an open file."""
+    _changing("truncate_fd")
+    os.ftruncate(fd, size)
+
+
+def fsync(fd: int) -> None:
+    """Make data and attributes of an open file, or the names of a directory, durable."""
+    _changing("fsync")
+    os.fsync(fd)
+
+
+def fdatasync(fd: int) -> None:
+    """Make the data of an open file durable, with what is needed to read it back."""
+    _changing("fdatasync")
+    os.fdatasync(fd)
+
+
+def syncfs(fd: int) -> None:
+    """Make the whole file system behind a descriptor durable.  O_PATH descriptors give EBADF."""
+    _changing("syncfs")
+    if _syncfs(fd) < 0:
+        raise _failed()
+
+
+# --- identity ----------------------------------------------------------------------------------------------
+
+_HANDLE = struct.Struct("=Ii")  # struct file_handle: handle_bytes, handle_type, then the handle
+_MAX_HANDLE = 128
+_NO_HANDLE = (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM)
+
+
+def file_handle(dirfd: int, name: bytes) -> tuple[int, bytes] | None:
+    """Return (type, bytes) of the handle by which the file system names the object for ever, or None."""
+    buffer = ctypes.create_string_buffer(_HANDLE.pack(_MAX_HANDLE, 0), _HANDLE.size + _MAX_HANDLE)
+    mount_id = ctypes.c_int()
+    flags = 0 if name else _AT_EMPTY_PATH
+    if _name_to_handle_at(dirfd, _component(name), buffer, ctypes.byref(mount_id), flags) < 0:
+        if ctypes.get_errno() in _NO_HANDLE:
+            return None
+        raise _failed(name)
+    size, kind = _HANDLE.unpack_from(buffer)
+    return kind, buffer.raw[_HANDLE.size : _HANDLE.size + size]
+
+
+# Request number, bytes prepared for it, where the 16 bytes of the uuid lie in the answer.
+_UUID_QUERIES = (
+    (0x80111500, bytes(17), 1),  # FS_IOC_GETFSUUID, Linux 6.9, every file system that has one
+    (0x8008662C, struct.pack("=II", 16, 0) + bytes(16), 8),  # EXT4_IOC_GETFSUUID
+    (0x80705864, bytes(112), 64),  # XFS_IOC_FSGEOMETRY_V1
+    (0x8400941F, bytes(1024), 16),  # BTRFS_IOC_FS_INFO
+)
+
+
+def fs_uuid(fd: int) -> bytes | None:
+    """Return the 16 bytes by which the file system knows itself, or None when it has no such number."""
+    try:
+        own = os.open(_through_proc(fd, b""), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # ioctl refuses O_PATH
+    except OSError:
+        return None
+    try:
+        return next(filter(None, (_uuid_by(own, *query) for query in _UUID_QUERIES)), None)
+    finally:
+        os.close(own)
+
+
+def _uuid_by(fd: int, request: int, prepared: bytes, at: int) -> bytes | None:
+    try:
+        answer = fcntl.ioctl(fd, request, prepared)
+    except OSError:
+        return None
+    uuid = answer[at : at + 16]
+    return uuid if any(uuid) else None
+
+
+_STATFS_SIZE = 256  # larger than any architecture's struct statfs
+_FSID_AT = 56  # after f_type, f_bsize and five counters of 64 bits
+
+
+def _statfs(fd: int) -> bytes:
+    buffer = ctypes.create_string_buffer(_STATFS_SIZE)
+    if _fstatfs(fd, buffer) < 0:
+        raise _failed()
+    return buffer.raw
+
+
+def fs_type(fd: int) -> int:
+    """Return the magic number of the file system's type, ``f_type`` of statfs(2)."""
+    return int.from_bytes(_statfs(fd)[:8], "little")
+
+
+def fs_id(fd: int) -> int:
+    """Return ``f_fsid`` of statfs(2), 64 bits: equal for two descriptors of one file system (btrfs: subvolume)."""
+    return int.from_bytes(_statfs(fd)[_FSID_AT : _FSID_AT + 8], "little")
+
+
+def try_lock(fd: int) -> bool:
+    """Take the exclusive flock(2) of an open file without waiting; False when another description holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
