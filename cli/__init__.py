@@ -1,0 +1,1 @@
+"""The command line. Installs as `overlayfs_cli`; nothing imports it but its own entry points and tests."""
