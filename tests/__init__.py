@@ -1,0 +1,1 @@
+"""The tests of overlayfs; a package, so that every folder can import `tests.support`."""

@@ -1,0 +1,1 @@
+"""What the mount must do, on every driver."""

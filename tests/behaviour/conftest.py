@@ -1,0 +1,15 @@
+"""The suite's one fixture: `stack(LAYER...)` gives a union tree on the driver of this run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.stacks import StackMaker, stack_maker
+
+
+@pytest.fixture
+def stack(driver: str, place: Path) -> Iterator[StackMaker]:
+    """Makes stacks on the driver; closed, checked and removed after the test."""
+    with stack_maker(driver, place) as maker:
+        yield maker

@@ -1,0 +1,82 @@
+"""Rules for every test: where scratch trees lie, which driver runs a test, and that nothing is left behind."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import leftovers, processes, requirements
+
+DRIVER_NAMES = ("plain", "fs", "fuse", "kernel")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--drivers", default=",".join(DRIVER_NAMES), help="the drivers of the behaviour suite, with commas")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "on(*drivers): run only on these drivers; elsewhere the operation makes no sense")
+    config.addinivalue_line("markers", "deviates(driver, reason): this driver is known to fail, and must fail, here")
+    processes.adopt()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "driver" in metafunc.fixturenames:
+        metafunc.parametrize("driver", _drivers(metafunc))
+
+
+def _drivers(metafunc: pytest.Metafunc) -> list[object]:
+    chosen = metafunc.config.getoption("--drivers").split(",")
+    marker = next(iter(metafunc.definition.iter_markers("on")), None)
+    wanted = DRIVER_NAMES if marker is None else marker.args
+    known = {item.args[0]: item.kwargs["reason"] for item in metafunc.definition.iter_markers("deviates")}
+    return [pytest.param(name, marks=_marks(name, known)) for name in wanted if name in chosen]
+
+
+def _marks(name: str, known: dict[str, str]) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xfail(strict=True, reason=known[name])] if name in known else []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Where everything must be present, a skipped test has failed."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and requirements.strict():
+        report.outcome = "failed"
+        report.longrepr = f"skipped although CI=true: {report.longrepr}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:
+    """Say aloud what was not run."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = sorted({str(report.longrepr[2]) for report in skipped if isinstance(report.longrepr, tuple)})
+    if skipped:
+        terminalreporter.section(f"NOT RUN: {len(skipped)} tests")
+        for reason in reasons:
+            terminalreporter.line(reason)
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """One directory for all that the run makes, readable for every user; the session ends with the check for leftovers."""
+    base = Path(tempfile.mkdtemp(prefix="ofs-", dir=os.environ.get("OVERLAYFS_TEST_DIR")))
+    base.chmod(0o755)
+    before = processes.children()
+    yield base
+    lines = leftovers.leftovers(base, before)
+    assert not lines, "\n".join(lines)
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def place(scratch: Path) -> Iterator[Path]:
+    """An empty directory for one test, removed after it."""
+    path = Path(tempfile.mkdtemp(prefix="t", dir=scratch))
+    path.chmod(0o755)
+    yield path
+    assert not leftovers.mounts_below(path)
+    shutil.rmtree(path)

@@ -1,0 +1,1 @@
+"""Random operations on our mount and on the kernel's."""

@@ -1,0 +1,19 @@
+"""One interface over a plain directory, `fs/` without a mount, our mount, and the kernel's overlayfs."""
+
+from tests.support.drivers.base import Path, Tree
+from tests.support.drivers.mounts import FuseMount, KernelOverlay, PlainDirectory
+from tests.support.drivers.raw import Handle, Raw, Stat
+from tests.support.drivers.stack import Stack
+
+__all__ = [
+    "FuseMount", "Handle", "KernelOverlay", "Path", "PlainDirectory", "Raw", "Stack", "Stat", "Tree", "driver_class",
+]  # fmt: skip
+
+
+def driver_class(name: str) -> type[Tree]:
+    """The driver of this name; the product is imported only for the one that needs it in this process."""
+    if name == "fs":
+        from tests.support.drivers.overlay import FsDriver
+
+        return FsDriver
+    return {"plain": PlainDirectory, "fuse": FuseMount, "kernel": KernelOverlay}[name]

@@ -1,0 +1,117 @@
+"""Drivers that work through the kernel: a plain directory, our program's mount, and the kernel's overlayfs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from tests.support import processes, syscalls
+from tests.support.builder import build
+from tests.support.drivers.base import Tree
+from tests.support.drivers.posix import PosixRaw
+from tests.support.drivers.raw import Raw
+from tests.support.spec import Dir, flatten
+from tests.support.spec import Tree as Spec
+
+PROGRAM = Path(sys.executable).with_name("overlayfs-mount")
+_RDONLY = 1
+_DETACH = 2
+
+
+class PlainDirectory(Tree):
+    """The flattened stack in an ordinary directory: what any file system does."""
+
+    name = "plain"
+
+    def _start(self) -> Raw:
+        path = self.stack.mountpoint
+        if not os.listdir(path):
+            lower, upper = self.stack.spec
+            layers = ([] if upper is None else [upper]) + lower
+            build(path, flatten([_children(layer) for layer in layers]))
+        return PosixRaw(os.fsencode(path))
+
+    def _stop(self) -> None:
+        pass
+
+    def rotate(self) -> None:
+        """Nothing to commit."""
+        self.remount()
+
+
+def _children(layer: Spec | Dir) -> Spec:
+    return layer.children if isinstance(layer, Dir) else layer
+
+
+def escaped(path: Path) -> str:
+    """A path in an option string: its colons, commas and backslashes are escaped."""
+    text = str(path).replace("\\", "\\\\")
+    return text.replace(":", "\\:").replace(",", "\\,")
+
+
+def option_string(tree: Tree, extra: dict[str, str | None]) -> str:
+    """`lowerdir=…,upperdir=…,workdir=…` and what the test adds; a value of None stands for a bare word."""
+    stack = tree.stack
+    parts = ["lowerdir=" + ":".join(escaped(layer) for layer in stack.lower)]
+    if stack.upper is not None and stack.work is not None:
+        parts += [f"upperdir={escaped(stack.upper)}", f"workdir={escaped(stack.work)}"]
+    parts += [name if value is None else f"{name}={value}" for name, value in extra.items()]
+    return ",".join(parts)
+
+
+def unmount(point: Path) -> None:
+    """Unmount; if somebody still holds the mount, detach it all the same, and fail."""
+    try:
+        syscalls.umount(os.fsencode(point))
+    except OSError:
+        syscalls.umount(os.fsencode(point), _DETACH)
+        raise
+
+
+class FuseMount(Tree):
+    """Our own program and its daemon, which becomes a child of the tests; `engine` chooses one, None leaves it open."""
+
+    name = "fuse"
+    engine: ClassVar[str | None] = None
+
+    def _start(self) -> Raw:
+        options = dict(self.options)
+        if self.engine is not None:
+            options["engine"] = self.engine
+        before = processes.children()
+        command = [str(PROGRAM), "-o", option_string(self, options), str(self.stack.mountpoint)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+        self.messages = done.stderr
+        self.daemons = processes.children() - before
+        assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
+        return PosixRaw(os.fsencode(self.stack.mountpoint))
+
+    def _stop(self) -> None:
+        unmount(self.stack.mountpoint)
+        for pid in self.daemons:
+            status = processes.reap(pid)
+            assert status == 0, f"the daemon ended with {status}"
+
+
+class KernelOverlay(Tree):
+    """The kernel's overlayfs with the features on that our semantics ask for."""
+
+    name = "kernel"
+    features: ClassVar[dict[str, str | None]] = {"redirect_dir": "on", "index": "on", "metacopy": "on"}
+
+    def _start(self) -> Raw:
+        target = os.fsencode(self.stack.mountpoint)
+        writable = self.stack.upper is not None
+        extra = dict(self.features) if writable else {"redirect_dir": "follow", "metacopy": "on"}
+        base = os.getcwd()
+        os.chdir(self.stack.base)
+        try:
+            data = os.fsencode(option_string(self, {**extra, **self.options}).replace(f"{self.stack.base}/", ""))
+            syscalls.mount(b"overlay", target, b"overlay", 0 if writable else _RDONLY, data)
+        finally:
+            os.chdir(base)
+        return PosixRaw(target)
+
+    def _stop(self) -> None:
+        unmount(self.stack.mountpoint)

@@ -1,0 +1,54 @@
+"""The directories of one stack: made, guarded against changes of the lower layers, and removed."""
+
+import os
+import shutil
+from pathlib import Path
+
+from tests.support.builder import Print, build, fingerprint
+from tests.support.spec import Dir, Tree
+
+
+class Stack:
+    """Layers below one base directory; `lower` is top first, `upper` and `work` are None for a read-only stack."""
+
+    def __init__(self, base: Path, lower: list[Tree | Dir], upper: Tree | Dir | None) -> None:
+        base.mkdir(parents=True)
+        self.base = base
+        self.spec = (lower, upper)
+        self.lower = [self._layer(f"l{number}", tree) for number, tree in enumerate(lower)]
+        self.upper = None if upper is None else self._layer("u", upper)
+        self.work = None if upper is None else self._layer("w", {})
+        self.mountpoint = self._layer("m", {})
+        self.prints = self._prints()
+
+    def _layer(self, name: str, tree: Tree | Dir) -> Path:
+        path = self.base / name
+        path.mkdir()
+        build(path, tree)
+        return path
+
+    def _prints(self) -> dict[Path, dict[bytes, Print]]:
+        return {layer: fingerprint(layer) for layer in self.lower}
+
+    def seal_upper(self) -> None:
+        """Make the upper the topmost lower layer and give the stack a fresh upper and work directory."""
+        assert self.upper is not None
+        number = len(self.lower)
+        sealed = self.base / f"s{number}"
+        self.upper.rename(sealed)
+        self.lower.insert(0, sealed)
+        self.upper = self._layer("u", {})
+        shutil.rmtree(self.base / "w")
+        self.work = self._layer("w", {})
+        self.prints = self._prints()
+
+    def check(self) -> None:
+        """No lower layer has changed, not even in an access time; nothing is left in the work directory."""
+        assert self._prints() == self.prints, "a lower layer was changed"
+        scratch = self.base / "w" / "work"
+        left = os.listdir(scratch) if scratch.is_dir() else []
+        assert not left, f"left in the work directory: {left}"
+
+    def remove(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.base)

@@ -1,0 +1,31 @@
+"""The last check of a test run: nothing that it mounted, started or set up is still there."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from tests.support import processes
+
+
+def mounts_below(base: Path) -> list[str]:
+    """Mount points below a directory, innermost first."""
+    prefix = str(base)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        points = [line.split()[4].replace("\\040", " ") for line in file]
+    return sorted((point for point in points if point.startswith(prefix)), key=len, reverse=True)
+
+
+def loops_below(base: Path) -> list[str]:
+    """Loop devices whose image lies below a directory."""
+    done = subprocess.run(["losetup", "--list", "--json"], capture_output=True, text=True, check=True)
+    devices = json.loads(done.stdout)["loopdevices"] if done.stdout.strip() else []
+    return [device["name"] for device in devices if str(device["back-file"]).startswith(str(base))]
+
+
+def leftovers(base: Path, children_before: set[int]) -> list[str]:
+    """One line for each thing left behind."""
+    lines = [f"still mounted: {point}" for point in mounts_below(base)]
+    lines += [f"still attached: {device}" for device in loops_below(base)]
+    ours = processes.children() - children_before
+    lines += [f"still running: {pid} {processes.command(pid)}" for pid in ours]
+    return lines

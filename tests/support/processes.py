@@ -1,0 +1,60 @@
+"""Processes that the tests start indirectly: daemons become our children, so they can be found and waited for."""
+
+import os
+import select
+import time
+from collections.abc import Iterable
+
+from tests.support import syscalls
+
+LIMIT = 20.0
+
+
+def adopt() -> None:
+    """From now on, orphaned grandchildren become children of this process."""
+    syscalls.become_subreaper()
+
+
+def children() -> set[int]:
+    """The pids of all children, zombies included."""
+    own = os.getpid()
+    return {pid for pid in _pids() if _parent(pid) == own}
+
+
+def _pids() -> Iterable[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _parent(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def command(pid: int) -> str:
+    """The command line, for messages."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return "gone"
+
+
+def reap(pid: int, limit: float = LIMIT) -> int:
+    """Wait for a child's end and take its status; fail loudly if it lives on."""
+    handle = os.pidfd_open(pid)
+    try:
+        ready, _, _ = select.select([handle], [], [], limit)
+    finally:
+        os.close(handle)
+    assert ready, f"process {pid} does not end: {command(pid)}"
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def reap_since(before: set[int], limit: float = LIMIT) -> None:
+    """Wait for every child that was not there before."""
+    deadline = time.monotonic() + limit
+    for pid in children() - before:
+        reap(pid, max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,55 @@
+"""The fixture behind most tests: makes stacks on the wanted driver, and ends each test with the checks."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.support.drivers import Stack, driver_class
+from tests.support.drivers.base import Options, Tree
+from tests.support.requirements import need_root
+from tests.support.spec import Dir
+from tests.support.spec import Tree as Spec
+
+
+class StackMaker:
+    """Call it with layers, top first: it gives the union of them in use. All are closed and checked at the end."""
+
+    def __init__(self, driver: str, place: Path) -> None:
+        self.driver = driver
+        self.place = place
+        self.trees: list[Tree] = []
+
+    def __call__(
+        self,
+        *lower: Spec | Dir,
+        upper: Spec | Dir | None = Dir(),  # noqa: B008 - a frozen value
+        base: Path | None = None,
+        options: Options | None = None,
+    ) -> Tree:
+        """`lower` may be empty: then one empty layer; `upper` None: read-only; `base`: where the directories lie."""
+        where = (base or self.place) / f"s{len(self.trees)}"
+        tree = driver_class(self.driver)(Stack(where, list(lower) or [{}], upper), options)
+        self.trees.append(tree)
+        return tree
+
+    def finish(self) -> None:
+        """Close all, newest first, and check and remove each stack, whatever happens to the others."""
+        with ExitStack() as after:
+            for tree in self.trees:
+                after.callback(tree.stack.remove)
+                after.callback(tree.stack.check)
+                after.callback(tree.close)
+
+
+@contextmanager
+def stack_maker(driver: str, place: Path) -> Iterator[StackMaker]:
+    """A maker whose stacks vanish at the end; the umask is 0 meanwhile, so that modes are what tests say."""
+    need_root()
+    maker = StackMaker(driver, place)
+    umask = os.umask(0)
+    try:
+        yield maker
+    finally:
+        os.umask(umask)
+        maker.finish()

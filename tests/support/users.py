@@ -1,0 +1,64 @@
+"""Doing things as somebody else: a forked child takes on the ids, acts, and hands its result or error back."""
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class User:
+    """Who acts: ids, further groups, and the umask."""
+
+    uid: int = 0
+    gid: int = 0
+    groups: Sequence[int] = ()
+    umask: int = 0
+
+
+ROOT = User()
+ALICE = User(1000, 1000)
+BOB = User(1001, 1001)
+
+
+def run_as(user: User, act: Callable[[], T]) -> T:
+    """Call `act` in a child with the user's ids and no capabilities but root's own; raise what it raised."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _child(writer, user, act)
+    os.close(writer)
+    with open(reader, "rb") as stream:
+        answer = stream.read()
+    _, status = os.waitpid(child, 0)
+    assert answer, f"the child died with status {status}"
+    worked, result = pickle.loads(answer)
+    if not worked:
+        raise result
+    return cast(T, result)
+
+
+def _child(writer: int, user: User, act: Callable[[], object]) -> None:
+    try:
+        os.setgroups(list(user.groups))
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+        os.umask(user.umask)
+        answer = pickle.dumps((True, act()))
+    except BaseException as error:  # the parent raises it
+        answer = _packed(error)
+    with open(writer, "wb") as stream:
+        stream.write(answer)
+    os._exit(0)
+
+
+def _packed(error: BaseException) -> bytes:
+    try:
+        pickle.loads(pickle.dumps(error))
+        return pickle.dumps((False, error))
+    except Exception:
+        return pickle.dumps((False, AssertionError(repr(error))))
