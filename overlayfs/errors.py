@@ -31,3 +31,14 @@ def oserror(errno: int, path: bytes | str | None = None) -> OSError:
     if path is None:
         return OSError(errno, os.strerror(errno))
     return OSError(errno, os.strerror(errno), path)
+
+
+class InUse(MountError):
+    """An upper or work directory serves another mount; `pid` is its daemon's where the kernel tells it."""
+
+    def __init__(self, what: str, path: bytes, pid: int | None) -> None:
+        self.what = what
+        self.path = path
+        self.pid = pid
+        holder = f"pid {pid}" if pid is not None else "another process"
+        super().__init__(f"{what} {os.fsdecode(path)} is in use by {holder}; unmount it first")

@@ -1,0 +1,159 @@
+"""Copy-up: an object of a lower layer is built again in the work directory, complete, and published by one rename.
+
+Building needs descriptors and values only, so it may run in a thread (design, D9). The order is that of semantics,
+section 8: data, owner (which clears set-id bits and capabilities), attributes, mode, times, fsync. Without the fsync
+before the rename a power cut leaves an empty file over an intact lower one (reliability, section 1).
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from overlayfs import sysio
+from overlayfs.format import xattrs
+from overlayfs.tree.stats import AnyStat
+from overlayfs.tree.upper import Upper
+
+# An upper that cannot hold these is no reason to fail: labels are set by policy, see semantics, section 8.
+_OPTIONAL = frozenset((b"security.selinux",))
+_OPTIONAL_PREFIXES = (b"trusted.",)
+_ACL = b"system.posix_acl_access"
+
+
+class Content(Enum):
+    """What becomes of the data of a regular file."""
+
+    COPY = auto()  # cloned or copied, holes kept
+    BELOW = auto()  # stays in the lower layer: a metadata-only copy
+    NONE = auto()  # about to be truncated: not copied
+
+
+@dataclass(frozen=True)
+class Source:
+    """A lower object, pinned: all that building a copy needs.
+
+    pin: an O_PATH descriptor. data: a descriptor open for reading, for Content.COPY of a regular file.
+    marks: suffix and value of each attribute of the format that the copy gets. override: the layer's files carry
+    override attributes, which belong to the layer and are not copied.
+    """
+
+    pin: int
+    stat: AnyStat
+    content: Content = Content.NONE
+    data: int | None = None
+    marks: Mapping[bytes, bytes] = field(default_factory=dict)
+    override: bool = False
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        sysio.close(self.pin)
+        if self.data is not None:
+            sysio.close(self.data)
+
+
+def build(upper: Upper, source: Source) -> bytes:
+    """Build a copy of `source` in the work directory and return its temporary name; on an error nothing stays."""
+    name = upper.work.temporary()
+    try:
+        _make(upper, source, name)
+        _copy_owner(upper, source, name)
+        copy_xattrs(upper, source, upper.work.fd, name)
+        for suffix, value in source.marks.items():
+            upper.set_mark(upper.work.fd, name, suffix, value)
+        _copy_mode_and_times(upper, source, name)
+        if stat.S_ISREG(source.stat.st_mode) and source.content is Content.COPY and not upper.volatile:
+            _sync(upper, name)
+    except BaseException:
+        upper.work.discard(name)
+        raise
+    return name
+
+
+def _make(upper: Upper, source: Source, name: bytes) -> None:
+    kind = stat.S_IFMT(source.stat.st_mode)
+    if kind == stat.S_IFREG:
+        _make_file(upper, source, name)
+    elif kind == stat.S_IFDIR:
+        sysio.mkdir_at(upper.work.fd, name, 0o700)
+    elif kind == stat.S_IFLNK:
+        sysio.symlink_at(sysio.readlink_at(source.pin, b""), upper.work.fd, name)
+    else:
+        upper.make_special(upper.work.fd, name, kind | 0o600, source.stat.st_rdev)
+
+
+def _make_file(upper: Upper, source: Source, name: bytes) -> None:
+    fd = sysio.open_child(upper.work.fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        if source.content is Content.BELOW:
+            sysio.truncate_fd(fd, source.stat.st_size)
+        elif source.content is Content.COPY and source.data is not None:
+            copy_data(source.data, fd)
+    finally:
+        sysio.close(fd)
+
+
+def copy_data(source: int, target: int) -> None:
+    """Fill an empty file with all data of another: shared blocks where possible, else a copy that keeps holes."""
+    if not sysio.clone_file(source, target):
+        sysio.copy_data(source, target, sysio.stat_at(source, b"").st_size)
+
+
+def _copy_owner(upper: Upper, source: Source, name: bytes) -> None:
+    upper.set_owner(upper.work.fd, name, source.stat.st_uid, source.stat.st_gid)
+
+
+def copy_xattrs(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
+    """Copy all attributes but private ones and marks of the format; escaped ones stay escaped."""
+    for attribute in sysio.listxattr_at(source.pin, b""):
+        if xattrs.is_private(attribute, source.override):
+            continue
+        try:
+            sysio.setxattr_at(dirfd, name, attribute, sysio.getxattr_at(source.pin, b"", attribute))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM) or not _is_optional(upper, attribute):
+                raise
+
+
+def _is_optional(upper: Upper, attribute: bytes) -> bool:
+    if attribute in _OPTIONAL or attribute.startswith(_OPTIONAL_PREFIXES):
+        return True
+    return upper.features.mode is None and not attribute.startswith(b"security.")
+
+
+def _copy_mode_and_times(upper: Upper, source: Source, name: bytes) -> None:
+    if not stat.S_ISLNK(source.stat.st_mode):
+        upper.set_mode(upper.work.fd, name, stat.S_IMODE(source.stat.st_mode))
+    sysio.utimens_at(upper.work.fd, name, source.stat.st_atime_ns, source.stat.st_mtime_ns)
+
+
+def _sync(upper: Upper, name: bytes) -> None:
+    # Without the right to read its own copy (rootless, mode 0) the owner syncs the file system instead.
+    try:
+        fd = sysio.open_child(upper.work.fd, name, os.O_RDONLY | os.O_NONBLOCK)
+    except PermissionError:
+        sysio.syncfs(upper.sync_fd)
+        return
+    try:
+        sysio.fsync(fd)
+    finally:
+        sysio.close(fd)
+
+
+def fill(upper: Upper, pin: int, target: int, data: int) -> None:
+    """Give a metadata-only copy, open for writing at `target` and pinned, its data: complete, synced, then unmarked.
+
+    The mark goes last: until then a reader, also after a crash, takes the data from below. Times stay.
+    """
+    before = sysio.stat_at(target, b"")
+    caps = sysio.find_xattr(target, b"", b"security.capability")
+    sysio.truncate_fd(target, 0)
+    copy_data(data, target)
+    if caps is not None:  # writing has removed it
+        sysio.setxattr_at(pin, b"", b"security.capability", caps)
+    sysio.utimens_at(target, b"", before.st_atime_ns, before.st_mtime_ns)
+    if not upper.volatile:
+        sysio.fsync(target)
+    upper.drop_mark(pin, b"", xattrs.METACOPY)

@@ -1,0 +1,75 @@
+"""A bounded cache of directory descriptors.
+
+Every access to a layer starts at the descriptor of a directory. Opening one costs an openat2 of the whole path;
+keeping all of them open costs descriptors (containers/fuse-overlayfs#210). So the most recently used stay open.
+A descriptor handed out is borrowed: it stays valid until `SPARE` further ones have been asked for.
+"""
+
+import errno
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Callable
+
+from overlayfs import sysio
+
+SPARE = 32
+
+_Key = tuple[int, bytes]  # (the layer's root descriptor, path below it)
+
+
+def default_capacity() -> int:
+    """Return how many directory descriptors may stay open: a quarter of what the process may open, 4096 at most."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(SPARE, min(soft // 4 if soft != resource.RLIM_INFINITY else 4096, 4096))
+
+
+class DirFds:
+    """The open directories of all layers of one overlay, least recently used first."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._open: OrderedDict[_Key, int] = OrderedDict()
+
+    def get(self, root: int, path: bytes) -> int:
+        """Return a borrowed O_PATH descriptor of the directory `path` below `root`; OSError as open_beneath."""
+        if not path:
+            return root
+        key = (root, path)
+        fd = self._open.get(key)
+        if fd is None:
+            fd = self._open[key] = self.retry(lambda: _open_directory(root, path))
+            if len(self._open) > self._capacity:
+                self._close_oldest()
+        else:
+            self._open.move_to_end(key)
+        return fd
+
+    def retry(self, opener: Callable[[], int]) -> int:
+        """Return what `opener` returns; when descriptors have run out, close half of the cache and ask once more."""
+        try:
+            return opener()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or len(self._open) <= SPARE:
+                raise
+        for _ in range(len(self._open) // 2):
+            self._close_oldest()
+        return opener()
+
+    def forget_below(self, root: int, path: bytes) -> None:
+        """Close what is open at or below `path`: it has moved or gone."""
+        below = path + b"/"
+        for key in [key for key in self._open if key[0] == root and (key[1] == path or key[1].startswith(below))]:
+            sysio.close(self._open.pop(key))
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._open:
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        sysio.close(self._open.popitem(last=False)[1])
+
+
+def _open_directory(root: int, path: bytes) -> int:
+    return sysio.open_beneath(root, path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)

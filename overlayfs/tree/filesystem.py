@@ -1,0 +1,65 @@
+"""Which file system a layer lies on, and the inode numbers that its objects get in the overlay.
+
+An object keeps one number for life (design, D3). The number is made from the file system's own inode number:
+as it is for the file system of the upper (or of the top layer when there is none), and with a tag in its high
+bits for any other, as the kernel's xino does, so that two file systems do not meet in one number.
+"""
+
+from dataclasses import dataclass
+
+import xxhash
+
+from overlayfs import sysio
+from overlayfs.format import origin as origin_format
+from overlayfs.format.origin import Origin
+
+_NUMBER_BITS = 48
+_TAG_MASK = 0x7FFF
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """The file system of a layer: st_dev, the 16 bytes of its uuid or None, the btrfs subvolume or 0, and a tag."""
+
+    dev: int
+    uuid: bytes | None
+    subvolume: int
+    tag: int
+
+    @classmethod
+    def of(cls, root: int) -> "FileSystem":
+        """Return the file system of an open directory."""
+        uuid = sysio.fs_uuid(root)
+        subvolume = _subvolume(root, uuid)
+        return cls(sysio.stat_at(root, b"").st_dev, uuid, subvolume, _tag(root, uuid, subvolume))
+
+    def number(self, inode: int, reference: "FileSystem") -> int:
+        """Return the overlay's number for an inode of this file system, 64 bits with the highest clear."""
+        if self.tag == reference.tag:
+            return inode
+        return (self.tag << _NUMBER_BITS) | (inode & ((1 << _NUMBER_BITS) - 1)) ^ (inode >> _NUMBER_BITS)
+
+    def origin(self, handle: tuple[int, bytes] | None) -> Origin | None:
+        """Return the origin mark for a file handle of this file system, None where it cannot be made."""
+        if handle is None or self.uuid is None:
+            return None
+        return Origin(self.uuid, *handle)
+
+    def inode_of(self, origin: Origin) -> int | None:
+        """Return the inode number that `origin` names if it lies on this file system."""
+        if origin.uuid != self.uuid or (found := origin_format.inode(origin)) is None:
+            return None
+        inode, subvolume = found
+        return inode if subvolume in (0, self.subvolume) else None
+
+
+def _subvolume(root: int, uuid: bytes | None) -> int:
+    handle = sysio.file_handle(root, b"")
+    found = handle and origin_format.inode(Origin(uuid or bytes(16), *handle))
+    return found[1] if found else 0
+
+
+def _tag(root: int, uuid: bytes | None, subvolume: int) -> int:
+    # f_fsid of xfs holds the device number, which may change at boot: the uuid goes first.
+    name = uuid if uuid is not None else sysio.fs_id(root).to_bytes(8, "little")
+    return (xxhash.xxh64_intdigest(name + subvolume.to_bytes(8, "little")) & _TAG_MASK) or 1

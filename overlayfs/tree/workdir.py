@@ -1,0 +1,171 @@
+"""The work directory: locked for one mount, cleaned, and then the place where changes are staged.
+
+Below the directory that the user names lie `work/` (ours, emptied at every mount), `index/` (hard links of copied-up
+files, the kernel's format) and `work/incompat/NAME` (a mark that the upper must not be mounted without thought).
+Source: formats, section 7, and the kernel's fs/overlayfs/super.c.
+"""
+
+import errno
+import itertools
+import os
+import stat
+import time
+from collections.abc import Callable
+
+from overlayfs import sysio
+from overlayfs.errors import InUse, MountError
+from overlayfs.tree.layer import open_directory
+
+_WORK = b"work"
+_INDEX = b"index"
+_INCOMPAT = b"incompat"
+_VOLATILE = b"volatile"
+_POLL = 0.02  # seconds between two looks at a lock that is held: nothing tells when a flock becomes free in time
+
+
+class WorkDir:
+    """`fd` is the descriptor of `work/`, `index` that of `index/` or None; both on the upper's file system."""
+
+    def __init__(self, root: int, path: bytes) -> None:
+        self.root = root
+        self.path = path
+        self.fd = -1
+        self.index: int | None = None
+        self._volatile = False
+        self._temporary = (b"#%x" % number for number in itertools.count(1))
+
+    @classmethod
+    def open(cls, path: bytes) -> "WorkDir":
+        """Open the directory that the user named; MountError when it cannot be."""
+        return cls(open_directory(path, "work directory"), path)
+
+    def prepare(self) -> None:
+        """Empty `work/`, or make it; the lock must be held. MountError when an incompatible mark is found."""
+        self._refuse_incompatible()
+        remove_tree(self.root, _WORK)
+        sysio.mkdir_at(self.root, _WORK, 0o700)
+        sysio.chmod_at(self.root, _WORK, 0o700)
+        self.fd = sysio.open_beneath(self.root, _WORK, os.O_PATH | os.O_DIRECTORY)
+
+    def _refuse_incompatible(self) -> None:
+        try:
+            fd = sysio.open_beneath(self.root, _WORK + b"/" + _INCOMPAT, os.O_PATH | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return
+        try:
+            marks = [name for name, _ in sysio.list_dir(fd)]
+        finally:
+            sysio.close(fd)
+        for mark in marks:
+            place = os.fsdecode(os.path.join(self.path, _WORK, _INCOMPAT, mark))
+            if mark == _VOLATILE:
+                raise MountError(
+                    f"a volatile mount of this upper was not unmounted cleanly, so it may have lost data; "
+                    f"remove {place} to use it all the same"
+                )
+            raise MountError(f"the work directory needs a feature that is not known here: {place}")
+
+    def open_index(self) -> None:
+        """Make and open `index/`."""
+        if not _exists(self.root, _INDEX):
+            sysio.mkdir_at(self.root, _INDEX, 0o700)
+        self.index = sysio.open_beneath(self.root, _INDEX, os.O_PATH | os.O_DIRECTORY)
+
+    def has_index_entries(self) -> bool:
+        """Return whether a mount with an index has left entries."""
+        if not _exists(self.root, _INDEX):
+            return False
+        fd = sysio.open_beneath(self.root, _INDEX, os.O_PATH | os.O_DIRECTORY)
+        try:
+            return bool(sysio.list_dir(fd))
+        finally:
+            sysio.close(fd)
+
+    def mark_volatile(self) -> None:
+        """Leave the mark of a mount that does not sync, before its first change (kernel: work/incompat/volatile)."""
+        sysio.mkdir_at(self.fd, _INCOMPAT, 0o700)
+        incompat = sysio.open_beneath(self.fd, _INCOMPAT, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            sysio.mkdir_at(incompat, _VOLATILE, 0o700)
+            volatile = sysio.open_beneath(incompat, _VOLATILE, os.O_PATH | os.O_DIRECTORY)
+            try:
+                sysio.mknod_at(volatile, b"dirty", stat.S_IFREG | 0o600, 0)
+            finally:
+                sysio.close(volatile)
+            sysio.fsync(incompat)
+        finally:
+            sysio.close(incompat)
+        self._volatile = True
+
+    def temporary(self) -> bytes:
+        """Return a name that is free in `work/`, in the kernel's form."""
+        return next(self._temporary)
+
+    def discard(self, name: bytes) -> None:
+        """Remove a staged object of any kind with all that is in it; it may be gone already."""
+        remove_tree(self.fd, name)
+
+    def close(self, clean: bool) -> None:
+        """Give the descriptors back; `clean`: all is synced, so that the volatile mark may go."""
+        if clean and self._volatile:
+            remove_tree(self.fd, _INCOMPAT)
+        for fd in (self.fd, self.index, self.root):
+            if fd is not None and fd >= 0:
+                sysio.close(fd)
+
+
+def _exists(dirfd: int, name: bytes) -> bool:
+    try:
+        sysio.stat_at(dirfd, name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def remove_tree(dirfd: int, name: bytes) -> None:
+    """Remove whatever has this name, directories with all that is in them, never following a link."""
+    try:
+        sysio.unlink_at(dirfd, name)
+        return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EPERM):
+            raise
+    _empty(dirfd, name)
+    sysio.rmdir_at(dirfd, name)
+
+
+def _empty(dirfd: int, name: bytes) -> None:
+    if not sysio.stat_at(dirfd, name).st_mode & stat.S_IRWXU == stat.S_IRWXU:
+        sysio.chmod_at(dirfd, name, 0o700)
+    fd = sysio.open_child(dirfd, name, os.O_PATH | os.O_DIRECTORY)
+    try:
+        for child, _ in sysio.list_dir(fd):
+            remove_tree(fd, child)
+    finally:
+        sysio.close(fd)
+
+
+def lock(fd: int, what: str, path: bytes, wait: float, clock: Callable[[], float] = time.monotonic) -> None:
+    """Take the lock of an upper or work directory, waiting up to `wait` seconds for a holder that is just leaving.
+
+    The lock is a flock of the directory itself: one for every path and bind mount of it, and gone with its process.
+    """
+    until = clock() + wait
+    while not sysio.try_lock(fd):
+        if clock() >= until:
+            raise InUse(what, path, lock_holder(fd))
+        time.sleep(_POLL)
+
+
+def lock_holder(fd: int) -> int | None:
+    """Return the pid that holds the flock of an open directory, as /proc/locks tells (proc(5)), or None."""
+    found = sysio.stat_at(fd, b"")
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with open("/proc/locks", encoding="ascii") as table:
+        for line in table:
+            words = line.split()
+            if place in words and "FLOCK" in words:
+                return int(words[words.index(place) - 1])
+    return None

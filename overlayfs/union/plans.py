@@ -1,0 +1,118 @@
+"""How a change of names is carried out in the upper: facts in, a plan out.
+
+Each plan has exactly one step that makes the change visible, a rename, exchange, link or create; what comes before
+is invisible and what comes after is tidying (reference: the kernel's fs/overlayfs/dir.c, which is cited below).
+"""
+
+import errno
+from enum import Enum, Flag, auto
+from typing import NamedTuple
+
+from overlayfs.errors import oserror
+
+
+class Spot(NamedTuple):
+    """What is known of one name before the change.
+
+    in_upper: the upper holds a visible object. occupied: a whiteout lies there under this very name (a `.wh.`
+    whiteout has another name and does not). below: something would be visible if the upper held nothing.
+    merged: a directory with parts in lower layers. opaque: a directory that is marked so. clean: an upper
+    directory that holds nothing at all, not even whiteouts.
+    """
+
+    in_upper: bool = False
+    occupied: bool = False
+    below: bool = False
+    is_dir: bool = False
+    merged: bool = False
+    opaque: bool = False
+    clean: bool = True
+
+
+class Create(Enum):
+    """Where a new object appears."""
+
+    IN_PLACE = auto()  # nothing is in the way: made under its name
+    OVER_WHITEOUT = auto()  # made in the work directory, renamed over the whiteout
+    EXCHANGE_WHITEOUT = auto()  # a directory cannot replace a file: exchanged, the whiteout removed after
+
+
+class Remove(Enum):
+    """How a name disappears."""
+
+    UNLINK = auto()  # nothing below: unlink or rmdir
+    WHITEOUT = auto()  # a whiteout from the work directory is renamed over it or onto the free name
+    EXCHANGE_WHITEOUT = auto()  # an upper directory is exchanged with a whiteout, then emptied aside
+    MOVE_ASIDE = auto()  # an upper directory that holds whiteouts, nothing below: moved aside, then emptied
+
+
+class Mark(Enum):
+    """What must be written on a directory before it moves, so that it shows the same at its new place."""
+
+    NONE = auto()
+    OPAQUE = auto()
+    REDIRECT = auto()
+
+
+class Move(Flag):
+    """The flags of the one rename that publishes, named as in renameat2(2)."""
+
+    PLAIN = 0
+    EXCHANGE = auto()
+    WHITEOUT = auto()
+
+
+class Rename(NamedTuple):
+    """A rename: marks first, then the target cleared if asked, then `move`, then the old place swept if asked."""
+
+    move: Move
+    source_mark: Mark
+    target_mark: Mark
+    clear_target: bool
+    sweep_old: bool
+
+
+def create(spot: Spot, is_dir: bool) -> Create:
+    """Return how an object comes to a name that shows nothing (ovl_create_or_link)."""
+    if not spot.occupied:
+        return Create.IN_PLACE
+    return Create.EXCHANGE_WHITEOUT if is_dir else Create.OVER_WHITEOUT
+
+
+def remove(spot: Spot) -> Remove:
+    """Return how a visible object loses its name (ovl_do_remove): a directory is already known to show nothing."""
+    if spot.is_dir and spot.in_upper:
+        if spot.below:
+            return Remove.EXCHANGE_WHITEOUT
+        return Remove.UNLINK if spot.clean else Remove.MOVE_ASIDE
+    return Remove.WHITEOUT if spot.below else Remove.UNLINK
+
+
+def rename(source: Spot, target: Spot, into_merged: bool, redirects: bool) -> Rename:
+    """Return how `source`, lifted, moves to the place of `target`, which is replaced (ovl_rename).
+
+    `into_merged`: the new parent has lower parts. EXDEV when a merged directory may not get a redirect.
+    """
+    mark = _mark(source, into_merged, redirects)
+    if target.occupied:
+        move = Move.EXCHANGE if source.below or source.is_dir else Move.PLAIN
+        return Rename(move, mark, Mark.NONE, False, move is Move.EXCHANGE and not source.below)
+    move = Move.WHITEOUT if source.below else Move.PLAIN
+    return Rename(move, mark, Mark.NONE, target.is_dir and target.in_upper and not target.clean, False)
+
+
+def exchange(source: Spot, target: Spot, into_merged: bool, from_merged: bool, redirects: bool) -> Rename:
+    """Return how two visible, lifted objects change places; `from_merged` is the old parent's `into_merged`."""
+    there = _mark(source, into_merged, redirects)
+    back = _mark(target, from_merged, redirects)
+    return Rename(Move.EXCHANGE, there, back, False, False)
+
+
+def _mark(spot: Spot, into_merged: bool, redirects: bool) -> Mark:
+    if not spot.is_dir:
+        return Mark.NONE
+    if spot.merged:
+        if not redirects:
+            raise oserror(errno.EXDEV)
+        return Mark.REDIRECT
+    return Mark.OPAQUE if into_merged and not spot.opaque else Mark.NONE
