@@ -47,6 +47,7 @@ _Function = Callable[..., int]
 # System calls without a wrapper in every supported C library.  Numbers from 424 on are the same everywhere.
 _NR_OPENAT2 = 437
 _NR_FCHMODAT2 = 452
+_NR_GETXATTRAT = 464
 
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_SYMLINK_FOLLOW = 0x400
@@ -79,8 +80,24 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
+class _XattrArguments(ctypes.Structure):
+    _fields_ = (("value", ctypes.c_uint64), ("size", ctypes.c_uint32), ("flags", ctypes.c_uint32))
+
+
+_XATTR_ARGUMENTS_SIZE = ctypes.sizeof(_XattrArguments)
+
 _openat2 = _function("syscall", ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_OpenHow), ctypes.c_size_t)
 _fchmodat2 = _function("syscall", ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_int)
+_getxattrat = _function(
+    "syscall",
+    ctypes.c_long,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_uint,
+    ctypes.c_char_p,
+    ctypes.POINTER(_XattrArguments),
+    ctypes.c_size_t,
+)
 _renameat2 = _function("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _linkat = _function("linkat", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
 _utimensat = _function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_Timespec), ctypes.c_int)
@@ -197,20 +214,24 @@ def statvfs_fd(fd: int) -> os.statvfs_result:
     return os.fstatvfs(fd)
 
 
-_ENTRY = struct.Struct("=QqHB")  # struct linux_dirent64: d_ino, d_off, d_reclen, d_type, then the name
+# struct linux_dirent64: u64 d_ino, s64 d_off, then these, then the name and NULs up to d_reclen.
+_LENGTH_AND_KIND = struct.Struct("=HB")
+_LENGTH_AT = 16
+_NAME_AT = 19
 _LISTING = 64 * 1024
+_DOTS = (b".", b"..")
 
 
-def _entries(block: bytes) -> Iterator[tuple[bytes, int]]:
-    unpack, header = _ENTRY.unpack_from, _ENTRY.size
+def _entries(block: bytes) -> list[tuple[bytes, int]]:
+    found: list[tuple[bytes, int]] = []
+    unpack, find, add = _LENGTH_AND_KIND.unpack_from, block.index, found.append
     at, end = 0, len(block)
     while at < end:
-        _, _, length, kind = unpack(block, at)
-        start = at + header
-        name = block[start : block.index(0, start)]
+        length, kind = unpack(block, at + _LENGTH_AT)
+        name = block[at + _NAME_AT : find(b"\0", at + _NAME_AT)]
         at += length
-        if name != b"." and name != b"..":
-            yield name, kind << 12  # DT_* values are the S_IFMT bits shifted by 12; DT_UNKNOWN is 0
+        add((name, kind << 12))  # DT_* values are the S_IFMT bits shifted by 12; DT_UNKNOWN is 0
+    return found
 
 
 def list_dir(dirfd: int) -> list[tuple[bytes, int]]:
@@ -229,7 +250,7 @@ def list_dir(dirfd: int) -> list[tuple[bytes, int]]:
             raise _failed()
     finally:
         os.close(fd)
-    return found
+    return [entry for entry in found if entry[0] not in _DOTS]
 
 
 def readlink_at(dirfd: int, name: bytes) -> bytes:
@@ -357,6 +378,33 @@ def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | No
 # --- extended attributes -----------------------------------------------------------------------------------
 
 
+_USUAL_VALUE = 256
+_Value = ctypes.c_char * _USUAL_VALUE
+_NO_ATTRIBUTE = (errno.ENODATA, errno.EOPNOTSUPP)
+
+
+def _has_getxattrat() -> bool:
+    # An impossible descriptor: EBADF where the call exists, ENOSYS or EPERM (a filter) where it does not.
+    _getxattrat(_NR_GETXATTRAT, -1, b".", 0, b"user.x", _XattrArguments(0, 0, 0), _XATTR_ARGUMENTS_SIZE)
+    return ctypes.get_errno() == errno.EBADF
+
+
+_HAS_GETXATTRAT = _has_getxattrat()
+
+
+def _get_at(dirfd: int, name: bytes, attr: bytes) -> bytes | int:
+    # getxattrat(2), since Linux 6.13, takes half the time of a walk through /proc.  It refuses an O_PATH
+    # descriptor but not the name "." below it; whatever fails here is asked again through /proc.
+    value = _Value()
+    arguments = _XattrArguments(ctypes.addressof(value), _USUAL_VALUE, 0)
+    size = _getxattrat(
+        _NR_GETXATTRAT, dirfd, name or b".", _AT_SYMLINK_NOFOLLOW, attr, arguments, _XATTR_ARGUMENTS_SIZE
+    )
+    if size >= 0:
+        return value.raw[:size]
+    return ctypes.get_errno()
+
+
 def getxattr_at(dirfd: int, name: bytes, attr: bytes) -> bytes:
     """Return the value of an extended attribute; ENODATA when there is none."""
     return os.getxattr(_through_proc(dirfd, name), attr, follow_symlinks=not name)
@@ -364,10 +412,16 @@ def getxattr_at(dirfd: int, name: bytes, attr: bytes) -> bytes:
 
 def find_xattr(dirfd: int, name: bytes, attr: bytes) -> bytes | None:
     """Return the value, or None when the object has none or the file system knows no such attributes."""
+    if _HAS_GETXATTRAT:
+        answer = _get_at(dirfd, _component(name), attr)
+        if isinstance(answer, bytes):
+            return answer
+        if answer in _NO_ATTRIBUTE:
+            return None
     try:
         return getxattr_at(dirfd, name, attr)
     except OSError as error:
-        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+        if error.errno in _NO_ATTRIBUTE:
             return None
         raise
 
