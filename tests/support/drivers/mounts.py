@@ -23,10 +23,12 @@ class PlainDirectory(Tree):
     """The flattened stack in an ordinary directory: what any file system does."""
 
     name = "plain"
+    built = False
 
     def _start(self) -> Raw:
         path = self.stack.mountpoint
-        if not os.listdir(path):
+        if not self.built:
+            self.built = True
             lower, upper = self.stack.spec
             layers = ([] if upper is None else [upper]) + lower
             build(path, flatten([_children(layer) for layer in layers]))
