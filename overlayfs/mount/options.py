@@ -1,0 +1,347 @@
+"""What a mount is asked to be: the options of `-o`, read into one frozen value.
+
+Three families are understood: the layers and choices of kernel overlayfs, those of fuse-overlayfs, and the ones that
+mount(8) and libfuse give every file system. A `Draft` collects them in the order they were typed (the last one wins)
+and `Draft.build` checks what only the whole can tell. Names that nobody knows are kept for the caller, since
+`overlayfs mount` refuses them and `overlayfs-mount` goes on.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from overlayfs.errors import UsageError
+from overlayfs.format.xattrs import Mode
+from overlayfs.fs.config import IdRange, StackConfig
+from overlayfs.mount import optstring
+
+SUBTYPE = "overlayfs"  # the file system type is `fuse.overlayfs`
+HIGHEST_ID = 2**32 - 2  # (uid_t) -1 means "no change" in chown(2) and can own nothing
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """One mount, completely: the stack, what the kernel is told, how the daemon runs.
+
+    `timeout` is in seconds and bounds how long the kernel keeps names and attributes (None: the engine's own choice).
+    `xattrs` False means that every request about extended attributes is answered EOPNOTSUPP. `context` holds SELinux
+    options as `name=value`, unquoted. `source` is what the first column of /proc/self/mounts shows.
+    """
+
+    stack: StackConfig
+    source: bytes = b"overlayfs"
+    read_only: bool = False
+    allow_other: bool = False
+    allow_root: bool = False
+    suid: bool = False
+    dev: bool = False
+    exec: bool = True
+    atime: bool = True
+    diratime: bool = True
+    sync: bool = False
+    dirsync: bool = False
+    context: tuple[bytes, ...] = ()
+    timeout: float | None = None
+    writeback: bool = False
+    xattrs: bool = True
+    foreground: bool = False
+    debug: bool = False
+
+    def fuse_options(self) -> tuple[str, ...]:
+        """Return these options as libfuse spells them, each ready for a comma-separated list."""
+        named = [f"fsname={optstring.for_libfuse(self.source)}", f"subtype={SUBTYPE}", "default_permissions"]
+        return (*named, *self._flags(), *(_quoted(option) for option in self.context))
+
+    def _flags(self) -> list[str]:
+        chosen = {
+            "ro": self.read_only,
+            "allow_other": self.allow_other,
+            "allow_root": self.allow_root and not self.allow_other,
+            "suid": self.suid,
+            "dev": self.dev,
+            "noexec": not self.exec,
+            "noatime": not self.atime,
+            "nodiratime": not self.diratime,
+            "sync": self.sync,
+            "dirsync": self.dirsync,
+        }
+        return [name for name, wanted in chosen.items() if wanted]
+
+
+def _quoted(option: bytes) -> str:
+    name, _, value = option.partition(b"=")
+    return f'{name.decode("ascii")}="{optstring.for_libfuse(value)}"'
+
+
+@dataclass
+class Draft:
+    """Options while they are being read. `unknown` are names nobody knows, `idle` are names without effect here."""
+
+    lower: list[bytes] = field(default_factory=list)
+    upper: bytes | None = None
+    work: bytes | None = None
+    stack: dict[str, object] = field(default_factory=dict)
+    mount: dict[str, object] = field(default_factory=dict)
+    squash_to_root: bool = False
+    unknown: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+
+    def read(self, text: bytes) -> None:
+        """Take in one `-o` string; UsageError for a known name with a value it cannot have."""
+        for option in optstring.split_options(text):
+            name, given, value = option.partition(b"=")
+            self._take(_shown(name), value if given else None)
+
+    def _take(self, name: str, value: bytes | None) -> None:
+        if name in _SPECIAL:
+            _SPECIAL[name](self, name, value)
+        elif name in _STACK:
+            self.stack.update(_STACK[name](name, value))
+        elif name in _MOUNT:
+            self.mount.update(_MOUNT[name](name, value))
+        elif name in _IDLE:
+            self.idle.append(name)
+        elif name not in _OF_MOUNT and not name.lower().startswith("x-"):
+            self.unknown.append(name)
+
+    def build(self) -> MountOptions:
+        """Return the options as one value; UsageError when they do not make a mount."""
+        if not self.lower:
+            raise UsageError("no layer is given; name at least one with lowerdir=DIR or --lower DIR")
+        if self.upper is not None and self.work is None:
+            advice = "add workdir=DIR, an empty directory on the same file system"
+            raise UsageError(f"upperdir {_shown(self.upper)} has no workdir; {advice}")
+        if self.work is not None and self.upper is None:
+            raise UsageError(f"workdir {_shown(self.work)} has no upperdir; add upperdir=DIR or leave workdir out")
+        return MountOptions(stack=self._config(), **self.mount)  # type: ignore[arg-type]  # keys and types are _MOUNT's
+
+    def _config(self) -> StackConfig:
+        return StackConfig(
+            tuple(map(_absolute, self.lower)),
+            None if self.upper is None else _absolute(self.upper),
+            None if self.work is None else _absolute(self.work),
+            **{**self._squashed(), **self.stack},  # type: ignore[arg-type]  # keys and types are _STACK's
+        )
+
+    def _squashed(self) -> dict[str, object]:
+        """What `squash_to_root` means where `squash_to_uid` and `squash_to_gid`, which are stronger, say nothing."""
+        return {"squash_uid": 0, "squash_gid": 0} if self.squash_to_root else {}
+
+
+def _absolute(path: bytes) -> bytes:
+    """Return the path counted from the root, untidied: `a/../b` through a symlink `a` is not `b`."""
+    return os.path.join(os.getcwdb(), path)
+
+
+def _shown(raw: bytes) -> str:
+    return raw.decode("utf-8", "backslashreplace")
+
+
+# Readers of one value each. They return what to change; they raise UsageError with the option's name.
+
+_Change = dict[str, object]
+_Reader = Callable[[str, bytes | None], _Change]
+
+
+def _wrong(name: str, value: bytes | None, expected: str) -> UsageError:
+    if value is None:
+        return UsageError(f"option {name} needs a value: {expected}")
+    return UsageError(f"option {name}={_shown(value)} is not {expected}")
+
+
+_ON = {None, b"", b"1", b"on", b"yes", b"true"}
+_OFF = {b"0", b"off", b"no", b"false"}
+
+
+def _truth(name: str, value: bytes | None) -> bool:
+    if value not in _ON | _OFF:
+        raise _wrong(name, value, "on or off")
+    return value in _ON
+
+
+def _switch(key: str, *, inverted: bool = False) -> _Reader:
+    return lambda name, value: {key: _truth(name, value) != inverted}
+
+
+def _fixed(**change: object) -> _Reader:
+    def read(name: str, value: bytes | None) -> _Change:
+        if value is not None:
+            raise UsageError(f"option {name} takes no value, but {_shown(value)} is given")
+        return dict(change)
+
+    return read
+
+
+def _choice(key: str, choices: Mapping[bytes, object]) -> _Reader:
+    def read(name: str, value: bytes | None) -> _Change:
+        if value is None or value not in choices:
+            raise _wrong(name, value, "one of " + ", ".join(map(_shown, choices)))
+        return {key: choices[value]}
+
+    return read
+
+
+def _user_id(key: str) -> _Reader:
+    return lambda name, value: {key: _number(name, value, 0, HIGHEST_ID)}
+
+
+def _number(name: str, value: bytes | None, lowest: int, highest: int) -> int:
+    if value is None or not value.isdigit() or not lowest <= int(value) <= highest:
+        raise _wrong(name, value, f"a number from {lowest} to {highest}")
+    return int(value)
+
+
+def _seconds(name: str, value: bytes | None) -> _Change:
+    try:
+        seconds = float(value or b"")
+    except ValueError:
+        raise _wrong(name, value, "a number of seconds") from None
+    if not 0 <= seconds <= 1e9:
+        raise _wrong(name, value, "a number of seconds")
+    return {"timeout": seconds}
+
+
+def _id_map(key: str) -> _Reader:
+    return lambda name, value: {key: _id_ranges(name, value)}
+
+
+def _id_ranges(name: str, value: bytes | None) -> tuple[IdRange, ...]:
+    """Read `[:]INSIDE:OUTSIDE:COUNT[:INSIDE:OUTSIDE:COUNT…]`; containers/storage writes the leading colon."""
+    fields = (value or b"").removeprefix(b":").split(b":")
+    if len(fields) % 3 or not all(part.isdigit() for part in fields):
+        raise _wrong(name, value, "a list of CONTAINER:HOST:COUNT triples")
+    numbers = [int(part) for part in fields]
+    ranges = tuple(IdRange(*numbers[at : at + 3]) for at in range(0, len(numbers), 3))
+    for inside, outside, size in ranges:
+        if not size or max(inside, outside) + size > HIGHEST_ID + 1:
+            raise UsageError(f"option {name} has an impossible range {inside}:{outside}:{size}")
+    return ranges
+
+
+def _context(name: str, value: bytes | None) -> _Change:
+    if not value:
+        raise _wrong(name, value, "an SELinux context")
+    return {"context": (name.encode("ascii") + b"=" + optstring.unquote(value),)}
+
+
+def _source(name: str, value: bytes | None) -> _Change:
+    if not value:
+        raise _wrong(name, value, "a name to show as the source")
+    return {"source": optstring.unescape(value)}
+
+
+# Readers of what concerns more than one field.
+
+_Special = Callable[[Draft, str, bytes | None], None]
+
+
+def _layers(draft: Draft, name: str, value: bytes | None) -> None:
+    paths = optstring.split_layers(value or b"")
+    if value and b"::" in value and not all(paths):
+        raise UsageError("lowerdir has '::', but data-only layers are not supported; separate layers by one colon")
+    if not all(paths):
+        raise UsageError(f"{name} has an empty entry; write lowerdir=DIR or lowerdir=TOP:NEXT")
+    draft.lower = paths
+
+
+def _one_more_layer(draft: Draft, name: str, value: bytes | None) -> None:
+    draft.lower = [*draft.lower, _path(name, value)]
+
+
+def _upper(draft: Draft, name: str, value: bytes | None) -> None:
+    draft.upper = _path(name, value)
+
+
+def _work(draft: Draft, name: str, value: bytes | None) -> None:
+    draft.work = _path(name, value)
+
+
+def _path(name: str, value: bytes | None) -> bytes:
+    if not value:
+        raise _wrong(name, None, "a directory")
+    return optstring.unescape(value)
+
+
+def _remount(draft: Draft, name: str, value: bytes | None) -> None:
+    # Going on as with an unknown option would lay a second mount over the first.
+    raise UsageError("a mount cannot be changed by remount; unmount it and mount it with the new options")
+
+
+def _squash_to_root(draft: Draft, name: str, value: bytes | None) -> None:
+    draft.squash_to_root = _truth(name, value)
+
+
+_SPECIAL: dict[str, _Special] = {
+    "lowerdir": _layers,
+    "lowerdir+": _one_more_layer,
+    "upperdir": _upper,
+    "workdir": _work,
+    "remount": _remount,
+    "squash_to_root": _squash_to_root,
+}
+
+_REDIRECTS = {b"on": True, b"follow": False, b"off": False}
+
+_STACK: dict[str, _Reader] = {
+    "redirect_dir": _choice("redirect_dir", _REDIRECTS),
+    "metacopy": _switch("metacopy"),
+    "index": _switch("index"),
+    "xino": _choice("xino", {b"on": True, b"auto": True, b"off": False}),
+    "userxattr": _fixed(xattr_mode=Mode.USER),
+    "volatile": _switch("volatile"),
+    "fsync": _switch("volatile", inverted=True),
+    "noacl": _switch("noacl"),
+    "static_nlink": _switch("static_nlink"),
+    "ino32_t": _switch("ino32"),
+    "uidmapping": _id_map("uid_map"),
+    "gidmapping": _id_map("gid_map"),
+    "squash_to_uid": _user_id("squash_uid"),
+    "squash_to_gid": _user_id("squash_gid"),
+    "xattr_permissions": lambda name, value: {"xattr_permissions": _number(name, value, 0, 2)},
+}
+
+_MOUNT: dict[str, _Reader] = {
+    "ro": _fixed(read_only=True),
+    "rw": _fixed(read_only=False),
+    "allow_other": _fixed(allow_other=True),
+    "allow_root": _fixed(allow_root=True),
+    "suid": _fixed(suid=True),
+    "nosuid": _fixed(suid=False),
+    "dev": _fixed(dev=True),
+    "nodev": _fixed(dev=False),
+    "exec": _fixed(exec=True),
+    "noexec": _fixed(exec=False),
+    "atime": _fixed(atime=True),
+    "noatime": _fixed(atime=False),
+    "diratime": _fixed(diratime=True),
+    "nodiratime": _fixed(diratime=False),
+    "sync": _fixed(sync=True),
+    "async": _fixed(sync=False),
+    "dirsync": _fixed(dirsync=True),
+    "fsname": _source,
+    "timeout": _seconds,
+    "writeback": _switch("writeback"),
+    "noxattrs": _switch("xattrs", inverted=True),
+    "debug": _fixed(debug=True, foreground=True),
+    **{name.decode(): _context for name in optstring.QUOTED},
+}
+
+# Options of other programs for what is decided here in one way only.
+_IDLE = frozenset(
+    {
+        *("auto_cache", "noauto_cache", "kernel_cache"),
+        *("auto_unmount", "clone_fd", "max_idle_threads", "max_threads", "threaded"),
+        *("big_writes", "max_background", "max_read", "max_write"),
+        *("fast_ino", "plugins"),
+        *("relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"),
+        *("splice_move", "splice_read", "splice_write", "no_splice_move", "no_splice_read", "no_splice_write"),
+    }
+)
+
+# What mount(8) itself acts on and may hand down; `default_permissions` is always on.
+_OF_MOUNT = frozenset(
+    {
+        *("_netdev", "auto", "noauto", "comment", "defaults", "default_permissions", "loud", "silent", "nofail"),
+        *("group", "nogroup", "owner", "noowner", "user", "nouser", "users", "nousers"),
+    }
+)
