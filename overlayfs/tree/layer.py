@@ -165,6 +165,13 @@ class Layer:
         came_from = origin.decode(value[xattrs.ORIGIN]) if xattrs.ORIGIN in value else None
         return Marks(cut, None if barred else redirected, is_copy, came_from, value.get(xattrs.NLINK), barred)
 
+    def marks_at(self, dirfd: int, name: bytes) -> Marks:
+        """Return the marks of a file that is reached by a descriptor outside the tree, as the index is."""
+        value = self._read_own(dirfd, name, set(sysio.listxattr_at(dirfd, name)))
+        is_copy = xattrs.METACOPY in value and metacopy.parse(value[xattrs.METACOPY]) is not None
+        came_from = origin.decode(value[xattrs.ORIGIN]) if xattrs.ORIGIN in value else None
+        return Marks(metacopy=is_copy, origin=came_from, nlink=value.get(xattrs.NLINK))
+
     def _read_own(self, dirfd: int, name: bytes, present: set[bytes]) -> dict[bytes, bytes]:
         values: dict[bytes, bytes] = {}
         for suffix in (xattrs.REDIRECT, xattrs.METACOPY, xattrs.ORIGIN, xattrs.NLINK):

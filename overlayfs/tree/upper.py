@@ -16,7 +16,7 @@ from overlayfs.format import opaque, override, whiteout, xattrs
 from overlayfs.format.override import Override
 from overlayfs.format.xattrs import Mode
 from overlayfs.tree.dirfds import DirFds
-from overlayfs.tree.layer import Layer
+from overlayfs.tree.layer import Layer, Marks
 from overlayfs.tree.workdir import WorkDir
 from overlayfs.union.plans import Create, Mark, Move, Remove, Rename
 
@@ -103,6 +103,11 @@ class Upper(Layer):
     def set_opaque(self, dirfd: int, name: bytes) -> None:
         """Cut a directory off from what lies below it."""
         self.set_mark(dirfd, name, xattrs.OPAQUE, opaque.OPAQUE_VALUE)
+
+    def index_marks(self, name: bytes) -> Marks:
+        """Return the marks of an entry of the index."""
+        assert self.work.index is not None
+        return self.marks_at(self.work.index, name)
 
     # --- owner and mode --------------------------------------------------------------------------------
 

@@ -1,0 +1,486 @@
+"""From a name to a node: what the layers hold, merged, and bound to a number.
+
+The walk through lower layers follows the kernel's ovl_lookup (fs/overlayfs/namei.c): a redirect met in one layer
+changes the name that is looked for in those below, and an absolute one starts again at the roots of those below.
+"""
+
+import errno
+import stat
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from overlayfs import sysio
+from overlayfs.errors import oserror
+from overlayfs.format import nlink, origin, whiteout, xattrs
+from overlayfs.format.origin import Origin
+from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, LowerFile, Node, NodeTable, Part
+from overlayfs.fs.stack import Stack
+from overlayfs.tree.layer import NO_MARKS, Entry, Layer, Marks, join
+from overlayfs.tree.stats import AnyStat
+from overlayfs.union.merge import merge
+from overlayfs.union.plans import Spot
+from overlayfs.union.resolve import Kind
+
+LONGEST_NAME = 255
+_HUGE = 2 << 20  # bytes of directory data above which names are probed one by one until somebody lists
+_KEPT_NAMES = 500_000
+
+_DIRS = (Kind.DIR, Kind.OPAQUE)
+_ABSENT = Entry(Kind.ABSENT)
+
+
+class _Hit(NamedTuple):
+    """What one lower layer has for the name looked for, where, and how the walk goes on."""
+
+    path: bytes
+    name: bytes
+    entry: Entry
+    wanted: bytes
+    stop: bool
+
+
+class _Below(NamedTuple):
+    """What the lower layers make of a name: parts of a directory, or files (the first shown, the last has the data)."""
+
+    parts: tuple[Part, ...] = ()
+    files: tuple[LowerFile, ...] = ()
+    stat: AnyStat | None = None
+    marks: Marks = NO_MARKS
+    barred: bool = False
+
+    @property
+    def found(self) -> bool:
+        return bool(self.parts or self.files)
+
+
+NOTHING_BELOW = _Below()
+
+
+class Lookup:
+    """Look-ups in one stack, with the listings that are kept."""
+
+    def __init__(self, stack: Stack, nodes: NodeTable) -> None:
+        self._stack = stack
+        self._nodes = nodes
+        self._kept: OrderedDict[int, tuple[Dir, int]] = OrderedDict()
+        self._kept_names = 0
+        self.fresh: tuple[Node, AnyStat] | None = None  # the stat taken while binding, for the reply that follows
+        self.root = self._make_root()
+
+    def _make_root(self) -> Dir:
+        parts = []
+        for layer in self._stack.lower:
+            parts.append(Part(layer, b""))
+            if layer.marks(b"", b"", layer.stat(b"", b"")).opaque:
+                break
+        upper = self._stack.upper
+        cut = upper is not None and upper.marks(b"", b"", upper.stat(b"", b"")).opaque
+        root = Dir(ROOT_NUMBER, None, b"", upper is not None, () if cut else tuple(parts), cut)
+        self._nodes.add(root)
+        return root
+
+    # --- paths -----------------------------------------------------------------------------------------
+
+    def path(self, node: Dir) -> bytes:
+        """Return the path of a directory in the overlay, which is also its path in the upper."""
+        epoch, path = node.path_cache
+        if epoch != self._nodes.epoch:
+            path = join(self.path(node.parent), node.name) if node.parent is not None else b""
+            node.path_cache = (self._nodes.epoch, path)
+        return path
+
+    # --- look-up ---------------------------------------------------------------------------------------
+
+    def lookup(self, parent: Dir, name: bytes) -> Node | None:
+        """Return the node that a name shows, None for none; OSError where a layer cannot be read.
+
+        ENAMETOOLONG for more than 255 bytes, EPERM where a redirect must not be followed.
+        """
+        node = parent.children.get(name)
+        if node is not None:
+            return node
+        if len(name) > LONGEST_NAME:
+            raise oserror(errno.ENAMETOOLONG, name)
+        if parent.removed or whiteout.is_reserved(name):
+            return None
+        self._require_readable(parent)
+        entry = self.upper_entry(parent, name)
+        if entry.kind is Kind.WHITEOUT:
+            return None
+        if entry.kind is Kind.ABSENT:
+            return self._bind_below(parent, name)
+        return self._bind_upper(parent, name, entry)
+
+    @staticmethod
+    def _require_readable(parent: Dir) -> None:
+        if parent.barred:
+            raise oserror(errno.EPERM, parent.name)
+
+    def upper_entry(self, parent: Dir, name: bytes) -> Entry:
+        """Return what the upper holds under a name."""
+        if self._stack.upper is None or not parent.in_upper:
+            return _ABSENT
+        if parent.upper_names is not None and name not in parent.upper_names:
+            return _ABSENT
+        return self._stack.upper.probe(self.path(parent), name)
+
+    def below(self, parent: Dir, name: bytes) -> bool:
+        """Return whether a name would be visible if the upper held nothing there."""
+        return bool(parent.lower) and self._search(parent, name, name).found
+
+    # --- lower layers ----------------------------------------------------------------------------------
+
+    def _search(self, parent: Dir, name: bytes, wanted: bytes, data_only: bool = False) -> _Below:
+        """Return what the lower layers make of `wanted`, seen from `parent`; `name` is its plain name.
+
+        data_only: a metadata-only file lies above, so a directory ends the search.
+        """
+        if wanted.startswith(b"/"):
+            return self._descend(self.root.lower, wanted, data_only)
+        if not parent.lower:
+            return NOTHING_BELOW
+        indexes = self._indexes(parent, wanted)
+        if indexes is None:
+            return self._descend(parent.lower, wanted, data_only)
+        return self._descend_known(parent.lower, indexes, wanted, data_only)
+
+    def _indexes(self, parent: Dir, name: bytes) -> tuple[int, ...] | None:
+        listing = self._lower_listing(parent, only_if_cheap=True)
+        return None if listing is None else listing.get(name, ())
+
+    def _descend_known(
+        self, parts: Sequence[Part], indexes: tuple[int, ...], wanted: bytes, data_only: bool
+    ) -> _Below:
+        if not indexes:
+            return NOTHING_BELOW
+        # A file may be metadata only and have its data further down, so all layers below it count.
+        first = parts[indexes[0]]
+        if first.layer.probe(first.path, wanted).kind is Kind.FILE:
+            return self._descend(parts[indexes[0] :], wanted, data_only)
+        return self._descend([parts[i] for i in indexes], wanted, data_only, parts)
+
+    def _descend(
+        self, parts: Sequence[Part], wanted: bytes, data_only: bool, all_parts: Sequence[Part] | None = None
+    ) -> _Below:
+        walk = _Walk(self, list(parts), list(all_parts or parts), wanted, data_only)
+        return walk.run()
+
+    def step(self, part: Part, wanted: bytes) -> _Hit:
+        """Return what one layer has for `wanted`: a name in `part`, or an absolute path."""
+        if not wanted.startswith(b"/"):
+            return _Hit(part.path, wanted, part.layer.probe(part.path, wanted), wanted, False)
+        return self._step_path(part.layer, wanted)
+
+    @staticmethod
+    def _step_path(layer: Layer, wanted: bytes) -> _Hit:
+        *leading, last = wanted.strip(b"/").split(b"/")
+        path, stop, onward = b"", False, wanted
+        for position, name in enumerate(leading):
+            entry = layer.probe(path, name)
+            if entry.kind is Kind.ABSENT or entry.stat is None or entry.kind not in _DIRS:
+                return _Hit(path, name, _ABSENT, onward, stop or entry.kind is not Kind.ABSENT)
+            marks = layer.marks(path, name, entry.stat)
+            stop = stop or marks.opaque
+            if marks.redirect is not None:
+                rest = b"/".join([*leading[position + 1 :], last])
+                onward = _redirected(b"/".join(leading[:position]), marks.redirect) + b"/" + rest
+            path = join(path, name)
+        return _Hit(path, last, layer.probe(path, last), onward, stop)
+
+    # --- binding ---------------------------------------------------------------------------------------
+
+    def _bind_below(self, parent: Dir, name: bytes) -> Node | None:
+        below = self._search(parent, name, name)
+        if below.stat is None:
+            return None
+        if below.parts:
+            return self._new_dir(parent, name, None, NO_MARKS, below)
+        return self._bind_lower_file(parent, name, below, below.stat)
+
+    def _bind_upper(self, parent: Dir, name: bytes, entry: Entry) -> Node:
+        upper, found = self._stack.upper, entry.stat
+        assert upper is not None and found is not None
+        marks = upper.marks(self.path(parent), name, found)
+        if not stat.S_ISDIR(found.st_mode):
+            return self._bind_upper_file(parent, name, found, marks)
+        below = NOTHING_BELOW
+        if not marks.opaque and entry.kind is not Kind.OPAQUE and (parent.lower or marks.redirect):
+            below = self._search(parent, name, marks.redirect or name)
+        return self._new_dir(parent, name, found, marks, below)
+
+    def _new_dir(self, parent: Dir, name: bytes, found: AnyStat | None, marks: Marks, below: _Below) -> Dir:
+        opaque = found is not None and not below.parts and marks.opaque
+        numbers = self._dir_numbers(found, marks, below)
+        node = Dir(self._nodes.free_number(*numbers), parent, name, found is not None, below.parts, opaque)
+        node.barred = marks.barred or below.barred
+        self._settle(node, parent, name, found is not None, found or below.stat)
+        return node
+
+    def _dir_numbers(self, found: AnyStat | None, marks: Marks, below: _Below) -> list[int]:
+        numbers = []
+        if below.parts and below.stat is not None:
+            numbers.append(self._number(below.parts[0].layer, below.stat, below.marks))
+        if found is not None and self._stack.upper is not None:
+            numbers.append(self._number(self._stack.upper, found, marks))
+        return numbers
+
+    def _number(self, layer: Layer, found: AnyStat, marks: Marks) -> int:
+        came_from = self._stack.origin_number(marks.origin) if marks.origin is not None else None
+        return came_from if came_from is not None else self._stack.number(layer.filesystem, found.st_ino)
+
+    def _bind_upper_file(self, parent: Dir, name: bytes, found: AnyStat, marks: Marks) -> File:
+        upper = self._stack.upper
+        assert upper is not None
+        key = (found.st_dev, found.st_ino)
+        node = self._nodes.by_key(key)
+        if node is None:
+            own = self._stack.number(upper.filesystem, found.st_ino)
+            number = self._nodes.free_number(self._number(upper, found, marks), own)
+            node = File(number, stat.S_IFMT(found.st_mode), True, None)
+            self._find_index(node, found, marks)
+            self._nodes.add_key(node, key)
+            if marks.metacopy:
+                node.data = self._data_below(parent, name, marks)
+        self._settle(node, parent, name, True, found)
+        return node
+
+    def _data_below(self, parent: Dir, name: bytes, marks: Marks) -> LowerFile | None:
+        files = self._search(parent, name, marks.redirect or name, data_only=True).files
+        return files[-1] if files else LowerFile(self._stack.lower[-1], b"", b"")
+
+    def _find_index(self, node: File, found: AnyStat, marks: Marks) -> None:
+        # An upper file with an entry in the index carries a link count; without one its own count is right.
+        upper = self._stack.upper
+        if upper is None or upper.work.index is None or marks.origin is None or marks.nlink is None:
+            return
+        name = origin.index_name(marks.origin)
+        try:
+            entry = sysio.stat_at(upper.work.index, name)
+        except FileNotFoundError:
+            return
+        if (entry.st_dev, entry.st_ino) == (found.st_dev, found.st_ino):
+            node.index = name
+            node.nlink_delta = self._nlink_delta(marks, found)
+
+    def _nlink_delta(self, marks: Marks, found: AnyStat) -> int:
+        decoded = nlink.decode(marks.nlink) if marks.nlink is not None else None
+        if decoded is None:
+            return -1  # the entry of the index itself
+        base, delta = decoded
+        if base == "U":
+            return delta
+        lower = self._lower_nlink(marks.origin)
+        return lower + delta - found.st_nlink if lower is not None else -1
+
+    def _lower_nlink(self, came_from: Origin | None) -> int | None:
+        if came_from is None:
+            return None
+        for layer in self._stack.lower:
+            if layer.filesystem.uuid == came_from.uuid:
+                fd = sysio.open_by_handle(layer.root, came_from.fid_type, came_from.fid)
+                if fd is not None:
+                    try:
+                        return sysio.stat_at(fd, b"").st_nlink
+                    finally:
+                        sysio.close(fd)
+        return None
+
+    def _bind_lower_file(self, parent: Dir, name: bytes, below: _Below, found: AnyStat) -> File:
+        place = below.files[0]
+        key = (found.st_dev, found.st_ino)
+        node = self._nodes.by_key(key) or self._bind_indexed(place, found, key)
+        if node is None:
+            number = self._nodes.free_number(
+                self._number(place.layer, found, below.marks), self._stack.number(place.layer.filesystem, found.st_ino)
+            )
+            node = File(number, stat.S_IFMT(found.st_mode), False, place)
+            node.data = below.files[-1] if below.marks.metacopy else None
+            self._nodes.add_key(node, key)
+        elif node.lower is None:
+            node.lower = place
+        self._settle(node, parent, name, False, None if node.in_upper else found)
+        return node
+
+    def _bind_indexed(self, place: LowerFile, found: AnyStat, key: tuple[int, int]) -> File | None:
+        """Return the node of an upper file that has taken the place of a lower one with several names."""
+        upper = self._stack.upper
+        if found.st_nlink < 2 or upper is None or upper.work.index is None:
+            return None
+        came_from = place.layer.filesystem.origin(sysio.file_handle(place.layer.dirfd(place.path), place.name))
+        if came_from is None:
+            return None
+        name = origin.index_name(came_from)
+        try:
+            entry = sysio.stat_at(upper.work.index, name)
+        except FileNotFoundError:
+            return None
+        return self._index_node(place, found, key, name, entry)
+
+    def _index_node(self, place: LowerFile, found: AnyStat, key: tuple[int, int], name: bytes, entry: AnyStat) -> File:
+        upper = self._stack.upper
+        assert upper is not None and upper.work.index is not None
+        node = self._nodes.by_key((entry.st_dev, entry.st_ino))
+        if node is None:
+            number = self._nodes.free_number(self._stack.number(place.layer.filesystem, found.st_ino))
+            node = File(number, stat.S_IFMT(entry.st_mode), True, place)
+            self._nodes.add_key(node, (entry.st_dev, entry.st_ino))
+            marks = upper.index_marks(name)
+            node.index = name
+            node.nlink_delta = self._nlink_delta(marks, entry)
+            if marks.metacopy:
+                node.data = place
+        self._nodes.add_key(node, key)
+        return node
+
+    def _settle(self, node: Node, parent: Dir, name: bytes, in_upper: bool, found: AnyStat | None) -> None:
+        # The parent has a child before the child may rest: the table must not drop it meanwhile.
+        parent.children[name] = node
+        if isinstance(node, Dir) or not node.names:
+            self._nodes.add(node)
+        self._nodes.attach(node, parent, name, in_upper)
+        self.fresh = (node, found) if found is not None else None
+
+    # --- facts for plans -------------------------------------------------------------------------------
+
+    def spot(self, parent: Dir, name: bytes, node: Node | None) -> Spot:
+        """Return what `union.plans` wants to know of a name and the node that it shows."""
+        entry = self.upper_entry(parent, name)
+        occupied = entry.kind is Kind.WHITEOUT and entry.stat is not None
+        below = self.below(parent, name)
+        if not isinstance(node, Dir):
+            return Spot(entry.kind is Kind.FILE, occupied, below)
+        in_upper = entry.kind in _DIRS
+        clean = not in_upper or not self._upper_listing(node)
+        return Spot(in_upper, occupied, below, True, bool(node.lower), node.opaque, clean)
+
+    # --- listings --------------------------------------------------------------------------------------
+
+    def listing(self, node: Dir) -> list[bytes]:
+        """Return the names in a merged directory, upper names first. A look-up may still refuse one of them."""
+        if node.removed:
+            return []
+        self._require_readable(node)
+        upper = self._upper_listing(node)
+        lower = self._lower_listing(node, only_if_cheap=False) or {}
+        names = [name for name, kind in upper.items() if kind is not Kind.WHITEOUT]
+        names += [name for name in lower if name not in upper]
+        return names
+
+    def is_empty(self, node: Dir) -> bool:
+        """Return whether nothing is visible in a directory."""
+        return not any(self.lookup(node, name) is not None for name in self.listing(node))
+
+    def _upper_listing(self, node: Dir) -> dict[bytes, Kind]:
+        if self._stack.upper is None or not node.in_upper or node.removed:
+            return {}
+        if node.upper_names is None:
+            node.upper_names = self._stack.upper.names(self.path(node))
+            self._keep(node)
+        return node.upper_names
+
+    def _lower_listing(self, node: Dir, only_if_cheap: bool) -> dict[bytes, tuple[int, ...]] | None:
+        if node.below is None and (not only_if_cheap or self._is_worth_listing(node)):
+            node.below = merge(part.layer.names(part.path) for part in node.lower)
+            self._keep(node)
+        return node.below
+
+    def _is_worth_listing(self, node: Dir) -> bool:
+        # One part: a probe costs one stat, as a listing's entry would. Huge: see _HUGE.
+        if len(node.lower) < 2:
+            return False
+        return sum(part.layer.stat(part.path, b"").st_size for part in node.lower) < _HUGE
+
+    def _keep(self, node: Dir) -> None:
+        size = len(node.below or ()) + len(node.upper_names or ())
+        _, before = self._kept.pop(node.number, (node, 0))
+        self._kept[node.number] = (node, size)
+        self._kept_names += size - before
+        while self._kept_names > _KEPT_NAMES and len(self._kept) > 1:
+            _, (oldest, count) = self._kept.popitem(last=False)
+            oldest.below = oldest.upper_names = None
+            self._kept_names -= count
+
+
+def _redirected(parent: bytes, redirect: bytes) -> bytes:
+    """Return the absolute path that a redirect names, `parent` being the path of the directory it lies in."""
+    if redirect.startswith(b"/"):
+        return redirect
+    return b"/" + (parent + b"/" if parent else b"") + redirect
+
+
+class _Walk:
+    """One search through lower layers, top to bottom."""
+
+    def __init__(self, lookup: Lookup, queue: list[Part], parts: list[Part], wanted: bytes, data_only: bool) -> None:
+        self._lookup = lookup
+        self._queue = queue
+        self._parts = parts  # where to go on when a redirect changes the name
+        self._wanted = wanted
+        self._files_only = data_only
+        self._found: list[Part] = []
+        self._files: list[LowerFile] = []
+        self._stat: AnyStat | None = None
+        self._marks = NO_MARKS
+        self._barred = False
+
+    def run(self) -> _Below:
+        position = 0
+        while position < len(self._queue):
+            part = self._queue[position]
+            position += 1
+            hit = self._lookup.step(part, self._wanted)
+            redirect = self._take(part.layer, hit)
+            if hit.stop or redirect is None:
+                break
+            if redirect != self._wanted:
+                position = self._follow(part, redirect)
+        return _Below(tuple(self._found), tuple(self._files), self._stat, self._marks, self._barred)
+
+    def _take(self, layer: Layer, hit: _Hit) -> bytes | None:
+        """Take what one layer has; return the name to look for in the next, None to stop."""
+        entry = hit.entry
+        if entry.kind is Kind.ABSENT:
+            return hit.wanted
+        if entry.kind is Kind.WHITEOUT or entry.stat is None:
+            return None
+        if entry.kind is Kind.FILE:
+            return self._take_file(layer, hit, entry.stat)
+        return self._take_dir(layer, hit, entry.stat)
+
+    def _take_file(self, layer: Layer, hit: _Hit, found: AnyStat) -> bytes | None:
+        if self._found:
+            return None
+        marks = layer.marks(hit.path, hit.name, found)
+        self._note(found, marks)
+        self._files.append(LowerFile(layer, hit.path, hit.name))
+        if not marks.metacopy:
+            return None
+        self._files_only = True
+        return marks.redirect or hit.wanted
+
+    def _take_dir(self, layer: Layer, hit: _Hit, found: AnyStat) -> bytes | None:
+        if self._files_only:
+            return None
+        marks = layer.marks(hit.path, hit.name, found)
+        self._note(found, marks)
+        self._found.append(Part(layer, join(hit.path, hit.name)))
+        if marks.barred:
+            self._barred = True
+            return None
+        if marks.opaque or hit.entry.kind is Kind.OPAQUE:
+            return None
+        if marks.redirect is None or marks.redirect.startswith(b"/") or not hit.wanted.startswith(b"/"):
+            return marks.redirect or hit.wanted
+        return _redirected(hit.path, marks.redirect)
+
+    def _note(self, found: AnyStat, marks: Marks) -> None:
+        if self._stat is None:
+            self._stat, self._marks = found, marks
+
+    def _follow(self, part: Part, wanted: bytes) -> int:
+        """Look for another name from now on, in every layer below `part`'s; return where the queue goes on."""
+        self._wanted = wanted
+        candidates = self._lookup.root.lower if wanted.startswith(b"/") else self._parts
+        self._queue = [candidate for candidate in candidates if candidate.layer.index > part.layer.index]
+        return 0

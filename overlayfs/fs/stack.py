@@ -1,0 +1,167 @@
+"""The stack of one overlay: its layers opened, its upper locked, its features settled."""
+
+import os
+from contextlib import ExitStack
+
+from overlayfs import sysio
+from overlayfs.errors import MountError
+from overlayfs.format import override
+from overlayfs.format.origin import Origin
+from overlayfs.format.xattrs import Mode
+from overlayfs.fs.config import StackConfig
+from overlayfs.tree.dirfds import DirFds, default_capacity
+from overlayfs.tree.filesystem import FileSystem
+from overlayfs.tree.layer import Layer, open_directory
+from overlayfs.tree.upper import Features, Upper, find_features
+from overlayfs.tree.workdir import WorkDir, lock
+
+_OVERRIDES = {1: override.ATTRIBUTES[0], 2: override.ATTRIBUTES[1]}
+_READ_ONLY = Features(None, True, True, True, True, True)
+
+
+class Stack:
+    """Layers top first; layer 0 is the upper if there is one.
+
+    redirects, metacopy, index: what may be written, as asked for and as the file system allows. notices: sentences
+    for the user about what is off.
+    """
+
+    def __init__(self, config: StackConfig) -> None:
+        self.config = config
+        self.notices: list[str] = []
+        self.upper: Upper | None = None
+        with ExitStack() as undo:
+            self.dirfds = DirFds(default_capacity())
+            undo.callback(self.dirfds.close)
+            roots = _open_lowers(config, undo)
+            mode = config.xattr_mode
+            if config.upper is not None:
+                self.upper = self._open_upper(config, config.upper, roots, undo)
+                mode = self.upper.mode
+            self._settle(config, mode)
+            read_mode = mode or config.xattr_mode or (Mode.TRUSTED if os.geteuid() == 0 else Mode.USER)
+            self.lower = self._make_layers(roots, read_mode)
+            self._undo = undo.pop_all()
+        self.reference = (self.upper or self.lower[0]).filesystem
+
+    def _open_upper(self, config: StackConfig, path: bytes, roots: list[int], undo: ExitStack) -> Upper:
+        if config.work is None:
+            raise MountError("an upper directory needs a work directory on the same file system: give workdir")
+        root = _held(open_directory(path, "upper"), undo)
+        work = WorkDir.open(config.work)
+        undo.callback(lambda: work.close(clean=self.clean))
+        self.clean = False
+        _check_places(root, path, work.root, config.work, roots, config.lower)
+        lock(root, "upper", path, config.lock_wait)
+        lock(work.root, "work directory", config.work, config.lock_wait)
+        return _prepare_upper(config, root, work, self.dirfds)
+
+    def _settle(self, config: StackConfig, mode: Mode | None) -> None:
+        features = self.upper.features if self.upper is not None else _READ_ONLY
+        privileged = mode is Mode.TRUSTED
+        self.redirects = _choose(config.redirect_dir, privileged, mode is not None)
+        self.metacopy = _choose(config.metacopy, privileged, mode is not None)
+        self.index = _choose(config.index, mode is not None, mode is not None and features.handles)
+        if self.upper is not None:
+            self._settle_upper(self.upper)
+
+    def _settle_upper(self, upper: Upper) -> None:
+        self.notices += upper.features.missing()
+        if self.index:
+            upper.work.open_index()
+        elif upper.work.has_index_entries():
+            self.notices.append("the work directory has an index, which is off: hard links may part")
+        if self.config.volatile:
+            upper.work.mark_volatile()
+
+    def _make_layers(self, roots: list[int], mode: Mode) -> tuple[Layer, ...]:
+        first = 0 if self.upper is None else 1
+        last = len(roots) - 1
+        return tuple(
+            Layer(first + position, root, self.dirfds, mode, lowest=position == last)
+            for position, root in enumerate(roots)
+        )
+
+    def number(self, filesystem: FileSystem, inode: int) -> int:
+        """Return the overlay's number for an inode."""
+        return filesystem.number(inode, self.reference) if self.config.xino else inode
+
+    def origin_number(self, origin: Origin) -> int | None:
+        """Return the number of the object that an origin mark names, if it lies on a file system of the stack."""
+        layers: tuple[Layer, ...] = self.lower if self.upper is None else (self.upper, *self.lower)
+        for layer in layers:
+            inode = layer.filesystem.inode_of(origin)
+            if inode is not None:
+                return self.number(layer.filesystem, inode)
+        return None
+
+    def close(self, clean: bool) -> None:
+        """Close everything; `clean`: the upper is synced, so a volatile mark may go. The locks go last."""
+        self.clean = clean
+        self._undo.close()
+
+
+def _choose(asked: bool | None, default: bool, possible: bool) -> bool:
+    return possible and (default if asked is None else asked)
+
+
+def _held(fd: int, undo: ExitStack) -> int:
+    undo.callback(sysio.close, fd)
+    return fd
+
+
+def _open_lowers(config: StackConfig, undo: ExitStack) -> list[int]:
+    if not config.lower:
+        raise MountError("no lower layer is given: name at least one directory")
+    roots = []
+    for path in config.lower:
+        fd = open_directory(path, "lower layer")
+        clone = sysio.clone_mount(fd)
+        if clone is not None:
+            sysio.close(fd)
+        roots.append(_held(fd if clone is None else clone, undo))
+    return roots
+
+
+def _prepare_upper(config: StackConfig, root: int, work: WorkDir, dirfds: DirFds) -> Upper:
+    work.prepare()
+    try:
+        features = find_features(work, config.xattr_mode)
+    except OSError as error:
+        raise MountError(
+            f"the upper's file system cannot hold the attributes that are asked for (xattr mode "
+            f"{config.xattr_mode.value if config.xattr_mode else 'any'}): {error.strerror}"
+        ) from error
+    as_override = _OVERRIDES.get(config.xattr_permissions)
+    upper = Upper(root, dirfds, features, work, config.volatile, as_override)
+    if as_override is not None and sysio.find_xattr(root, b"", as_override) is None:
+        found = sysio.stat_at(root, b"")
+        upper.set_mode(root, b"", found.st_mode)
+    return upper
+
+
+def _check_places(
+    root: int, path: bytes, work: int, work_path: bytes, roots: list[int], lowers: tuple[bytes, ...]
+) -> None:
+    if sysio.stat_at(root, b"").st_dev != sysio.stat_at(work, b"").st_dev:
+        raise MountError(
+            f"work directory {os.fsdecode(work_path)} is not on the file system of upper {os.fsdecode(path)}"
+        )
+    _refuse_nesting(root, path, "upper", work, work_path, "work directory")
+    for lower, lower_path in zip(roots, lowers, strict=True):
+        _refuse_nesting(root, path, "upper", lower, lower_path, "lower layer")
+        _refuse_nesting(work, work_path, "work directory", lower, lower_path, "lower layer")
+
+
+def _refuse_nesting(one: int, one_path: bytes, one_is: str, two: int, two_path: bytes, two_is: str) -> None:
+    first, second = os.path.realpath(one_path), os.path.realpath(two_path)
+    same = os.path.samestat(sysio.stat_at(one, b""), sysio.stat_at(two, b""))
+    if same or _contains(first, second) or _contains(second, first):
+        raise MountError(
+            f"{one_is} {os.fsdecode(one_path)} and {two_is} {os.fsdecode(two_path)} overlap: "
+            f"neither may be the other or lie inside it"
+        )
+
+
+def _contains(outer: bytes, inner: bytes) -> bool:
+    return inner.startswith(outer.rstrip(b"/") + b"/")
