@@ -1,0 +1,56 @@
+"""Bringing nodes to the upper before a verb changes them, without stopping the loop for long copies.
+
+The node table says what to lift next, ancestors first. Each step runs under the lock of its node: staged
+in a thread when heavy, published on the loop. While a task waited for the lock another one may have done
+the work, so the question is asked again inside.
+"""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import trio
+
+from overlayfs.fs import LiftStep, Need, Node, Overlay
+from overlayfs.fuse.locks import KeyedLocks
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Threads:
+    """Worker threads for calls that may block: more of them than operations that are expected to stall."""
+
+    def __init__(self, count: int = 200) -> None:
+        self._limiter = trio.CapacityLimiter(count)
+
+    async def run(self, call: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R:
+        """Return the result of `call` made in a thread; the caller is not cancelled before it is back."""
+        return await trio.to_thread.run_sync(lambda: call(*args, **keywords), limiter=self._limiter)
+
+
+class Lifter:
+    """Lifts nodes of one overlay."""
+
+    def __init__(self, overlay: Overlay, locks: KeyedLocks, threads: Threads) -> None:
+        self._overlay = overlay
+        self._locks = locks
+        self._threads = threads
+
+    async def lift(self, node: Node, need: Need) -> None:
+        """Return when `node` is in the upper as far as `need` says; OSError of the layer, nothing changed."""
+        while step := self._overlay.next_lift(node, need):
+            async with self._locks.hold(step.node.number):
+                current = self._overlay.next_lift(node, need)
+                if current is not None and current.node is step.node:
+                    await self._carry_out(current)
+
+    async def _carry_out(self, step: LiftStep) -> None:
+        try:
+            if step.heavy:
+                await self._threads.run(step.stage)
+            else:
+                step.stage()
+            step.publish()
+        except BaseException:
+            step.abort()
+            raise

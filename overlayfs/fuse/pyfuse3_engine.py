@@ -1,0 +1,518 @@
+"""The engine on pyfuse3 and libfuse: runs wherever libfuse3 does, without privilege too.
+
+Only this file imports pyfuse3. What libfuse 3.14 and kernel 6.18 send us, and what they keep from us, is
+written in docs/deviations.md. Three rules of pyfuse3 shape the code: an exception that is not a FUSEError
+ends the main loop, so each handler runs in `_request`; st_ino of a reply is the node id; and every entry of
+a listing that the reply took counts as one lookup.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import stat
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from overlayfs.errors import MountError, oserror
+from overlayfs.fs import Attributes, Caller, Changes, Need, Node
+from overlayfs.fuse.engine import Engine, MountSettings, reply_errno
+from overlayfs.fuse.stderr import captured_stderr
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Handler: TypeAlias = Callable[Concatenate["_Requests", P], Coroutine[Any, Any, R]]
+
+ACL_ACCESS = b"system.posix_acl_access"
+DOTS = 2  # offsets of a listing up to here belong to "." and ".."
+TASKS = 400  # requests in the works at once; those that wait at the gate or on a slow disk hold one each
+
+
+class Pyfuse3Engine(Engine):
+    """Serves an overlay through libfuse. pyfuse3 keeps its session in the module: one engine per process."""
+
+    name = "pyfuse3"
+
+    def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
+        """Mount; the reason that libfuse and fusermount3 write to standard error goes into the MountError."""
+        self._requests = _Requests(self, settings)
+        with captured_stderr() as written:
+            try:
+                pyfuse3.init(self._requests, os.fsdecode(mountpoint), _libfuse_options(settings))
+            except RuntimeError as error:
+                reason = _reason(written()) or str(error)
+                raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {reason}") from None
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Answer requests until unmounted or stopped."""
+        self._requests.ready = ready
+        await pyfuse3.main(max_tasks=TASKS)
+
+    def stop(self) -> None:
+        """Make `serve` return."""
+        pyfuse3.terminate()
+
+    def detach(self) -> None:
+        """Unmount if still mounted (lazily, as libfuse does) and free the session."""
+        pyfuse3.close(unmount=True)
+
+
+def _libfuse_options(settings: MountSettings) -> set[str]:
+    """Return the settings as libfuse spells them; without suid and dev it mounts nosuid,nodev by itself."""
+    chosen = {
+        "default_permissions": True,
+        "allow_other": settings.allow_other and not settings.allow_root,
+        "allow_root": settings.allow_root,
+        "suid": settings.suid,
+        "dev": settings.dev,
+        "noexec": not settings.exec,
+        "ro": settings.read_only,
+        "noatime": not settings.atime,
+        "nodiratime": not settings.diratime,
+        "sync": settings.sync,
+        "dirsync": settings.dirsync,
+    }
+    valued = (b"fsname=" + settings.source, b"subtype=" + settings.subtype, *settings.context)
+    return {name for name, wanted in chosen.items() if wanted} | {_escaped(option) for option in valued}
+
+
+def _escaped(option: bytes) -> str:
+    """Return an option with all that is special to libfuse, or not ASCII, as the octal escapes it undoes."""
+    plain = set(range(0x21, 0x7F)) - set(b",\\")
+    return "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in option)
+
+
+def _reason(written: bytes) -> str:
+    """Return the last line of what libfuse said, without its name in front."""
+    lines = [line.strip() for line in written.decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("fuse: ").removeprefix("fusermount3: ") if lines else ""
+
+
+def _request(kind: str) -> Callable[[Handler[P, R]], Handler[P, R]]:
+    """Count requests of `kind` and turn every exception of the handler into an errno for the caller."""
+
+    def decorate(handler: Handler[P, R]) -> Handler[P, R]:
+        @functools.wraps(handler)
+        async def guarded(self: "_Requests", /, *args: P.args, **keywords: P.kwargs) -> R:
+            self.counters[kind] += 1
+            try:
+                return await handler(self, *args, **keywords)
+            except FUSEError:
+                raise
+            except Exception as error:
+                raise FUSEError(reply_errno(error, kind)) from None
+
+        return guarded
+
+    return decorate
+
+
+class _Requests(pyfuse3.Operations):
+    """The handlers: find the node, lift it if it will change, one call of the overlay, the attributes."""
+
+    supports_dot_lookup = False  # a forgotten number cannot be found again
+
+    def __init__(self, engine: Pyfuse3Engine, settings: MountSettings) -> None:
+        super().__init__()
+        self.enable_acl = settings.acl
+        self.enable_writeback_cache = engine.policy.writeback
+        self.counters = engine.counters
+        self.ready: Callable[[], None] = lambda: None
+        self._overlay = engine.overlay
+        self._policy = engine.policy
+        self._gate = engine.gate
+        self._locks = engine.locks
+        self._threads = engine.threads
+        self._lift = engine.lifter.lift
+        self._xattrs = settings.xattrs
+        self._opened: dict[int, Node] = {}  # by handle of an open file
+        self._listed: dict[int, Node] = {}  # by handle of an open directory
+
+    def init(self) -> None:
+        """Report the handshake; called by libfuse before the first request, so it must not raise."""
+        self.ready()
+
+    # nodes and attributes
+
+    def _node(self, number: int) -> Node:
+        try:
+            return self._overlay.nodes.get(number)
+        except KeyError:
+            raise oserror(errno.ESTALE) from None
+
+    def _entry(self, node: Node) -> EntryAttributes:
+        """Return the reply that makes the kernel know `node`: from now on it holds one lookup more."""
+        entry = self._attributes(node, self._overlay.attributes(node))
+        self._overlay.nodes.remember(node)
+        return entry
+
+    def _attributes(self, node: Node, found: Attributes) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = node.number
+        entry.entry_timeout = self._policy.entry
+        entry.attr_timeout = self._policy.attributes
+        entry.st_mode = found.mode
+        entry.st_nlink = found.nlink
+        entry.st_uid = found.uid
+        entry.st_gid = found.gid
+        entry.st_rdev = found.rdev
+        entry.st_size = found.size
+        entry.st_blksize = found.blksize
+        entry.st_blocks = found.blocks
+        entry.st_atime_ns = found.atime_ns
+        entry.st_mtime_ns = found.mtime_ns
+        entry.st_ctime_ns = found.ctime_ns
+        return entry
+
+    def _absent(self) -> EntryAttributes:
+        """Return the reply that makes the kernel remember that a name does not exist."""
+        entry = EntryAttributes()
+        entry.st_ino = 0
+        entry.entry_timeout = self._policy.negative
+        return entry
+
+    @_request("LOOKUP")
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Answer with the node under `name`, or with an absence that may be remembered."""
+        parent = self._node(parent_inode)
+        try:
+            return self._entry(self._overlay.lookup(parent, name))
+        except FileNotFoundError:
+            return self._absent()
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Take back lookups. There is no reply that could carry an error, so none may leave."""
+        self.counters["FORGET"] += 1
+        for number, count in inode_list:
+            try:
+                self._overlay.nodes.forget(number, count)
+            except Exception as error:
+                reply_errno(error, "FORGET")
+
+    @_request("GETATTR")
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """Answer with fresh attributes."""
+        node = self._node(inode)
+        return self._attributes(node, self._overlay.attributes(node))
+
+    @_request("SETATTR")
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Change what `fields` names, all in one call: the kernel sends new modes together with owner or size."""
+        node = self._node(inode)
+        changes = _changes(attr, fields)
+        if changes == Changes():
+            return self._attributes(node, self._overlay.attributes(node))
+        async with self._gate.change():
+            await self._lift(node, _need_of(changes))
+            async with self._locks.hold(node.number):
+                found = self._overlay.set_attributes(node, changes, _caller(ctx), fh=fh)
+        return self._attributes(node, found)
+
+    @_request("READLINK")
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        """Answer with the target of a symbolic link."""
+        return self._overlay.readlink(self._node(inode))
+
+    # names
+
+    @_request("MKDIR")
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        """Make a directory."""
+        async with self._gate.change():
+            parent = await self._parent(parent_inode)
+            return self._entry(self._overlay.mkdir(parent, name, mode, _caller(ctx)))
+
+    @_request("MKNOD")
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        """Make a device, FIFO, socket or plain file."""
+        async with self._gate.change():
+            parent = await self._parent(parent_inode)
+            return self._entry(self._overlay.mknod(parent, name, mode, rdev, _caller(ctx)))
+
+    @_request("SYMLINK")
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Make a symbolic link."""
+        async with self._gate.change():
+            parent = await self._parent(parent_inode)
+            return self._entry(self._overlay.symlink(parent, name, target, _caller(ctx)))
+
+    @_request("LINK")
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Give a node one more name."""
+        async with self._gate.change():
+            node = self._node(inode)
+            await self._lift(node, Need.META)
+            parent = await self._parent(new_parent_inode)
+            return self._entry(self._overlay.link(node, parent, new_name))
+
+    @_request("UNLINK")
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove a name of a non-directory."""
+        async with self._gate.change():
+            self._overlay.unlink(await self._parent(parent_inode), name)
+
+    @_request("RMDIR")
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove an empty directory."""
+        async with self._gate.change():
+            self._overlay.rmdir(await self._parent(parent_inode), name)
+
+    @_request("RENAME")
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        """Rename; the overlay refuses flags other than NOREPLACE and EXCHANGE."""
+        async with self._gate.change():
+            old, new = self._node(parent_inode_old), self._node(parent_inode_new)
+            await self._lift(self._overlay.lookup(old, name_old), Need.META)
+            if flags & pyfuse3.RENAME_EXCHANGE:
+                await self._lift(self._overlay.lookup(new, name_new), Need.META)
+            await self._lift(old, Need.META)
+            await self._lift(new, Need.META)
+            self._overlay.rename(old, name_old, new, name_new, flags)
+
+    async def _parent(self, number: int) -> Node:
+        """Return the directory `number`, ready to be changed."""
+        parent = self._node(number)
+        await self._lift(parent, Need.META)
+        return parent
+
+    # open files
+
+    @_request("CREATE")
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Make and open a file."""
+        flags = self._policy.backing_flags(flags)
+        async with self._gate.change():
+            parent = await self._parent(parent_inode)
+            node, handle = self._overlay.create(parent, name, mode, flags, _caller(ctx))
+        try:
+            entry = self._entry(node)
+        except OSError:
+            self._overlay.release(handle)
+            raise
+        return self._file(node, handle), entry
+
+    @_request("OPEN")
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a file; O_TRUNC arrives here and no SETATTR follows."""
+        node = self._node(inode)
+        flags = self._policy.backing_flags(flags)
+        need = self._overlay.needs_of_open(node, flags)
+        if need is None and not flags & os.O_TRUNC:
+            return self._file(node, self._overlay.open(node, flags, _caller(ctx)))
+        async with self._gate.change():
+            if need is not None:
+                await self._lift(node, need)
+            handle = self._overlay.open(node, flags, _caller(ctx))
+        if flags & os.O_TRUNC and ctx.uid:
+            self._mode_changed(inode)
+        return self._file(node, handle)
+
+    def _file(self, node: Node, handle: int) -> FileInfo:
+        self._opened[handle] = node
+        return FileInfo(fh=handle, keep_cache=self._policy.keep_cache)
+
+    def _mode_changed(self, inode: int) -> None:
+        """Make the kernel forget a mode: truncating may have cleared set-id bits, and it would not ask.
+
+        Attributes alone may be invalidated from within the loop; entries or pages may not.
+        """
+        with contextlib.suppress(OSError):
+            pyfuse3.invalidate_inode(inode, attr_only=True)
+
+    @_request("READ")
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """Read what is in memory at once, the rest in a thread."""
+        try:
+            return self._overlay.read(fh, off, size, nowait=True)
+        except BlockingIOError:
+            return await self._threads.run(self._overlay.read, fh, off, size)
+
+    @_request("WRITE")
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Write to a file that its open has lifted; after a commit the node may have to be lifted again."""
+        async with self._gate.change():
+            await self._lift(self._opened[fh], Need.DATA)
+            return self._overlay.write(fh, off, buf)
+
+    async def flush(self, fh: int) -> None:
+        """Decline for good: writes have gone through when they are answered, so close has nothing to add.
+
+        The kernel takes this one ENOSYS as an answer for the life of the mount and still writes dirty
+        mapped pages at close, which saves a round trip for each close.
+        """
+        raise FUSEError(errno.ENOSYS)
+
+    @_request("FSYNC")
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Return when the file is durable, its name included."""
+        await self._threads.run(self._overlay.fsync, fh, datasync)
+
+    @_request("RELEASE")
+    async def release(self, fh: int) -> None:
+        """Forget an open file."""
+        self._opened.pop(fh, None)
+        self._overlay.release(fh)
+
+    # directories
+
+    @_request("OPENDIR")
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        """Open a listing."""
+        node = self._node(inode)
+        handle = self._overlay.open_dir(node)
+        self._listed[handle] = node
+        return handle
+
+    @_request("READDIRPLUS")
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """Fill one reply with entries from `start_id` on."""
+        if start_id < DOTS and not self._reply_dots(self._listed[fh], start_id, token):
+            return
+        for name, node, offset in self._overlay.read_dir(fh, max(start_id - DOTS, 0)):
+            if not self._reply_entry(token, name, node, offset + DOTS):
+                return
+
+    def _reply_dots(self, node: Node, start: int, token: pyfuse3.ReaddirToken) -> bool:
+        """Add "." and ".."; the kernel takes only their numbers and counts no lookup for them."""
+        for offset, (name, number) in enumerate(self._dots(node), 1):
+            entry = EntryAttributes()
+            entry.st_ino = number
+            entry.st_mode = stat.S_IFDIR
+            if offset > start and not pyfuse3.readdir_reply(token, name, entry, offset):
+                return False
+        return True
+
+    def _dots(self, node: Node) -> Iterator[tuple[bytes, int]]:
+        yield b".", node.number
+        yield b"..", node.parent.number if node.parent is not None else node.number
+
+    def _reply_entry(self, token: pyfuse3.ReaddirToken, name: bytes, node: Node, offset: int) -> bool:
+        entry = self._attributes(node, self._overlay.attributes(node))
+        taken = pyfuse3.readdir_reply(token, name, entry, offset)
+        if taken:
+            self._overlay.nodes.remember(node)
+        return taken
+
+    @_request("RELEASEDIR")
+    async def releasedir(self, fh: int) -> None:
+        """Forget a listing."""
+        self._listed.pop(fh, None)
+        self._overlay.release_dir(fh)
+
+    @_request("FSYNCDIR")
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Return when the directory and the chain above it are durable."""
+        await self._threads.run(self._overlay.fsync_dir, self._listed[fh])
+
+    # extended attributes
+
+    @_request("GETXATTR")
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """Answer with a value, ENODATA without one."""
+        self._check_xattrs()
+        return self._overlay.getxattr(self._node(inode), name)
+
+    @_request("LISTXATTR")
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        """Answer with the visible names."""
+        self._check_xattrs()
+        return self._overlay.listxattr(self._node(inode))
+
+    def _check_xattrs(self) -> None:
+        if not self._xattrs:
+            raise oserror(errno.EOPNOTSUPP)
+
+    @_request("SETXATTR")
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Set a value; pyfuse3 has compared XATTR_CREATE and XATTR_REPLACE with a getxattr before.
+
+        Nothing comes between the two: the kernel holds the inode's lock over setxattr.
+        """
+        self._check_xattrs()
+        node = self._node(inode)
+        async with self._gate.change():
+            await self._lift(node, Need.META)
+            async with self._locks.hold(node.number):
+                self._overlay.setxattr(node, name, value)
+                if name == ACL_ACCESS:
+                    self._drop_foreign_sgid(node, _caller(ctx))
+
+    def _drop_foreign_sgid(self, node: Node, caller: Caller) -> None:
+        """Clear S_ISGID as chmod would when an ACL is set by somebody outside the file's group.
+
+        The kernel's own request to do so (SETXATTR_ACL_KILL_SGID) does not reach pyfuse3.
+        """
+        found = self._overlay.attributes(node)
+        if found.mode & stat.S_ISGID and caller.uid and not _in_group(caller, found.gid):
+            mode = stat.S_IMODE(found.mode) & ~stat.S_ISGID
+            self._overlay.set_attributes(node, Changes(mode=mode), caller)
+
+    @_request("REMOVEXATTR")
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove a value; one that is not there is refused before anything is lifted."""
+        self._check_xattrs()
+        node = self._node(inode)
+        self._overlay.getxattr(node, name)
+        async with self._gate.change():
+            await self._lift(node, Need.META)
+            async with self._locks.hold(node.number):
+                self._overlay.removexattr(node, name)
+
+    @_request("STATFS")
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Answer with the figures of the file system that takes the writes."""
+        found = self._overlay.statfs()
+        reply = StatvfsData()
+        reply.f_bsize, reply.f_frsize = found.f_bsize, found.f_frsize
+        reply.f_blocks, reply.f_bfree, reply.f_bavail = found.f_blocks, found.f_bfree, found.f_bavail
+        reply.f_files, reply.f_ffree, reply.f_favail = found.f_files, found.f_ffree, found.f_favail
+        reply.f_namemax = found.f_namemax
+        return reply
+
+
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, ctx.umask, functools.partial(_groups, ctx.pid))
+
+
+def _groups(pid: int) -> set[int]:
+    """Return the supplementary groups of a client; none if it is gone or in a foreign pid namespace."""
+    try:
+        return pyfuse3.get_sup_groups(pid)
+    except (OSError, RuntimeError):
+        return set()
+
+
+def _in_group(caller: Caller, gid: int) -> bool:
+    return gid == caller.gid or (caller.groups is not None and gid in caller.groups())
+
+
+def _changes(attr: EntryAttributes, fields: SetattrFields) -> Changes:
+    return Changes(
+        mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+        uid=attr.st_uid if fields.update_uid else None,
+        gid=attr.st_gid if fields.update_gid else None,
+        size=attr.st_size if fields.update_size else None,
+        atime_ns=attr.st_atime_ns if fields.update_atime else None,
+        mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+    )
+
+
+def _need_of(changes: Changes) -> Need:
+    if changes.size is None:
+        return Need.META
+    return Need.DATA if changes.size else Need.TRUNCATED
