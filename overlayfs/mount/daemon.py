@@ -1,0 +1,229 @@
+"""The daemon of one mount, from opening the stack to letting it go.
+
+This module pulls in trio and pyfuse3, so the process that waits for the mount never loads it. The order of
+the end matters: unmount first, so that nothing changes any more, then sync and unlock the upper, then remove
+the record: who sees no record finds the upper free.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import resource
+import signal
+from collections.abc import Callable
+
+import trio
+
+from overlayfs import Overlay
+from overlayfs.errors import InUse, MountError
+from overlayfs.fuse.engine import Engine, MountSettings
+from overlayfs.fuse.policy import caching
+from overlayfs.fuse.pyfuse3_engine import Pyfuse3Engine
+from overlayfs.mount import log as logs
+from overlayfs.mount import records, table
+from overlayfs.mount.detach import detach
+from overlayfs.mount.mountinfo import KernelMount, mounted_on
+from overlayfs.mount.mountsync import sync_mount
+from overlayfs.mount.options import MountOptions
+from overlayfs.mount.records import Record
+from overlayfs.mount.server import Control
+
+log = logging.getLogger(__name__)
+
+SYNC_LIMIT = 5.0  # seconds for writing dirty pages out at SIGTERM; the rest of its ten goes to the requests
+BUSY_LIMIT = 1.0  # seconds that a mount in use lives on after it was detached at SIGTERM
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
+Tell = Callable[[tuple[str, ...]], None]
+
+
+def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
+    """Mount and serve until the end of the mount; `tell` gets the notices when the mount answers.
+
+    MountError if it never did, or if the connection broke while serving; it is unmounted in both cases.
+    """
+    _prepare_process(options)
+    with contextlib.ExitStack() as stack:
+        stack.callback(records.remove, os.getpid())
+        overlay = _open(options, mountpoint)
+        stack.callback(_close, overlay)
+        engine = Pyfuse3Engine(overlay, caching(options.timeout, options.writeback))
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the loop can turn them into an unmount
+        engine.attach(mountpoint, _settings(options, overlay))
+        stack.callback(engine.detach)
+        os.chdir("/")
+        _serve(_Life(options, mountpoint, engine, tell))
+
+
+def _prepare_process(options: MountOptions) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.umask(0)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    foreground = options.foreground or options.debug
+    logs.set_up(foreground, options.debug, records.run_directory() / f"{os.getpid()}.log")
+
+
+def _open(options: MountOptions, mountpoint: bytes) -> Overlay:
+    holder = f"the mount at {os.fsdecode(mountpoint)} (pid {os.getpid()})"
+    try:
+        return Overlay(dataclasses.replace(options.stack, holder=holder))
+    except InUse as error:
+        raise _with_holder(error) from None
+
+
+def _with_holder(error: InUse) -> MountError:
+    """Return the refusal with the mount point of the holder, where a record tells it."""
+    for mount in table.mounts():
+        if mount.pid is not None and mount.pid == error.pid:
+            where = os.fsdecode(mount.mountpoint)
+            return MountError(
+                f"{error.what} {os.fsdecode(error.path)} is in use by the mount at {where} (pid {error.pid}); "
+                "unmount it first"
+            )
+    return error
+
+
+def _close(overlay: Overlay) -> None:
+    try:
+        overlay.sync()
+    except OSError as error:
+        log.error("what was written last may not be on the disk: %s", error)
+    finally:
+        overlay.close()
+
+
+def _settings(options: MountOptions, overlay: Overlay) -> MountSettings:
+    return MountSettings(
+        source=options.source,
+        allow_other=options.allow_other or (os.geteuid() == 0 and not options.allow_root),
+        allow_root=options.allow_root,
+        suid=options.suid,
+        dev=options.dev,
+        exec=options.exec,
+        read_only=options.read_only or overlay.read_only,
+        atime=options.atime,
+        diratime=options.diratime,
+        sync=options.sync,
+        dirsync=options.dirsync,
+        context=options.context,
+        acl=options.xattrs and not options.stack.noacl,
+        xattrs=options.xattrs,
+    )
+
+
+def _serve(life: "_Life") -> None:
+    try:
+        trio.run(life.live, strict_exception_groups=True)
+    except BaseExceptionGroup as group:
+        error = _first(group)
+        if isinstance(error, MountError):
+            raise error from None
+        log.critical("the connection to the kernel broke", exc_info=group)
+        raise MountError(f"the mount at {life.shown} ended by an error: {error}") from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+class _Life:
+    """What runs on the loop: the engine, the control socket, the signals."""
+
+    def __init__(self, options: MountOptions, mountpoint: bytes, engine: Engine, tell: Tell) -> None:
+        self.shown = os.fsdecode(mountpoint)
+        self._options = options
+        self._mountpoint = mountpoint
+        self._engine = engine
+        self._tell = tell
+        self._handshake = trio.Event()
+        self._kernel: KernelMount | None = mounted_on(mountpoint)
+
+    async def live(self) -> None:
+        """Serve until the mount is gone."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._obey_signals)
+            nursery.start_soon(self._begin, nursery)
+            await self._engine.serve(self._handshake.set)
+            nursery.cancel_scope.cancel()
+
+    async def _begin(self, nursery: trio.Nursery) -> None:
+        """Say that the mount is ready, once it has answered a request as any client sends it."""
+        await self._handshake.wait()
+        await self._engine.threads.run(os.stat, self._mountpoint)
+        record = self._record()
+        control = Control(self._engine, self._mountpoint, dataclasses.asdict(record))
+        await self._publish(nursery, record, control)
+        gc.collect()
+        gc.freeze()  # what lives now lives as long as the daemon; the collector need not look at it again
+        self._tell(record.notices)
+
+    async def _publish(self, nursery: trio.Nursery, record: Record, control: Control) -> None:
+        """Leave the record and listen; a mount without them works, only nobody can ask it."""
+        try:
+            records.write(record)
+            await nursery.start(control.serve, records.socket_path(record.pid))
+        except OSError as error:
+            log.warning("no control socket: %s", error)
+
+    def _record(self) -> Record:
+        stack = self._options.stack
+        return Record(
+            pid=os.getpid(),
+            started=records.start_time(os.getpid()) or 0,
+            mountpoint=self.shown,
+            device=self._kernel.device.decode() if self._kernel else "",
+            source=os.fsdecode(self._options.source),
+            lower=tuple(map(os.fsdecode, stack.lower)),
+            upper=None if stack.upper is None else os.fsdecode(stack.upper),
+            work=None if stack.work is None else os.fsdecode(stack.work),
+            engine=self._engine.name,
+            notices=tuple(self._engine.overlay.notices),
+        )
+
+    async def _obey_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as received:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            task_status.started()
+            async with trio.open_nursery() as nursery:
+                ending = 0
+                async for number in received:
+                    if number == signal.SIGUSR1:
+                        self._log_counters()
+                    elif ending:
+                        self._engine.stop()
+                    else:
+                        ending = number
+                        nursery.start_soon(self._end)
+
+    def _log_counters(self) -> None:
+        counted = sorted(self._engine.counters.items())
+        log.info("requests of %s: %s", self.shown, " ".join(f"{kind}={count}" for kind, count in counted) or "none")
+
+    async def _end(self) -> None:
+        """Unmount: dirty pages first, while they are still served; who uses the mount does not keep it for long.
+
+        Serving ends by itself, and this task with it, as soon as the kernel has let the mount go.
+        """
+        if self._is_ours():
+            with trio.move_on_after(SYNC_LIMIT):
+                await trio.to_thread.run_sync(self._detach_synced, abandon_on_cancel=True)
+        await trio.sleep(BUSY_LIMIT)
+        self._engine.stop()
+
+    def _is_ours(self) -> bool:
+        """Return whether our mount is still uppermost on its mount point."""
+        now = mounted_on(self._mountpoint)
+        return now is not None and self._kernel is not None and now.device == self._kernel.device
+
+    def _detach_synced(self) -> None:
+        try:
+            sync_mount(self._mountpoint)
+            detach(self._mountpoint, lazy=True)
+        except (OSError, MountError) as error:
+            log.warning("the mount at %s ends with an error: %s", self.shown, error)

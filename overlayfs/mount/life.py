@@ -1,0 +1,145 @@
+"""Starting a mount: the process that the user waits for, and the one that stays.
+
+The first one forks before anything else. The second one opens the stack, mounts, gives up the terminal, and
+says through a pipe that the mount answers, or why there is none. Nothing heavy is loaded before the fork.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from overlayfs.errors import MountError, UserError
+from overlayfs.mount import places, stale, table
+from overlayfs.mount.options import MountOptions
+
+Notify = Callable[[str], None]
+
+
+def mount(options: MountOptions, mountpoint: bytes, notify: Notify = lambda notice: None) -> None:
+    """Mount. In the background, return when the mount answers; in the foreground, when it has ended.
+
+    `notify` gets one sentence for each feature that is off and why. MountError if there is no mount, or if
+    a mount in the foreground ended by an error.
+    """
+    point = table.resolved(mountpoint)
+    stale.prepare(point)
+    places.check(point, options.stack)
+    if options.foreground or options.debug:
+        _stay(options, point, notify)
+    else:
+        _send_off(options, point, notify)
+
+
+def _stay(options: MountOptions, mountpoint: bytes, notify: Notify) -> None:
+    from overlayfs.mount import daemon
+    from overlayfs.mount.notify import notify as notify_manager
+
+    def tell(notices: tuple[str, ...]) -> None:
+        for notice in notices:
+            notify(notice)
+        notify_manager("READY=1")
+
+    _open_standard_streams()
+    daemon.run(options, mountpoint, tell)
+
+
+def _send_off(options: MountOptions, mountpoint: bytes, notify: Notify) -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        _become_daemon(options, mountpoint, writing)
+    os.close(writing)
+    with open(reading, "rb") as report:
+        _heed(_await_report(child, report.read), mountpoint, notify)
+
+
+def _await_report(child: int, read: Callable[[], bytes]) -> bytes:
+    """Return what the daemon says at last; an interrupted wait takes the daemon along."""
+    try:
+        return read()
+    except BaseException:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+
+
+def _heed(report: bytes, mountpoint: bytes, notify: Notify) -> None:
+    if not report:
+        raise MountError(f"the daemon for {os.fsdecode(mountpoint)} ended before the mount was ready; see its log")
+    message = json.loads(report)
+    if "error" in message:
+        raise MountError(message["error"])
+    for notice in message["notices"]:
+        notify(notice)
+
+
+def _become_daemon(options: MountOptions, mountpoint: bytes, report: int) -> NoReturn:
+    """Live as the daemon and leave without passing through the code of the process we were forked from."""
+    code = 1
+    try:
+        os.setsid()
+        _open_standard_streams()
+        code = _live(options, mountpoint, report)
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _live(options: MountOptions, mountpoint: bytes, pipe: int) -> int:
+    from overlayfs.mount import daemon
+
+    report = _Report(pipe)
+
+    def tell(notices: tuple[str, ...]) -> None:
+        _give_up_terminal()
+        report.send({"notices": notices})
+
+    try:
+        daemon.run(options, mountpoint, tell)
+    except UserError as error:
+        report.send({"error": str(error)})
+        return error.exit_code
+    except BaseException as error:
+        logging.critical("the mount ended by a defect", exc_info=error)
+        reason = traceback.format_exception_only(error)[-1].strip()
+        report.send({"error": f"cannot mount on {os.fsdecode(mountpoint)}: {reason}"})
+        return 1
+    return 0
+
+
+class _Report:
+    """The pipe to the process that waits. It carries one message; a second one, or one to nobody, is dropped."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe: int | None = pipe
+
+    def send(self, message: dict[str, object]) -> None:
+        """Send the message and close the pipe; the number must not be used again, others get it."""
+        if self._pipe is None:
+            return
+        pipe, self._pipe = self._pipe, None
+        with contextlib.suppress(OSError), open(pipe, "wb") as stream:
+            stream.write(json.dumps(message).encode())
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null as those of the descriptors 0, 1 and 2 that are closed: no file of ours shall land there."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
+def _give_up_terminal() -> None:
+    """Point the standard streams to /dev/null, standard error too: callers read it until we close it."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(null, descriptor)
+    os.close(null)

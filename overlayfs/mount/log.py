@@ -1,0 +1,73 @@
+"""Where the daemon's log goes.
+
+To standard error when it is in the foreground: with the levels of sd-daemon(3) in front when the journal
+reads it, as text otherwise. In the background to syslog(3) or, on a system without it, to a file beside the
+record of the mount, which is made only when there is something to say.
+"""
+
+import logging
+import logging.handlers
+import os
+import sys
+from pathlib import Path
+
+SYSLOG = "/dev/log"
+LEVELS = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+
+
+class JournalFormatter(logging.Formatter):
+    """Puts `<N>` before every line, so that the journal keeps the level of a trace over all its lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as lines for the journal."""
+        prefix = f"<{LEVELS.get(record.levelno, 6)}>"
+        return "\n".join(prefix + line for line in super().format(record).splitlines())
+
+
+class Syslog(logging.handlers.SysLogHandler):
+    """Syslog that drops a message rather than make the file system wait for a busy log daemon."""
+
+    def __init__(self) -> None:
+        super().__init__(SYSLOG, self.LOG_DAEMON)
+        self.ident = f"overlayfs[{os.getpid()}]: "
+
+    def createSocket(self) -> None:  # noqa: N802  # named by the class it extends
+        """Connect, without waiting ever after."""
+        super().createSocket()
+        self.socket.setblocking(False)
+
+
+def set_up(foreground: bool, debug: bool, fallback: Path) -> None:
+    """Send the log of this process where it belongs; `fallback` is the file for a system without syslog."""
+    logging.raiseExceptions = False  # a full disk or a closed pipe behind the log is no reason to complain into it
+    handler = _to_stderr() if foreground else _to_system(fallback)
+    logging.basicConfig(handlers=[handler], level=logging.DEBUG if debug else logging.INFO, force=True)
+
+
+def _to_stderr() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    if _is_journal(2):
+        handler.setFormatter(JournalFormatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("overlayfs: %(levelname)s: %(message)s"))
+    return handler
+
+
+def _is_journal(descriptor: int) -> bool:
+    """Return whether a descriptor is the journal's stream, by the rule of systemd.exec(5)."""
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def _to_system(fallback: Path) -> logging.Handler:
+    handler: logging.Handler
+    try:
+        handler = Syslog()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    except OSError:
+        handler = logging.FileHandler(fallback, delay=True, errors="backslashreplace")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler

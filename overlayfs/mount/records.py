@@ -1,0 +1,108 @@
+"""Run-time records: one small JSON file and one socket per running daemon.
+
+They live in /run/overlayfs for root and $XDG_RUNTIME_DIR/overlayfs otherwise, mode 0700, and only describe:
+nothing depends on them being there. A record whose process is gone is garbage, whoever finds it.
+Paths are text in the surrogateescape form of `os.fsdecode`, so that any byte survives JSON.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a daemon says about its mount.
+
+    `device` is the major:minor of mountinfo, `started` the start of the process in clock ticks since boot.
+    """
+
+    pid: int
+    started: int
+    mountpoint: str
+    device: str
+    source: str
+    lower: tuple[str, ...]
+    upper: str | None
+    work: str | None
+    engine: str
+    notices: tuple[str, ...] = ()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process that wrote the record still runs (a reused pid has another start time)."""
+        return start_time(self.pid) == self.started
+
+
+def start_time(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); None if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = text.rpartition(b")")[2].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def run_directory() -> Path:
+    """Return the directory of the records of this user; it need not exist."""
+    if os.geteuid() == 0:
+        return Path("/run/overlayfs")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "overlayfs" if base else Path(tempfile.gettempdir()) / f"overlayfs-{os.geteuid()}"
+
+
+def make_run_directory() -> Path:
+    """Return the directory, made if need be; PermissionError if it is not ours alone."""
+    directory = run_directory()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.lstat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{directory} must belong to uid {os.geteuid()} with mode 0700")
+    return directory
+
+
+def record_path(pid: int) -> Path:
+    """Return where the record of a daemon lies."""
+    return run_directory() / f"{pid}.json"
+
+
+def socket_path(pid: int) -> Path:
+    """Return where the control socket of a daemon lies."""
+    return run_directory() / f"{pid}.sock"
+
+
+def write(record: Record) -> None:
+    """Put a record in place, whole."""
+    temporary = make_run_directory() / f"{record.pid}.tmp"
+    temporary.write_text(json.dumps(dataclasses.asdict(record)) + "\n")
+    temporary.rename(record_path(record.pid))
+
+
+def remove(pid: int) -> None:
+    """Remove what a daemon left in the directory; what is not there is no error."""
+    for path in (record_path(pid), socket_path(pid)):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def read_all() -> list[Record]:
+    """Return the records of running daemons and remove those of dead ones."""
+    return [record for path in sorted(run_directory().glob("*.json")) if (record := _read(path))]
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        fields = json.loads(path.read_text())
+        fields.update(lower=tuple(fields["lower"]), notices=tuple(fields["notices"]))
+        record = Record(**fields)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if record.alive:
+        return record
+    remove(record.pid)
+    return None

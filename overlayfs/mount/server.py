@@ -1,0 +1,173 @@
+"""The daemon's side of the control socket."""
+
+import json
+import logging
+import os
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from overlayfs.errors import UserError
+from overlayfs.fuse.engine import Engine
+from overlayfs.mount.mountsync import sync_mount
+from overlayfs.store.commit import commit_mounted
+
+log = logging.getLogger(__name__)
+
+LONGEST = 1 << 20  # bytes of one request: a path and some text
+CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
+
+Answer = dict[str, Any]
+
+
+class Control:
+    """Answers commands about one mount, for root and for the user who runs the daemon."""
+
+    def __init__(self, engine: Engine, mountpoint: bytes, status: Answer) -> None:
+        self._engine = engine
+        self._overlay = engine.overlay
+        self._mountpoint = mountpoint
+        self._status = status
+        self._began = time.monotonic()
+        self._commands: dict[str, Callable[[Answer], Awaitable[Any]]] = {
+            "status": self._tell_status,
+            "stats": self._tell_stats,
+            "sync": self._sync,
+            "diff": self._diff,
+            "why": self._why,
+            "commit": self._commit,
+        }
+
+    async def serve(
+        self, path: Path, task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Listen at `path` until cancelled."""
+        listener = _listen(path)
+        try:
+            await trio.serve_listeners(self._converse, [listener], task_status=task_status)
+        finally:
+            _remove(path)
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        """Answer one request; a client that goes away, or talks nonsense, harms nobody."""
+        try:
+            async with stream:
+                answer = await self._answer(stream)
+                await stream.send_all(json.dumps(answer).encode() + b"\n")
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            log.debug("a control client went away: %s", error)
+        except Exception:
+            log.exception("the control socket failed by a defect")
+
+    async def _answer(self, stream: trio.SocketStream) -> Answer:
+        try:
+            _check_peer(stream)
+            return {"result": await self._obey(_decoded(await _read_line(stream)))}
+        except UserError as error:
+            return {"error": str(error), "exit_code": error.exit_code}
+        except OSError as error:
+            return {"error": _sentence(error), "exit_code": 1}
+        except Exception as error:
+            log.exception("a control command failed by a defect")
+            return {"error": f"the daemon failed by a defect ({error!r}); its log has the trace", "exit_code": 1}
+
+    async def _obey(self, message: Answer) -> Any:
+        command = self._commands.get(message.pop("command", ""))
+        if command is None:
+            raise UserError("the daemon does not know this command; is it of another version?")
+        return await command(message)
+
+    async def _tell_status(self, message: Answer) -> Answer:
+        return self._status
+
+    async def _tell_stats(self, message: Answer) -> Answer:
+        return {
+            "engine": self._engine.name,
+            "uptime": time.monotonic() - self._began,
+            "requests": dict(sorted(self._engine.counters.items())),
+        }
+
+    async def _sync(self, message: Answer) -> Answer:
+        await self._engine.threads.run(sync_mount, self._mountpoint)
+        await self._engine.threads.run(self._overlay.sync)
+        return {}
+
+    async def _diff(self, message: Answer) -> Answer:
+        changes = await self._engine.threads.run(lambda: list(self._overlay.changes()))
+        return {"changes": [[kind.decode(), os.fsdecode(path)] for kind, path in changes]}
+
+    async def _why(self, message: Answer) -> Answer:
+        found = self._overlay.explain(_path(message, "path"))
+        return {
+            "layers": [{"layer": os.fsdecode(layer), "kind": str(kind), "what": what} for layer, kind, what in found]
+        }
+
+    async def _commit(self, message: Answer) -> Answer:
+        """Commit while mounted: mapped pages first, while requests still pass; then nothing changes until the end."""
+        destination = _path(message, "destination")
+        await self._engine.threads.run(sync_mount, self._mountpoint)
+        await self._engine.gate.close()
+        try:
+            return await self._engine.threads.run(commit_mounted, self._overlay, destination)
+        finally:
+            self._engine.gate.open()
+
+
+def _listen(path: Path) -> trio.SocketListener:
+    _remove(path)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    listening.bind(os.fsencode(path))
+    path.chmod(0o600)
+    listening.listen(16)
+    return trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _check_peer(stream: trio.SocketStream) -> None:
+    raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    _, uid, _ = CREDENTIALS.unpack(raw)
+    if uid not in (0, os.geteuid()):
+        raise UserError("only root and the user who mounted may control a mount")
+
+
+async def _read_line(stream: trio.SocketStream) -> bytes:
+    received = bytearray()
+    while not received.endswith(b"\n"):
+        part = await stream.receive_some()
+        if not part or len(received) + len(part) > LONGEST:
+            raise UserError("the request is not one line")
+        received += part
+    return bytes(received)
+
+
+def _decoded(line: bytes) -> Answer:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        raise UserError("the request is not JSON") from None
+    if not isinstance(message, dict):
+        raise UserError("the request is not an object")
+    return message
+
+
+def _path(message: Answer, name: str) -> bytes:
+    value = message.get(name)
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise UserError(f"the request lacks {name}")
+    return os.fsencode(value)
+
+
+def _sentence(error: OSError) -> str:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.filename is None:
+        return reason
+    name = error.filename
+    return f"{os.fsdecode(name) if isinstance(name, bytes | str) else name}: {reason}"

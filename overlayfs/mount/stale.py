@@ -1,0 +1,51 @@
+"""Mount points that are not free: a dead daemon's mount is taken away, a living one's refused."""
+
+import errno
+import os
+import stat
+
+from overlayfs.errors import MountError
+from overlayfs.mount import table
+from overlayfs.mount.detach import detach
+from overlayfs.mount.mountinfo import TYPE, mounted_on
+
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+STACKED = 64  # dead mounts on one point that are taken away before giving up
+
+
+def prepare(mountpoint: bytes) -> None:
+    """Return when `mountpoint` (as the kernel names it) is a directory to mount on. MountError otherwise."""
+    for _ in range(STACKED):
+        code = _problem(mountpoint)
+        if code not in DEAD:
+            break
+        _take_away(mountpoint)
+    if code:
+        raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {os.strerror(code)}")
+    _refuse_living(mountpoint)
+
+
+def _problem(mountpoint: bytes) -> int:
+    """Return the errno that stands against mounting here, 0 for none."""
+    try:
+        found = os.stat(mountpoint)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0 if stat.S_ISDIR(found.st_mode) else errno.ENOTDIR
+
+
+def _take_away(mountpoint: bytes) -> None:
+    mount = mounted_on(mountpoint)
+    if mount is None or mount.type != TYPE:
+        kind = os.fsdecode(mount.type) if mount else "unknown"
+        raise MountError(f"{os.fsdecode(mountpoint)} holds a dead mount of type {kind}; unmount it first")
+    detach(mountpoint, lazy=True)
+
+
+def _refuse_living(mountpoint: bytes) -> None:
+    mount = mounted_on(mountpoint)
+    if mount is None or mount.type != TYPE:
+        return
+    pids = [known.pid for known in table.mounts() if known.device == mount.device and known.pid]
+    holder = f" (pid {pids[0]})" if pids else ""
+    raise MountError(f"{os.fsdecode(mountpoint)} is already a mount of overlayfs{holder}; unmount it first")

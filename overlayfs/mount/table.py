@@ -1,0 +1,73 @@
+"""What is mounted: the kernel's list joined with the records of the daemons."""
+
+import os
+from dataclasses import dataclass
+
+from overlayfs.errors import UserError
+from overlayfs.mount import records
+from overlayfs.mount.mountinfo import TYPE, KernelMount, kernel_mounts
+from overlayfs.mount.records import Record
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One mount of ours. Without a record (another user's, or no daemon any more) only the kernel's part is known."""
+
+    mountpoint: bytes
+    source: bytes
+    device: bytes
+    read_only: bool
+    lower: tuple[bytes, ...] = ()
+    upper: bytes | None = None
+    work: bytes | None = None
+    pid: int | None = None
+    engine: str | None = None
+    notices: tuple[str, ...] = ()
+
+
+def mounts() -> list[Mount]:
+    """Return the mounts of this namespace that overlayfs made, oldest first; bind mounts of them are left out."""
+    known = {record.device: record for record in records.read_all()}
+    found = [mount for mount in kernel_mounts() if mount.type == TYPE and mount.root == b"/"]
+    return [_joined(mount, known.get(mount.device.decode())) for mount in found]
+
+
+def find(mountpoint: bytes) -> Mount:
+    """Return the mount that is uppermost on a path. UserError if none of ours is."""
+    path = resolved(mountpoint)
+    found = [mount for mount in mounts() if mount.mountpoint == path]
+    if not found:
+        raise UserError(f"{os.fsdecode(mountpoint)} is not a mount of overlayfs; see `overlayfs mounts`")
+    return found[-1]
+
+
+def resolved(mountpoint: bytes) -> bytes:
+    """Return a mount point as the kernel names it, without asking a daemon that may be dead.
+
+    Only the directory above is looked at: resolving the last component would stat the mount itself.
+    """
+    path = os.path.abspath(mountpoint)
+    head, tail = os.path.split(path)
+    if not tail:
+        return path
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(head), tail)
+
+
+def _joined(mount: KernelMount, record: Record | None) -> Mount:
+    basic = Mount(mount.mountpoint, mount.source, mount.device, b"ro" in mount.options)
+    if record is None:
+        return basic
+    return Mount(
+        basic.mountpoint,
+        basic.source,
+        basic.device,
+        basic.read_only,
+        lower=tuple(map(os.fsencode, record.lower)),
+        upper=None if record.upper is None else os.fsencode(record.upper),
+        work=None if record.work is None else os.fsencode(record.work),
+        pid=record.pid,
+        engine=record.engine,
+        notices=record.notices,
+    )
