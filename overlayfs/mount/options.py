@@ -15,7 +15,6 @@ from overlayfs.format.xattrs import Mode
 from overlayfs.fs.config import IdRange, StackConfig
 from overlayfs.mount import optstring
 
-SUBTYPE = "overlayfs"  # the file system type is `fuse.overlayfs`
 HIGHEST_ID = 2**32 - 2  # (uid_t) -1 means "no change" in chown(2) and can own nothing
 
 
@@ -46,31 +45,6 @@ class MountOptions:
     xattrs: bool = True
     foreground: bool = False
     debug: bool = False
-
-    def fuse_options(self) -> tuple[str, ...]:
-        """Return these options as libfuse spells them, each ready for a comma-separated list."""
-        named = [f"fsname={optstring.for_libfuse(self.source)}", f"subtype={SUBTYPE}", "default_permissions"]
-        return (*named, *self._flags(), *(_quoted(option) for option in self.context))
-
-    def _flags(self) -> list[str]:
-        chosen = {
-            "ro": self.read_only,
-            "allow_other": self.allow_other,
-            "allow_root": self.allow_root and not self.allow_other,
-            "suid": self.suid,
-            "dev": self.dev,
-            "noexec": not self.exec,
-            "noatime": not self.atime,
-            "nodiratime": not self.diratime,
-            "sync": self.sync,
-            "dirsync": self.dirsync,
-        }
-        return [name for name, wanted in chosen.items() if wanted]
-
-
-def _quoted(option: bytes) -> str:
-    name, _, value = option.partition(b"=")
-    return f'{name.decode("ascii")}="{optstring.for_libfuse(value)}"'
 
 
 @dataclass

@@ -53,17 +53,3 @@ def escape_layer(path: bytes) -> bytes:
 def unquote(value: bytes) -> bytes:
     """Return the value without the double quotes around it, if there are any."""
     return value[1:-1] if len(value) >= 2 and value[:1] == value[-1:] == b'"' else value
-
-
-def for_libfuse(value: bytes) -> str:
-    """Return the value as libfuse reads it inside a comma-separated list: ASCII, with escapes and octal bytes.
-
-    pyfuse3 encodes its options as ASCII; `fuse_opt_parse` of libfuse turns `\\ooo` into a byte and `\\x` into `x`.
-    """
-    return "".join(_libfuse_byte(byte) for byte in value)
-
-
-def _libfuse_byte(byte: int) -> str:
-    if byte in b",\\":
-        return "\\" + chr(byte)
-    return chr(byte) if 0x20 < byte < 0x7F else f"\\{byte:03o}"

@@ -1,0 +1,107 @@
+"""`overlayfs`: finds the command, runs it, and turns every failure into one sentence and an exit code."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from overlayfs.errors import UserError
+from overlayfs_cli.version import VERSION
+
+PROGRAM = "overlayfs"
+DEBUG_VARIABLE = "OVERLAYFS_DEBUG"  # set: an unexpected error ends with its traceback
+COMMANDS = ("mount", "umount", "mounts", "commit", "diff", "why", "stats")  # in the order of --help
+INTERRUPTED = 130
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are named: `overlayfs mount` must not pay for the others."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command; its module and its function are named after it."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"overlayfs_cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings=CONTEXT,
+    epilog="""\b
+Example:
+  overlayfs mount --lower /layers/top --lower /layers/base --upper /data/up /mnt
+  overlayfs diff /mnt
+  overlayfs commit /mnt --to /layers/new
+  overlayfs umount /mnt""",
+)
+@click.version_option(VERSION, "-V", "--version", prog_name=PROGRAM, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Mount a stack of directories as one tree, change it, commit the changes as a new layer."""
+
+
+def main() -> int:
+    """Run the program with the arguments of the process; return its exit code."""
+    try:
+        code = _result(cli.main(prog_name=PROGRAM, standalone_mode=False))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _reader_gone()
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except Exception as error:
+        return _failed(error)
+    return code
+
+
+def _result(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _failed(error: Exception) -> int:
+    """Say what went wrong in one sentence; return the exit code that belongs to it."""
+    if isinstance(error, click.ClickException):
+        complain(_usage_sentence(error))
+        return 2
+    if isinstance(error, UserError):
+        complain(str(error))
+        return error.exit_code
+    if DEBUG_VARIABLE in os.environ:
+        raise error
+    if isinstance(error, OSError) and error.strerror:
+        complain(f"{_path_of(error)}{error.strerror}")
+        return 1
+    complain(f"unexpected {type(error).__name__}: {error} (a defect; {DEBUG_VARIABLE}=1 shows where)")
+    return 1
+
+
+def complain(sentence: str) -> None:
+    """Write one line to standard error."""
+    click.echo(f"{PROGRAM}: {sentence}", err=True)
+
+
+def _path_of(error: OSError) -> str:
+    return f"{os.fsdecode(error.filename)}: " if error.filename else ""
+
+
+def _usage_sentence(error: click.ClickException) -> str:
+    """Return click's message in the form of our own: no capital, no full stop, where to read on."""
+    message = error.format_message().replace("\n", " ").rstrip(".")
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    command = context.command_path if context else PROGRAM
+    return f"{message[:1].lower()}{message[1:]}; see '{command} --help'"
+
+
+def _reader_gone() -> int:
+    """The reader of our output has gone, as `head` does; nothing may be written at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141

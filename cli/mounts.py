@@ -1,0 +1,56 @@
+"""`overlayfs mounts`: what is mounted."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from overlayfs_cli import output
+
+if TYPE_CHECKING:
+    from overlayfs.mount.table import Mount
+
+HEADINGS = ("MOUNTPOINT", "ENGINE", "PID", "UPPER", "LAYERS")
+LAYERS_SHOWN = 3
+
+
+@click.command(epilog="\b\nExample:\n  overlayfs mounts\n  overlayfs mounts --json")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the mount points alone.")
+def mounts(as_json: bool, quiet: bool) -> None:
+    """List the mounts of overlayfs: layers top first, upper, process and engine."""
+    from overlayfs.mount import table
+
+    found = table.mounts()
+    if as_json:
+        output.show_json({"mounts": [_document(mount) for mount in found]})
+    elif quiet:
+        for mount in found:
+            click.echo(output.path_text(mount.mountpoint))
+    else:
+        output.show_table(HEADINGS, [_row(mount) for mount in found])
+
+
+def _row(mount: "Mount") -> tuple[str, ...]:
+    upper = "-" if mount.upper is None else output.path_text(mount.upper)
+    pid = "-" if mount.pid is None else str(mount.pid)
+    return (output.path_text(mount.mountpoint), mount.engine or "-", pid, upper, _layers(mount.lower))
+
+
+def _layers(lower: tuple[bytes, ...]) -> str:
+    shown = ":".join(map(output.path_text, lower[:LAYERS_SHOWN]))
+    hidden = len(lower) - LAYERS_SHOWN
+    return f"{shown} and {hidden} more" if hidden > 0 else shown or "-"
+
+
+def _document(mount: "Mount") -> dict[str, object]:
+    return {
+        "mountpoint": output.json_text(mount.mountpoint),
+        "source": output.json_text(mount.source),
+        "engine": mount.engine,
+        "pid": mount.pid,
+        "read_only": mount.read_only,
+        "lower": [output.json_text(path) for path in mount.lower],
+        "upper": output.json_text(mount.upper),
+        "work": output.json_text(mount.work),
+        "notices": list(mount.notices),
+    }

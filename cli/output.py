@@ -1,0 +1,51 @@
+"""How results look: paths, tables and JSON. Plain text everywhere, so that NO_COLOR has nothing to turn off."""
+
+import json
+import os
+from collections.abc import Sequence
+
+import click
+
+_ESCAPES = {0x07: "\\a", 0x08: "\\b", 0x09: "\\t", 0x0A: "\\n", 0x0B: "\\v", 0x0C: "\\f", 0x0D: "\\r"}
+
+
+def path_text(path: bytes) -> str:
+    """Return a path for one line of output: as it is if it is printable, else in C quotes with escapes, as git does."""
+    try:
+        text = path.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if text.isprintable() and text and not text.startswith('"'):
+        return text
+    return '"' + "".join(map(_quoted_byte, path)) + '"'
+
+
+def _quoted_byte(byte: int) -> str:
+    if byte in b'"\\':
+        return "\\" + chr(byte)
+    return chr(byte) if 0x20 <= byte < 0x7F else _ESCAPES.get(byte, f"\\{byte:03o}")
+
+
+def json_text(path: bytes | None) -> str | None:
+    """Return a path for JSON: bytes that are not UTF-8 become lone surrogates, as `os.fsdecode` makes them."""
+    return None if path is None else os.fsdecode(path)
+
+
+def show_json(document: object) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under headings, columns aligned; nothing at all if there are no rows."""
+    if not rows:
+        return
+    lines = [headings, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def show_json_line(document: object) -> None:
+    """Print one JSON document on one line, as one of several."""
+    click.echo(json.dumps(document))

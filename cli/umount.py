@@ -1,0 +1,34 @@
+"""`overlayfs umount`: ends mounts."""
+
+import os
+
+import click
+
+from overlayfs.errors import MountError, UserError
+from overlayfs_cli.arguments import DIRECTORY
+from overlayfs_cli.main import complain
+
+
+@click.command(epilog="\b\nExample:\n  overlayfs umount /mnt /srv/tree")
+@click.argument("mountpoints", metavar="MNT...", nargs=-1, required=True, type=DIRECTORY)
+@click.option(
+    "-l", "--lazy", is_flag=True, help="Take a mount in use out of the tree at once; do not wait for its daemon."
+)
+def umount(mountpoints: tuple[bytes, ...], lazy: bool) -> int:
+    """Unmount each MNT; its upper is free for the next mount when the command returns."""
+    return max(_ended(mountpoint, lazy) for mountpoint in mountpoints)
+
+
+def _ended(mountpoint: bytes, lazy: bool) -> int:
+    """Unmount one; a failure is told and does not keep the others from being unmounted."""
+    from overlayfs.mount.unmount import unmount
+
+    try:
+        unmount(mountpoint, lazy=lazy)
+    except UserError as error:
+        complain(str(error))
+    except OSError as error:
+        complain(f"cannot unmount {os.fsdecode(mountpoint)}: {error.strerror}")
+    else:
+        return 0
+    return MountError.exit_code

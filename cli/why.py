@@ -1,0 +1,39 @@
+"""`overlayfs why`: which layer gives a path, and what it hides."""
+
+import os
+
+import click
+
+from overlayfs_cli import output
+from overlayfs_cli.arguments import DIRECTORY
+
+
+@click.command(epilog="\b\nExample:\n  overlayfs why /mnt etc/hosts\n  overlayfs why /mnt /mnt/etc/hosts --json")
+@click.argument("mountpoint", metavar="MNT", type=DIRECTORY)
+@click.argument("path", metavar="PATH", type=DIRECTORY)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def why(mountpoint: bytes, path: bytes, as_json: bool) -> None:
+    """Show what each layer of MNT holds under PATH, top first: what is seen, and what that hides.
+
+    PATH counts from the root of the mount; one that begins with MNT itself is understood too.
+    """
+    from overlayfs.mount import control
+
+    inside = within(mountpoint, path)
+    found = control.request(mountpoint, "why", path=os.fsdecode(inside))["layers"]
+    if as_json:
+        output.show_json({"path": os.fsdecode(inside), "layers": found})
+    else:
+        output.show_table(("LAYER", "KIND", "WHAT"), [_row(each) for each in found])
+
+
+def within(mountpoint: bytes, path: bytes) -> bytes:
+    """Return the path counted from the root of the mount, with a slash in front."""
+    root = mountpoint.rstrip(b"/")
+    if root and (path + b"/").startswith(root + b"/"):
+        path = path[len(root) :]
+    return b"/" + path.strip(b"/")
+
+
+def _row(found: dict[str, str]) -> tuple[str, str, str]:
+    return output.path_text(os.fsencode(found["layer"])), found["kind"], found["what"]
