@@ -28,6 +28,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("driver", _drivers(metafunc))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of which `--drivers` left no variant are not tests of this run."""
+    items[:] = [item for item in items if "NOTSET" not in getattr(getattr(item, "callspec", None), "id", "")]
+
+
 def _drivers(metafunc: pytest.Metafunc) -> list[object]:
     chosen = metafunc.config.getoption("--drivers").split(",")
     marker = next(iter(metafunc.definition.iter_markers("on")), None)
