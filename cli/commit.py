@@ -6,24 +6,25 @@ import os
 import click
 
 from overlayfs.errors import UsageError
-from overlayfs_cli import output
-from overlayfs_cli.arguments import DIRECTORY
+from overlayfs_cli import arguments, output
+from overlayfs_cli.command import command
 from overlayfs_cli.workplace import work_beside
 
 
-@click.command(
-    epilog="""\b
-Example:
-  overlayfs commit /mnt --to /layers/new                       # the mount goes on
-  overlayfs commit --upper /data/up --lower /layers/top --lower /layers/base --to /layers/new""",
+@command(
+    "Make the changes in an upper a new layer.",
+    """
+    overlayfs commit /mnt --to /layers/new     # the mount goes on
+    overlayfs commit --upper /data/up --lower /layers/top --lower /layers/base --to /layers/new
+    """,
 )
-@click.argument("mountpoint", metavar="[MNT]", required=False, type=DIRECTORY)
+@click.argument("mountpoint", metavar="[MNT]", required=False, type=arguments.path)
 @click.option(
-    "--to", "destination", metavar="DIR", required=True, type=DIRECTORY, help="The layer to make; must not exist."
+    "--to", "destination", metavar="DIR", required=True, type=arguments.path, help="The layer to make; must not exist."
 )
-@click.option("--upper", metavar="DIR", type=DIRECTORY, help="An upper that is not mounted.")
-@click.option("--lower", metavar="DIR", multiple=True, type=DIRECTORY, help="Its layers, top first.")
-@click.option("--work", metavar="DIR", type=DIRECTORY, help="Its work directory [UPPER.work].")
+@click.option("--upper", metavar="DIR", type=arguments.path, help="An upper that is not mounted.")
+@click.option("--lower", metavar="DIR", multiple=True, type=arguments.path, help="Its layers, top first.")
+@click.option("--work", metavar="DIR", type=arguments.path, help="Its work directory [UPPER.work].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def commit(

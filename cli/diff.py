@@ -5,14 +5,20 @@ from collections import Counter
 
 import click
 
-from overlayfs_cli import output
-from overlayfs_cli.arguments import DIRECTORY
+from overlayfs_cli import arguments, output
+from overlayfs_cli.command import command
 
 WORDS = {"A": "added", "C": "changed", "D": "deleted"}
 
 
-@click.command(epilog="\b\nExample:\n  overlayfs diff /mnt\n  overlayfs diff /mnt --stat")
-@click.argument("mountpoint", metavar="MNT", type=DIRECTORY)
+@command(
+    "List what a mount changes.",
+    """
+    overlayfs diff /mnt
+    overlayfs diff /mnt --stat
+    """,
+)
+@click.argument("mountpoint", metavar="MNT", type=arguments.path)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--stat", is_flag=True, help="Print only how many paths were added, changed and deleted.")
 def diff(mountpoint: bytes, as_json: bool, stat: bool) -> None:

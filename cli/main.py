@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from overlayfs.errors import UserError
+from overlayfs_cli.command import example_block
 from overlayfs_cli.version import VERSION
 
 PROGRAM = "overlayfs"
@@ -37,12 +38,12 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings=CONTEXT,
-    epilog="""\b
-Example:
-  overlayfs mount --lower /layers/top --lower /layers/base --upper /data/up /mnt
-  overlayfs diff /mnt
-  overlayfs commit /mnt --to /layers/new
-  overlayfs umount /mnt""",
+    epilog=example_block("""
+        overlayfs mount --lower /layers/top --lower /layers/base --upper /data/up /mnt
+        overlayfs diff /mnt
+        overlayfs commit /mnt --to /layers/new
+        overlayfs umount /mnt
+        """),
 )
 @click.version_option(VERSION, "-V", "--version", prog_name=PROGRAM, message="%(prog)s %(version)s")
 def cli() -> None:
@@ -69,6 +70,9 @@ def _result(value: Any) -> int:
 
 def _failed(error: Exception) -> int:
     """Say what went wrong in one sentence; return the exit code that belongs to it."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return 2
     if isinstance(error, click.ClickException):
         complain(_usage_sentence(error))
         return 2

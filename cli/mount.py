@@ -7,24 +7,26 @@ import click
 
 from overlayfs.errors import UsageError
 from overlayfs.mount.options import Draft, MountOptions
-from overlayfs_cli.arguments import DIRECTORY, OPTION_STRING
+from overlayfs_cli import arguments
+from overlayfs_cli.command import command
 from overlayfs_cli.main import complain
 from overlayfs_cli.workplace import work_beside
 
 
-@click.command(
-    epilog="""\b
-Example:
-  overlayfs mount -o lowerdir=/layers/top:/layers/base,upperdir=/data/up,workdir=/data/work /mnt
-  overlayfs mount --lower /layers/top --lower /layers/base --upper /data/up /mnt
-  overlayfs mount --lower /layers/top --lower /layers/base /mnt     # read-only""",
+@command(
+    "Mount a stack of directories.",
+    """
+    overlayfs mount -o lowerdir=/layers/top:/layers/base,upperdir=/data/up,workdir=/data/work /mnt
+    overlayfs mount --lower /layers/top --lower /layers/base --upper /data/up /mnt
+    overlayfs mount --lower /layers/top --lower /layers/base /mnt     # read-only
+    """,
 )
-@click.argument("mountpoint", metavar="MNT", type=DIRECTORY)
-@click.option("-o", "options", metavar="OPTS", multiple=True, type=OPTION_STRING, help="Options, as for mount(8).")
-@click.option("--lower", metavar="DIR", multiple=True, type=DIRECTORY, help="A layer; the first one lies on top.")
-@click.option("--upper", metavar="DIR", type=DIRECTORY, help="Where changes go; without it the mount is read-only.")
+@click.argument("mountpoint", metavar="MNT", type=arguments.path)
+@click.option("-o", "options", metavar="OPTS", multiple=True, type=arguments.text, help="Options, as for mount(8).")
+@click.option("--lower", metavar="DIR", multiple=True, type=arguments.path, help="A layer; the first one lies on top.")
+@click.option("--upper", metavar="DIR", type=arguments.path, help="Where changes go; if left out, nothing can change.")
 @click.option(
-    "--work", metavar="DIR", type=DIRECTORY, help="Scratch directory on the upper's file system [UPPER.work]."
+    "--work", metavar="DIR", type=arguments.path, help="Scratch directory on the upper's file system [UPPER.work]."
 )
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("-d", "--debug", is_flag=True, help="Log to standard error; implies -f.")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from overlayfs_cli import output
+from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
     from overlayfs.mount.table import Mount
@@ -13,7 +14,13 @@ HEADINGS = ("MOUNTPOINT", "ENGINE", "PID", "UPPER", "LAYERS")
 LAYERS_SHOWN = 3
 
 
-@click.command(epilog="\b\nExample:\n  overlayfs mounts\n  overlayfs mounts --json")
+@command(
+    "List what is mounted.",
+    """
+    overlayfs mounts
+    overlayfs mounts --json
+    """,
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the mount points alone.")
 def mounts(as_json: bool, quiet: bool) -> None:

@@ -6,14 +6,20 @@ from typing import Any
 
 import click
 
-from overlayfs_cli import output
-from overlayfs_cli.arguments import DIRECTORY
+from overlayfs_cli import arguments, output
+from overlayfs_cli.command import command
 
 PERIOD = 1.0  # seconds between two looks of --watch
 
 
-@click.command(epilog="\b\nExample:\n  overlayfs stats /mnt\n  overlayfs stats /mnt --watch")
-@click.argument("mountpoint", metavar="MNT", type=DIRECTORY)
+@command(
+    "Show what the kernel has asked a mount for.",
+    """
+    overlayfs stats /mnt
+    overlayfs stats /mnt --watch
+    """,
+)
+@click.argument("mountpoint", metavar="MNT", type=arguments.path)
 @click.option("--watch", is_flag=True, help="Print what was added every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document (with --watch one per line).")
 def stats(mountpoint: bytes, watch: bool, as_json: bool) -> None:

@@ -5,12 +5,18 @@ import os
 import click
 
 from overlayfs.errors import MountError, UserError
-from overlayfs_cli.arguments import DIRECTORY
+from overlayfs_cli import arguments
+from overlayfs_cli.command import command
 from overlayfs_cli.main import complain
 
 
-@click.command(epilog="\b\nExample:\n  overlayfs umount /mnt /srv/tree")
-@click.argument("mountpoints", metavar="MNT...", nargs=-1, required=True, type=DIRECTORY)
+@command(
+    "End mounts.",
+    """
+    overlayfs umount /mnt /srv/tree
+    """,
+)
+@click.argument("mountpoints", metavar="MNT...", nargs=-1, required=True, type=arguments.path)
 @click.option(
     "-l", "--lazy", is_flag=True, help="Take a mount in use out of the tree at once; do not wait for its daemon."
 )

@@ -4,13 +4,19 @@ import os
 
 import click
 
-from overlayfs_cli import output
-from overlayfs_cli.arguments import DIRECTORY
+from overlayfs_cli import arguments, output
+from overlayfs_cli.command import command
 
 
-@click.command(epilog="\b\nExample:\n  overlayfs why /mnt etc/hosts\n  overlayfs why /mnt /mnt/etc/hosts --json")
-@click.argument("mountpoint", metavar="MNT", type=DIRECTORY)
-@click.argument("path", metavar="PATH", type=DIRECTORY)
+@command(
+    "Show which layer gives a path.",
+    """
+    overlayfs why /mnt etc/hosts
+    overlayfs why /mnt /mnt/etc/hosts --json
+    """,
+)
+@click.argument("mountpoint", metavar="MNT", type=arguments.path)
+@click.argument("path", metavar="PATH", type=arguments.path)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def why(mountpoint: bytes, path: bytes, as_json: bool) -> None:
     """Show what each layer of MNT holds under PATH, top first: what is seen, and what that hides.
