@@ -11,5 +11,5 @@ from tests.support.stacks import StackMaker, stack_maker
 @pytest.fixture
 def stack(driver: str, place: Path) -> Iterator[StackMaker]:
     """Makes stacks on the driver; closed, checked and removed after the test."""
-    with stack_maker(driver, place) as maker:
+    with stack_maker(driver, place, StackMaker) as maker:
         yield maker

@@ -217,18 +217,19 @@ METACOPY = "trusted.overlay.metacopy"
 
 @pytest.mark.on("fs", "fuse", "kernel")
 def test_redirects_are_followed(stack: StackMaker) -> None:
-    lower: Spec = {"old": {"f": "1", "s": {"g": "2"}}, "p": {"inner": {"h": "3"}}}
+    lower: Spec = {"old": {"f": "1", "s": {"g": "2"}}, "p": {"inner": {"h": "3"}}, "z": {"deep": {"i": "4"}}}
     upper: Spec = {
         "old": Whiteout(),
         "new": Dir({}, xattrs={REDIRECT: b"old"}),
         "p": {"inner": Whiteout(), "moved": Dir({}, xattrs={REDIRECT: b"inner"})},
-        "q": {"far": Dir({"own": ""}, xattrs={REDIRECT: b"/old/s"})},
+        "q": {"far": Dir({"own": ""}, xattrs={REDIRECT: b"/z/deep"})},
+        "z": {"deep": Whiteout()},
     }
     tree = stack(lower, upper=upper)
-    assert tree.names() == ["new", "p", "q"]
+    assert tree.names() == ["new", "p", "q", "z"]
     assert tree.read("new/s/g") == b"2"
     assert tree.read("p/moved/h") == b"3"
-    assert tree.names("q/far") == ["g", "own"]
+    assert tree.names("q/far") == ["i", "own"]
     tree.write("new/f", b"9")
     tree.remount()
     assert tree.read("new/f") == b"9"

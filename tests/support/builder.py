@@ -98,11 +98,9 @@ Print = tuple[int, int, int, int, int, int, int, int]
 def fingerprint(root: Path) -> dict[bytes, Print]:
     """What changes when anybody touches a layer: all of lstat that counts, access and change times included."""
     prints = {b"": _print(os.lstat(root))}
-    base = os.fsencode(root)
-    for where, directories, files in os.walk(base):
+    for where, directories, files, fd in os.fwalk(os.fsencode(root)):
         for name in directories + files:
-            path = os.path.join(where, name)
-            prints[path[len(base) :]] = _print(os.lstat(path))
+            prints[os.path.join(where, name)] = _print(os.lstat(name, dir_fd=fd))
     return prints
 
 

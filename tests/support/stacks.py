@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from tests.support.drivers import Stack, driver_class
 from tests.support.drivers.base import Options, Tree
@@ -25,11 +26,12 @@ class StackMaker:
         *lower: Spec | Dir,
         upper: Spec | Dir | None = Dir(),  # noqa: B008 - a frozen value
         base: Path | None = None,
+        lower_on: list[Path] | None = None,
         options: Options | None = None,
     ) -> Tree:
-        """`lower` may be empty: then one empty layer; `upper` None: read-only; `base`: where the directories lie."""
+        """`lower` may be empty: then one empty layer; `upper` None: read-only; `base`, `lower_on`: where they lie."""
         where = (base or self.place) / f"s{len(self.trees)}"
-        tree = driver_class(self.driver)(Stack(where, list(lower) or [{}], upper), options)
+        tree = driver_class(self.driver)(Stack(where, list(lower) or [{}], upper, lower_on), options)
         self.trees.append(tree)
         return tree
 
@@ -42,11 +44,14 @@ class StackMaker:
                 after.callback(tree.close)
 
 
+Maker = TypeVar("Maker", bound=StackMaker)
+
+
 @contextmanager
-def stack_maker(driver: str, place: Path) -> Iterator[StackMaker]:
+def stack_maker(driver: str, place: Path, kind: type[Maker]) -> Iterator[Maker]:
     """A maker whose stacks vanish at the end; the umask is 0 meanwhile, so that modes are what tests say."""
     need_root()
-    maker = StackMaker(driver, place)
+    maker = kind(driver, place)
     umask = os.umask(0)
     try:
         yield maker

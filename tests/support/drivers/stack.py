@@ -9,20 +9,23 @@ from tests.support.spec import Dir, Tree
 
 
 class Stack:
-    """Layers below one base directory; `lower` is top first, `upper` and `work` are None for a read-only stack."""
+    """Layers below one base directory, lower ones also elsewhere (`lower_on`); `lower` is top first, `upper` and `work` are None for a read-only stack."""
 
-    def __init__(self, base: Path, lower: list[Tree | Dir], upper: Tree | Dir | None) -> None:
+    def __init__(
+        self, base: Path, lower: list[Tree | Dir], upper: Tree | Dir | None, lower_on: list[Path] | None = None
+    ) -> None:
         base.mkdir(parents=True)
         self.base = base
         self.spec = (lower, upper)
-        self.lower = [self._layer(f"l{number}", tree) for number, tree in enumerate(lower)]
+        places = lower_on or [base] * len(lower)
+        self.lower = [self._layer(f"l{number}", tree, place) for number, (tree, place) in enumerate(zip(lower, places, strict=True))]
         self.upper = None if upper is None else self._layer("u", upper)
         self.work = None if upper is None else self._layer("w", {})
         self.mountpoint = self._layer("m", {})
         self.prints = self._prints()
 
-    def _layer(self, name: str, tree: Tree | Dir) -> Path:
-        path = self.base / name
+    def _layer(self, name: str, tree: Tree | Dir, place: Path | None = None) -> Path:
+        path = (place or self.base) / name
         path.mkdir()
         build(path, tree)
         return path
