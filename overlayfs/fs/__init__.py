@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The filesystem's verbs, synchronous and without FUSE: nodes, handles, look-up, files, names, attributes."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.format import nlink, origin, whiteout, xattrs
+from overlayfs.format import nlink, origin, whiteout
 from overlayfs.format.origin import Origin
 from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, LowerFile, Node, NodeTable, Part
 from overlayfs.fs.stack import Stack
@@ -41,17 +41,18 @@ class _Hit(NamedTuple):
 
 
 class _Below(NamedTuple):
-    """What the lower layers make of a name: parts of a directory, or files (the first shown, the last has the data)."""
+    """What the lower layers make of a name: parts of a directory, or a file, and where that file's data lies."""
 
     parts: tuple[Part, ...] = ()
-    files: tuple[LowerFile, ...] = ()
+    file: LowerFile | None = None
     stat: AnyStat | None = None
     marks: Marks = NO_MARKS
     barred: bool = False
+    data: LowerFile | None = None
 
     @property
     def found(self) -> bool:
-        return bool(self.parts or self.files)
+        return bool(self.parts) or self.file is not None
 
 
 NOTHING_BELOW = _Below()
@@ -245,9 +246,12 @@ class Lookup:
         self._settle(node, parent, name, True, found)
         return node
 
-    def _data_below(self, parent: Dir, name: bytes, marks: Marks) -> LowerFile | None:
-        files = self._search(parent, name, marks.redirect or name, data_only=True).files
-        return files[-1] if files else LowerFile(self._stack.lower[-1], b"", b"")
+    def _data_below(self, parent: Dir, name: bytes, marks: Marks) -> LowerFile:
+        return self._search(parent, name, marks.redirect or name, data_only=True).data or self._no_data()
+
+    def _no_data(self) -> LowerFile:
+        # A metadata-only file whose data is missing stays visible, and opening it is EIO: a directory cannot be read.
+        return LowerFile(self._stack.lower[-1], b"", b"")
 
     def _find_index(self, node: File, found: AnyStat, marks: Marks) -> None:
         # An upper file with an entry in the index carries a link count; without one its own count is right.
@@ -287,7 +291,8 @@ class Lookup:
         return None
 
     def _bind_lower_file(self, parent: Dir, name: bytes, below: _Below, found: AnyStat) -> File:
-        place = below.files[0]
+        place = below.file
+        assert place is not None
         key = (found.st_dev, found.st_ino)
         node = self._nodes.by_key(key) or self._bind_indexed(place, found, key)
         if node is None:
@@ -295,7 +300,7 @@ class Lookup:
                 self._number(place.layer, found, below.marks), self._stack.number(place.layer.filesystem, found.st_ino)
             )
             node = File(number, stat.S_IFMT(found.st_mode), False, place)
-            node.data = below.files[-1] if below.marks.metacopy else None
+            node.data = (below.data or self._no_data()) if below.marks.metacopy else None
             self._nodes.add_key(node, key)
         elif node.lower is None:
             node.lower = place
@@ -334,11 +339,9 @@ class Lookup:
         return node
 
     def _settle(self, node: Node, parent: Dir, name: bytes, in_upper: bool, found: AnyStat | None) -> None:
-        # The parent has a child before the child may rest: the table must not drop it meanwhile.
-        parent.children[name] = node
-        if isinstance(node, Dir) or not node.names:
-            self._nodes.add(node)
+        # A name first: what has none is dropped as soon as it rests.
         self._nodes.attach(node, parent, name, in_upper)
+        self._nodes.add(node)
         self.fresh = (node, found) if found is not None else None
 
     # --- facts for plans -------------------------------------------------------------------------------
@@ -419,7 +422,8 @@ class _Walk:
         self._wanted = wanted
         self._files_only = data_only
         self._found: list[Part] = []
-        self._files: list[LowerFile] = []
+        self._file: LowerFile | None = None
+        self._data: LowerFile | None = None
         self._stat: AnyStat | None = None
         self._marks = NO_MARKS
         self._barred = False
@@ -435,7 +439,7 @@ class _Walk:
                 break
             if redirect != self._wanted:
                 position = self._follow(part, redirect)
-        return _Below(tuple(self._found), tuple(self._files), self._stat, self._marks, self._barred)
+        return _Below(tuple(self._found), self._file, self._stat, self._marks, self._barred, self._data)
 
     def _take(self, layer: Layer, hit: _Hit) -> bytes | None:
         """Take what one layer has; return the name to look for in the next, None to stop."""
@@ -453,8 +457,10 @@ class _Walk:
             return None
         marks = layer.marks(hit.path, hit.name, found)
         self._note(found, marks)
-        self._files.append(LowerFile(layer, hit.path, hit.name))
+        place = LowerFile(layer, hit.path, hit.name)
+        self._file = self._file or place
         if not marks.metacopy:
+            self._data = place
             return None
         self._files_only = True
         return marks.redirect or hit.wanted

@@ -56,6 +56,12 @@ class DirFds:
             self._close_oldest()
         return opener()
 
+    def forget(self, root: int, path: bytes) -> None:
+        """Close one directory if it is open."""
+        fd = self._open.pop((root, path), None)
+        if fd is not None:
+            sysio.close(fd)
+
     def forget_below(self, root: int, path: bytes) -> None:
         """Close what is open at or below `path`: it has moved or gone."""
         below = path + b"/"

@@ -79,9 +79,10 @@ class Layer:
 
     def stat(self, path: bytes, name: bytes) -> AnyStat:
         """Return the attributes of an object, its override attribute applied where this layer has them."""
-        return self._stat(self.dirfd(path), name)
+        return self.stat_at(self.dirfd(path), name)
 
-    def _stat(self, dirfd: int, name: bytes) -> AnyStat:
+    def stat_at(self, dirfd: int, name: bytes) -> AnyStat:
+        """Return the same for an object of this layer that is reached by a descriptor."""
         found = sysio.stat_at(dirfd, name)
         if self.override is None or stat.S_IFMT(found.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
             return found
@@ -92,7 +93,7 @@ class Layer:
         """Return what this layer holds under a name: formats, section 2."""
         dirfd = self.dirfd(path)
         try:
-            found = self._stat(dirfd, name)
+            found = self.stat_at(dirfd, name)
         except FileNotFoundError:
             return _WHITEOUT if self._has_dot_whiteout(dirfd, name) else _ABSENT
         return Entry(self._kind(dirfd, name, found), found)
@@ -138,7 +139,7 @@ class Layer:
         if kind == stat.S_IFDIR:
             return Kind.DIR
         if kind in (0, stat.S_IFCHR) or self.override is not None:
-            return self._kind(dirfd, name, self._stat(dirfd, name))
+            return self._kind(dirfd, name, self.stat_at(dirfd, name))
         return Kind.FILE
 
     def _add_dot_whiteouts(self, dirfd: int, dotted: Iterable[bytes], found: dict[bytes, Kind]) -> None:

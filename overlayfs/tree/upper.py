@@ -248,8 +248,6 @@ class Upper(Layer):
         if plan.clear_target:
             self.clear(target)
         self._move(source, target, plan.move)
-        self._dirfds.forget_below(self.root, _path(source))
-        self._dirfds.forget_below(self.root, _path(target))
         if plan.sweep_old:
             sysio.unlink_at(self.dirfd(source[0]), source[1])
 
@@ -293,7 +291,7 @@ class Upper(Layer):
             self._exchange(self.work.fd, temporary, dirfd, name)
         finally:
             self.work.discard(temporary)
-        self._dirfds.forget_below(self.root, _path(place))
+        self.forget(place)
 
     def _exchange(self, dirfd: int, name: bytes, other_dirfd: int, other_name: bytes) -> None:
         if self.features.flags:
@@ -305,8 +303,13 @@ class Upper(Layer):
         sysio.rename_at(self.work.fd, temporary, dirfd, name)
 
     def forget(self, place: Place) -> None:
-        """Drop cached descriptors of a directory that has gone."""
-        self._dirfds.forget_below(self.root, _path(place))
+        """Drop the cached descriptor of a directory that goes; those in it have gone before."""
+        self._dirfds.forget(self.root, _path(place))
+
+    def forget_moved(self, *places: Place) -> None:
+        """Drop the cached descriptors of directories that have moved away from or to these places."""
+        for place in places:
+            self._dirfds.forget_below(self.root, _path(place))
 
 
 def _path(place: Place) -> bytes:

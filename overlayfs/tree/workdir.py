@@ -32,7 +32,7 @@ class WorkDir:
         self.fd = -1
         self.index: int | None = None
         self._volatile = False
-        self._temporary = (b"#%x" % number for number in itertools.count(1))
+        self._numbers = itertools.count(1)
 
     @classmethod
     def open(cls, path: bytes) -> "WorkDir":
@@ -98,8 +98,8 @@ class WorkDir:
         self._volatile = True
 
     def temporary(self) -> bytes:
-        """Return a name that is free in `work/`, in the kernel's form."""
-        return next(self._temporary)
+        """Return a name that is free in `work/`, in the kernel's form. Any thread may ask."""
+        return b"#%x" % next(self._numbers)
 
     def discard(self, name: bytes) -> None:
         """Remove a staged object of any kind with all that is in it; it may be gone already."""

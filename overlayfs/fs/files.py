@@ -1,0 +1,275 @@
+"""Open files and open directories: handles, and the descriptors that all handles of a node share.
+
+A handle asks its node for the descriptor at every use, so one that was opened before copy-up reads what was written
+after it (design, D3; the kernel documents that it cannot).
+"""
+
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from overlayfs import sysio
+from overlayfs.errors import oserror
+from overlayfs.fs.attributes import AttributeVerbs
+from overlayfs.fs.lifting import Need
+from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.nodes import Dir, File, Node, NodeTable, close_backing
+from overlayfs.fs.stack import Stack
+from overlayfs.tree.layer import open_readable
+
+_WRITES = (os.O_WRONLY, os.O_RDWR)
+
+
+class FileHandle:
+    """One open file: its node, and whether it may write."""
+
+    __slots__ = ("node", "writes")
+
+    def __init__(self, node: File, writes: bool) -> None:
+        self.node = node
+        self.writes = writes
+
+
+class DirHandle:
+    """One open directory: its node, and the names as they were when reading began."""
+
+    __slots__ = ("names", "node")
+
+    def __init__(self, node: Dir) -> None:
+        self.node = node
+        self.names: list[bytes] | None = None
+
+
+class Child(NamedTuple):
+    """One entry of a directory that is being read; `offset` is where reading goes on after it."""
+
+    name: bytes
+    node: Node
+    offset: int
+
+
+def need_of_open(node: Node, flags: int) -> Need | None:
+    """Return what opening a node with these flags needs of the upper, None for nothing."""
+    if node.kind != stat.S_IFREG:
+        return None
+    if flags & os.O_TRUNC:
+        return Need.TRUNCATED
+    return Need.DATA if flags & os.O_ACCMODE in _WRITES else None
+
+
+class Files:
+    """All handles of one overlay."""
+
+    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs) -> None:
+        self._stack = stack
+        self._nodes = nodes
+        self._lookup = lookup
+        self._attributes = attributes
+        self._handles: dict[int, FileHandle | DirHandle] = {}
+        self._numbers = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def _add(self, handle: FileHandle | DirHandle) -> int:
+        number = next(self._numbers)
+        self._handles[number] = handle
+        handle.node.handles += 1
+        return number
+
+    def file(self, number: int) -> FileHandle:
+        """Return an open file; EBADF for any other number."""
+        handle = self._handles.get(number)
+        if not isinstance(handle, FileHandle):
+            raise oserror(errno.EBADF)
+        return handle
+
+    def directory(self, number: int) -> DirHandle:
+        """Return an open directory; EBADF for any other number."""
+        handle = self._handles.get(number)
+        if not isinstance(handle, DirHandle):
+            raise oserror(errno.EBADF)
+        return handle
+
+    # --- files -----------------------------------------------------------------------------------------
+
+    def open(self, node: Node, flags: int, strip: bool) -> int:
+        """Open a lifted-as-needed file; `strip`: set-id bits go with O_TRUNC, for the caller is not root."""
+        if not isinstance(node, File) or node.kind != stat.S_IFREG:
+            raise oserror(errno.EISDIR if node.kind == stat.S_IFDIR else errno.ENXIO)
+        writes = flags & os.O_ACCMODE in _WRITES
+        if writes and node.writer is None:
+            node.writer = self._open_writer(node)
+        elif not writes and node.reader is None:
+            node.reader = self._open_reader(node)
+        number = self._add(FileHandle(node, writes))
+        if flags & os.O_TRUNC:
+            self._truncate(node, strip)
+        return number
+
+    def adopt(self, node: File, writer: int) -> int:
+        """Return a handle for a file that has just been made; `writer` becomes the node's."""
+        node.writer = writer
+        return self._add(FileHandle(node, True))
+
+    def _open_writer(self, node: File) -> int:
+        _, dirfd, name = self._attributes.locate(node)
+        try:
+            return self._stack.dirfds.retry(lambda: sysio.open_child(dirfd, name, os.O_RDWR | os.O_NONBLOCK))
+        except PermissionError:
+            return sysio.open_child(dirfd, name, os.O_WRONLY | os.O_NONBLOCK)
+
+    def _open_reader(self, node: File) -> int:
+        if node.data is not None:
+            return node.data.layer.open_file(node.data.path, node.data.name)
+        layer, dirfd, name = self._attributes.locate(node)
+        if node.in_upper:
+            return open_readable(self._stack.dirfds, dirfd, name, keep_atime=False)
+        assert node.lower is not None
+        return layer.open_file(node.lower.path, node.lower.name)
+
+    def _truncate(self, node: File, strip: bool) -> None:
+        if node.writer is not None:
+            sysio.truncate_fd(node.writer, 0)
+        else:  # O_RDONLY | O_TRUNC truncates on Linux, where the caller may write
+            fd = self._open_writer(node)
+            try:
+                sysio.truncate_fd(fd, 0)
+            finally:
+                sysio.close(fd)
+        if strip:
+            self._attributes.strip_set_id(node)
+        self._lookup.fresh = None
+
+    def read(self, number: int, offset: int, size: int, nowait: bool) -> bytes:
+        """Read up to `size` bytes; BlockingIOError with `nowait` when a disk must be waited for."""
+        node = self.file(number).node
+        fd = node.reader
+        if fd is None:
+            fd = node.writer
+        if fd is None:
+            raise oserror(errno.EBADF)
+        return sysio.read_at(fd, offset, size, nowait)
+
+    def write(self, number: int, offset: int, data: bytes) -> int:
+        """Write all of `data`; EBADF for a handle that only reads."""
+        handle = self.file(number)
+        if not handle.writes or handle.node.writer is None:
+            raise oserror(errno.EBADF)
+        self._lookup.fresh = None
+        return sysio.write_at(handle.node.writer, offset, data)
+
+    def writer_of(self, number: int | None) -> int | None:
+        """Return the writing descriptor behind a handle, if there is one."""
+        if number is None:
+            return None
+        handle = self._handles.get(number)
+        return handle.node.writer if isinstance(handle, FileHandle) and handle.writes else None
+
+    def release(self, number: int) -> None:
+        """Close a handle; the last one of a node closes its descriptors."""
+        handle = self._handles.pop(number)
+        handle.node.handles -= 1
+        if handle.node.handles == 0:
+            if isinstance(handle.node, File):
+                close_backing(handle.node)
+                handle.node.sync_error = 0
+            self._nodes.released(handle.node)
+
+    # --- durability ------------------------------------------------------------------------------------
+
+    def prepare_fsync(self, number: int, datasync: bool) -> Callable[[], None]:
+        """Return the call that makes a file durable, name included: descriptors and values only, for any thread.
+
+        A failed fsync is reported by every later one of the node until its last handle goes (reliability, C3).
+        """
+        node = self.file(number).node
+        if not node.in_upper or self._stack.config.volatile:
+            return _nothing
+        sync = sysio.fdatasync if datasync else sysio.fsync
+        fd = os.dup(fd) if (fd := node.writer if node.writer is not None else node.reader) is not None else None
+        parents = [item for parent, _ in node.names for item in self._unsynced(parent)]
+        return lambda: _sync_file(node, fd, sync, parents)
+
+    def prepare_fsyncdir(self, number: int) -> Callable[[], None]:
+        """Return the call that makes the names in a directory durable, and those that lead to it."""
+        node = self.directory(number).node
+        if not node.in_upper or self._stack.config.volatile:
+            return _nothing
+        node.changed += 1  # asked for explicitly: always done
+        parents = self._unsynced(node)
+        return lambda: _sync_directories(parents)
+
+    def _unsynced(self, directory: Dir | None) -> list["_Unsynced"]:
+        found = []
+        while directory is not None:
+            if directory.in_upper and not directory.removed and directory.synced != directory.changed:
+                fd = sysio.open_child(self._attributes.locate(directory).dirfd, b"", os.O_RDONLY | os.O_DIRECTORY)
+                found.append(_Unsynced(directory, directory.changed, fd))
+            directory = directory.parent
+        return found
+
+    # --- directories -----------------------------------------------------------------------------------
+
+    def open_dir(self, node: Node) -> int:
+        """Open a directory for reading; EPERM where a redirect must not be followed."""
+        if not isinstance(node, Dir):
+            raise oserror(errno.ENOTDIR)
+        if node.barred:
+            raise oserror(errno.EPERM, node.name)
+        return self._add(DirHandle(node))
+
+    def read_dir(self, number: int, offset: int) -> Iterator[Child]:
+        """Yield the entries from a position on, without `.` and `..`; offset 0 looks at the directory anew."""
+        handle = self.directory(number)
+        if offset == 0 or handle.names is None:
+            handle.names = self._lookup.listing(handle.node)
+        for position in range(offset, len(handle.names)):
+            name = handle.names[position]
+            node = self._lookup.lookup(handle.node, name)
+            if node is not None:
+                yield Child(name, node, position + 1)
+
+    def close(self) -> None:
+        """Forget all handles; the node table closes their descriptors."""
+        self._handles.clear()
+
+
+class _Unsynced(NamedTuple):
+    node: Dir
+    changed: int
+    fd: int
+
+
+def _nothing() -> None:
+    """There is nothing to make durable."""
+
+
+def _sync_file(node: File, fd: int | None, sync: Callable[[int], None], parents: list[_Unsynced]) -> None:
+    try:
+        if node.sync_error:
+            raise oserror(node.sync_error)
+        if fd is not None:
+            sync(fd)
+    except OSError as error:
+        node.sync_error = error.errno or errno.EIO
+        for parent in parents:
+            sysio.close(parent.fd)
+        raise
+    finally:
+        if fd is not None:
+            sysio.close(fd)
+    _sync_directories(parents)
+
+
+def _sync_directories(parents: list[_Unsynced]) -> None:
+    try:
+        for node, changed, fd in parents:
+            sysio.fsync(fd)
+            node.synced = changed
+    finally:
+        for parent in parents:
+            sysio.close(parent.fd)

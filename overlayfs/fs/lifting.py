@@ -1,0 +1,420 @@
+"""Lifting: bringing a node to the upper, ancestors first, one step per node.
+
+A step is decided on the loop, staged with descriptors and values (in a thread if it is heavy), and published on the
+loop, which looks again at where the node is now: it may have been renamed or unlinked meanwhile. `next_lift` answers
+what is missing at this moment, so an engine asks it again after every step and after every wait.
+"""
+
+import errno
+import os
+import stat
+from enum import Enum, auto
+
+from overlayfs import sysio
+from overlayfs.errors import oserror
+from overlayfs.format import metacopy, nlink, origin, xattrs
+from overlayfs.format.origin import Origin
+from overlayfs.fs.attributes import AttributeVerbs, Located
+from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.nodes import Dir, File, LowerFile, Node, NodeTable
+from overlayfs.fs.stack import Stack
+from overlayfs.tree import copyup
+from overlayfs.tree.copyup import Content, Source
+from overlayfs.tree.layer import Layer, open_readable
+from overlayfs.tree.upper import Upper
+from overlayfs.union.plans import Create
+from overlayfs.union.resolve import Kind
+
+
+class Need(Enum):
+    """What a verb needs of a node in the upper."""
+
+    META = auto()  # the object with its attributes; data may stay below
+    DATA = auto()  # the data as well
+    TRUNCATED = auto()  # the object, its data about to be cut off: none is copied
+
+
+class LiftStep:
+    """One step: `begin` on the loop, `stage` in any thread, `publish` on the loop; or `abort` after either.
+
+    heavy: stage may take long (data is copied and synced), so an engine runs it in a thread.
+    """
+
+    heavy = False
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def begin(self) -> None:
+        """Open what staging needs. On the loop."""
+
+    def stage(self) -> None:
+        """Build what is to be published. Uses descriptors and values only."""
+
+    def publish(self) -> None:
+        """Make it visible and settle the node. On the loop."""
+
+    def abort(self) -> None:
+        """Give up: nothing stays."""
+
+    def run(self) -> None:
+        """Do all of it here and now."""
+        try:
+            self.begin()
+            self.stage()
+        except BaseException:
+            self.abort()
+            raise
+        self.publish()
+
+
+class Lifting:
+    """Decides which step comes next, and carries out the parts of steps that need the tables."""
+
+    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs) -> None:
+        self.stack = stack
+        self.nodes = nodes
+        self.lookup = lookup
+        self.attributes = attributes
+
+    def next_lift(self, node: Node, need: Need) -> LiftStep | None:
+        """Return the step that is next before `need` is met, None when it is; EROFS without an upper."""
+        upper = self.attributes.upper
+        if node.lifting:
+            return LiftStep(node)  # somebody is at it: wait for the node's lock, then ask again
+        if node.in_upper:
+            return self._next_of_lifted(upper, node, need)
+        parent = self._parent_to_lift(node)
+        if parent is not None:
+            return LiftStep(parent) if parent.lifting else _Build(self, upper, parent, need)
+        return _Build(self, upper, node, need)
+
+    def _next_of_lifted(self, upper: Upper, node: Node, need: Need) -> LiftStep | None:
+        if not isinstance(node, File) or node.data is None or need is Need.META:
+            return None
+        return _Fill(self, upper, node, node.data) if need is Need.DATA else _Cut(self, upper, node)
+
+    def _parent_to_lift(self, node: Node) -> Dir | None:
+        if isinstance(node, File):
+            parent = next((parent for parent, _ in node.names), None)
+        else:
+            parent = node.parent if isinstance(node, Dir) else None
+        highest = None
+        while parent is not None and not parent.in_upper:
+            highest, parent = parent, parent.parent
+        return highest
+
+    def lift(self, node: Node, need: Need = Need.META) -> None:
+        """Meet a need here and now."""
+        while (step := self.next_lift(node, need)) is not None:
+            step.run()
+
+    def lift_name(self, parent: Dir, name: bytes, node: Node) -> None:
+        """See to it that a name, not only its node, exists in the upper: a further name of a copied-up file."""
+        self.lift(parent)
+        self.lift(node)
+        if isinstance(node, File) and node.names.get((parent, name)) is False:
+            self.link_name(node, parent, name)
+
+    def link_name(self, node: File, parent: Dir, name: bytes) -> None:
+        """Give an upper file the name that it has below: the union's link count stays."""
+        located = self.attributes.locate(node)
+        node.nlink_delta -= 1
+        self.persist_nlink(node)
+        with self.parent_times_kept(parent):
+            self.attributes.upper.link(located.dirfd, located.name, (self.lookup.path(parent), name), Create.IN_PLACE)
+        node.names[parent, name] = True
+        parent.note(name, Kind.FILE)
+
+    def persist_nlink(self, node: File) -> None:
+        """Write the union's link count, relative to the upper's, on an indexed file (ovl_set_nlink_upper)."""
+        if node.index is not None:
+            _, dirfd, name = self.attributes.locate(node)
+            self.attributes.upper.set_mark(dirfd, name, xattrs.NLINK, nlink.encode("U", node.nlink_delta))
+
+    def drop_index(self, node: File) -> None:
+        """Remove the entry of a file in the index: its last name has gone."""
+        index = self.attributes.upper.work.index
+        if node.index is not None and index is not None:
+            sysio.unlink_at(index, node.index)
+            node.index = None
+            node.nlink_delta += 1
+
+    def parent_times_kept(self, parent: Dir) -> "_TimesKept":
+        """Return a context in which changes of names do not move a directory's times: lifting is invisible."""
+        return _TimesKept(self.attributes, parent)
+
+    def mark_impure(self, parent: Dir) -> None:
+        """Mark a directory that holds objects with an origin, for the kernel's readdir (formats, section 4)."""
+        if not parent.impure:
+            upper = self.attributes.upper
+            upper.set_mark(upper.dirfd(self.lookup.path(parent)), b"", xattrs.IMPURE, b"y")
+            parent.impure = True
+
+
+class _TimesKept:
+    def __init__(self, attributes: AttributeVerbs, parent: Dir) -> None:
+        self._attributes = attributes
+        self._parent = parent
+
+    def __enter__(self) -> None:
+        self._before = self._attributes.stat(self._parent)
+
+    def __exit__(self, *_: object) -> None:
+        dirfd, name = self._attributes.locate(self._parent)[1:]
+        sysio.utimens_at(dirfd, name, self._before.st_atime_ns, self._before.st_mtime_ns)
+
+
+class _Build(LiftStep):
+    """Copy-up of one object."""
+
+    def __init__(self, lifting: Lifting, upper: Upper, node: Node, need: Need) -> None:
+        super().__init__(node)
+        self._lifting = lifting
+        self._upper = upper
+        self._need = need if isinstance(node, File) else Need.META
+        found = lifting.attributes.stat(node)
+        self._content = self._choose_content(found.st_size)
+        self.heavy = self._content is Content.COPY
+        self._nlink = found.st_nlink
+        self._origin: Origin | None = None
+        self._source: Source | None = None
+        self._staged: bytes | None = None
+
+    def _choose_content(self, size: int) -> Content:
+        if self.node.kind != stat.S_IFREG or self._need is Need.TRUNCATED or size == 0:
+            return Content.NONE
+        if self._need is Need.META and self._lifting.stack.metacopy:
+            return Content.BELOW
+        return Content.COPY
+
+    def begin(self) -> None:
+        self.node.lifting = True
+        self._source = self._open_source()
+
+    def stage(self) -> None:
+        assert self._source is not None
+        self._staged = copyup.build(self._upper, self._source)
+
+    def _open_source(self) -> Source:
+        layer, dirfd, name = self._locate()
+        pin = self._lifting.stack.dirfds.retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
+        data = None
+        try:
+            if self._content is Content.COPY:
+                data = self._open_data()
+            marks = self._marks(layer, pin)
+            return Source(pin, layer.stat_at(pin, b""), self._content, data, marks, layer.override is not None)
+        except BaseException:
+            sysio.close(pin)
+            if data is not None:
+                sysio.close(data)
+            raise
+
+    def _locate(self) -> Located:
+        return self._lifting.attributes.locate(self.node)
+
+    def _open_data(self) -> int:
+        assert isinstance(self.node, File) and self.node.lower is not None
+        place = self.node.data or self.node.lower
+        return place.layer.open_file(place.path, place.name)
+
+    def _marks(self, layer: Layer, pin: int) -> dict[bytes, bytes]:
+        marks = {}
+        self._origin = layer.filesystem.origin(sysio.file_handle(pin, b""))
+        kept = layer.marks_at(pin, b"").origin if self._content is not Content.BELOW else None
+        if (kept or self._origin) is not None:
+            marks[xattrs.ORIGIN] = origin.encode(kept or self._origin)  # type: ignore[arg-type]
+        if self._content is Content.BELOW:
+            marks[xattrs.METACOPY] = metacopy.VALUE
+        if self._is_indexed():
+            assert self._origin is not None
+            marks[xattrs.ORIGIN] = origin.encode(self._origin)
+            marks[xattrs.NLINK] = nlink.encode("L", self._delta_before())
+        return marks
+
+    def _is_indexed(self) -> bool:
+        linked = isinstance(self.node, File) and self._nlink > 1
+        return linked and self._lifting.stack.index and self._origin is not None
+
+    def _delta_before(self) -> int:
+        return self.node.nlink_delta if isinstance(self.node, File) else 0
+
+    def abort(self) -> None:
+        self.node.lifting = False
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+        if self._staged is not None:
+            self._upper.work.discard(self._staged)
+            self._staged = None
+
+    def publish(self) -> None:
+        assert self._staged is not None and self._source is not None
+        try:
+            if isinstance(self.node, Dir):
+                self._publish_dir(self.node)
+            elif isinstance(self.node, File):
+                self._publish_file(self.node)
+        finally:
+            self.abort()
+
+    def _publish_dir(self, node: Dir) -> None:
+        parent = node.parent
+        if parent is None or node.removed:
+            raise oserror(errno.ESTALE)
+        self._appear(parent, node.name)
+        node.in_upper = True
+        node.upper_names = {}
+        parent.note(node.name, Kind.DIR)
+
+    def _appear(self, parent: Dir, name: bytes) -> None:
+        with self._lifting.parent_times_kept(parent):
+            assert self._staged is not None
+            self._upper.publish(self._staged, (self._lifting.lookup.path(parent), name), Create.IN_PLACE)
+        self._staged = None
+        if self._source is not None and xattrs.ORIGIN in self._source.marks:
+            self._lifting.mark_impure(parent)
+
+    def _publish_file(self, node: File) -> None:
+        assert self._staged is not None
+        pinned = sysio.open_child(self._upper.work.fd, self._staged, os.O_PATH)
+        try:
+            self._settle(node, pinned)
+        finally:
+            sysio.close(pinned)
+
+    def _settle(self, node: File, pinned: int) -> None:
+        # The reader is opened first: when descriptors have run out nothing has happened yet.
+        reader = self._open_reader(node, pinned)
+        try:
+            self._place(node, pinned)
+        except BaseException:
+            if reader is not None:
+                sysio.close(reader)
+            raise
+        found = sysio.stat_at(pinned, b"")
+        self._lifting.nodes.add_key(node, (found.st_dev, found.st_ino))
+        node.nlink_delta += self._nlink - found.st_nlink
+        node.in_upper = True
+        node.data = (node.data or node.lower) if self._content is Content.BELOW else None
+        self._lifting.persist_nlink(node)
+        if reader is not None:
+            _swap_reader(node, reader)
+
+    def _open_reader(self, node: File, pinned: int) -> int | None:
+        if node.reader is None or self._content is Content.BELOW:
+            return None
+        return self._lifting.stack.dirfds.retry(lambda: sysio.open_child(pinned, b"", os.O_RDONLY))
+
+    def _place(self, node: File, pinned: int) -> None:
+        names = self._reachable_names(node)
+        if self._is_indexed():
+            self._place_in_index(node)
+        elif names:
+            self._appear(*names[0])
+            self._named(node, names[0])
+        else:
+            self._place_nowhere(node)
+        # Without an index nothing else would keep the other known names together.
+        rest = names[:1] if node.index is not None else names[1:]
+        for parent, name in rest:
+            self._link(node, pinned, parent, name)
+
+    def _reachable_names(self, node: File) -> list[tuple[Dir, bytes]]:
+        # The name whose parents were lifted may have gone while the copy was staged.
+        if node.names and not any(parent.in_upper for parent, _ in node.names):
+            self._lifting.lift(next(iter(node.names))[0])
+        return [(parent, name) for parent, name in node.names if parent.in_upper]
+
+    def _place_in_index(self, node: File) -> None:
+        assert self._origin is not None and self._staged is not None and self._upper.work.index is not None
+        node.index = origin.index_name(self._origin)
+        sysio.rename_at(self._upper.work.fd, self._staged, self._upper.work.index, node.index)
+        self._staged = None
+
+    def _place_nowhere(self, node: File) -> None:
+        # Unlinked while it was open: the copy lives as long as the node, without a name.
+        assert self._staged is not None
+        node.orphan = sysio.open_child(self._upper.work.fd, self._staged, os.O_PATH)
+        self._upper.work.discard(self._staged)
+        self._staged = None
+
+    def _link(self, node: File, pinned: int, parent: Dir, name: bytes) -> None:
+        with self._lifting.parent_times_kept(parent):
+            self._upper.link(pinned, b"", (self._lifting.lookup.path(parent), name), Create.IN_PLACE)
+        self._lifting.mark_impure(parent)
+        self._named(node, (parent, name))
+
+    @staticmethod
+    def _named(node: File, place: tuple[Dir, bytes]) -> None:
+        node.names[place] = True
+        place[0].note(place[1], Kind.FILE)
+
+
+def _swap_reader(node: File, reader: int) -> None:
+    if node.reader is not None:
+        node.retired.append(node.reader)
+    node.reader = reader
+
+
+class _Fill(LiftStep):
+    """A metadata-only copy gets its data."""
+
+    heavy = True
+
+    def __init__(self, lifting: Lifting, upper: Upper, node: File, data: LowerFile) -> None:
+        super().__init__(node)
+        self._lifting = lifting
+        self._upper = upper
+        self._data = data
+        self._open: list[int] = []
+
+    def begin(self) -> None:
+        self.node.lifting = True
+        _, dirfd, name = self._lifting.attributes.locate(self.node)
+        retry = self._lifting.stack.dirfds.retry
+        pin = retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
+        self._open.append(pin)
+        self._open.append(retry(lambda: sysio.open_child(pin, b"", os.O_RDWR)))
+        self._open.append(self._data.layer.open_file(self._data.path, self._data.name))
+
+    def stage(self) -> None:
+        copyup.fill(self._upper, *self._open)
+
+    def publish(self) -> None:
+        assert isinstance(self.node, File)
+        try:
+            if self.node.reader is not None:
+                _swap_reader(self.node, sysio.open_child(self._open[0], b"", os.O_RDONLY))
+            self.node.data = None
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        self.node.lifting = False
+        while self._open:
+            sysio.close(self._open.pop())
+
+
+class _Cut(LiftStep):
+    """A metadata-only copy whose data nobody wants any more: cut to nothing, then unmarked."""
+
+    def __init__(self, lifting: Lifting, upper: Upper, node: File) -> None:
+        super().__init__(node)
+        self._lifting = lifting
+        self._upper = upper
+
+    def publish(self) -> None:
+        assert isinstance(self.node, File)
+        _, dirfd, name = self._lifting.attributes.locate(self.node)
+        fd = sysio.open_child(dirfd, name, os.O_RDWR)
+        try:
+            # Cut first: with the mark gone and the size still there a crash would show zeros.
+            sysio.truncate_fd(fd, 0)
+            self._upper.drop_mark(dirfd, name, xattrs.METACOPY)
+            if self.node.reader is not None:
+                _swap_reader(self.node, open_readable(self._lifting.stack.dirfds, fd, b"", keep_atime=False))
+            self.node.data = None
+        finally:
+            sysio.close(fd)

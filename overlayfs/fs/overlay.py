@@ -1,0 +1,275 @@
+"""The overlay as a whole: the filesystem's verbs, synchronous, without FUSE.
+
+    overlay = Overlay(StackConfig(lower=(b"/a", b"/b"), upper=b"/u", work=b"/w"))
+    node = overlay.lookup(overlay.root, b"etc")
+    overlay.close()
+
+Every verb raises `OSError` with the errno that the caller of the system call shall see; EROFS where there is no upper.
+Names are one component, as bytes. All calls belong on one thread, apart from what says otherwise.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+
+from overlayfs import sysio
+from overlayfs.errors import oserror
+from overlayfs.fs.attributes import Attributes, AttributeVerbs, Changes
+from overlayfs.fs.changes import Change, changes
+from overlayfs.fs.config import StackConfig
+from overlayfs.fs.explain import Holder, explain
+from overlayfs.fs.files import Child, Files, need_of_open
+from overlayfs.fs.lifting import Lifting, LiftStep, Need
+from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.names import Caller, Names
+from overlayfs.fs.nodes import Dir, File, Node, NodeTable
+from overlayfs.fs.stack import Stack
+
+
+class Overlay:
+    """One mounted or unmounted stack of layers.
+
+    Opening it opens every layer and locks the upper; `MountError` with one sentence when that cannot be.
+    """
+
+    def __init__(self, config: StackConfig) -> None:
+        self._stack = Stack(config)
+        self.nodes = NodeTable(config.ino32)
+        self._lookup = Lookup(self._stack, self.nodes)
+        self._attributes = AttributeVerbs(self._stack, self._lookup)
+        self._lifting = Lifting(self._stack, self.nodes, self._lookup, self._attributes)
+        self._names = Names(self._stack, self.nodes, self._lookup, self._attributes, self._lifting)
+        self._files = Files(self._stack, self.nodes, self._lookup, self._attributes)
+        self.config = config
+        self.root = self._lookup.root
+
+    @property
+    def read_only(self) -> bool:
+        """Whether there is no upper."""
+        return self._stack.upper is None
+
+    @property
+    def notices(self) -> list[str]:
+        """Sentences about features that are off, and why."""
+        return self._stack.notices
+
+    @property
+    def open_handles(self) -> int:
+        """How many files and directories are open."""
+        return len(self._files)
+
+    def close(self) -> None:
+        """Sync the upper, close everything and release the locks."""
+        synced = self._sync_before_close()
+        self._files.close()
+        self.nodes.close()
+        self._stack.close(clean=synced)
+
+    def _sync_before_close(self) -> bool:
+        try:
+            self.sync()
+        except OSError:
+            return False
+        return True
+
+    # --- looking ---------------------------------------------------------------------------------------
+
+    def lookup(self, parent: Node, name: bytes) -> Node:
+        """Return the node under a name; ENOENT for none."""
+        node = self._lookup.lookup(_directory(parent), name)
+        if node is None:
+            raise oserror(errno.ENOENT, name)
+        return node
+
+    def attributes(self, node: Node) -> Attributes:
+        """Return the attributes of a node."""
+        return self._attributes.attributes(node)
+
+    def readlink(self, node: Node) -> bytes:
+        """Return the target of a symbolic link; EINVAL for anything else."""
+        return self._attributes.readlink(node)
+
+    def statfs(self) -> os.statvfs_result:
+        """Return capacity and limits; names may be shorter where whiteouts need a name of their own."""
+        return self._attributes.filesystem()
+
+    @property
+    def longest_name(self) -> int:
+        """The length of the longest name that can be made and removed, in bytes."""
+        upper = self._stack.upper
+        return 255 if upper is None or upper.features.devices else 251
+
+    def getxattr(self, node: Node, name: bytes) -> bytes:
+        """Return the value of an extended attribute; ENODATA for none."""
+        return self._attributes.getxattr(node, name)
+
+    def listxattr(self, node: Node) -> list[bytes]:
+        """Return the names of all visible extended attributes."""
+        return self._attributes.listxattr(node)
+
+    # --- attributes ------------------------------------------------------------------------------------
+
+    def set_attributes(self, node: Node, changes: Changes, caller: Caller, fh: int | None = None) -> Attributes:
+        """Change attributes and return what they are then. `fh`: the open file through which it is asked, if any."""
+        need = need_of_change(changes)
+        self._lifting.lift(node, need)
+        self._attributes.change(node, changes, self._files.writer_of(fh))
+        return self._attributes.attributes(node)
+
+    def setxattr(self, node: Node, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Set an extended attribute; `flags` as in setxattr(2)."""
+        self._attributes.check_xattr(name)
+        self._lifting.lift(node)
+        self._attributes.setxattr(node, name, value, flags)
+
+    def removexattr(self, node: Node, name: bytes) -> None:
+        """Remove an extended attribute; ENODATA, without a copy-up, for one that is not there."""
+        self._attributes.check_xattr(name)
+        self._attributes.getxattr(node, name)
+        self._lifting.lift(node)
+        self._attributes.removexattr(node, name)
+
+    # --- names -----------------------------------------------------------------------------------------
+
+    def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> Node:
+        """Make a directory; `mode` is permission bits, the umask already applied."""
+        return self._names.mkdir(_directory(parent), name, mode, caller)
+
+    def mknod(self, parent: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> Node:
+        """Make a file, FIFO, socket or device."""
+        return self._names.mknod(_directory(parent), name, mode, rdev, caller)
+
+    def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> Node:
+        """Make a symbolic link."""
+        return self._names.symlink(_directory(parent), name, target, caller)
+
+    def create(self, parent: Node, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Node, int]:
+        """Make and open a regular file; one that exists is opened unless `flags` hold O_EXCL."""
+        existing = self._lookup.lookup(_directory(parent), name)
+        if existing is not None and not flags & os.O_EXCL:
+            return existing, self.open(existing, flags, caller)
+        node, writer = self._names.create(_directory(parent), name, mode, caller)
+        return node, self._files.adopt(node, writer)
+
+    def link(self, node: Node, new_parent: Node, new_name: bytes) -> Node:
+        """Give a file one more name; returns the file's node."""
+        self._names.link(node, _directory(new_parent), new_name)
+        return node
+
+    def unlink(self, parent: Node, name: bytes) -> None:
+        """Remove a name of anything but a directory."""
+        self._names.unlink(_directory(parent), name)
+
+    def rmdir(self, parent: Node, name: bytes) -> None:
+        """Remove an empty directory."""
+        self._names.rmdir(_directory(parent), name)
+
+    def rename(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int = 0) -> None:
+        """Move a name; `flags` are 0, RENAME_NOREPLACE or RENAME_EXCHANGE of renameat2(2), else EINVAL."""
+        self._attributes.upper  # noqa: B018 - EROFS before anything else
+        self._names.rename(_directory(parent), name, _directory(new_parent), new_name, flags)
+
+    # --- files -----------------------------------------------------------------------------------------
+
+    def open(self, node: Node, flags: int, caller: Caller) -> int:
+        """Open a regular file and return a handle; `flags` as in open(2)."""
+        need = need_of_open(node, flags)
+        if need is not None:
+            self._lifting.lift(node, need)
+        return self._files.open(node, flags, strip=caller.uid != 0)
+
+    def read(self, fh: int, offset: int, size: int, nowait: bool = False) -> bytes:
+        """Read up to `size` bytes. With `nowait`, BlockingIOError when a disk must be waited for. Any thread may."""
+        return self._files.read(fh, offset, size, nowait)
+
+    def write(self, fh: int, offset: int, data: bytes) -> int:
+        """Write all of `data` at `offset` and return its length."""
+        return self._files.write(fh, offset, data)
+
+    def fsync(self, fh: int, datasync: bool = False) -> None:
+        """Make a file durable, its name included."""
+        self._files.prepare_fsync(fh, datasync)()
+
+    def prepare_fsync(self, fh: int, datasync: bool = False) -> Callable[[], None]:
+        """Return the call that makes a file durable; any thread may make it."""
+        return self._files.prepare_fsync(fh, datasync)
+
+    def release(self, fh: int) -> None:
+        """Close a handle."""
+        self._files.release(fh)
+
+    def open_dir(self, node: Node) -> int:
+        """Open a directory for reading and return a handle."""
+        return self._files.open_dir(node)
+
+    def read_dir(self, fh: int, offset: int) -> Iterator[Child]:
+        """Yield (name, node, next offset) from a position on; 0 begins anew. No `.` and `..`."""
+        return self._files.read_dir(fh, offset)
+
+    def fsync_dir(self, fh: int) -> None:
+        """Make the names in a directory durable."""
+        self._files.prepare_fsyncdir(fh)()
+
+    def prepare_fsync_dir(self, fh: int) -> Callable[[], None]:
+        """Return the call that makes the names in a directory durable; any thread may make it."""
+        return self._files.prepare_fsyncdir(fh)
+
+    def release_dir(self, fh: int) -> None:
+        """Close a directory handle."""
+        self._files.release(fh)
+
+    def sync(self) -> None:
+        """Make the upper's whole file system durable. Any thread may. Nothing to do without one or when volatile."""
+        upper = self._stack.upper
+        if upper is not None:
+            sysio.syncfs(upper.sync_fd)
+
+    # --- lifting, for engines --------------------------------------------------------------------------
+
+    def next_lift(self, node: Node, need: Need = Need.META) -> LiftStep | None:
+        """Return the next step before `need` of a node is met, None when it is met."""
+        return self._lifting.next_lift(node, need)
+
+    def needs_of_open(self, node: Node, flags: int) -> Need | None:
+        """Return what opening with these flags needs of a node."""
+        return need_of_open(node, flags)
+
+    def needs_of_change(self, changes: Changes) -> Need:
+        """Return what a setattr needs of a node."""
+        return need_of_change(changes)
+
+    def needs_of_unlink(self, node: Node) -> Need | None:
+        """Return what removing a name of a node needs of it."""
+        return Need.META if self._names.must_lift_counted(node) else None
+
+    def needs_of_rename(self, node: Node) -> Iterator[tuple[Node, Need]]:
+        """Yield the nodes that must be lifted before this one can move: itself, or a tree that cannot be redirected."""
+        if isinstance(node, Dir) and self._names.must_copy_tree(node):
+            return self._names.tree_to_lift(node)
+        return iter(((node, Need.META),))
+
+    # --- views -----------------------------------------------------------------------------------------
+
+    def changes(self) -> Iterator[Change]:
+        """Yield what the upper changes: (b"A" | b"C" | b"D", path), sorted by path."""
+        return changes(self._stack, self._lookup)
+
+    def explain(self, path: bytes) -> list[Holder]:
+        """Return what each layer holds at a path of the overlay, top first: which one gives it, what is hidden."""
+        return explain(self._stack, self._lookup, path)
+
+
+def need_of_change(changes: Changes) -> Need:
+    """Return what a setattr needs: the data only when a part of it stays."""
+    if changes.size is None:
+        return Need.META
+    return Need.DATA if changes.size > 0 else Need.TRUNCATED
+
+
+def _directory(node: Node) -> Dir:
+    if not isinstance(node, Dir):
+        raise oserror(errno.ENOTDIR)
+    return node
+
+
+__all__ = ["Attributes", "Caller", "Changes", "Child", "File", "Need", "Node", "Overlay", "StackConfig"]
