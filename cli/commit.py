@@ -39,6 +39,8 @@ def commit(
     """Make the changes in MNT, or in an unmounted upper, into the new layer directory DIR, and print its path."""
     target = os.path.join(os.getcwdb(), destination)
     if mountpoint is not None and upper is None:
+        if lower or work:
+            raise UsageError("--lower and --work describe an unmounted upper; leave them out with a mount point")
         _commit_mount(mountpoint, target)
     elif upper is not None and mountpoint is None:
         _commit_upper(upper, work, lower, target)
@@ -61,10 +63,10 @@ def _commit_mount(mountpoint: bytes, target: bytes) -> None:
 
 
 def _commit_upper(upper: bytes, work: bytes | None, lower: tuple[bytes, ...], target: bytes) -> None:
+    if not lower:
+        raise UsageError("--upper needs the layers it lies on; name them with --lower, top first")
     from overlayfs.fs.config import StackConfig
     from overlayfs.store.commit import commit_unmounted
 
-    if not lower:
-        raise UsageError("--upper needs the layers it lies on; name them with --lower, top first")
     with contextlib.nullcontext(work) if work else work_beside(upper) as place:
         commit_unmounted(StackConfig(lower, upper, place), target)

@@ -2,8 +2,6 @@
 
 import importlib
 import os
-import sys
-from typing import Any
 
 import click
 
@@ -53,19 +51,12 @@ def cli() -> None:
 def main() -> int:
     """Run the program with the arguments of the process; return its exit code."""
     try:
-        code = _result(cli.main(prog_name=PROGRAM, standalone_mode=False))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return _reader_gone()
-    except (KeyboardInterrupt, click.Abort):
+        code = cli.main(prog_name=PROGRAM, standalone_mode=False)
+    except click.Abort:  # click's word for Ctrl-C, after it has ended the line
         return INTERRUPTED
     except Exception as error:
         return _failed(error)
-    return code
-
-
-def _result(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+    return code if isinstance(code, int) else 0
 
 
 def _failed(error: Exception) -> int:
@@ -103,9 +94,3 @@ def _usage_sentence(error: click.ClickException) -> str:
     context = error.ctx if isinstance(error, click.UsageError) else None
     command = context.command_path if context else PROGRAM
     return f"{message[:1].lower()}{message[1:]}; see '{command} --help'"
-
-
-def _reader_gone() -> int:
-    """The reader of our output has gone, as `head` does; nothing may be written at exit either."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141

@@ -1,0 +1,1 @@
+"""The command line as its users and the programs that call it see it."""
