@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from overlayfs.fs import Overlay
+from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.gate import Gate
 from overlayfs.fuse.lift import Lifter, Threads
 from overlayfs.fuse.locks import KeyedLocks

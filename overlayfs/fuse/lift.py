@@ -5,12 +5,14 @@ in a thread when heavy, published on the loop. While a task waited for the lock 
 the work, so the question is asked again inside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 import trio
 
-from overlayfs.fs import LiftStep, Need, Node, Overlay
+from overlayfs.fs.lifting import LiftStep, Need
+from overlayfs.fs.nodes import Node
+from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.locks import KeyedLocks
 
 P = ParamSpec("P")
@@ -44,13 +46,28 @@ class Lifter:
                 if current is not None and current.node is step.node:
                     await self._carry_out(current)
 
+    async def lift_all(self, wanted: Callable[[], Iterable[tuple[Node, Need]]]) -> None:
+        """Return when one pass over `wanted()` finds nothing to lift.
+
+        That pass runs without a wait, so at its end, and until the caller waits, every node is where the verb
+        wants it and none is being lifted by another task.
+        """
+        waited = True
+        while waited:
+            waited = False
+            for node, need in wanted():
+                if self._overlay.next_lift(node, need) is not None:
+                    waited = True
+                    await self.lift(node, need)
+
     async def _carry_out(self, step: LiftStep) -> None:
         try:
+            step.begin()
             if step.heavy:
                 await self._threads.run(step.stage)
             else:
                 step.stage()
-            step.publish()
         except BaseException:
             step.abort()
             raise
+        step.publish()

@@ -18,7 +18,10 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from overlayfs.errors import MountError, oserror
-from overlayfs.fs import Attributes, Caller, Changes, Need, Node
+from overlayfs.fs.attributes import Attributes, Changes
+from overlayfs.fs.lifting import Need
+from overlayfs.fs.names import Caller
+from overlayfs.fs.nodes import Dir, Node
 from overlayfs.fuse.engine import Engine, MountSettings, reply_errno
 from overlayfs.fuse.stderr import captured_stderr
 
@@ -127,6 +130,7 @@ class _Requests(pyfuse3.Operations):
         self._locks = engine.locks
         self._threads = engine.threads
         self._lift = engine.lifter.lift
+        self._lift_all = engine.lifter.lift_all
         self._xattrs = settings.xattrs
         self._opened: dict[int, Node] = {}  # by handle of an open file
         self._listed: dict[int, Node] = {}  # by handle of an open directory
@@ -208,7 +212,7 @@ class _Requests(pyfuse3.Operations):
         if changes == Changes():
             return self._attributes(node, self._overlay.attributes(node))
         async with self._gate.change():
-            await self._lift(node, _need_of(changes))
+            await self._lift(node, self._overlay.needs_of_change(changes))
             async with self._locks.hold(node.number):
                 found = self._overlay.set_attributes(node, changes, _caller(ctx), fh=fh)
         return self._attributes(node, found)
@@ -245,16 +249,23 @@ class _Requests(pyfuse3.Operations):
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Give a node one more name."""
         async with self._gate.change():
-            node = self._node(inode)
-            await self._lift(node, Need.META)
-            parent = await self._parent(new_parent_inode)
+            node, parent = self._node(inode), self._node(new_parent_inode)
+            await self._lift_all(lambda: ((node, Need.META), (parent, Need.META)))
             return self._entry(self._overlay.link(node, parent, new_name))
 
     @_request("UNLINK")
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove a name of a non-directory."""
         async with self._gate.change():
-            self._overlay.unlink(await self._parent(parent_inode), name)
+            parent = self._node(parent_inode)
+            await self._lift_all(lambda: self._needs_of_unlink(parent, name))
+            self._overlay.unlink(parent, name)
+
+    def _needs_of_unlink(self, parent: Node, name: bytes) -> Iterator[tuple[Node, Need]]:
+        node = self._overlay.lookup(parent, name)
+        yield parent, Need.META
+        if (need := self._overlay.needs_of_unlink(node)) is not None:
+            yield node, need
 
     @_request("RMDIR")
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -275,12 +286,26 @@ class _Requests(pyfuse3.Operations):
         """Rename; the overlay refuses flags other than NOREPLACE and EXCHANGE."""
         async with self._gate.change():
             old, new = self._node(parent_inode_old), self._node(parent_inode_new)
-            await self._lift(self._overlay.lookup(old, name_old), Need.META)
-            if flags & pyfuse3.RENAME_EXCHANGE:
-                await self._lift(self._overlay.lookup(new, name_new), Need.META)
-            await self._lift(old, Need.META)
-            await self._lift(new, Need.META)
+            await self._lift_all(lambda: self._needs_of_rename(old, name_old, new, name_new, flags))
             self._overlay.rename(old, name_old, new, name_new, flags)
+
+    def _needs_of_rename(
+        self, old: Node, name: bytes, new: Node, new_name: bytes, flags: int
+    ) -> Iterator[tuple[Node, Need]]:
+        source = self._overlay.lookup(old, name)
+        yield new, Need.META
+        yield from self._overlay.needs_of_rename(source)
+        yield from self._needs_of_target(new, new_name, flags)
+
+    def _needs_of_target(self, parent: Node, name: bytes, flags: int) -> Iterator[tuple[Node, Need]]:
+        try:
+            target = self._overlay.lookup(parent, name)
+        except FileNotFoundError:
+            return
+        if flags & pyfuse3.RENAME_EXCHANGE:
+            yield from self._overlay.needs_of_rename(target)
+        elif not flags and (need := self._overlay.needs_of_unlink(target)) is not None:
+            yield target, need
 
     async def _parent(self, number: int) -> Node:
         """Return the directory `number`, ready to be changed."""
@@ -360,7 +385,7 @@ class _Requests(pyfuse3.Operations):
     @_request("FSYNC")
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Return when the file is durable, its name included."""
-        await self._threads.run(self._overlay.fsync, fh, datasync)
+        await self._threads.run(self._overlay.prepare_fsync(fh, datasync))
 
     @_request("RELEASE")
     async def release(self, fh: int) -> None:
@@ -399,7 +424,8 @@ class _Requests(pyfuse3.Operations):
 
     def _dots(self, node: Node) -> Iterator[tuple[bytes, int]]:
         yield b".", node.number
-        yield b"..", node.parent.number if node.parent is not None else node.number
+        above = node.parent if isinstance(node, Dir) else None
+        yield b"..", above.number if above is not None else node.number
 
     def _reply_entry(self, token: pyfuse3.ReaddirToken, name: bytes, node: Node, offset: int) -> bool:
         entry = self._attributes(node, self._overlay.attributes(node))
@@ -417,7 +443,7 @@ class _Requests(pyfuse3.Operations):
     @_request("FSYNCDIR")
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Return when the directory and the chain above it are durable."""
-        await self._threads.run(self._overlay.fsync_dir, self._listed[fh])
+        await self._threads.run(self._overlay.prepare_fsync_dir(fh))
 
     # extended attributes
 
@@ -450,17 +476,17 @@ class _Requests(pyfuse3.Operations):
             async with self._locks.hold(node.number):
                 self._overlay.setxattr(node, name, value)
                 if name == ACL_ACCESS:
-                    self._drop_foreign_sgid(node, _caller(ctx))
+                    self._drop_foreign_sgid(node, ctx)
 
-    def _drop_foreign_sgid(self, node: Node, caller: Caller) -> None:
+    def _drop_foreign_sgid(self, node: Node, ctx: RequestContext) -> None:
         """Clear S_ISGID as chmod would when an ACL is set by somebody outside the file's group.
 
         The kernel's own request to do so (SETXATTR_ACL_KILL_SGID) does not reach pyfuse3.
         """
         found = self._overlay.attributes(node)
-        if found.mode & stat.S_ISGID and caller.uid and not _in_group(caller, found.gid):
+        if found.mode & stat.S_ISGID and ctx.uid and not _in_group(ctx, found.gid):
             mode = stat.S_IMODE(found.mode) & ~stat.S_ISGID
-            self._overlay.set_attributes(node, Changes(mode=mode), caller)
+            self._overlay.set_attributes(node, Changes(mode=mode), _caller(ctx))
 
     @_request("REMOVEXATTR")
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -486,19 +512,15 @@ class _Requests(pyfuse3.Operations):
 
 
 def _caller(ctx: RequestContext) -> Caller:
-    return Caller(ctx.uid, ctx.gid, ctx.umask, functools.partial(_groups, ctx.pid))
+    return Caller(ctx.uid, ctx.gid, ctx.umask)
 
 
-def _groups(pid: int) -> set[int]:
-    """Return the supplementary groups of a client; none if it is gone or in a foreign pid namespace."""
+def _in_group(ctx: RequestContext, gid: int) -> bool:
+    """Return whether a client is in a group; not by more than its first one if it is gone or in a foreign namespace."""
     try:
-        return pyfuse3.get_sup_groups(pid)
+        return gid == ctx.gid or gid in pyfuse3.get_sup_groups(ctx.pid)
     except (OSError, RuntimeError):
-        return set()
-
-
-def _in_group(caller: Caller, gid: int) -> bool:
-    return gid == caller.gid or (caller.groups is not None and gid in caller.groups())
+        return False
 
 
 def _changes(attr: EntryAttributes, fields: SetattrFields) -> Changes:
@@ -510,9 +532,3 @@ def _changes(attr: EntryAttributes, fields: SetattrFields) -> Changes:
         atime_ns=attr.st_atime_ns if fields.update_atime else None,
         mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
     )
-
-
-def _need_of(changes: Changes) -> Need:
-    if changes.size is None:
-        return Need.META
-    return Need.DATA if changes.size else Need.TRUNCATED

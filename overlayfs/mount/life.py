@@ -92,8 +92,6 @@ def _become_daemon(options: MountOptions, mountpoint: bytes, report: int) -> NoR
 
 
 def _live(options: MountOptions, mountpoint: bytes, pipe: int) -> int:
-    from overlayfs.mount import daemon
-
     report = _Report(pipe)
 
     def tell(notices: tuple[str, ...]) -> None:
@@ -101,6 +99,8 @@ def _live(options: MountOptions, mountpoint: bytes, pipe: int) -> int:
         report.send({"notices": notices})
 
     try:
+        from overlayfs.mount import daemon
+
         daemon.run(options, mountpoint, tell)
     except UserError as error:
         report.send({"error": str(error)})

@@ -5,13 +5,15 @@ reads it, as text otherwise. In the background to syslog(3) or, on a system with
 record of the mount, which is made only when there is something to say.
 """
 
+import contextlib
 import logging
-import logging.handlers
 import os
+import socket
 import sys
 from pathlib import Path
 
 SYSLOG = "/dev/log"
+DAEMON = 3 << 3  # the facility of system daemons
 LEVELS = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 
@@ -24,17 +26,45 @@ class JournalFormatter(logging.Formatter):
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
-class Syslog(logging.handlers.SysLogHandler):
-    """Syslog that drops a message rather than make the file system wait for a busy log daemon."""
+class Syslog(logging.Handler):
+    """Messages as syslog(3) sends them, dropped rather than make the file system wait for a busy log daemon."""
 
     def __init__(self) -> None:
-        super().__init__(SYSLOG, self.LOG_DAEMON)
-        self.ident = f"overlayfs[{os.getpid()}]: "
+        super().__init__()
+        self._socket = _connected()
 
-    def createSocket(self) -> None:  # noqa: N802  # named by the class it extends
-        """Connect, without waiting ever after."""
-        super().createSocket()
-        self.socket.setblocking(False)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record; if the log daemon was started anew, to the new one."""
+        level = LEVELS.get(record.levelno, 6)
+        message = f"<{DAEMON | level}>overlayfs[{os.getpid()}]: {self.format(record)}".encode(errors="backslashreplace")
+        try:
+            self._socket.send(message)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._send_anew(message)
+
+    def close(self) -> None:
+        """Let go of the log daemon."""
+        self._socket.close()
+        super().close()
+
+    def _send_anew(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):
+            fresh = _connected()
+            self._socket.close()
+            self._socket = fresh
+            self._socket.send(message)
+
+
+def _connected() -> socket.socket:
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sender.connect(SYSLOG)
+    except OSError:
+        sender.close()
+        raise
+    return sender
 
 
 def set_up(foreground: bool, debug: bool, fallback: Path) -> None:

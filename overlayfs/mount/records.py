@@ -79,6 +79,7 @@ def socket_path(pid: int) -> Path:
 def write(record: Record) -> None:
     """Put a record in place, whole."""
     temporary = make_run_directory() / f"{record.pid}.tmp"
+    temporary.touch(mode=0o600)
     temporary.write_text(json.dumps(dataclasses.asdict(record)) + "\n")
     temporary.rename(record_path(record.pid))
 
@@ -100,7 +101,7 @@ def _read(path: Path) -> Record | None:
         fields = json.loads(path.read_text())
         fields.update(lower=tuple(fields["lower"]), notices=tuple(fields["notices"]))
         record = Record(**fields)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     if record.alive:
         return record

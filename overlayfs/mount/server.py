@@ -15,7 +15,6 @@ import trio
 from overlayfs.errors import UserError
 from overlayfs.fuse.engine import Engine
 from overlayfs.mount.mountsync import sync_mount
-from overlayfs.store.commit import commit_mounted
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +102,12 @@ class Control:
 
     async def _why(self, message: Answer) -> Answer:
         found = self._overlay.explain(_path(message, "path"))
-        return {
-            "layers": [{"layer": os.fsdecode(layer), "kind": str(kind), "what": what} for layer, kind, what in found]
-        }
+        return {"layers": [{"layer": os.fsdecode(at.layer), "kind": at.kind, "role": at.role} for at in found]}
 
     async def _commit(self, message: Answer) -> Answer:
         """Commit while mounted: mapped pages first, while requests still pass; then nothing changes until the end."""
+        from overlayfs.store.commit import commit_mounted
+
         destination = _path(message, "destination")
         await self._engine.threads.run(sync_mount, self._mountpoint)
         await self._engine.gate.close()

@@ -1,0 +1,98 @@
+"""The gate: a closer waits for running changes, later changes wait for the opener."""
+
+import pytest
+import trio
+import trio.testing
+
+from overlayfs.fuse.gate import Gate
+
+
+async def _change(gate: Gate, entered: trio.Event, leave: trio.Event) -> None:
+    async with gate.change():
+        entered.set()
+        await leave.wait()
+
+
+def test_an_open_gate_costs_no_scheduling_point() -> None:
+    async def main() -> None:
+        gate = Gate()
+        with trio.testing.assert_no_checkpoints():
+            async with gate.change():
+                assert not gate.closed
+
+    trio.run(main)
+
+
+def test_closing_waits_for_running_changes_and_holds_new_ones() -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        gate, entered, leave = Gate(), trio.Event(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_change, gate, entered, leave)
+            await entered.wait()
+            nursery.start_soon(_close, gate, order)
+            await trio.testing.wait_all_tasks_blocked()
+            assert gate.closed
+            assert order == []
+            nursery.start_soon(_late, gate, order)
+            await trio.testing.wait_all_tasks_blocked()
+            leave.set()
+            await trio.testing.wait_all_tasks_blocked()
+            assert order == ["closed"]
+            gate.open()
+        assert order == ["closed", "late change"]
+
+    trio.run(main)
+
+
+async def _close(gate: Gate, order: list[str]) -> None:
+    await gate.close()
+    order.append("closed")
+
+
+async def _late(gate: Gate, order: list[str]) -> None:
+    async with gate.change():
+        order.append("late change")
+
+
+def test_a_second_closer_waits_for_the_first() -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        gate = Gate()
+        await gate.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_close, gate, order)
+            await trio.testing.wait_all_tasks_blocked()
+            assert order == []
+            gate.open()
+        assert order == ["closed"]
+        assert gate.closed
+
+    trio.run(main)
+
+
+def test_a_closer_that_gives_up_leaves_the_gate_open() -> None:
+    async def main() -> None:
+        gate, entered, leave = Gate(), trio.Event(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_change, gate, entered, leave)
+            await entered.wait()
+            with trio.move_on_after(0):
+                await gate.close()
+            assert not gate.closed
+            leave.set()
+
+    trio.run(main)
+
+
+def test_a_failed_change_leaves_the_gate() -> None:
+    async def main() -> None:
+        gate = Gate()
+        with pytest.raises(OSError, match="disk"):
+            async with gate.change():
+                raise OSError("disk")
+        await gate.close()
+
+    trio.run(main)

@@ -1,0 +1,45 @@
+"""Where a mount point may not lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from overlayfs.errors import MountError
+from overlayfs.fs.config import StackConfig
+from overlayfs.mount import places
+
+
+def _stack(base: Path) -> StackConfig:
+    for name in ("lower", "upper", "work"):
+        (base / name / "deep" / "er").mkdir(parents=True)
+    (base / "mnt").mkdir()
+    encoded = {name: os.fsencode(base / name) for name in ("lower", "upper", "work")}
+    return StackConfig((encoded["lower"],), encoded["upper"], encoded["work"])
+
+
+@pytest.mark.parametrize("name", ["mnt", "lower", "upper", "work"])
+def test_beside_a_layer_or_on_it_is_fine(tmp_path: Path, name: str) -> None:
+    places.check(os.fsencode(tmp_path / name), _stack(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["lower", "upper", "work"])
+@pytest.mark.parametrize("below", ["deep", "deep/er"])
+def test_inside_a_layer_is_refused(tmp_path: Path, name: str, below: str) -> None:
+    stack = _stack(tmp_path)
+    with pytest.raises(MountError, match=r"lies inside .*; choose a mount point outside") as caught:
+        places.check(os.fsencode(tmp_path / name / below), stack)
+    assert str(tmp_path / name) in str(caught.value)
+    assert caught.value.exit_code == 32
+
+
+def test_another_path_to_a_layer_does_not_hide_it(tmp_path: Path) -> None:
+    stack = _stack(tmp_path)
+    (tmp_path / "link").symlink_to("lower")
+    with pytest.raises(MountError, match="lies inside"):
+        places.check(os.fsencode(tmp_path / "link" / "deep"), stack)
+
+
+def test_a_layer_that_is_not_there_is_for_others_to_report(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    places.check(os.fsencode(tmp_path / "mnt"), StackConfig((os.fsencode(tmp_path / "gone"),)))

@@ -1,0 +1,68 @@
+"""Run-time records: written whole, read back with any path, dropped when their process is gone."""
+
+import dataclasses
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from overlayfs.mount import records
+from overlayfs.mount.records import Record
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(records, "run_directory", lambda: tmp_path / "run")
+    return tmp_path / "run"
+
+
+def _record(pid: int, started: int) -> Record:
+    strange = os.fsdecode(b"/a b\xff\n")
+    return Record(pid, started, strange, "0:7", "source", (strange, "/b"), strange, "/w", "pyfuse3", ("a notice",))
+
+
+def _own() -> Record:
+    started = records.start_time(os.getpid())
+    assert started is not None
+    return _record(os.getpid(), started)
+
+
+def test_what_is_written_is_read(directory: Path) -> None:
+    records.write(_own())
+    assert records.read_all() == [_own()]
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert [path.suffix for path in directory.iterdir()] == [".json"]
+
+
+def test_nothing_is_there_before_the_first_mount() -> None:
+    assert records.read_all() == []
+
+
+def test_the_record_of_a_dead_daemon_is_removed(directory: Path) -> None:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    records.write(_record(process.pid, 1))
+    assert records.read_all() == []
+    assert list(directory.iterdir()) == []
+
+
+def test_a_pid_in_other_hands_is_not_the_daemon() -> None:
+    records.write(dataclasses.replace(_own(), started=1))
+    assert records.read_all() == []
+
+
+def test_nonsense_is_passed_over(directory: Path) -> None:
+    records.make_run_directory()
+    (directory / "1.json").write_text("{")
+    (directory / "2.json").write_text("[]")
+    (directory / "3.json").write_text('{"lower": []}')
+    assert records.read_all() == []
+
+
+def test_a_directory_that_others_may_enter_is_refused(directory: Path) -> None:
+    directory.mkdir()
+    directory.chmod(0o755)
+    with pytest.raises(PermissionError, match="0700"):
+        records.write(_own())
