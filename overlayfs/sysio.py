@@ -622,13 +622,17 @@ _UUID_QUERIES = (
 
 
 def fs_uuid(fd: int) -> bytes | None:
-    """Return the 16 bytes by which the file system knows itself, or None when it has no such number."""
+    """Return the 16 bytes by which the kernel knows the file system, or None when they cannot be asked for.
+
+    They may be zeros although the disk has a uuid: the kernel then writes zeros into file handles too.
+    """
     try:
         own = os.open(_through_proc(fd, b""), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # ioctl refuses O_PATH
     except OSError:
         return None
     try:
-        return next(filter(None, (_uuid_by(own, *query) for query in _UUID_QUERIES)), None)
+        answers = (_uuid_by(own, *query) for query in _UUID_QUERIES)
+        return next((uuid for uuid in answers if uuid is not None), None)
     finally:
         os.close(own)
 
@@ -638,8 +642,7 @@ def _uuid_by(fd: int, request: int, prepared: bytes, at: int) -> bytes | None:
         answer = fcntl.ioctl(fd, request, prepared)
     except OSError:
         return None
-    uuid = answer[at : at + 16]
-    return uuid if any(uuid) else None
+    return answer[at : at + 16]
 
 
 _STATFS_SIZE = 256  # larger than any architecture's struct statfs

@@ -61,5 +61,5 @@ def _subvolume(root: int, uuid: bytes | None) -> int:
 
 def _tag(root: int, uuid: bytes | None, subvolume: int) -> int:
     # f_fsid of xfs holds the device number, which may change at boot: the uuid goes first.
-    name = uuid if uuid is not None else sysio.fs_id(root).to_bytes(8, "little")
+    name = uuid if uuid is not None and any(uuid) else sysio.fs_id(root).to_bytes(8, "little")
     return (xxhash.xxh64_intdigest(name + subvolume.to_bytes(8, "little")) & _TAG_MASK) or 1
