@@ -10,10 +10,12 @@ Names are one component, as bytes. All calls belong on one thread, apart from wh
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
+from overlayfs.format import xattrs
+from overlayfs.fs import index
 from overlayfs.fs.attributes import Attributes, AttributeVerbs, Changes
 from overlayfs.fs.changes import Change, changes
 from overlayfs.fs.config import StackConfig
@@ -248,6 +250,57 @@ class Overlay:
             return self._names.tree_to_lift(node)
         return iter(((node, Need.META),))
 
+    # --- for a commit ----------------------------------------------------------------------------------
+
+    @property
+    def upper_root(self) -> int:
+        """The descriptor of the upper directory, borrowed; EROFS without one."""
+        return self._attributes.upper.root
+
+    def identities(self) -> set[tuple[int, int]]:
+        """Return (st_dev, st_ino) of upper, work and every layer: of the directories, whatever paths they have."""
+        upper = self._attributes.upper
+        roots = (upper.root, upper.work.root, *(layer.root for layer in self._stack.lower))
+        return {(found.st_dev, found.st_ino) for found in (sysio.stat_at(fd, b"") for fd in roots)}
+
+    def view_config(self) -> StackConfig:
+        """Return the stack in which the upper is just the top layer: what a commit of it would show."""
+        upper, *lower = (_path_of(fd) for fd in (self.upper_root, *(layer.root for layer in self._stack.lower)))
+        return StackConfig(lower=(upper, *lower), xattr_mode=self._stack.mode)
+
+    def mark_prefixes(self) -> tuple[bytes, ...]:
+        """Return the prefix of the attributes that carry marks in the upper; none where it has no attributes."""
+        return () if self._stack.mode is None else (xattrs.prefix(self._stack.mode),)
+
+    def has_unlinked_twins(self, names: Mapping[tuple[int, int], int]) -> bool:
+        """Return whether an entry of the index has more names in the union than `names` counts in the upper."""
+        return index.has_unlinked_twins(self._attributes.upper, names)
+
+    def index_name_of(self, node: Node) -> bytes | None:
+        """Return the name of the index entry that stands for a lower file, of this or a like stack, or None."""
+        return index.name_of(self._attributes.upper, node) if isinstance(node, File) else None
+
+    def pin_indexed(self, node: Node) -> int:
+        """Return an O_PATH descriptor of the upper file that the index puts in a lower one's place; ENOENT for none."""
+        return index.pin(self._attributes.upper, node)
+
+    def pin(self, node: Node) -> int:
+        """Return an O_PATH descriptor of the topmost real object of a node; the caller closes it."""
+        located = self._attributes.locate(node)
+        return sysio.open_child(located.dirfd, located.name, os.O_PATH)
+
+    def resolve(self, path: bytes) -> Node:
+        """Return the node at a path of the overlay; ENOENT, ENOTDIR. Symbolic links are not followed."""
+        node: Node = self.root
+        for name in filter(None, path.split(b"/")):
+            node = self.lookup(node, name)
+        return node
+
+    def list_names(self, node: Node) -> list[bytes]:
+        """Return the visible names in a directory."""
+        directory = _directory(node)
+        return [n for n in self._lookup.listing(directory) if self._lookup.lookup(directory, n) is not None]
+
     # --- views -----------------------------------------------------------------------------------------
 
     def changes(self) -> Iterator[Change]:
@@ -264,6 +317,11 @@ def need_of_change(changes: Changes) -> Need:
     if changes.size is None:
         return Need.META
     return Need.DATA if changes.size > 0 else Need.TRUNCATED
+
+
+def _path_of(fd: int) -> bytes:
+    # Relative paths and mounts made since do not lead elsewhere: the descriptor is what was opened.
+    return b"/proc/self/fd/%d" % fd
 
 
 def _directory(node: Node) -> Dir:

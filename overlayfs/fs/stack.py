@@ -39,6 +39,7 @@ class Stack:
                 self.upper = self._open_upper(config, config.upper, roots, undo)
                 mode = self.upper.mode
             self._settle(config, mode)
+            self.mode = mode
             read_mode = mode or config.xattr_mode or (Mode.TRUSTED if os.geteuid() == 0 else Mode.USER)
             self.lower = self._make_layers(roots, read_mode)
             self._undo = undo.pop_all()

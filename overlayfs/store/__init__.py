@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Layers at rest. So far: making one from an upper."""
