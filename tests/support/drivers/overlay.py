@@ -4,7 +4,7 @@ import os
 import stat as modes
 from collections.abc import Callable
 from contextlib import suppress
-from errno import EEXIST, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR
+from errno import EEXIST, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, ENXIO, ESPIPE
 from typing import Any, TypeVar
 
 from overlayfs.errors import oserror
@@ -270,8 +270,11 @@ class FsRaw:
         mode = self.overlay.attributes(node).mode
         if modes.S_ISLNK(mode):
             raise oserror(ELOOP)
-        if modes.S_ISDIR(mode) and flags & os.O_ACCMODE != os.O_RDONLY:
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if modes.S_ISDIR(mode) and writing:
             raise oserror(EISDIR)
+        if modes.S_ISFIFO(mode):
+            raise oserror(ENXIO if writing else ESPIPE)  # as the kernel answers without a partner, when read or written
 
 
 class FsDriver(Tree):

@@ -130,7 +130,9 @@ class PosixRaw:
         return os.listxattr(self.full(path), follow_symlinks=False)
 
     def open(self, path: bytes, flags: int, mode: int) -> Handle:
-        return PosixHandle(os.open(path or b".", flags | os.O_NOFOLLOW, mode, dir_fd=self.fd), self)
+        """Never through a symlink, and never waiting at a FIFO for its other end."""
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK
+        return PosixHandle(os.open(path or b".", flags, mode, dir_fd=self.fd), self)
 
     def statvfs(self) -> os.statvfs_result:
         return os.statvfs(self.fd)

@@ -1,0 +1,81 @@
+"""The same random operations on our tree and on the kernel's overlayfs give the same results; then they swap uppers."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.differential.operations import Generator, Operation
+from tests.support.drivers import Tree
+from tests.support.drivers.mounts import KernelOverlay
+from tests.support.dump import Dump, differences, dump
+from tests.support.stacks import StackMaker, stack_maker
+
+pytestmark = pytest.mark.on("fs", "fuse")
+
+SEEDS = int(os.environ.get("OVERLAYFS_DIFFERENTIAL_SEEDS", "25"))
+FIRST = int(os.environ.get("OVERLAYFS_DIFFERENTIAL_FIRST", "0"))
+STEPS = 120
+
+
+@pytest.fixture
+def makers(driver: str, place: Path) -> Iterator[tuple[StackMaker, StackMaker]]:
+    """A maker for our driver and one for the kernel."""
+    with ExitStack() as after:
+        yield (
+            after.enter_context(stack_maker(driver, place / "ours", StackMaker)),
+            after.enter_context(stack_maker("kernel", place / "kernel", StackMaker)),
+        )
+
+
+def picture(tree: Tree, start: int) -> Dump:
+    """The tree as both must show it: what was touched during the test carries no comparable time."""
+    return dump(tree, times_before=start)
+
+
+def run_both(ours: Tree, theirs: Tree, steps: list[Operation]) -> list[str]:
+    """Each operation on both; a line for each that differs."""
+    lines = []
+    for number, step in enumerate(steps):
+        left, right = step.run(ours), step.run(theirs)
+        if left != right:
+            lines.append(f"step {number}: {step}: ours {left!r}, kernel {right!r}")
+    return lines
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
+def test_alike(makers: tuple[StackMaker, StackMaker], seed: int) -> None:
+    start = time.time_ns() - 10**9
+    generator = Generator(seed)
+    layers = generator.layers()
+    ours, theirs = makers[0](*layers), makers[1](*layers)
+    assert not differences(picture(ours, start), picture(theirs, start))
+    for _ in range(3):
+        steps = [generator.operation() for _ in range(STEPS // 3)]
+        lines = run_both(ours, theirs, steps)
+        lines += differences(picture(ours, start), picture(theirs, start))
+        assert not lines, f"seed {seed}:\n" + "\n".join(lines)
+        ours.remount()
+        theirs.remount()
+    swap(ours, theirs)
+
+
+def swap(ours: Tree, theirs: Tree) -> None:
+    """Each mounts the upper that the other has written, and shows what the other showed."""
+    left, right = dump(ours), dump(theirs)
+    ours.close()
+    theirs.close()
+    kernel = KernelOverlay(ours.stack)
+    try:
+        crossed = differences(left, dump(kernel))
+    finally:
+        kernel.close()
+    mine = type(ours)(theirs.stack)
+    try:
+        crossed += differences(right, dump(mine))
+    finally:
+        mine.close()
+    assert not crossed, "after swapping the uppers (left: its writer):\n" + "\n".join(crossed)
