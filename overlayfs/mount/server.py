@@ -1,12 +1,13 @@
 """The daemon's side of the control socket."""
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import trio
 from overlayfs.errors import UserError
 from overlayfs.fuse.engine import Engine
 from overlayfs.mount.mountsync import sync_mount
+from overlayfs.store.commit import commit_mounted
 
 log = logging.getLogger(__name__)
 
 LONGEST = 1 << 20  # bytes of one request: a path and some text
+PIECE = 64  # entries of a listing that are worked out before other requests have their turn
 CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 
 Answer = dict[str, Any]
@@ -97,8 +100,14 @@ class Control:
         return {}
 
     async def _diff(self, message: Answer) -> Answer:
-        changes = await self._engine.threads.run(lambda: list(self._overlay.changes()))
-        return {"changes": [[kind.decode(), os.fsdecode(path)] for kind, path in changes]}
+        """List the changes of one moment: new ones wait, requests that only look go on between two pieces."""
+        found = []
+        async with self._held():
+            for count, (kind, path) in enumerate(self._overlay.changes()):
+                found.append([kind.decode(), os.fsdecode(path)])
+                if count % PIECE == 0:
+                    await trio.lowlevel.checkpoint()
+        return {"changes": found}
 
     async def _why(self, message: Answer) -> Answer:
         found = self._overlay.explain(_path(message, "path"))
@@ -106,13 +115,18 @@ class Control:
 
     async def _commit(self, message: Answer) -> Answer:
         """Commit while mounted: mapped pages first, while requests still pass; then nothing changes until the end."""
-        from overlayfs.store.commit import commit_mounted
-
         destination = _path(message, "destination")
         await self._engine.threads.run(sync_mount, self._mountpoint)
+        async with self._held():
+            made = await self._engine.threads.run(commit_mounted, self._overlay, destination)
+        return {"layer": os.fsdecode(made.destination), "entries": made.entries, "size": made.size}
+
+    @contextlib.asynccontextmanager
+    async def _held(self) -> AsyncIterator[None]:
+        """Hold changes within the context, which begins when none is running."""
         await self._engine.gate.close()
         try:
-            return await self._engine.threads.run(commit_mounted, self._overlay, destination)
+            yield
         finally:
             self._engine.gate.open()
 
