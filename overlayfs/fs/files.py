@@ -162,6 +162,12 @@ class Files:
         self._lookup.fresh = None
         return sysio.write_at(handle.node.writer, offset, data)
 
+    def flush(self, number: int) -> None:
+        """Close a duplicate of the writing descriptor: the file system reports then what it would at a close."""
+        handle = self.file(number)
+        if handle.writes and handle.node.writer is not None:
+            sysio.close(os.dup(handle.node.writer))
+
     def writer_of(self, number: int | None) -> int | None:
         """Return the writing descriptor behind a handle, if there is one."""
         if number is None:

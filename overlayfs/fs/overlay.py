@@ -188,6 +188,10 @@ class Overlay:
         """Write all of `data` at `offset` and return its length."""
         return self._files.write(fh, offset, data)
 
+    def flush(self, fh: int) -> None:
+        """Report what a file system says only when a file is closed, as NFS and quotas do; EBADF for no open file."""
+        self._files.flush(fh)
+
     def fsync(self, fh: int, datasync: bool = False) -> None:
         """Make a file durable, its name included."""
         self._files.prepare_fsync(fh, datasync)()
