@@ -22,7 +22,7 @@ from overlayfs.fuse.engine import Engine, MountSettings
 from overlayfs.fuse.policy import caching
 from overlayfs.fuse.pyfuse3_engine import Pyfuse3Engine
 from overlayfs.mount import log as logs
-from overlayfs.mount import records, table
+from overlayfs.mount import records, stale, table
 from overlayfs.mount.detach import detach
 from overlayfs.mount.mountinfo import KernelMount, mounted_on
 from overlayfs.mount.mountsync import sync_mount
@@ -52,6 +52,7 @@ def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
         engine = Pyfuse3Engine(overlay, caching(options.timeout, options.writeback))
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the loop can turn them into an unmount
         engine.attach(mountpoint, _settings(options, overlay))
+        stack.callback(_clear_remains, mountpoint)
         stack.callback(engine.detach)
         os.chdir("/")
         _serve(_Life(options, mountpoint, engine, tell))
@@ -93,6 +94,13 @@ def _close(overlay: Overlay) -> None:
         log.error("what was written last may not be on the disk: %s", error)
     finally:
         overlay.close()
+
+
+def _clear_remains(mountpoint: bytes) -> None:
+    """Take away our mount if it is still there after the end, dead: somebody cut its connection through fusectl."""
+    if stale.is_dead(mountpoint):
+        detach(mountpoint, lazy=True)
+        raise MountError(f"the mount at {os.fsdecode(mountpoint)} was cut off from the kernel")
 
 
 def _settings(options: MountOptions, overlay: Overlay) -> MountSettings:

@@ -25,6 +25,12 @@ def prepare(mountpoint: bytes) -> None:
     _refuse_living(mountpoint)
 
 
+def is_dead(mountpoint: bytes) -> bool:
+    """Return whether a mount of ours without a daemon is uppermost here."""
+    mount = mounted_on(mountpoint)
+    return mount is not None and mount.type == TYPE and _problem(mountpoint) in DEAD
+
+
 def _problem(mountpoint: bytes) -> int:
     """Return the errno that stands against mounting here, 0 for none."""
     try:
