@@ -26,6 +26,7 @@ def mount(options: MountOptions, mountpoint: bytes, notify: Notify = lambda noti
     `notify` gets one sentence for each feature that is off and why. MountError if there is no mount, or if
     a mount in the foreground ended by an error.
     """
+    _open_standard_streams()
     point = table.resolved(mountpoint)
     stale.prepare(point)
     places.check(point, options.stack)
@@ -44,7 +45,6 @@ def _stay(options: MountOptions, mountpoint: bytes, notify: Notify) -> None:
             notify(notice)
         notify_manager("READY=1")
 
-    _open_standard_streams()
     daemon.run(options, mountpoint, tell)
 
 
@@ -84,7 +84,6 @@ def _become_daemon(options: MountOptions, mountpoint: bytes, report: int) -> NoR
     code = 1
     try:
         os.setsid()
-        _open_standard_streams()
         code = _live(options, mountpoint, report)
     finally:
         logging.shutdown()

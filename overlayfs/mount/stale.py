@@ -32,9 +32,13 @@ def is_dead(mountpoint: bytes) -> bool:
 
 
 def _problem(mountpoint: bytes) -> int:
-    """Return the errno that stands against mounting here, 0 for none."""
+    """Return the errno that stands against mounting here, 0 for none.
+
+    The kernel may answer stat(2) for a daemon that is dead, from attributes it remembers; statfs(2) it never does.
+    """
     try:
         found = os.stat(mountpoint)
+        os.statvfs(mountpoint)
     except OSError as error:
         return error.errno or errno.EIO
     return 0 if stat.S_ISDIR(found.st_mode) else errno.ENOTDIR

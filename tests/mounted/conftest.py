@@ -1,0 +1,154 @@
+"""Mounts of our program, started as users start them; every daemon is waited for at the end of its test."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.mounted.polling import until
+from tests.support import processes, syscalls
+from tests.support.requirements import need, need_root
+
+PROGRAM = str(Path(sys.executable).with_name("overlayfs"))
+DETACH = 2
+
+
+class Stack:
+    """Directories for one mount: two lower layers, an upper, a work directory and a mount point."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        for name in ("top", "low", "u", "w", "m"):
+            (base / name).mkdir(parents=True)
+        self.upper, self.work, self.point = base / "u", base / "w", base / "m"
+        (base / "top" / "t").write_bytes(b"top")
+        (base / "low" / "d").mkdir()
+        (base / "low" / "d" / "f").write_bytes(b"low" * 1000)
+
+    @property
+    def options(self) -> str:
+        """The option string of the mount."""
+        base = self.base
+        return f"lowerdir={base}/top:{base}/low,upperdir={self.upper},workdir={self.work}"
+
+    def command(self, *flags: str, options: str = "", point: Path | None = None) -> list[str]:
+        """The words that mount it."""
+        text = f"{self.options},{options}" if options else self.options
+        return [PROGRAM, "mount", *flags, "-o", text, str(point or self.point)]
+
+
+class Mount:
+    """One stack and the daemons that were started for it."""
+
+    def __init__(self, base: Path) -> None:
+        self.stack = Stack(base)
+        self.point = self.stack.point
+        self.pids: list[int] = []
+        self.running: list[subprocess.Popen[str]] = []
+
+    @property
+    def pid(self) -> int:
+        """The newest daemon."""
+        return self.pids[-1]
+
+    def start(self, *flags: str, options: str = "", point: Path | None = None) -> None:
+        """Mount in the background; fail with what the program says."""
+        done = self.attempt(*flags, options=options, point=point)
+        assert done.returncode == 0, done.stderr
+
+    def attempt(self, *flags: str, options: str = "", point: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Try to mount in the background, and note the daemon that comes of it; a failed one must end."""
+        before = processes.children()
+        command = self.stack.command(*flags, options=options, point=point)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+        )
+        if done.returncode == 0:
+            self.note_daemons(before)
+        else:
+            processes.reap_since(before)
+        return done
+
+    def note_daemons(self, before: set[int]) -> None:
+        """Take the children that have appeared as our daemons."""
+        self.pids += sorted(processes.children() - before)
+
+    def foreground(self, *flags: str, options: str = "", environment: dict[str, str] | None = None) -> "Foreground":
+        """Mount in the foreground and return when it answers."""
+        command = self.stack.command("-f", *flags, options=options)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.running.append(process)
+        until(lambda: process.poll() is not None or os.path.ismount(self.point))
+        assert process.poll() is None, process.communicate()[1]
+        return Foreground(process)
+
+    def unmount(self) -> int:
+        """Unmount as umount(8) does and return the exit code of the daemon."""
+        syscalls.umount(os.fsencode(self.point))
+        return processes.reap(self.pids.pop())
+
+    def finish(self) -> None:
+        """End whatever a failed test has left."""
+        for point in (self.point, *self.stack.base.glob("m?")):
+            with suppress(OSError):
+                while True:
+                    syscalls.umount(os.fsencode(point), DETACH)
+        for process in self.running:
+            _end(process)
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                processes.reap(pid)
+
+
+class Foreground:
+    """A mount in the foreground."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.pid = process.pid
+
+    def ended(self) -> tuple[int, str]:
+        """Wait for the end; exit code and log."""
+        _, written = self.process.communicate(timeout=20)
+        return self.process.returncode, written
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def make_mount(place: Path) -> Iterator[Callable[[], Mount]]:
+    """A maker of mounts with directories of their own."""
+    need_root()
+    need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
+    made: list[Mount] = []
+
+    def make() -> Mount:
+        made.append(Mount(place / f"s{len(made)}"))
+        return made[-1]
+
+    yield make
+    for mount in made:
+        mount.finish()
+
+
+@pytest.fixture
+def mount(make_mount: Callable[[], Mount]) -> Mount:
+    """One mount, not started."""
+    return make_mount()
