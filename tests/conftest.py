@@ -11,6 +11,8 @@ import pytest
 from tests.support import leftovers, processes, requirements
 
 DRIVER_NAMES = ("plain", "fs", "fuse", "kernel")
+# Drivers that only some tests ask for, and the one that they go with
+VARIANTS = {"command": "fuse"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +40,7 @@ def _drivers(metafunc: pytest.Metafunc) -> list[object]:
     marker = next(iter(metafunc.definition.iter_markers("on")), None)
     wanted = DRIVER_NAMES if marker is None else marker.args
     known = {item.args[0]: item.kwargs["reason"] for item in metafunc.definition.iter_markers("deviates")}
-    return [pytest.param(name, marks=_marks(name, known)) for name in wanted if name in chosen]
+    return [pytest.param(name, marks=_marks(name, known)) for name in wanted if VARIANTS.get(name, name) in chosen]
 
 
 def _marks(name: str, known: dict[str, str]) -> list[pytest.MarkDecorator]:

@@ -114,7 +114,7 @@ def test_a_commit_over_several(disks: DiskMaker) -> None:
     assert not differences(before, dump(tree))
 
 
-@pytest.mark.on("fs", "fuse")
+@pytest.mark.on("fs", "command")
 def test_an_upper_without_attributes(disks: DiskMaker) -> None:
     """ramfs has none: marks that need them have to be done without, and the mount says so."""
     tree = disks({"d": {"f": "1", "s": {"x": ""}}, "f": "2"}, base=disks.disk("ramfs") / "b")
@@ -122,7 +122,7 @@ def test_an_upper_without_attributes(disks: DiskMaker) -> None:
     live_without_a_feature(tree)
 
 
-@pytest.mark.on("fs", "fuse")
+@pytest.mark.on("fs", "command")
 def test_an_upper_without_device_whiteouts(disks: DiskMaker, place: Path) -> None:
     """On the kernel's overlayfs no 0:0 device can be made: whiteouts take another form, and the mount says so."""
     outer = disks.disks.enter_context(stack_maker("kernel", place / "outer", StackMaker))({})

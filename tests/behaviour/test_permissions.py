@@ -231,9 +231,9 @@ def test_suid_of_a_copied_up_file_stays(stack: StackMaker) -> None:
     assert tree.mode("g") == 0o4755
 
 
-@pytest.mark.on("fuse")
+@pytest.mark.on("command")
 def test_suid_programs_do_not_gain_rights(stack: StackMaker) -> None:
-    """Our mounts are nosuid unless asked."""
+    """A person's mount is nosuid unless asked."""
     with open("/usr/bin/id", "rb") as program:
         tree = stack({"id": File(program.read(), mode=0o4755)})
 
@@ -243,9 +243,9 @@ def test_suid_programs_do_not_gain_rights(stack: StackMaker) -> None:
     assert tree.run_as(ALICE, act).strip() == "1000"
 
 
-@pytest.mark.on("fuse")
+@pytest.mark.on("command")
 def test_devices_do_not_open(stack: StackMaker) -> None:
-    """Our mounts are nodev unless asked."""
+    """A person's mount is nodev unless asked."""
     tree = stack({"null": Special(kind="c", major=1, minor=3, mode=0o666)})
     tree.read("null", err=EACCES)
 

@@ -74,7 +74,7 @@ def test_rmdir_of_a_directory_that_is_not_empty(stack: StackMaker, where: str) -
     tree = stack(full if where != "upper" else {"d": {}}, upper=full if where != "lower" else {})
     before = tree.stat("d")
     tree.rmdir("d", err=ENOTEMPTY)
-    assert tree.stat("d") == before
+    assert tree.stat("d")._replace(atime_ns=before.atime_ns) == before
     assert tree.names("d") == ["a"]
 
 

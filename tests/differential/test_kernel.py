@@ -14,7 +14,7 @@ from tests.support.drivers.mounts import KernelOverlay
 from tests.support.dump import Dump, differences, dump
 from tests.support.stacks import StackMaker, stack_maker
 
-pytestmark = pytest.mark.on("fs", "fuse")
+pytestmark = pytest.mark.on("fuse")
 
 SEEDS = int(os.environ.get("OVERLAYFS_DIFFERENTIAL_SEEDS", "25"))
 FIRST = int(os.environ.get("OVERLAYFS_DIFFERENTIAL_FIRST", "0"))

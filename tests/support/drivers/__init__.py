@@ -1,12 +1,12 @@
 """One interface over a plain directory, `fs/` without a mount, our mount, and the kernel's overlayfs."""
 
 from tests.support.drivers.base import Path, Tree
-from tests.support.drivers.mounts import FuseMount, KernelOverlay, PlainDirectory
+from tests.support.drivers.mounts import CommandMount, FuseMount, KernelOverlay, PlainDirectory
 from tests.support.drivers.raw import Handle, Raw, Stat
 from tests.support.drivers.stack import Stack
 
 __all__ = [
-    "FuseMount", "Handle", "KernelOverlay", "Path", "PlainDirectory", "Raw", "Stack", "Stat", "Tree", "driver_class",
+    "CommandMount", "FuseMount", "Handle", "KernelOverlay", "Path", "PlainDirectory", "Raw", "Stack", "Stat", "Tree", "driver_class",
 ]  # fmt: skip
 
 
@@ -16,4 +16,5 @@ def driver_class(name: str) -> type[Tree]:
         from tests.support.drivers.overlay import FsDriver
 
         return FsDriver
-    return {"plain": PlainDirectory, "fuse": FuseMount, "kernel": KernelOverlay}[name]
+    mounts: list[type[Tree]] = [PlainDirectory, FuseMount, CommandMount, KernelOverlay]
+    return next(kind for kind in mounts if kind.name == name)

@@ -61,9 +61,15 @@ class Tree(ABC):
 
     def rotate(self) -> None:
         """Commit the upper: it becomes the topmost lower layer, and the tree goes on with a fresh one."""
+        layer = self.stack.next_layer()
+        self._commit(layer)
         self.close()
-        self.stack.seal_upper()
+        self.stack.adopt(layer)
         self.reopen()
+
+    @abstractmethod
+    def _commit(self, layer: "os.PathLike[str]") -> None:
+        """Make the upper a new layer directory."""
 
     def run_as(self, user: User, act: Callable[[], T]) -> T:
         """Do something as another user."""

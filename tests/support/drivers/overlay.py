@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from overlayfs.errors import oserror
 from overlayfs.fs import Caller, Changes, Overlay, StackConfig
+from overlayfs.store.commit import commit_mounted
 from tests.support.drivers.base import Tree
 from tests.support.drivers.raw import Handle, Listed, Raw, Stat
 from tests.support.users import User
@@ -51,7 +52,6 @@ class FsHandle:
     def close(self) -> None:
         if self in self.raw.open_handles:
             self.raw.open_handles.remove(self)
-            self.raw.overlay.flush(self.fh)
             self.raw.overlay.release(self.fh)
             self.raw.overlay.nodes.forget(self.node.number, 1)
 
@@ -300,10 +300,13 @@ class FsDriver(Tree):
     def _stop(self) -> None:
         self.overlay.close()
 
+    def _commit(self, layer: os.PathLike[str]) -> None:
+        commit_mounted(self.overlay, os.fsencode(layer))
+
     def run_as(self, user: User, act: Callable[[], T]) -> T:
         raw = self.raw
         assert isinstance(raw, FsRaw)
-        before, raw.caller = raw.caller, Caller(user.uid, user.gid, user.umask)
+        before, raw.caller = raw.caller, Caller(user.uid, user.gid, user.umask, tuple(user.groups))
         try:
             return act()
         finally:

@@ -33,15 +33,16 @@ class Stack:
     def _prints(self) -> dict[Path, dict[bytes, Print]]:
         return {layer: fingerprint(layer) for layer in self.lower}
 
-    def seal_upper(self) -> None:
-        """Make the upper the topmost lower layer and give the stack a fresh upper and work directory."""
-        assert self.upper is not None
-        number = len(self.lower)
-        sealed = self.base / f"s{number}"
-        self.upper.rename(sealed)
-        self.lower.insert(0, sealed)
+    def next_layer(self) -> Path:
+        """Where the next committed layer shall lie."""
+        return self.base / f"s{len(self.lower)}"
+
+    def adopt(self, layer: Path) -> None:
+        """Put a committed layer on top of the lower ones, and give the stack a fresh upper and work directory."""
+        self.lower.insert(0, layer)
+        for name in ("u", "w"):
+            shutil.rmtree(self.base / name, ignore_errors=True)
         self.upper = self._layer("u", {})
-        shutil.rmtree(self.base / "w")
         self.work = self._layer("w", {})
         self.prints = self._prints()
 
