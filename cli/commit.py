@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import click
 
-from overlayfs.errors import UsageError
-from overlayfs_cli import arguments, output
+from overlayfs.errors import MountError, UsageError, UserError
+from overlayfs_cli import arguments, output, progress
 from overlayfs_cli.command import command
 from overlayfs_cli.workplace import work_beside
 
@@ -41,32 +42,51 @@ def commit(
     if mountpoint is not None and upper is None:
         if lower or work:
             raise UsageError("--lower and --work describe an unmounted upper; leave them out with a mount point")
-        _commit_mount(mountpoint, target)
+        made = _commit_mount(mountpoint, target, quiet)
     elif upper is not None and mountpoint is None:
-        _commit_upper(upper, work, lower, target)
+        made = _commit_upper(upper, work, lower, target, quiet)
     else:
         raise UsageError("give either a mount point or --upper with its --lower; see 'overlayfs commit --help'")
-    _show(target, as_json)
+    _show(made, as_json)
 
 
-def _show(layer: bytes, as_json: bool) -> None:
+@contextlib.contextmanager
+def _no_mount_meant() -> Iterator[None]:
+    """Opening a stack fails with the exit code of a failed mount; here it is a failure like any other."""
+    try:
+        yield
+    except MountError as error:
+        raise UserError(str(error)) from None
+
+
+def _show(made: dict[str, object], as_json: bool) -> None:
     if as_json:
-        output.show_json({"layer": output.json_text(layer)})
+        output.show_json(made)
     else:
-        click.echo(output.path_text(layer))
+        click.echo(output.path_text(os.fsencode(str(made["layer"]))))
 
 
-def _commit_mount(mountpoint: bytes, target: bytes) -> None:
+def _commit_mount(mountpoint: bytes, target: bytes, quiet: bool) -> dict[str, object]:
     from overlayfs.mount import control
 
-    control.request(mountpoint, "commit", destination=os.fsdecode(target))
+    with progress.waiting("committing", quiet):
+        made = control.request(mountpoint, "commit", destination=os.fsdecode(target))
+    return {name: made[name] for name in ("layer", "entries", "size")}
 
 
-def _commit_upper(upper: bytes, work: bytes | None, lower: tuple[bytes, ...], target: bytes) -> None:
+def _commit_upper(
+    upper: bytes, work: bytes | None, lower: tuple[bytes, ...], target: bytes, quiet: bool
+) -> dict[str, object]:
     if not lower:
         raise UsageError("--upper needs the layers it lies on; name them with --lower, top first")
     from overlayfs.fs.config import StackConfig
     from overlayfs.store.commit import commit_unmounted
 
-    with contextlib.nullcontext(work) if work else work_beside(upper) as place:
-        commit_unmounted(StackConfig(lower, upper, place), target)
+    place = contextlib.nullcontext(work) if work else work_beside(upper)
+    with _no_mount_meant(), place as scratch, progress.line(quiet) as show:
+        told = commit_unmounted(
+            StackConfig(lower, upper, scratch),
+            target,
+            lambda entries, size: show(f"{entries} entries, {size >> 20} MiB"),
+        )
+    return {"layer": output.json_text(target), "entries": told.entries, "size": told.size}

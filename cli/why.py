@@ -4,6 +4,7 @@ import os
 
 import click
 
+from overlayfs.errors import UserError
 from overlayfs_cli import arguments, output
 from overlayfs_cli.command import command
 
@@ -27,10 +28,12 @@ def why(mountpoint: bytes, path: bytes, as_json: bool) -> None:
 
     inside = within(mountpoint, path)
     found = control.request(mountpoint, "why", path=os.fsdecode(inside))["layers"]
+    if not found:
+        raise UserError(f"no layer of {os.fsdecode(mountpoint)} holds {os.fsdecode(inside)}")
     if as_json:
         output.show_json({"path": os.fsdecode(inside), "layers": found})
     else:
-        output.show_table(("LAYER", "KIND", "WHAT"), [_row(each) for each in found])
+        output.show_table(("LAYER", "KIND", "ROLE"), [_row(each) for each in found])
 
 
 def within(mountpoint: bytes, path: bytes) -> bytes:
@@ -42,4 +45,4 @@ def within(mountpoint: bytes, path: bytes) -> bytes:
 
 
 def _row(found: dict[str, str]) -> tuple[str, str, str]:
-    return output.path_text(os.fsencode(found["layer"])), found["kind"], found["what"]
+    return output.path_text(os.fsencode(found["layer"])), found["kind"], found["role"]
