@@ -234,13 +234,21 @@ def _entries(block: bytes) -> list[tuple[bytes, int]]:
     return found
 
 
+def _open_listing(dirfd: int) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    try:
+        return _open(dirfd, b".", flags | os.O_NOATIME, 0)
+    except PermissionError:  # O_NOATIME is for the owner and root (open(2))
+        return _open(dirfd, b".", flags, 0)
+
+
 def list_dir(dirfd: int) -> list[tuple[bytes, int]]:
     """Return (name, type) of each entry but ``.`` and ``..``, in the order of the file system.
 
     The type is the S_IFMT part of the mode, or 0 where the file system does not tell and a stat is needed.
-    `dirfd` may be opened with O_PATH; its own offset is neither used nor moved.
+    The access time stays where it may. `dirfd` may be opened with O_PATH; its own offset is neither used nor moved.
     """
-    fd = _open(dirfd, b".", os.O_RDONLY | os.O_DIRECTORY, 0)
+    fd = _open_listing(dirfd)
     buffer = ctypes.create_string_buffer(_LISTING)
     found: list[tuple[bytes, int]] = []
     try:

@@ -63,6 +63,8 @@ class AttributeVerbs:
         self._stack = stack
         self._lookup = lookup
         self._owners = Ownership(stack.config)
+        layers = (*stack.lower, stack.upper) if stack.upper is not None else stack.lower
+        self._overrides = any(layer.override is not None for layer in layers)
 
     # --- where -----------------------------------------------------------------------------------------
 
@@ -250,7 +252,8 @@ class AttributeVerbs:
         self._writable(name)
 
     def _writable(self, name: bytes) -> bytes:
-        return xattrs.stored_name(name, self.upper.override is not None)
+        _ = self.upper
+        return xattrs.stored_name(name, self._overrides)
 
     def _require_acl(self, name: bytes) -> None:
         if self._stack.config.noacl and name.startswith(_ACL_PREFIX):

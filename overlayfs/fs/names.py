@@ -27,11 +27,19 @@ _DOT_NAME = LONGEST_NAME - len(whiteout.PREFIX)
 
 
 class Caller(NamedTuple):
-    """Who asks: file system uid and gid, and the umask, which is applied to `mode` already where a kernel asks."""
+    """Who asks: file system uid and gid, and the umask, which is applied to `mode` already where a kernel asks.
+
+    groups: the other groups of the caller, None where a kernel has looked at them already.
+    """
 
     uid: int
     gid: int
     umask: int = 0
+    groups: tuple[int, ...] | None = None
+
+    def may_set_group_bit(self, group: int) -> bool:
+        """Return whether S_ISGID may be set on a file of this group (the kernel's in_group_or_capable)."""
+        return self.groups is None or self.uid == 0 or group == self.gid or group in self.groups
 
 
 class Moving(NamedTuple):
@@ -149,6 +157,9 @@ class Names:
     def _dress(self, parent: Dir, mode: int, caller: Caller, opaque: bool, in_place: bool) -> Maker | None:
         """Return what gives a new object owner, mode and ACL; None where making it in place gives them by itself."""
         uid, gid, set_group = self._attributes.owner_for(parent, caller.uid, caller.gid)
+        if set_group and _is_group_executed(mode) and not caller.may_set_group_bit(gid):
+            mode &= ~stat.S_ISGID
+            in_place = False
         special = stat.S_ISDIR(mode) and mode & (stat.S_ISUID | stat.S_ISGID)
         plain = in_place and self._umask_is_zero and not opaque and not special and self._upper.override is None
         if plain and uid == os.geteuid() and (set_group or gid == os.getegid()):
@@ -190,17 +201,18 @@ class Names:
         # Metadata only under another name than below: the copy must say where its data lies.
         if node.data is None or not node.data.name:
             return
-        value = redirect.encode(b"/" + join(node.data.path, node.data.name))
-        if len(value) > redirect.MAX:
+        path = b"/" + join(node.data.path, node.data.name)
+        if len(path) > redirect.MAX:
             self._lifting.lift(node, Need.DATA)
             return
         _, dirfd, name = self._attributes.locate(node)
-        self._upper.set_mark(dirfd, name, xattrs.REDIRECT, value)
+        self._upper.set_mark(dirfd, name, xattrs.REDIRECT, redirect.encode(path))
 
     # --- removing --------------------------------------------------------------------------------------
 
     def unlink(self, parent: Dir, name: bytes) -> None:
         """Remove a name of anything but a directory."""
+        self._require_upper()
         node = self._existing(parent, name)
         if not isinstance(node, File):
             raise oserror(errno.EISDIR, name)
@@ -214,6 +226,7 @@ class Names:
 
     def rmdir(self, parent: Dir, name: bytes) -> None:
         """Remove a directory that shows nothing."""
+        self._require_upper()
         node = self._existing(parent, name)
         if not isinstance(node, Dir):
             raise oserror(errno.ENOTDIR, name)
@@ -225,6 +238,10 @@ class Names:
         self._upper.forget((self._lookup.path(parent), name))
         self._upper.remove((self._lookup.path(parent), name), plans.remove(spot), is_dir=True)
         self._gone(node, parent, name, spot)
+
+    def _require_upper(self) -> None:
+        """Raise EROFS where nothing can change: it goes before what is wrong with the names (mnt_want_write)."""
+        _ = self._upper
 
     def _existing(self, parent: Dir, name: bytes) -> Node:
         node = self._lookup.lookup(parent, name)
@@ -284,6 +301,7 @@ class Names:
         """Move a name, replacing what is there (flags 0), only onto a free one (NOREPLACE), or swapping (EXCHANGE)."""
         if flags not in (0, sysio.RENAME_NOREPLACE, sysio.RENAME_EXCHANGE):
             raise oserror(errno.EINVAL, name)
+        self._require_upper()
         source = self._existing(parent, name)
         self._check_new_name(new_name)
         target = self._lookup.lookup(new_parent, new_name)
@@ -348,7 +366,7 @@ class Names:
         """Return whether a directory can move only when all that is in it lies in the upper (design, D2)."""
         if not isinstance(node, Dir) or not node.lower:
             return False
-        return not self._stack.redirects or len(self._redirect_to(node)) > redirect.MAX
+        return not self._stack.redirects or 1 + len(node.lower[0].path) > redirect.MAX
 
     def tree_to_lift(self, node: Dir) -> Iterator[tuple[Node, Need]]:
         """Yield every node of a tree with what it needs, parents first, as long as the tree has lower parts."""
@@ -461,6 +479,11 @@ class _Dress:
         if stat.S_ISDIR(self._mode):
             sysio.setxattr_at(dirfd, name, acl.DEFAULT, self._default)
         return inherited.mode
+
+
+def _is_group_executed(mode: int) -> bool:
+    wanted = stat.S_ISGID | stat.S_IXGRP
+    return not stat.S_ISDIR(mode) and mode & wanted == wanted
 
 
 def _umask_is_zero() -> bool:

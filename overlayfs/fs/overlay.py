@@ -168,7 +168,6 @@ class Overlay:
 
     def rename(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int = 0) -> None:
         """Move a name; `flags` are 0, RENAME_NOREPLACE or RENAME_EXCHANGE of renameat2(2), else EINVAL."""
-        self._attributes.upper  # noqa: B018 - EROFS before anything else
         self._names.rename(_directory(parent), name, _directory(new_parent), new_name, flags)
 
     # --- files -----------------------------------------------------------------------------------------
