@@ -9,6 +9,7 @@ a listing that the reply took counts as one lookup.
 import contextlib
 import errno
 import functools
+import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -42,6 +43,7 @@ class Pyfuse3Engine(Engine):
     def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
         """Mount; the reason that libfuse and fusermount3 write to standard error goes into the MountError."""
         self._requests = _Requests(self, settings)
+        logging.getLogger("pyfuse3").addFilter(_is_news)
         with captured_stderr() as written:
             try:
                 pyfuse3.init(self._requests, os.fsdecode(mountpoint), _libfuse_options(settings))
@@ -86,6 +88,15 @@ def _escaped(option: bytes) -> str:
     """Return an option with all that is special to libfuse, or not ASCII, as the octal escapes it undoes."""
     plain = set(range(0x21, 0x7F)) - set(b",\\")
     return "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in option)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a message of pyfuse3 is worth its line: not that nobody waits for a reply any more.
+
+    That is how requests end whose mount has gone.
+    """
+    endings = tuple(f"fuse_reply_* failed with {os.strerror(code)}" for code in (errno.ENOENT, errno.ENODEV))
+    return not record.getMessage().endswith(endings)
 
 
 def _reason(written: bytes) -> str:
@@ -507,7 +518,7 @@ class _Requests(pyfuse3.Operations):
         reply.f_bsize, reply.f_frsize = found.f_bsize, found.f_frsize
         reply.f_blocks, reply.f_bfree, reply.f_bavail = found.f_blocks, found.f_bfree, found.f_bavail
         reply.f_files, reply.f_ffree, reply.f_favail = found.f_files, found.f_ffree, found.f_favail
-        reply.f_namemax = found.f_namemax
+        reply.f_namemax = min(found.f_namemax, self._overlay.longest_name)
         return reply
 
 

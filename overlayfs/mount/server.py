@@ -68,8 +68,9 @@ class Control:
 
     async def _answer(self, stream: trio.SocketStream) -> Answer:
         try:
+            line = await _read_line(stream)
             _check_peer(stream)
-            return {"result": await self._obey(_decoded(await _read_line(stream)))}
+            return {"result": await self._obey(_decoded(line))}
         except UserError as error:
             return {"error": str(error), "exit_code": error.exit_code}
         except OSError as error:
@@ -79,7 +80,7 @@ class Control:
             return {"error": f"the daemon failed by a defect ({error!r}); its log has the trace", "exit_code": 1}
 
     async def _obey(self, message: Answer) -> Any:
-        command = self._commands.get(message.pop("command", ""))
+        command = self._commands.get(str(message.pop("command", "")))
         if command is None:
             raise UserError("the daemon does not know this command; is it of another version?")
         return await command(message)

@@ -1,0 +1,61 @@
+"""A mount in the foreground whose verbs fail on demand: the file FAULT holds `verb error` while one shall.
+
+Run as `python -m tests.mounted.faulty FAULT OPTIONS MOUNTPOINT`.
+"""
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from overlayfs.errors import UserError
+from overlayfs.fs.nodes import NodeTable
+from overlayfs.fs.overlay import Overlay
+from overlayfs.mount import life
+from overlayfs.mount.options import Draft
+
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "EDQUOT": lambda: OSError(errno.EDQUOT, "disk quota"),
+    "ENOSYS": lambda: OSError(errno.ENOSYS, "not implemented"),
+    "NONE": lambda: OSError("no number"),
+    "MemoryError": MemoryError,
+    "KeyError": lambda: KeyError(1),
+    "RecursionError": RecursionError,
+}
+
+
+def main(fault: str, options: str, mountpoint: str) -> int:
+    """Mount until the end of the mount."""
+    for owner, name in (*((Overlay, name) for name in _verbs(Overlay)), (NodeTable, "forget"), (NodeTable, "remember")):
+        setattr(owner, name, _failing(getattr(owner, name), name, Path(fault)))
+    draft = Draft()
+    draft.read(f"{options},debug".encode())
+    try:
+        life.mount(draft.build(), os.fsencode(mountpoint))
+    except UserError as error:
+        return error.exit_code
+    return 0
+
+
+def _verbs(owner: type) -> list[str]:
+    apart = {"close", "sync"}
+    return [name for name, value in vars(owner).items() if name[0] != "_" and callable(value) and name not in apart]
+
+
+def _failing(verb: Callable[..., Any], name: str, fault: Path) -> Callable[..., Any]:
+    @functools.wraps(verb)
+    def wrapped(*args: Any, **keywords: Any) -> Any:
+        if fault.exists():
+            wanted, error = fault.read_text().split()
+            if wanted == name:
+                raise ERRORS[error]()
+        return verb(*args, **keywords)
+
+    return wrapped
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

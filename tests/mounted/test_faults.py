@@ -1,0 +1,169 @@
+"""No exception from any verb ends the daemon, switches a request off for good, or leaves a caller without an answer."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from tests.mounted.conftest import Mount
+from tests.mounted.polling import until
+from tests.support import syscalls
+
+ROOT = Path(__file__).parents[2]
+EXPECTED = {
+    "EDQUOT": errno.EDQUOT,
+    "ENOSYS": errno.EOPNOTSUPP,
+    "NONE": errno.EIO,
+    "MemoryError": errno.ENOMEM,
+    "KeyError": errno.EIO,
+    "RecursionError": errno.EIO,
+}
+SILENT = {"release", "release_dir", "forget"}  # the kernel asks and passes no answer on
+
+Act = Callable[[], object]
+
+
+class Scene:
+    """Fresh objects for one attempt, so that the kernel's memory answers nothing: everything is named by a number."""
+
+    def __init__(self, mount: Mount) -> None:
+        self.lower = mount.stack.base / "low"
+        self.point = mount.point
+        self.number = 0
+        self.open: list[int] = []
+
+    def fresh(self) -> "Scene":
+        """Make the next set of objects known to the kernel."""
+        self.number += 1
+        self.directory = self.point / f"dir{self.number}"
+        self.directory.mkdir()
+        self.file = self.directory / "file"
+        self.file.write_bytes(b"content")
+        os.setxattr(self.file, "user.a", b"b")
+        os.symlink("target", self.directory / "link")
+        os.lstat(self.directory / "link")
+        (self.directory / "empty").mkdir()
+        return self
+
+    def lower_file(self) -> Path:
+        """Make a file in a lower layer that was never seen through the mount. The directory is known already."""
+        return self.point / "many" / str(self.number)
+
+    def opened(self, path: Path, flags: int) -> int:
+        """Open a file and have it closed at the end of the attempt."""
+        self.open.append(os.open(path, flags))
+        return self.open[-1]
+
+    def close(self) -> None:
+        """Close what is open."""
+        while self.open:
+            with suppress(OSError):
+                os.close(self.open.pop())
+
+
+def _closing(path: Path) -> Act:
+    descriptor = os.open(path, os.O_RDONLY)
+    return lambda: os.close(descriptor)
+
+
+def _on_open(path: Path, flags: int, act: Callable[[int], object]) -> Callable[[Scene], Act]:
+    def prepare(scene: Scene) -> Act:
+        descriptor = scene.opened(scene.directory / path, flags)
+        return lambda: act(descriptor)
+
+    return prepare
+
+
+def _read_lower(scene: Scene) -> Act:
+    descriptor = scene.opened(scene.lower_file(), os.O_RDONLY)
+    return lambda: os.read(descriptor, 10)
+
+
+FILE, HERE = Path("file"), Path()
+
+# verb -> from a scene, the call that reaches it, everything before it done
+CALLS: dict[str, Callable[[Scene], Act]] = {
+    "lookup": lambda scene: lambda: os.lstat(scene.directory / "absent"),
+    "attributes": lambda scene: lambda: os.lstat(scene.lower_file()),
+    "remember": lambda scene: lambda: os.lstat(scene.lower_file()),
+    "set_attributes": lambda scene: lambda: os.chmod(scene.file, 0o600),
+    "needs_of_change": lambda scene: lambda: os.chmod(scene.file, 0o600),
+    "readlink": lambda scene: lambda: os.readlink(scene.directory / "link"),
+    "mkdir": lambda scene: lambda: os.mkdir(scene.directory / "new"),
+    "mknod": lambda scene: lambda: os.mkfifo(scene.directory / "new"),
+    "symlink": lambda scene: lambda: os.symlink("x", scene.directory / "new"),
+    "link": lambda scene: lambda: os.link(scene.file, scene.directory / "new"),
+    "unlink": lambda scene: lambda: os.unlink(scene.file),
+    "needs_of_unlink": lambda scene: lambda: os.unlink(scene.file),
+    "rmdir": lambda scene: lambda: os.rmdir(scene.directory / "empty"),
+    "rename": lambda scene: lambda: os.rename(scene.file, scene.directory / "new"),
+    "needs_of_rename": lambda scene: lambda: os.rename(scene.file, scene.directory / "new"),
+    "create": lambda scene: lambda: scene.opened(scene.directory / "new", os.O_WRONLY | os.O_CREAT),
+    "open": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
+    "needs_of_open": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
+    "next_lift": lambda scene: lambda: os.mkdir(scene.directory / "new"),
+    "read": _read_lower,
+    "write": _on_open(FILE, os.O_WRONLY, lambda descriptor: os.write(descriptor, b"x")),
+    "prepare_fsync": _on_open(FILE, os.O_WRONLY, os.fsync),
+    "release": lambda scene: _closing(scene.file),
+    "open_dir": lambda scene: lambda: os.listdir(scene.directory),
+    "read_dir": lambda scene: lambda: os.listdir(scene.directory),
+    "prepare_fsync_dir": _on_open(HERE, os.O_RDONLY, os.fsync),
+    "release_dir": lambda scene: _closing(scene.directory),
+    "getxattr": lambda scene: lambda: os.getxattr(scene.file, "user.a"),
+    "listxattr": lambda scene: lambda: os.listxattr(scene.file),
+    "setxattr": lambda scene: lambda: os.setxattr(scene.file, "user.b", b"c"),
+    "removexattr": lambda scene: lambda: os.removexattr(scene.file, "user.a"),
+    "statfs": lambda scene: lambda: os.statvfs(scene.directory),
+    "forget": lambda scene: lambda: os.unlink(scene.file),
+}
+
+
+def _outcome(act: Act) -> int:
+    try:
+        act()
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def test_every_verb_may_fail_in_every_way(mount: Mount) -> None:
+    (mount.stack.base / "low" / "many").mkdir()
+    for number in range(2 * len(CALLS) * len(EXPECTED) + 1):
+        (mount.stack.base / "low" / "many" / str(number)).write_bytes(b"lower")
+    fault = mount.stack.base / "fault"
+    command = [sys.executable, "-m", "tests.mounted.faulty", str(fault), mount.stack.options, str(mount.point)]
+    with open(mount.stack.base / "log", "w+b") as log:
+        daemon = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=log)
+        mount.running.append(daemon)  # type: ignore[arg-type]
+        until(lambda: daemon.poll() is not None or os.path.ismount(mount.point))
+        wrong = _try_all(mount, fault)
+        assert wrong == []
+        syscalls.umount(os.fsencode(mount.point))
+        assert daemon.wait(20) == 0
+        log.seek(0)
+        written = log.read().decode()
+    assert written.count("failed by a defect") >= 3 * (len(CALLS) - 3)
+    assert "EDQUOT" not in written
+
+
+def _try_all(mount: Mount, fault: Path) -> list[str]:
+    scene = Scene(mount)
+    wrong = []
+    os.stat(mount.point / "many")
+    for verb, prepare in CALLS.items():
+        for error, code in EXPECTED.items():
+            act = prepare(scene.fresh())
+            fault.write_text(f"{verb} {error}")
+            found = _outcome(act)
+            fault.unlink()
+            if found != (0 if verb in SILENT else code):
+                wrong.append(f"{verb} with {error}: {errno.errorcode.get(found, 'success')}")
+            again = _outcome(prepare(scene.fresh()))  # the kernel must still ask
+            if again != (errno.ENOENT if verb == "lookup" else 0):
+                wrong.append(f"{verb} after {error}: {errno.errorcode.get(again, '')}")
+            scene.close()
+    return wrong
