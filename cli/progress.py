@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 PERIOD = 0.2  # seconds between two states of the line; shorter ones cannot be read
-PATIENCE = 1.0  # seconds of work that needs no line
+PATIENCE = 0.5  # seconds of work that needs no line
 
 Show = Callable[[str], None]
 
