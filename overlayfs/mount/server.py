@@ -119,7 +119,9 @@ class Control:
         destination = _path(message, "destination")
         await self._engine.threads.run(sync_mount, self._mountpoint)
         async with self._held():
-            made = await self._engine.threads.run(commit_mounted, self._overlay, destination)
+            made = await self._engine.threads.run(
+                commit_mounted, self._overlay, destination, mountpoint=self._mountpoint
+            )
         return {"layer": os.fsdecode(made.destination), "entries": made.entries, "size": made.size}
 
     @contextlib.asynccontextmanager

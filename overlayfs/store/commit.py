@@ -52,15 +52,18 @@ def commit_unmounted(config: StackConfig, destination: bytes, progress: Progress
         overlay.close()
 
 
-def commit_mounted(overlay: Overlay, destination: bytes, progress: Progress | None = None) -> Committed:
+def commit_mounted(
+    overlay: Overlay, destination: bytes, progress: Progress | None = None, mountpoint: bytes | None = None
+) -> Committed:
     """Make a layer from the upper of an open overlay while nothing changes it. May run in a thread.
 
-    `progress` is told entries and bytes now and then. UserError with a sentence when the layer cannot be made.
+    `progress` is told entries and bytes now and then; `mountpoint` is where the overlay is mounted, which the layer
+    cannot be made in: it would wait for itself. UserError with a sentence when the layer cannot be made.
     """
     if overlay.read_only:
         raise UserError("there is no upper to commit: the mount is read-only")
     parent, name = os.path.split(os.path.abspath(destination))
-    _check_destination(overlay, parent, name, destination)
+    _check_destination(overlay, parent, name, destination, mountpoint)
     overlay.sync()
     with ExitStack() as undo:
         parent_fd = _open_parent(parent, undo)
@@ -71,13 +74,18 @@ def commit_mounted(overlay: Overlay, destination: bytes, progress: Progress | No
     return made
 
 
-def _check_destination(overlay: Overlay, parent: bytes, name: bytes, destination: bytes) -> None:
+def _check_destination(
+    overlay: Overlay, parent: bytes, name: bytes, destination: bytes, mountpoint: bytes | None
+) -> None:
     shown = os.fsdecode(destination)
     if not name:
         raise UserError(f"{shown} cannot become a layer: name a new directory")
     if os.path.lexists(destination):
         raise UserError(f"{shown} exists already; name a directory that does not")
-    if not overlay.identities().isdisjoint(_ancestors(parent)):
+    above = set(_ancestors(parent))
+    if mountpoint is not None and _identity(mountpoint) in above:
+        raise UserError(f"{shown} lies inside the mount itself; name a place outside")
+    if not overlay.identities().isdisjoint(above):
         raise UserError(f"{shown} lies inside a directory that this stack is made of; name a place outside")
 
 
@@ -85,11 +93,15 @@ def _ancestors(path: bytes) -> Iterator[tuple[int, int]]:
     """Yield (st_dev, st_ino) of a directory and of those that hold it, up to the root."""
     path = os.path.realpath(path)
     while os.path.isdir(path):
-        found = os.stat(path)
-        yield found.st_dev, found.st_ino
+        yield _identity(path)
         if path == b"/":
             return
         path = os.path.dirname(path)
+
+
+def _identity(path: bytes) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def _open_parent(parent: bytes, undo: ExitStack) -> int:
