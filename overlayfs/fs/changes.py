@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from overlayfs.fs.lookup import Lookup
-from overlayfs.fs.nodes import Dir, File, Node
+from overlayfs.fs.nodes import Dir, Node
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import join
 from overlayfs.union.resolve import Kind
@@ -24,10 +24,28 @@ def changes(stack: Stack, lookup: Lookup) -> Iterator[Change]:
     directory is changed when it was copied up, as podman has it. Deleted is listed once, for the topmost name.
     """
     if stack.upper is not None:
-        yield from _inside(lookup, lookup.root, b"")
+        yield from _walk(lookup, lookup.root)
 
 
-def _inside(lookup: Lookup, node: Dir, path: bytes) -> Iterator[Change]:
+_WHITEOUT = Kind.WHITEOUT
+_Todo = tuple[Dir, bytes, frozenset[bytes] | None]  # a directory still to look into, its path, and what it replaces
+_NOTHING: frozenset[bytes] = frozenset()
+
+
+def _walk(lookup: Lookup, root: Dir) -> Iterator[Change]:
+    # Not recursive: a tree may be deeper than the interpreter's stack. Reversed, so that names come out sorted.
+    pending: list[Change | _Todo] = [(root, b"", None)]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Change):
+            yield item
+        else:
+            node, path, replaced = item
+            found = _inside(lookup, node, path) if replaced is None else _added(lookup, node, path, replaced)
+            pending.extend(reversed(list(found)))
+
+
+def _inside(lookup: Lookup, node: Dir, path: bytes) -> Iterator[Change | _Todo]:
     visible = set(lookup.listing(node))
     for name in sorted(visible | _hidden_below(lookup, node)):
         child = lookup.lookup(node, name) if name in visible else None
@@ -43,27 +61,15 @@ def _hidden_below(lookup: Lookup, node: Dir) -> set[bytes]:
     return {name for part in node.lower for name, kind in part.layer.names(part.path).items() if kind is not _WHITEOUT}
 
 
-_WHITEOUT = Kind.WHITEOUT
-
-
 def _visible(
     lookup: Lookup, parent: Dir, name: bytes, child: Node, below: bool, path: bytes
-) -> Iterator[Change]:
-    if not isinstance(child, Dir):
-        if _in_upper(child, parent, name):
-            yield Change(b"C" if below else b"A", path)
-        return
+) -> Iterator[Change | _Todo]:
     if not child.in_upper:
         return
-    if not below or not _is_in_place(parent, name, child):
-        yield from _added(lookup, child, path, replaced=below)
-        return
-    yield Change(b"C", path)
-    yield from _inside(lookup, child, path)
-
-
-def _in_upper(child: Node, parent: Dir, name: bytes) -> bool:
-    return child.in_upper and (not isinstance(child, File) or child.names.get((parent, name), True) or True)
+    yield Change(b"C" if below else b"A", path)
+    if isinstance(child, Dir):
+        merged = child.lower and _is_in_place(parent, name, child)
+        yield child, path, None if merged else frozenset(lookup.names_below(parent, name))
 
 
 def _is_in_place(parent: Dir, name: bytes, child: Dir) -> bool:
@@ -72,11 +78,12 @@ def _is_in_place(parent: Dir, name: bytes, child: Dir) -> bool:
     return all((part.layer.index, part.path) in places for part in child.lower[:1])
 
 
-def _added(lookup: Lookup, node: Dir, path: bytes, replaced: bool) -> Iterator[Change]:
-    yield Change(b"C" if replaced else b"A", path)
-    for name in sorted(lookup.listing(node)):
+def _added(lookup: Lookup, node: Dir, path: bytes, replaced: frozenset[bytes]) -> Iterator[Change | _Todo]:
+    for name in sorted(replaced.union(lookup.listing(node))):
         child = lookup.lookup(node, name)
+        if child is None:
+            yield Change(b"D", join(path, name))
+        else:
+            yield Change(b"C" if name in replaced else b"A", join(path, name))
         if isinstance(child, Dir):
-            yield from _added(lookup, child, join(path, name), replaced=False)
-        elif child is not None:
-            yield Change(b"A", join(path, name))
+            yield child, join(path, name), _NOTHING

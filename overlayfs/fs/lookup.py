@@ -86,9 +86,19 @@ class Lookup:
     def path(self, node: Dir) -> bytes:
         """Return the path of a directory in the overlay, which is also its path in the upper."""
         epoch, path = node.path_cache
-        if epoch != self._nodes.epoch:
-            path = join(self.path(node.parent), node.name) if node.parent is not None else b""
-            node.path_cache = (self._nodes.epoch, path)
+        return path if epoch == self._nodes.epoch else self._find_path(node)
+
+    def _find_path(self, node: Dir) -> bytes:
+        # Not recursive: a tree may be deeper than the interpreter's stack.
+        unknown = []
+        walk: Dir | None = node
+        while walk is not None and walk.path_cache[0] != self._nodes.epoch:
+            unknown.append(walk)
+            walk = walk.parent
+        path = walk.path_cache[1] if walk is not None else b""
+        for each in reversed(unknown):
+            path = join(path, each.name)
+            each.path_cache = (self._nodes.epoch, path)
         return path
 
     # --- look-up ---------------------------------------------------------------------------------------
@@ -130,6 +140,11 @@ class Lookup:
         """Return whether a name would be visible if the upper held nothing there."""
         return bool(parent.lower) and self._search(parent, name, name).found
 
+    def names_below(self, parent: Dir, name: bytes) -> set[bytes]:
+        """Return the names in the directory that would be visible if the upper held nothing there."""
+        parts = self._search(parent, name, name).parts
+        return set(merge(part.layer.names(part.path) for part in parts))
+
     # --- lower layers ----------------------------------------------------------------------------------
 
     def _search(self, parent: Dir, name: bytes, wanted: bytes, data_only: bool = False) -> _Below:
@@ -150,9 +165,7 @@ class Lookup:
         listing = self._lower_listing(parent, only_if_cheap=True)
         return None if listing is None else listing.get(name, ())
 
-    def _descend_known(
-        self, parts: Sequence[Part], indexes: tuple[int, ...], wanted: bytes, data_only: bool
-    ) -> _Below:
+    def _descend_known(self, parts: Sequence[Part], indexes: tuple[int, ...], wanted: bytes, data_only: bool) -> _Below:
         if not indexes:
             return NOTHING_BELOW
         # A file may be metadata only and have its data further down, so all layers below it count.

@@ -370,28 +370,39 @@ class Names:
 
     def tree_to_lift(self, node: Dir) -> Iterator[tuple[Node, Need]]:
         """Yield every node of a tree with what it needs, parents first, as long as the tree has lower parts."""
-        yield node, Need.META
+        pending = [node]
+        while pending:
+            directory = pending.pop()
+            yield directory, Need.META
+            for _, child in self._children(directory):
+                if isinstance(child, Dir):
+                    pending.append(child)
+                else:
+                    yield child, Need.DATA
+
+    def _children(self, node: Dir) -> Iterator[tuple[bytes, Node]]:
         for name in self._lookup.listing(node):
             child = self._lookup.lookup(node, name)
-            if isinstance(child, Dir):
-                yield from self.tree_to_lift(child)
-            elif child is not None:
-                yield child, Need.DATA
+            if child is not None:
+                yield name, child
 
     def _cut_off(self, node: Dir) -> None:
-        for name in self._lookup.listing(node):
-            child = self._lookup.lookup(node, name)
-            if isinstance(child, Dir):
-                self._cut_off(child)
-            elif isinstance(child, File):
-                self._lifting.lift_name(node, name, child)
-        if node.lower:
-            self._upper.set_opaque(self._upper.dirfd(self._lookup.path(node)), b"")
-            node.lower, node.below, node.opaque = (), None, True
+        """Make a tree that lies in the upper completely independent of what is below, the deepest directory first."""
+        found, pending = [], [node]
+        while pending:
+            directory = pending.pop()
+            found.append(directory)
+            for name, child in self._children(directory):
+                if isinstance(child, Dir):
+                    pending.append(child)
+                elif isinstance(child, File):
+                    self._lifting.lift_name(directory, name, child)
+        for directory in reversed(found):
+            if directory.lower:
+                self._upper.set_opaque(self._upper.dirfd(self._lookup.path(directory)), b"")
+                directory.lower, directory.below, directory.opaque = (), None, True
 
-    def _exchange(
-        self, parent: Dir, name: bytes, source: Node, new_parent: Dir, new_name: bytes, target: Node
-    ) -> None:
+    def _exchange(self, parent: Dir, name: bytes, source: Node, new_parent: Dir, new_name: bytes, target: Node) -> None:
         if isinstance(target, Dir) and parent.is_below(target):
             raise oserror(errno.EINVAL, name)
         self._lift_moving(parent, name, source, new_parent)

@@ -180,7 +180,7 @@ class NodeTable:
         self._idle.pop(parent.number, None)
         if isinstance(node, File):
             node.names[parent, name] = in_upper
-        elif isinstance(node, Dir):
+        elif isinstance(node, Dir) and (node.parent is not parent or node.name != name):
             node.parent, node.name = parent, name
             self.epoch += 1
 
@@ -218,7 +218,7 @@ class NodeTable:
     def _rest(self, node: Node) -> None:
         if _is_used(node) or self._by_number.get(node.number) is not node:
             return
-        if isinstance(node, Dir) and node.removed or isinstance(node, File) and not node.names:
+        if (isinstance(node, Dir) and node.removed) or (isinstance(node, File) and not node.names):
             self._drop(node)
             return
         self._idle[node.number] = node

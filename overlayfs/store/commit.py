@@ -18,10 +18,10 @@ from overlayfs.format import xattrs
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.nodes import File
 from overlayfs.fs.overlay import Overlay
+from overlayfs.store.twins import Twins
 from overlayfs.tree.copyup import copy_data
 from overlayfs.tree.layer import join
 from overlayfs.tree.workdir import remove_tree
-from overlayfs.store.twins import Twins
 
 _STAGING = b".overlayfs-commit-"
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -162,8 +162,8 @@ def _fill(overlay: Overlay, destination: bytes, staging: int, progress: Progress
         copier.finish()
         return Committed(destination, copier.entries, copier.size)
     except OSError as error:
-        place = error.filename if isinstance(error.filename, bytes) else b""
-        raise UserError(f"cannot commit to {os.fsdecode(destination)}: {os.fsdecode(place)}: {error.strerror}") from error
+        place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, bytes) else ""
+        raise UserError(f"cannot commit to {os.fsdecode(destination)}: {error.strerror}{place}") from error
     finally:
         view.close()
 
@@ -263,11 +263,15 @@ class _Copier:
 
     def _open_data(self, pin: int, path: bytes) -> int:
         """Open what a file of the upper reads as: itself, or the lower file of a metadata-only copy."""
-        if any(sysio.find_xattr(pin, b"", p + xattrs.METACOPY) is not None for p in self._overlay.mark_prefixes()):
+        if self._is_metadata_only(pin):
             node = self._node(path)
             if node.data is not None:
                 return node.data.layer.open_file(node.data.path, node.data.name)
         return sysio.open_child(pin, b"", os.O_RDONLY | os.O_NONBLOCK)
+
+    def _is_metadata_only(self, pin: int) -> bool:
+        prefixes = self._overlay.mark_prefixes()
+        return any(sysio.find_xattr(pin, b"", prefix + xattrs.METACOPY) is not None for prefix in prefixes)
 
     def _node(self, path: bytes) -> File:
         node = self._view.resolve(path)
@@ -322,8 +326,7 @@ class _Copier:
     def _make_indexed(self, pin: int, found: os.stat_result, node: File, target: int, name: bytes) -> None:
         below = node.data or node.lower
         assert below is not None
-        is_copy = any(sysio.find_xattr(pin, b"", p + xattrs.METACOPY) is not None for p in self._overlay.mark_prefixes())
-        if not stat.S_ISREG(found.st_mode) or not is_copy:
+        if not self._is_metadata_only(pin):
             self._make(pin, found, target, b"", name)
             return
         data = below.layer.open_file(below.path, below.name)

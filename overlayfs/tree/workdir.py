@@ -137,7 +137,7 @@ def remove_tree(dirfd: int, name: bytes) -> None:
 
 
 def _empty(dirfd: int, name: bytes) -> None:
-    if not sysio.stat_at(dirfd, name).st_mode & stat.S_IRWXU == stat.S_IRWXU:
+    if sysio.stat_at(dirfd, name).st_mode & stat.S_IRWXU != stat.S_IRWXU:
         sysio.chmod_at(dirfd, name, 0o700)
     fd = sysio.open_child(dirfd, name, os.O_PATH | os.O_DIRECTORY)
     try:
