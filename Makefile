@@ -3,6 +3,7 @@
 VENV ?= .venv
 BIN = $(VENV)/bin/
 SOURCES = overlayfs cli tests
+PYTEST = $(BIN)python -m pytest -q -n 2  # two processes: most tests wait for the disk or for a daemon
 
 .PHONY: setup demo fmt lint types test test-mounted check clean
 
@@ -23,14 +24,14 @@ lint:
 types:
 	$(BIN)mypy
 
-test:           ## without a mount: under a minute
-	$(BIN)python -m pytest -q tests/unit tests/behaviour --drivers plain,fs
+test:           ## what needs no mount
+	$(PYTEST) tests/unit tests/behaviour --drivers plain,fs
 
 test-mounted:   ## what needs /dev/fuse and root
-	$(BIN)python -m pytest -q tests/mounted tests/cli tests/behaviour --drivers fuse,kernel
+	$(PYTEST) tests/mounted tests/cli tests/programs tests/behaviour --drivers fuse,kernel
 
 check: lint types  ## all that CI runs
-	$(BIN)python -m pytest -q
+	$(PYTEST)
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

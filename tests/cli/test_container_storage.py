@@ -21,6 +21,7 @@ def storage(place: Path) -> Iterator[Storage]:
     before = processes.children()
     fixed = ["--graph", str(place / "graph"), "--run", str(place / "run"), "--storage-driver", "overlay"]
     chosen = ["--storage-opt", f"overlay.mount_program={program('overlayfs-mount')}"]
+    chosen += ["--storage-opt", "overlay.skip_mount_home=true"]
 
     def run(*words: str) -> str:
         done = subprocess.run(
