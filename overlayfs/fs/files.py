@@ -105,10 +105,9 @@ class Files:
             node.writer = self._open_writer(node)
         elif not writes and node.reader is None:
             node.reader = self._open_reader(node)
-        number = self._add(FileHandle(node, writes))
         if flags & os.O_TRUNC:
             self._truncate(node, strip)
-        return number
+        return self._add(FileHandle(node, writes))
 
     def adopt(self, node: File, writer: int) -> int:
         """Return a handle for a file that has just been made; `writer` becomes the node's."""
@@ -132,14 +131,8 @@ class Files:
         return layer.open_file(node.lower.path, node.lower.name)
 
     def _truncate(self, node: File, strip: bool) -> None:
-        if node.writer is not None:
-            sysio.truncate_fd(node.writer, 0)
-        else:  # O_RDONLY | O_TRUNC truncates on Linux, where the caller may write
-            fd = self._open_writer(node)
-            try:
-                sysio.truncate_fd(fd, 0)
-            finally:
-                sysio.close(fd)
+        # O_RDONLY | O_TRUNC truncates on Linux, where the caller may write: then there may be no writer.
+        self._attributes.truncate(node, 0, node.writer)
         if strip:
             self._attributes.strip_set_id(node)
         self._lookup.fresh = None

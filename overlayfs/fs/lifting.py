@@ -8,6 +8,8 @@ what is missing at this moment, so an engine asks it again after every step and 
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum, auto
 
 from overlayfs import sysio
@@ -118,13 +120,25 @@ class Lifting:
 
     def link_name(self, node: File, parent: Dir, name: bytes) -> None:
         """Give an upper file the name that it has below: the union's link count stays."""
-        located = self.attributes.locate(node)
-        node.nlink_delta -= 1
-        self.persist_nlink(node)
-        with self.parent_times_kept(parent):
-            self.attributes.upper.link(located.dirfd, located.name, (self.lookup.path(parent), name), Create.IN_PLACE)
+        place = self.lookup.path(parent), name
+        with self.one_name_less(node), self.parent_times_kept(parent):
+            located = self.attributes.locate(node)
+            self.attributes.upper.link(located.dirfd, located.name, place, Create.IN_PLACE)
         node.names[parent, name] = True
         parent.note(name, Kind.FILE)
+
+    @contextmanager
+    def one_name_less(self, node: File) -> Iterator[None]:
+        """Within this context the union gets one name less, relative to the upper; not if it ends with an error."""
+        node.nlink_delta -= 1
+        try:
+            self.persist_nlink(node)
+            yield
+        except BaseException:
+            node.nlink_delta += 1
+            with suppress(OSError):
+                self.persist_nlink(node)
+            raise
 
     def persist_nlink(self, node: File) -> None:
         """Write the union's link count, relative to the upper's, on an indexed file (ovl_set_nlink_upper)."""
@@ -136,9 +150,10 @@ class Lifting:
         """Remove the entry of a file in the index: its last name has gone."""
         index = self.attributes.upper.work.index
         if node.index is not None and index is not None:
-            sysio.unlink_at(index, node.index)
+            with suppress(OSError):  # it stands for no name: the kernel drops such an entry at its next mount
+                sysio.unlink_at(index, node.index)
+                node.nlink_delta += 1
             node.index = None
-            node.nlink_delta += 1
 
     def parent_times_kept(self, parent: Dir) -> "_TimesKept":
         """Return a context in which changes of names do not move a directory's times: lifting is invisible."""
@@ -161,8 +176,9 @@ class _TimesKept:
         self._before = self._attributes.stat(self._parent)
 
     def __exit__(self, *_: object) -> None:
-        dirfd, name = self._attributes.locate(self._parent)[1:]
-        sysio.utimens_at(dirfd, name, self._before.st_atime_ns, self._before.st_mtime_ns)
+        with suppress(OSError):  # what was published stays published
+            dirfd, name = self._attributes.locate(self._parent)[1:]
+            sysio.utimens_at(dirfd, name, self._before.st_atime_ns, self._before.st_mtime_ns)
 
 
 class _Build(LiftStep):
@@ -269,10 +285,13 @@ class _Build(LiftStep):
         parent.note(node.name, Kind.DIR)
 
     def _appear(self, parent: Dir, name: bytes) -> None:
+        self._mark_impure(parent)
         with self._lifting.parent_times_kept(parent):
             assert self._staged is not None
             self._upper.publish(self._staged, (self._lifting.lookup.path(parent), name), Create.IN_PLACE)
         self._staged = None
+
+    def _mark_impure(self, parent: Dir) -> None:
         if self._source is not None and xattrs.ORIGIN in self._source.marks:
             self._lifting.mark_impure(parent)
 
@@ -298,7 +317,8 @@ class _Build(LiftStep):
         node.nlink_delta += self._nlink - found.st_nlink
         node.in_upper = True
         node.data = (node.data or node.lower) if self._content is Content.BELOW else None
-        self._lifting.persist_nlink(node)
+        with suppress(OSError):  # the mark that was staged with it, relative to the lower count, is as good
+            self._lifting.persist_nlink(node)
         if reader is not None:
             _swap_reader(node, reader)
 
@@ -341,9 +361,9 @@ class _Build(LiftStep):
         self._staged = None
 
     def _link(self, node: File, pinned: int, parent: Dir, name: bytes) -> None:
+        self._mark_impure(parent)
         with self._lifting.parent_times_kept(parent):
             self._upper.link(pinned, b"", (self._lifting.lookup.path(parent), name), Create.IN_PLACE)
-        self._lifting.mark_impure(parent)
         self._named(node, (parent, name))
 
     @staticmethod

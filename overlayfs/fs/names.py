@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from overlayfs import sysio
@@ -187,6 +188,7 @@ class Names:
         self._lifting.lift(parent)
         self._lifting.lift(node)
         self._redirect_file(node)
+        self._lifting.persist_nlink(node)
         spot = self._lookup.spot(parent, name, None)
         _, dirfd, child = self._attributes.locate(node)
         self._upper.link(dirfd, child, (self._lookup.path(parent), name), plans.create(spot, False))
@@ -220,8 +222,8 @@ class Names:
         self.lift_counted(node)
         self._pin(node)
         spot = self._lookup.spot(parent, name, node)
-        self._before_name_goes(node, parent, name)
-        self._upper.remove((self._lookup.path(parent), name), plans.remove(spot), is_dir=False)
+        with self._counted_out(node, parent, name):
+            self._upper.remove((self._lookup.path(parent), name), plans.remove(spot), is_dir=False)
         self._gone(node, parent, name, spot)
 
     def rmdir(self, parent: Dir, name: bytes) -> None:
@@ -269,10 +271,16 @@ class Names:
             _, dirfd, name = self._attributes.locate(node)
             node.orphan = self._stack.dirfds.retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
 
-    def _before_name_goes(self, node: File, parent: Dir, name: bytes) -> None:
-        if not node.names.get((parent, name), True):
-            node.nlink_delta -= 1
+    def _counted_out(self, node: Node | None, parent: Dir, name: bytes) -> AbstractContextManager[None]:
+        """Return the context in which a name goes: one that the upper does not have must be counted by hand.
+
+        For one that it has the mark must be relative to the upper's count before that falls (ovl_nlink_start).
+        """
+        if isinstance(node, File):
+            if not node.names.get((parent, name), True):
+                return self._lifting.one_name_less(node)
             self._lifting.persist_nlink(node)
+        return nullcontext()
 
     def _gone(self, node: Node, parent: Dir, name: bytes, spot: Spot) -> None:
         parent.note(name, self._left_behind(spot))
@@ -344,12 +352,12 @@ class Names:
         replaced = self._lookup.spot(new_parent, new_name, target)
         plan = plans.rename(old.spot, replaced, bool(new_parent.lower), redirects=True)
         self._redirect_moved_file(source)
-        if isinstance(target, File):
-            self._before_name_goes(target, new_parent, new_name)
+        self._lifting.mark_impure(new_parent)
         redirects = self._redirect_for(source, plan.source_mark), None
-        self._upper.rename(
-            (self._lookup.path(parent), name), (self._lookup.path(new_parent), new_name), plan, redirects
-        )
+        with self._counted_out(target, new_parent, new_name):
+            self._upper.rename(
+                (self._lookup.path(parent), name), (self._lookup.path(new_parent), new_name), plan, redirects
+            )
         if isinstance(source, Dir):
             self._upper.forget_moved((self._lookup.path(parent), name), (self._lookup.path(new_parent), new_name))
         self._settle_move(old, new_parent, new_name, target, plan)
@@ -412,6 +420,8 @@ class Names:
         plan = plans.exchange(old.spot, new.spot, bool(new_parent.lower), bool(parent.lower), redirects=True)
         for moved in (source, target):
             self._redirect_moved_file(moved)
+        for changed in (parent, new_parent):
+            self._lifting.mark_impure(changed)
         redirects = self._redirect_for(source, plan.source_mark), self._redirect_for(target, plan.target_mark)
         self._upper.rename(
             (self._lookup.path(parent), name), (self._lookup.path(new_parent), new_name), plan, redirects
@@ -459,7 +469,6 @@ class Names:
         parent.note(name, Kind.DIR if isinstance(node, Dir) else Kind.FILE)
         if isinstance(node, Dir) and mark is Mark.OPAQUE:
             node.opaque = True
-        self._lifting.mark_impure(parent)
         self._lookup.fresh = None
 
 

@@ -8,6 +8,7 @@ before the rename a power cut leaves an empty file over an intact lower one (rel
 import errno
 import os
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -126,7 +127,9 @@ def _is_optional(upper: Upper, attribute: bytes) -> bool:
 def _copy_mode_and_times(upper: Upper, source: Source, name: bytes) -> None:
     if not stat.S_ISLNK(source.stat.st_mode):
         upper.set_mode(upper.work.fd, name, stat.S_IMODE(source.stat.st_mode))
-    sysio.utimens_at(upper.work.fd, name, source.stat.st_atime_ns, source.stat.st_mtime_ns)
+    cut = stat.S_ISREG(source.stat.st_mode) and source.content is Content.NONE and source.stat.st_size > 0
+    mtime = time.time_ns() if cut else source.stat.st_mtime_ns  # truncating is a change of the content
+    sysio.utimens_at(upper.work.fd, name, source.stat.st_atime_ns, mtime)
 
 
 def _sync(upper: Upper, name: bytes) -> None:

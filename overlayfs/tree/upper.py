@@ -176,7 +176,7 @@ class Upper(Layer):
         dirfd = self.dirfd(place[0])
         if how is Create.EXCHANGE_WHITEOUT:
             self._exchange(self.work.fd, temporary, dirfd, place[1])
-            sysio.unlink_at(self.work.fd, temporary)
+            self.work.tidy(temporary)
         elif how is Create.OVER_WHITEOUT or not self.features.flags:
             sysio.rename_at(self.work.fd, temporary, dirfd, place[1])
         else:
@@ -206,22 +206,25 @@ class Upper(Layer):
             self._move_aside(dirfd, name)
         elif not self.features.devices:
             self._hide_by_dot_file(place, is_dir)
-        elif how is Remove.WHITEOUT:
-            sysio.rename_at(self.work.fd, self._stage_whiteout(), dirfd, name)
         else:
-            temporary = self._stage_whiteout()
-            self._exchange(self.work.fd, temporary, dirfd, name)
-            self.work.discard(temporary)
+            self._put_whiteout(dirfd, name, exchange=how is Remove.EXCHANGE_WHITEOUT)
 
-    def _stage_whiteout(self) -> bytes:
+    def _put_whiteout(self, dirfd: int, name: bytes, exchange: bool) -> None:
+        """Put a whiteout in the place of whatever has the name; `exchange` for a directory, emptied aside after."""
         temporary = self.work.temporary()
         sysio.mknod_at(self.work.fd, temporary, stat.S_IFCHR, 0)
-        return temporary
+        try:
+            if exchange:
+                self._exchange(self.work.fd, temporary, dirfd, name)
+            else:
+                sysio.rename_at(self.work.fd, temporary, dirfd, name)
+        finally:
+            self.work.tidy(temporary)
 
     def _move_aside(self, dirfd: int, name: bytes) -> None:
         temporary = self.work.temporary()
         sysio.rename_at(dirfd, name, self.work.fd, temporary)
-        self.work.discard(temporary)
+        self.work.tidy(temporary)
 
     def _hide_by_dot_file(self, place: Place, is_dir: bool) -> None:
         # The whiteout has its own name: it is there first, and hides nothing of its own layer.
@@ -249,7 +252,8 @@ class Upper(Layer):
             self.clear(target)
         self._move(source, target, plan.move)
         if plan.sweep_old:
-            sysio.unlink_at(self.dirfd(source[0]), source[1])
+            with suppress(OSError):  # it hides nothing
+                sysio.unlink_at(self.dirfd(source[0]), source[1])
 
     def _mark_moving(self, place: Place, mark: Mark, redirect: bytes | None) -> None:
         dirfd = self.dirfd(place[0])
@@ -271,7 +275,7 @@ class Upper(Layer):
             sysio.rename_at(old, source[1], new, target[1], sysio.RENAME_WHITEOUT)
         else:
             sysio.rename_at(old, source[1], new, target[1])
-            sysio.rename_at(self.work.fd, self._stage_whiteout(), old, source[1])
+            self._put_whiteout(old, source[1], exchange=False)
 
     def clear(self, place: Place) -> None:
         """Replace a directory that holds only whiteouts by an empty opaque one of the same attributes.
@@ -290,7 +294,7 @@ class Upper(Layer):
             sysio.chmod_at(self.work.fd, temporary, stat.S_IMODE(found.st_mode))
             self._exchange(self.work.fd, temporary, dirfd, name)
         finally:
-            self.work.discard(temporary)
+            self.work.tidy(temporary)
         self.forget(place)
 
     def _exchange(self, dirfd: int, name: bytes, other_dirfd: int, other_name: bytes) -> None:

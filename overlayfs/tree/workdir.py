@@ -11,6 +11,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from overlayfs import sysio
 from overlayfs.errors import InUse, MountError
@@ -104,6 +105,11 @@ class WorkDir:
     def discard(self, name: bytes) -> None:
         """Remove a staged object of any kind with all that is in it; it may be gone already."""
         remove_tree(self.fd, name)
+
+    def tidy(self, name: bytes) -> None:
+        """Discard after the step that counts: a failure is no reason to fail that, the next mount empties the place."""
+        with suppress(OSError):
+            self.discard(name)
 
     def close(self, clean: bool) -> None:
         """Give the descriptors back; `clean`: all is synced, so that the volatile mark may go."""
