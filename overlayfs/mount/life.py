@@ -5,6 +5,7 @@ says through a pipe that the mount answers, or why there is none. Nothing heavy 
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -82,6 +83,7 @@ def _heed(report: bytes, mountpoint: bytes, notify: Notify) -> None:
 def _become_daemon(options: MountOptions, mountpoint: bytes, report: int) -> NoReturn:
     """Live as the daemon and leave without passing through the code of the process we were forked from."""
     code = 1
+    gc.freeze()  # objects of the caller must not be collected here: they would close descriptors that are ours by then
     try:
         os.setsid()
         code = _live(options, mountpoint, report)
@@ -92,9 +94,11 @@ def _become_daemon(options: MountOptions, mountpoint: bytes, report: int) -> NoR
 
 def _live(options: MountOptions, mountpoint: bytes, pipe: int) -> int:
     report = _Report(pipe)
+    inherited = _open_descriptors(pipe)
 
     def tell(notices: tuple[str, ...]) -> None:
         _give_up_terminal()
+        _close_all(inherited)
         report.send({"notices": notices})
 
     try:
@@ -134,6 +138,29 @@ def _open_standard_streams() -> None:
         os.set_inheritable(descriptor, True)
         descriptor = os.open(os.devnull, os.O_RDWR)
     os.close(descriptor)
+
+
+def _open_descriptors(pipe: int) -> dict[int, tuple[int, int]]:
+    """Return what is open apart from the standard streams and `pipe`: device and inode by descriptor."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            status = os.fstat(int(name))
+            found[int(name)] = status.st_dev, status.st_ino
+    return {descriptor: identity for descriptor, identity in found.items() if descriptor not in (0, 1, 2, pipe)}
+
+
+def _close_all(descriptors: dict[int, tuple[int, int]]) -> None:
+    """Close what the caller left open for us: pipes that somebody reads to the end, files that carry his locks.
+
+    Only when the mount answers, since a layer may have been named as /proc/self/fd/N; and only what still is
+    the same file, since the number may be ours by now.
+    """
+    for descriptor, identity in descriptors.items():
+        with contextlib.suppress(OSError):
+            status = os.fstat(descriptor)
+            if (status.st_dev, status.st_ino) == identity:
+                os.close(descriptor)
 
 
 def _give_up_terminal() -> None:

@@ -71,7 +71,10 @@ def set_up(foreground: bool, debug: bool, fallback: Path) -> None:
     """Send the log of this process where it belongs; `fallback` is the file for a system without syslog."""
     logging.raiseExceptions = False  # a full disk or a closed pipe behind the log is no reason to complain into it
     handler = _to_stderr() if foreground else _to_system(fallback)
-    logging.basicConfig(handlers=[handler], level=logging.DEBUG if debug else logging.INFO, force=True)
+    root = logging.getLogger()
+    root.handlers.clear()  # not closed: they, and their descriptors, belong to the process we were forked from
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
 
 
 def _to_stderr() -> logging.Handler:

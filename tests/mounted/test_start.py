@@ -76,6 +76,18 @@ def test_the_daemon_is_on_its_own(mount: Mount) -> None:
     mount.unmount()
 
 
+def test_what_the_caller_had_open_is_not_kept(mount: Mount) -> None:
+    """A lock that a script holds around the mount would else be held as long as the mount is."""
+    reading, writing = os.pipe()
+    before = processes.children()
+    subprocess.run(mount.stack.command(), pass_fds=[writing], timeout=30, check=True)
+    mount.note_daemons(before)
+    os.close(writing)
+    assert os.read(reading, 1) == b""  # the end, for nobody has the other side open
+    os.close(reading)
+    mount.unmount()
+
+
 def test_the_daemon_leaves_no_file_open_to_children_but_the_streams(mount: Mount) -> None:
     mount.start()
     inherited = []

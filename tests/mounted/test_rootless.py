@@ -1,0 +1,123 @@
+"""Mounting without privilege, through fusermount3: the whole life, as a user who owns the directories."""
+
+import errno
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from overlayfs.errors import MountError
+from overlayfs.mount import control, daemon, life, records, unmount  # all of it: a user may not read our interpreter
+from overlayfs.mount.options import Draft
+from tests.mounted.conftest import Mount
+from tests.mounted.polling import until
+from tests.support import processes
+from tests.support.requirements import need_program
+from tests.support.users import ALICE, run_as
+
+T = TypeVar("T")
+DEVICE = "/dev/fuse"
+assert daemon
+
+
+@pytest.fixture
+def _device_for_all() -> Iterator[None]:
+    mode = stat.S_IMODE(os.stat(DEVICE).st_mode)
+    os.chmod(DEVICE, mode | 0o666)
+    yield
+    os.chmod(DEVICE, mode)
+
+
+@pytest.fixture
+def alices(mount: Mount, _device_for_all: None) -> Mount:
+    """A stack that belongs to a user."""
+    need_program("fusermount3")
+    (mount.stack.base / "run").mkdir()
+    for path in [mount.stack.base, *mount.stack.base.rglob("*")]:
+        os.chown(path, ALICE.uid, ALICE.gid)
+    return mount
+
+
+def _as_alice(mount: Mount, act: Callable[[], T]) -> T:
+    def with_directory() -> T:
+        os.environ["XDG_RUNTIME_DIR"] = str(mount.stack.base / "run")
+        return act()
+
+    return run_as(ALICE, with_directory)
+
+
+def _start(mount: Mount) -> None:
+    def act() -> None:
+        draft = Draft()
+        draft.read(os.fsencode(mount.stack.options))
+        life.mount(draft.build(), os.fsencode(mount.point))
+
+    before = processes.children()
+    _as_alice(mount, act)
+    mount.note_daemons(before)
+
+
+def test_a_whole_life(alices: Mount) -> None:
+    _start(alices)
+    point, upper = alices.point, alices.stack.upper
+
+    def act() -> None:
+        (point / "d" / "f").write_bytes(b"changed")
+        (point / "t").unlink()
+        os.rename(point / "d", point / "moved")
+        (point / "d").mkdir()
+
+    _as_alice(alices, act)
+    assert _as_alice(alices, lambda: sorted(os.listdir(point))) == ["d", "moved"]
+    with pytest.raises(PermissionError):
+        os.listdir(point)  # allow_other is not for users
+    assert _as_alice(alices, lambda: control.request(os.fsencode(point), "status")["pid"]) == alices.pid
+    _as_alice(alices, lambda: unmount.unmount(os.fsencode(point)))
+    assert processes.reap(alices.pids.pop(), limit=1) == 0
+    assert (upper / "moved" / "f").read_bytes() == b"changed"
+
+    _start(alices)
+    assert _as_alice(alices, (point / "moved" / "f").read_bytes) == b"changed"
+    assert _as_alice(alices, lambda: os.listdir(point / "d")) == []
+    os.kill(alices.pid, signal.SIGTERM)
+    assert processes.reap(alices.pids.pop()) == 0
+    until(lambda: not os.path.ismount(point))
+
+
+def test_a_dead_daemons_mount_is_replaced(alices: Mount) -> None:
+    _start(alices)
+    os.kill(alices.pid, signal.SIGKILL)
+    processes.reap(alices.pids.pop())
+    with pytest.raises(OSError) as caught:
+        _as_alice(alices, lambda: os.statvfs(alices.point))
+    assert caught.value.errno == errno.ENOTCONN
+    _start(alices)
+    assert _as_alice(alices, (alices.point / "t").read_bytes) == b"top"
+    _as_alice(alices, lambda: unmount.unmount(os.fsencode(alices.point)))
+    assert processes.reap(alices.pids.pop()) == 0
+
+
+def test_the_reason_of_a_refusal_is_told(alices: Mount) -> None:
+    os.chown(alices.point, 0, 0)
+    alices.point.chmod(0o755)
+    before = processes.children()
+    with pytest.raises(MountError, match=r"cannot mount on .*: user has no write access to mountpoint"):
+        _start(alices)
+    processes.reap_since(before)
+    assert not os.path.ismount(alices.point)
+
+
+def test_records_lie_with_the_user(alices: Mount) -> None:
+    _start(alices)
+    directory = alices.stack.base / "run" / "overlayfs"
+    assert sorted(path.name for path in directory.iterdir()) == [f"{alices.pid}.json", f"{alices.pid}.sock"]
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert not records.record_path(alices.pid).exists()
+    _as_alice(alices, lambda: unmount.unmount(os.fsencode(alices.point)))
+    assert processes.reap(alices.pids.pop()) == 0
+    assert list(directory.iterdir()) == []
+    assert Path("/run/overlayfs") != directory
