@@ -283,6 +283,7 @@ def test_refused_commits_of_a_mount(job: Path) -> None:
         ("b", f"{job}/b exists already; name a directory that does not"),
         ("none/new", f"cannot make a layer in {job}/none: No such file or directory"),
         ("u/new", f"{job}/u/new lies inside a directory that this stack is made of; name a place outside"),
+        ("m/new", f"{job}/m/new lies inside the mount itself; name a place outside"),
     ]:
         assert cli(job, f"overlayfs commit m --to {target}") == (1, "", f"overlayfs: {sentence}\n")
     change(job)
