@@ -89,7 +89,8 @@ class Generator:
             ("rename", lambda g: (g.path(), g.path())),
             ("rename", lambda g: (g.path(), g.path())),
             ("rename", lambda g: (g.path(), g.path(), pick((NOREPLACE, EXCHANGE)))),
-            ("write", lambda g: (g.path(), g.data(), pick((0, 3, 7000)))),
+            # never empty: the kernel changes the mtime already when such a file is merely opened
+            ("write", lambda g: (g.path(), g.data() + b"w", pick((0, 3, 7000)))),
         ]
         return rare + frequent * 2
 

@@ -4,7 +4,7 @@ import os
 import stat as modes
 from collections.abc import Callable
 from contextlib import suppress
-from errno import EEXIST, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, ENXIO, ESPIPE
+from errno import EEXIST, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, ENOTEMPTY, ENXIO, ESPIPE
 from typing import Any, TypeVar
 
 from overlayfs.errors import oserror
@@ -12,6 +12,7 @@ from overlayfs.fs import Caller, Changes, Overlay, StackConfig
 from overlayfs.store.commit import commit_mounted
 from tests.support.drivers.base import Tree
 from tests.support.drivers.raw import Handle, Listed, Raw, Stat
+from tests.support.syscalls import EXCHANGE, NOREPLACE
 from tests.support.users import User
 
 T = TypeVar("T")
@@ -183,11 +184,11 @@ class FsRaw:
         self._below(path, make)
 
     def link(self, old: bytes, new: bytes) -> None:
-        def make(parent: Node, name: bytes) -> None:
+        def make(node: Node, parent: Node, name: bytes) -> None:
             self._absent(parent, name)
-            self._with(old, lambda node: self.overlay.link(node, parent, name))
+            self.overlay.link(node, parent, name)
 
-        self._below(new, make)
+        self._with(old, lambda node: self._below(new, lambda parent, name: make(node, parent, name)))
 
     def unlink(self, path: bytes) -> None:
         self._below(path, self.overlay.unlink)
@@ -196,13 +197,16 @@ class FsRaw:
         self._below(path, self.overlay.rmdir)
 
     def rename(self, old: bytes, new: bytes, flags: int) -> None:
-        if new.startswith(old + b"/") or (flags & 2 and old.startswith(new + b"/")):
+        if new.startswith(old + b"/") or (flags & EXCHANGE and old.startswith(new + b"/")):
             raise oserror(EINVAL)
 
-        def move(parent: Node, name: bytes) -> None:
-            self._below(new, lambda target, last: self.overlay.rename(parent, name, target, last, flags))
+        def move(parent: Node, name: bytes, target: Node, last: bytes) -> None:
+            if old.startswith(new + b"/") and not flags & NOREPLACE:
+                self.overlay.lookup(parent, name)
+                raise oserror(ENOTEMPTY)
+            self.overlay.rename(parent, name, target, last, flags)
 
-        self._below(old, move)
+        self._below(old, lambda parent, name: self._below(new, lambda target, last: move(parent, name, target, last)))
 
     # Attributes
 
