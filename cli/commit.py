@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 
-from overlayfs.errors import MountError, UsageError, UserError
+from overlayfs.errors import InUse, MountError, UsageError, UserError
 from overlayfs_cli import arguments, output, progress
 from overlayfs_cli.command import command
 from overlayfs_cli.workplace import work_beside
@@ -53,8 +53,12 @@ def commit(
 @contextlib.contextmanager
 def _no_mount_meant() -> Iterator[None]:
     """Opening a stack fails with the exit code of a failed mount; here it is a failure like any other."""
+    from overlayfs.mount import table
+
     try:
         yield
+    except InUse as error:
+        raise UserError(str(table.with_holder(error))) from None
     except MountError as error:
         raise UserError(str(error)) from None
 

@@ -1,13 +1,41 @@
-"""The filesystem's verbs, synchronous and without FUSE: nodes, handles, look-up, files, names, attributes."""
+"""The filesystem's verbs, synchronous and without FUSE: nodes, handles, look-up, files, names, attributes.
 
-from overlayfs.fs.attributes import Attributes, Changes
-from overlayfs.fs.config import IdRange, StackConfig
-from overlayfs.fs.files import Child
-from overlayfs.fs.lifting import LiftStep, Need
-from overlayfs.fs.names import Caller
-from overlayfs.fs.nodes import Node
-from overlayfs.fs.overlay import Overlay
+What the package offers is loaded when it is first asked for: a program that only reads options, as the parent of a
+daemon does, stays small.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from overlayfs.fs.attributes import Attributes, Changes
+    from overlayfs.fs.config import IdRange, StackConfig
+    from overlayfs.fs.files import Child
+    from overlayfs.fs.lifting import LiftStep, Need
+    from overlayfs.fs.names import Caller
+    from overlayfs.fs.nodes import Node
+    from overlayfs.fs.overlay import Overlay
 
 __all__ = [
     "Attributes", "Caller", "Changes", "Child", "IdRange", "LiftStep", "Need", "Node", "Overlay", "StackConfig",
 ]  # fmt: skip
+
+_HOMES = {
+    "Attributes": "attributes",
+    "Caller": "names",
+    "Changes": "attributes",
+    "Child": "files",
+    "IdRange": "config",
+    "LiftStep": "lifting",
+    "Need": "lifting",
+    "Node": "nodes",
+    "Overlay": "overlay",
+    "StackConfig": "config",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)

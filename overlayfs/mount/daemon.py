@@ -72,19 +72,7 @@ def _open(options: MountOptions, mountpoint: bytes) -> Overlay:
     try:
         return Overlay(dataclasses.replace(options.stack, holder=holder))
     except InUse as error:
-        raise _with_holder(error) from None
-
-
-def _with_holder(error: InUse) -> MountError:
-    """Return the refusal with the mount point of the holder, where a record tells it."""
-    for mount in table.mounts():
-        if mount.pid is not None and mount.pid == error.pid:
-            where = os.fsdecode(mount.mountpoint)
-            return MountError(
-                f"{error.what} {os.fsdecode(error.path)} is in use by the mount at {where} (pid {error.pid}); "
-                "unmount it first"
-            )
-    return error
+        raise table.with_holder(error) from None
 
 
 def _close(overlay: Overlay) -> None:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from overlayfs.errors import UserError
+from overlayfs.errors import InUse, MountError, UserError
 from overlayfs.mount import records
 from overlayfs.mount.mountinfo import TYPE, KernelMount, kernel_mounts
 from overlayfs.mount.records import Record
@@ -39,6 +39,18 @@ def find(mountpoint: bytes) -> Mount:
     if not found:
         raise UserError(f"{os.fsdecode(mountpoint)} is not a mount of overlayfs; see `overlayfs mounts`")
     return found[-1]
+
+
+def with_holder(error: InUse) -> MountError:
+    """Return a refusal with the mount point of the holder, where a record tells it."""
+    for mount in mounts():
+        if mount.pid is not None and mount.pid == error.pid:
+            where = os.fsdecode(mount.mountpoint)
+            return MountError(
+                f"{error.what} {os.fsdecode(error.path)} is in use by the mount at {where} (pid {error.pid}); "
+                "unmount it first"
+            )
+    return error
 
 
 def resolved(mountpoint: bytes) -> bytes:

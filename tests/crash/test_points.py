@@ -36,7 +36,8 @@ def site(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[],
 def prepare(site: Site, name: str) -> None:
     """Do what goes before an operation."""
     overlay = site.open()
-    PREPARATIONS.get(name, lambda _: None)(overlay)
+    if name in PREPARATIONS:
+        PREPARATIONS[name](overlay)
     overlay.close()
 
 

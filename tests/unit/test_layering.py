@@ -20,7 +20,10 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "union": ({"format", "errors"}, "pure: rules decide from facts, others collect the facts and act"),
     "tree": (BELOW_TREE, "one layer as an object; it does not know that there are nodes, or other layers"),
     "fs": (BELOW_FS, "the meaning of the overlay, usable from Python without a mount"),
-    "store": (BELOW_FS, "layers at rest, beside fs: it works on trees that nobody has mounted"),
+    "store": (
+        BELOW_FS | {"fs"},
+        "layers at rest; a commit asks fs what a stack shows, fs knows none at rest",
+    ),
     "fuse": (BELOW_FS | {"__init__", "fs", "store"}, "translates requests; what they mean is said below"),
     "mount": (BELOW_FS | {"__init__", "fs", "store", "fuse"}, "the life of one mount, from the lock to the unmount"),
     "__init__": (BELOW_FS | {"fs"}, "what users of the library see: the overlay without a mount"),
