@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,15 @@ VARIANTS = {"command": "fuse"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--drivers", default=",".join(DRIVER_NAMES), help="the drivers of the behaviour suite, with commas")
+    parser.addoption(
+        "--drivers", default=",".join(DRIVER_NAMES), help="the drivers of the behaviour suite, with commas"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "on(*drivers): run only on these drivers; elsewhere the operation makes no sense")
+    config.addinivalue_line(
+        "markers", "on(*drivers): run only on these drivers; elsewhere the operation makes no sense"
+    )
     config.addinivalue_line("markers", "deviates(driver, reason): this driver is known to fail, and must fail, here")
     processes.adopt()
 
@@ -48,7 +52,7 @@ def _marks(name: str, known: dict[str, str]) -> list[pytest.MarkDecorator]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Where everything must be present, a skipped test has failed."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and requirements.strict():
@@ -69,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None
 
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
-    """One directory for all that the run makes, readable for every user; the session ends with the check for leftovers."""
+    """One directory for all that the run makes; the session ends with the check for leftovers."""
     base = Path(tempfile.mkdtemp(prefix="ofs-", dir=os.environ.get("OVERLAYFS_TEST_DIR")))
     base.chmod(0o755)
     before = processes.children()

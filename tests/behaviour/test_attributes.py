@@ -2,12 +2,14 @@
 
 import os
 import stat
+from collections.abc import Callable
 
 import pytest
 
 from tests.support.drivers import Tree
 from tests.support.dump import dump
-from tests.support.spec import Dir, File, Link, Special, Symlink, Tree as Spec
+from tests.support.spec import Dir, File, Link, Special, Symlink
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 LAYER: Spec = {
@@ -77,6 +79,18 @@ def test_numbers_stay_over_a_commit(stack: StackMaker) -> None:
     assert after == before
 
 
+@pytest.mark.on("plain", "fs", "fuse")
+def test_numbers_of_committed_twins_stay(stack: StackMaker) -> None:
+    tree = stack(LAYER)
+    tree.setxattr("f", "user.k", b"v")
+    tree.rotate()
+    before = numbers(tree)
+    tree.write("f", b"changed")
+    assert numbers(tree) == before
+    tree.remount()
+    assert numbers(tree) == before
+
+
 @pytest.mark.on("plain", "fuse", "kernel")
 def test_one_device_for_the_mount(stack: StackMaker) -> None:
     tree = stack(LAYER, {"d": {"x": ""}, "other": ""}, upper={"u": ""})
@@ -130,7 +144,12 @@ def test_writing_moves_mtime_and_ctime(stack: StackMaker) -> None:
 def test_changing_metadata_moves_ctime_alone(stack: StackMaker) -> None:
     tree = stack(LAYER)
     for path in ("f", "d"):
-        for change in (lambda p: tree.chmod(p, 0o700), lambda p: tree.chown(p, 1, 1), lambda p: tree.setxattr(p, "user.x", b"")):
+        changes: list[Callable[[str], None]] = [
+            lambda path: tree.chmod(path, 0o700),
+            lambda path: tree.chown(path, 1, 1),
+            lambda path: tree.setxattr(path, "user.x", b""),
+        ]
+        for change in changes:
             before = tree.stat(path)
             change(path)
             after = tree.stat(path)

@@ -3,26 +3,37 @@
 import os
 from collections.abc import Callable
 from errno import ENODATA
+from typing import Any
 
 import pytest
 
 from tests.support.acl import ACCESS, DEFAULT, acl
 from tests.support.drivers import Tree
 from tests.support.dump import differences, dump
-from tests.support.spec import Dir, File, Link, Meta, Special, Symlink, Tree as Spec
+from tests.support.spec import Dir, File, Link, Short, Special, Symlink
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 XATTRS = {"user.k": b"v\0w", "trusted.t": b"\xff", "security.capability": CAPABILITY, "user.empty": b""}
-ODD = {"uid": 12345, "gid": 54321, "mtime_ns": 1_234_567_890_123_456_789, "atime_ns": 987_654_321_012_345_678}
+ODD: dict[str, Any] = {
+    "uid": 12345,
+    "gid": 54321,
+    "mtime_ns": 1_234_567_890_123_456_789,
+    "atime_ns": 987_654_321_012_345_678,
+}
 
 
-def every_type() -> dict[str, Meta]:
+def every_type() -> dict[str, Short]:
     return {
-        "file": File(b"content " * 1000, mode=0o6751, xattrs={**XATTRS, ACCESS: acl(7, 5, 1, users={77: 4}, mask=5)}, **ODD),
+        "file": File(
+            b"content " * 1000, mode=0o6751, xattrs={**XATTRS, ACCESS: acl(7, 5, 1, users={77: 4}, mask=5)}, **ODD
+        ),
         "empty": File(mode=0o000, **ODD),
         "sparse": File(pieces=((1 << 20, b"middle"), (3 << 20, b"end")), size=(5 << 20) + 13, mode=0o600, **ODD),
-        "dir": Dir({"child": "c"}, mode=0o3751, xattrs={"user.k": b"v", DEFAULT: acl(7, 5, 0), "trusted.t": b"1"}, **ODD),
+        "dir": Dir(
+            {"child": "c"}, mode=0o3751, xattrs={"user.k": b"v", DEFAULT: acl(7, 5, 0), "trusted.t": b"1"}, **ODD
+        ),
         "symlink": Symlink(target="some/where", xattrs={"trusted.t": b"link"}, **ODD),
         "fifo": Special(kind="p", mode=0o1640, xattrs={"trusted.t": b"p"}, **ODD),
         "socket": Special(kind="s", mode=0o600, **ODD),
@@ -44,7 +55,7 @@ def lift_by_rename(tree: Tree, path: str) -> None:
 def lift_by_chown(tree: Tree, path: str) -> None:
     found = tree.stat(path)
     tree.chown(path, found.uid, found.gid)
-    if path not in ("symlink",):
+    if path != "symlink":
         tree.chmod(path, found.mode & 0o7777)
 
 
@@ -209,7 +220,7 @@ def test_reading_copies_nothing_up(stack: StackMaker) -> None:
     dump(tree)
     tree.removexattr("file", "user.missing", err=ENODATA)
     tree.open("file", os.O_RDONLY).close()
-    if tree.name not in ("plain",):
+    if tree.name != "plain":
         assert tree.stack.upper is not None
         assert os.listdir(tree.stack.upper) == []
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.support.acl import ACCESS, DEFAULT, acl
 from tests.support.drivers import Tree
-from tests.support.spec import Dir, Symlink, Tree as Spec, Whiteout
+from tests.support.spec import Dir, Symlink, Whiteout
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 from tests.support.users import ALICE, User
 
@@ -50,7 +51,7 @@ def check_made(tree: Tree, kind: str, path: str) -> None:
 
 def each_kind(content: Spec) -> Spec:
     """A directory for each kind of object, all alike."""
-    return {kind: content for kind in KINDS}
+    return dict.fromkeys(KINDS, content)
 
 
 STATES: dict[str, tuple[list[Spec], Spec]] = {
@@ -134,7 +135,12 @@ def test_devices_and_sockets(stack: StackMaker) -> None:
     tree.mknod("s", stat.S_IFSOCK | 0o700)
     tree.mknod("f", stat.S_IFREG | 0o620)
     found = {name: tree.stat(name) for name in "cbsf"}
-    assert {name: oct(s.mode) for name, s in found.items()} == {"c": "0o20640", "b": "0o60600", "s": "0o140700", "f": "0o100620"}
+    assert {name: oct(s.mode) for name, s in found.items()} == {
+        "c": "0o20640",
+        "b": "0o60600",
+        "s": "0o140700",
+        "f": "0o100620",
+    }
     assert (found["c"].rdev, found["b"].rdev) == (os.makedev(5, 1), os.makedev(7, 300))
 
 
@@ -179,7 +185,7 @@ def test_the_umask_is_applied_once(stack: StackMaker) -> None:
 @pytest.mark.parametrize("state", ["absent", "whiteout"])
 def test_a_new_object_belongs_to_its_maker(stack: StackMaker, state: str) -> None:
     names = ("f", "d", "l", "p")
-    old: Spec = {name: "" for name in names} if state == "whiteout" else {}
+    old: Spec = dict.fromkeys(names, "") if state == "whiteout" else {}
     tree = stack({"x": Dir(old, mode=0o777)}, upper={"x": Dir({name: Whiteout() for name in old}, mode=0o777)})
 
     def act() -> None:

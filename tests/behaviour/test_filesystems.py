@@ -11,7 +11,8 @@ from tests.support.acl import ACCESS, acl
 from tests.support.disks import KINDS, disk
 from tests.support.drivers import FuseMount, Tree
 from tests.support.dump import differences, dump
-from tests.support.spec import Dir, File, Link, Special, Symlink, Tree as Spec
+from tests.support.spec import Dir, File, Link, Special, Symlink
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker, stack_maker
 
 pytestmark = pytest.mark.on("fs", "fuse", "kernel")
@@ -39,7 +40,9 @@ def disks(driver: str, place: Path) -> Iterator[DiskMaker]:
 
 
 LAYER: Spec = {
-    "f": File(b"data" * 5000, mode=0o4711, uid=5, gid=6, xattrs={"user.k": b"v", ACCESS: acl(7, 1, 1, users={9: 4}, mask=1)}),
+    "f": File(
+        b"data" * 5000, mode=0o4711, uid=5, gid=6, xattrs={"user.k": b"v", ACCESS: acl(7, 1, 1, users={9: 4}, mask=1)}
+    ),
     "sparse": File(pieces=((1 << 20, b"x"),), size=4 << 20),
     "twin": Link("f"),
     "d": Dir({"x": "1", "s": {"y": "2"}}, mode=0o2770, gid=7),

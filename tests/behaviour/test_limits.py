@@ -6,7 +6,8 @@ from errno import ENAMETOOLONG, ENOENT
 import pytest
 
 from tests.support.drivers import Tree
-from tests.support.spec import Link, Tree as Spec
+from tests.support.spec import Link
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 
@@ -90,7 +91,9 @@ def test_a_name_that_is_too_long(stack: StackMaker) -> None:
 
 @pytest.mark.on("fs", "fuse", "kernel")
 def test_500_layers(stack: StackMaker) -> None:
-    layers: list[Spec] = [{"d": {f"{number:03}": str(number)}, "f": str(number), f"only{number}": {"x": ""}} for number in range(500)]
+    layers: list[Spec] = [
+        {"d": {f"{number:03}": str(number)}, "f": str(number), f"only{number}": {"x": ""}} for number in range(500)
+    ]
     tree = stack(*layers)
     assert tree.names("d") == [f"{number:03}" for number in range(500)]
     assert tree.read("f") == b"0"
@@ -127,8 +130,8 @@ def test_many_new_files_in_a_directory(stack: StackMaker) -> None:
 @pytest.mark.on("fs", "fuse", "kernel")
 def test_a_lower_directory_of_100000_files(stack: StackMaker) -> None:
     names = [f"{number:06}" for number in range(100_000)]
-    first = {"n0": "", **{name: Link("d/n0") for name in names[1:50_000]}}
-    second = {"n1": "", **{name: Link("d/n1") for name in names[50_000:]}}
+    first: Spec = {"n0": "", **{name: Link("d/n0") for name in names[1:50_000]}}
+    second: Spec = {"n1": "", **{name: Link("d/n1") for name in names[50_000:]}}
     tree = stack({"d": first}, {"d": second})
     assert len(tree.names("d")) == 100_001
     for name in names[1::500]:

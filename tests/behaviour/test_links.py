@@ -6,7 +6,8 @@ from errno import EEXIST, ENOENT, EPERM
 import pytest
 
 from tests.support.drivers import Tree
-from tests.support.spec import File, Link, Special, Symlink, Tree as Spec
+from tests.support.spec import File, Link, Special, Symlink
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 
@@ -145,7 +146,11 @@ def test_replacing_one_twin_leaves_the_others(stack: StackMaker) -> None:
     assert_one_file(tree, "d/b", "c", data=b"NEW data")
 
 
-@pytest.mark.parametrize("kind", [Symlink(target="t"), Special(kind="p"), Special(kind="c", major=1, minor=3)], ids=["symlink", "fifo", "device"])
+@pytest.mark.parametrize(
+    "kind",
+    [Symlink(target="t"), Special(kind="p"), Special(kind="c", major=1, minor=3)],
+    ids=["symlink", "fifo", "device"],
+)
 def test_links_of_other_types(stack: StackMaker, kind: Symlink | Special) -> None:
     tree = stack({"n": kind})
     number = tree.stat("n").ino
@@ -172,7 +177,12 @@ def test_link_keeps_times_and_content(stack: StackMaker) -> None:
     before = tree.stat("f")
     tree.link("f", "g")
     after = tree.stat("g")
-    assert (after.mtime_ns, after.mode, after.uid, after.size) == (before.mtime_ns, before.mode, before.uid, before.size)
+    assert (after.mtime_ns, after.mode, after.uid, after.size) == (
+        before.mtime_ns,
+        before.mode,
+        before.uid,
+        before.size,
+    )
     assert after.ctime_ns > before.ctime_ns
 
 

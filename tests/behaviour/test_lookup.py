@@ -6,6 +6,7 @@ from errno import ENOENT, ENOTDIR
 import pytest
 
 from tests.support.spec import Dir, Symlink, Whiteout
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 
@@ -46,8 +47,8 @@ def test_an_absent_name(stack: StackMaker) -> None:
 
 @pytest.mark.parametrize("where", ["upper", "middle"])
 def test_a_whiteout_hides_and_ends_the_search(stack: StackMaker, where: str) -> None:
-    gone = {"f": Whiteout(), "d": {"g": Whiteout()}}
-    lower = {"f": "below", "d": {"g": "below", "h": "below"}}
+    gone: Spec = {"f": Whiteout(), "d": {"g": Whiteout()}}
+    lower: Spec = {"f": "below", "d": {"g": "below", "h": "below"}}
     tree = stack(lower, upper=gone) if where == "upper" else stack(gone, lower)
     tree.stat("f", err=ENOENT)
     tree.stat("d/g", err=ENOENT)

@@ -7,7 +7,8 @@ from errno import EIO, ENODATA, ENOENT
 import pytest
 
 from tests.support.drivers import Tree
-from tests.support.spec import Dir, File, Link, OpaqueForm, Special, Tree as Spec, Whiteout, WhiteoutForm
+from tests.support.spec import Dir, File, Link, OpaqueForm, Special, Whiteout, WhiteoutForm
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 pytestmark = pytest.mark.on("fs", "fuse")
@@ -95,7 +96,8 @@ def test_a_name_beside_its_whiteout_is_visible_and_cut_off(stack: StackMaker) ->
 def test_reserved_names_are_never_visible(stack: StackMaker) -> None:
     marks: Spec = {
         "d": {
-            ".wh.": "", ".wh..wh.plnk": "", ".wh..wh.aufs": "", ".wh.dir": {"x": ""}, ".wh.dev": Special(kind="c", major=1, minor=3),
+            ".wh.": "", ".wh..wh.plnk": "", ".wh..wh.aufs": "", ".wh.dir": {"x": ""},
+            ".wh.dev": Special(kind="c", major=1, minor=3),
             ".wh..opq": Whiteout(), ".opq": "visible",
         },
     }  # fmt: skip
@@ -301,13 +303,15 @@ def overridden(values: dict[str, bytes], name: str = OVERRIDE) -> Dir:
 @pytest.mark.parametrize("name", [OVERRIDE, "security.fuseoverlayfs.override_stat", "user.fuseoverlayfs.override_stat"])
 def test_override_stat(stack: StackMaker, name: str) -> None:
     values = {
-        "plain": b"1000:1001:0640", "short": b"1:2:4755", "typed": b"5:6:0600:file", "more": b"5:6:0600:file:ignored:too",
-        "pipe": b"7:8:0644:pipe", "socket": b"7:8:0600:socket", "char": b"0:0:0666:char-1-3", "block": b"0:6:0660:block-7-300",
+        "plain": b"1000:1001:0640", "short": b"1:2:4755", "typed": b"5:6:0600:file", "more": b"5:6:0600:file:ignored",
+        "pipe": b"7:8:0644:pipe", "socket": b"7:8:0600:socket",
+        "char": b"0:0:0666:char-1-3", "block": b"0:6:0660:block-7-300",
     }  # fmt: skip
     tree = stack(overridden(values, name))
     found = {key: tree.stat(key) for key in values}
     assert {key: (s.uid, s.gid) for key, s in found.items()} == {
-        "plain": (1000, 1001), "short": (1, 2), "typed": (5, 6), "more": (5, 6), "pipe": (7, 8), "socket": (7, 8), "char": (0, 0), "block": (0, 6),
+        "plain": (1000, 1001), "short": (1, 2), "typed": (5, 6), "more": (5, 6),
+        "pipe": (7, 8), "socket": (7, 8), "char": (0, 0), "block": (0, 6),
     }  # fmt: skip
     assert {key: oct(s.mode) for key, s in found.items()} == {
         "plain": "0o100640", "short": "0o104755", "typed": "0o100600", "more": "0o100600", "pipe": "0o10644",
@@ -319,7 +323,15 @@ def test_override_stat(stack: StackMaker, name: str) -> None:
 
 
 def test_override_stat_that_is_garbage(stack: StackMaker) -> None:
-    values = {"a": b"", "b": b"x:y:z", "c": b"1:2", "d": b"1:2:9", "e": b"1:2:0644:wrong", "f": b"1:2:0644:char-1", "good": b"1:2:0600"}
+    values = {
+        "a": b"",
+        "b": b"x:y:z",
+        "c": b"1:2",
+        "d": b"1:2:9",
+        "e": b"1:2:0644:wrong",
+        "f": b"1:2:0644:char-1",
+        "good": b"1:2:0600",
+    }
     tree = stack(overridden(values))
     for name in "abcdef":
         tree.stat(name, err=22)
@@ -344,8 +356,12 @@ def test_an_overridden_object_is_copied_up_as_it_shows(stack: StackMaker) -> Non
 
 
 def test_an_upper_written_by_fuse_overlayfs(stack: StackMaker) -> None:
-    """What version 1.10 leaves as root: both opaque marks, a stray device, its own origin paths, whiteouts of mode 0700."""
-    opaque = Dir({".wh..opq": Whiteout(), ".wh..wh..opq": "", "new": ""}, opaque="trusted", xattrs={"user.fuseoverlayfs.opaque": b"y"})
+    """What version 1.10 leaves as root: both opaque marks, a stray device, origin paths, whiteouts of mode 0700."""
+    opaque = Dir(
+        {".wh..opq": Whiteout(), ".wh..wh..opq": "", "new": ""},
+        opaque="trusted",
+        xattrs={"user.fuseoverlayfs.opaque": b"y"},
+    )
     upper: Spec = {
         "d": opaque,
         "f": Special(kind="c", mode=0o700),
@@ -365,7 +381,11 @@ def test_an_upper_written_through_a_mount_program(stack: StackMaker) -> None:
     """What container storage unpacks: whiteouts as files of mode 0, ownership in attributes."""
     mark = {OVERRIDE: b"0:0:0755"}
     layer = Dir(
-        {"etc": Dir({".wh.gone": File(mode=0), "conf": File(b"c", mode=0o755, xattrs={OVERRIDE: b"3:4:0600"})}, xattrs=mark)},
+        {
+            "etc": Dir(
+                {".wh.gone": File(mode=0), "conf": File(b"c", mode=0o755, xattrs={OVERRIDE: b"3:4:0600"})}, xattrs=mark
+            )
+        },
         xattrs=mark,
     )
     tree = stack(layer, {"etc": {"gone": "", "stays": ""}})

@@ -10,7 +10,8 @@ import pytest
 
 from tests.support.drivers import Tree
 from tests.support.drivers.posix import PosixHandle
-from tests.support.spec import Dir, File, Tree as Spec
+from tests.support.spec import Dir, File
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 PAGE = mmap.PAGESIZE
@@ -262,7 +263,9 @@ def test_a_running_program_cannot_be_written(stack: StackMaker) -> None:
 @pytest.mark.on("plain", "fuse", "kernel")
 def test_a_program_of_a_lower_layer_runs(stack: StackMaker) -> None:
     with open("/usr/bin/true", "rb") as program:
-        tree = stack({"bin": Dir({"true": File(program.read(), mode=0o755), "sh": File(b"#!/bin/sh\nexit 7\n", mode=0o755)})})
+        tree = stack(
+            {"bin": Dir({"true": File(program.read(), mode=0o755), "sh": File(b"#!/bin/sh\nexit 7\n", mode=0o755)})}
+        )
     assert subprocess.run([tree.stack.mountpoint / "bin/true"], check=False).returncode == 0
     assert subprocess.run([tree.stack.mountpoint / "bin/sh"], check=False).returncode == 7
     tree.chmod("bin/true", 0o700)

@@ -5,20 +5,22 @@ import stat
 import subprocess
 from collections.abc import Callable
 from errno import EACCES, ENODATA, EPERM
+from typing import Any
 
 import pytest
 
 from tests.support.acl import ACCESS, acl
 from tests.support.drivers import Tree
 from tests.support.outcome import errno_of, name_of
-from tests.support.spec import Dir, File, Special, Symlink, Tree as Spec
+from tests.support.spec import Dir, File, Special, Symlink
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 from tests.support.users import ALICE, BOB, ROOT, User, run_as
 
 pytestmark = pytest.mark.on("plain", "fuse", "kernel")
 
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
-OWN = {"uid": 1000, "gid": 1000}
+OWN: dict[str, Any] = {"uid": 1000, "gid": 1000}
 MEMBER = User(1001, 1001, groups=(1000,))
 
 LAYER: Spec = {
@@ -36,11 +38,30 @@ LAYER: Spec = {
     "link": Symlink(target="readable", **OWN),
 }
 
+Action = Callable[[Any], object]
+
+
+def reads(name: str) -> Action:
+    return lambda tree: tree.read(name)
+
+
+def writes(name: str) -> Action:
+    return lambda tree: tree.write(name, b"y")
+
+
+def looks_at(name: str) -> Action:
+    return lambda tree: tree.stat(name)
+
+
+def lists(name: str) -> Action:
+    return lambda tree: tree.names(name)
+
+
 ACTIONS: dict[str, Callable[[Tree], object]] = {
-    **{f"read {name}": lambda tree, name=name: tree.read(name) for name in ("private", "group", "readable", "nobody", "acl", "masked")},
-    **{f"write {name}": lambda tree, name=name: tree.write(name, b"y") for name in ("private", "group", "readable", "public", "acl", "masked")},
-    **{f"stat {name}": lambda tree, name=name: tree.stat(name) for name in ("shut/f", "pass/f")},
-    **{f"list {name}": lambda tree, name=name: tree.names(name) for name in ("shut", "pass", "open")},
+    **{f"read {name}": reads(name) for name in ("private", "group", "readable", "nobody", "acl", "masked")},
+    **{f"write {name}": writes(name) for name in ("private", "group", "readable", "public", "acl", "masked")},
+    **{f"stat {name}": looks_at(name) for name in ("shut/f", "pass/f")},
+    **{f"list {name}": lists(name) for name in ("shut", "pass", "open")},
     "create open/n": lambda tree: tree.create("open/n"),
     "create pass/n": lambda tree: tree.create("pass/n"),
     "chmod readable": lambda tree: tree.chmod("readable", 0o600),
@@ -78,7 +99,8 @@ REFUSED: dict[str, tuple[User, dict[str, int]]] = {
         ALICE,
         {
             "read nobody": EACCES, "chown readable": EPERM, "chgrp to foreign group": EPERM, "set trusted": EPERM,
-            "set capability": EPERM, "user xattr on symlink": EPERM, "unlink sticky/yours": EPERM, "rmdir sticky/d": EPERM,
+            "set capability": EPERM, "user xattr on symlink": EPERM, "unlink sticky/yours": EPERM,
+            "rmdir sticky/d": EPERM,
             "rename sticky/yours": EPERM, "rename over sticky/yours": EPERM, "mknod device": EPERM,
         },
     ),
@@ -89,7 +111,8 @@ REFUSED: dict[str, tuple[User, dict[str, int]]] = {
             **{f"write {name}": EACCES for name in ("private", "group", "readable", "masked")},
             "stat shut/f": EACCES, "list shut": EACCES, "list pass": EACCES, "create pass/n": EACCES,
             "chmod readable": EPERM, "chmod public": EPERM, "chown readable": EPERM, "chgrp to own group": EPERM,
-            "chgrp to foreign group": EPERM, "utime public": EPERM, "touch readable": EACCES, "setxattr readable": EACCES,
+            "chgrp to foreign group": EPERM, "utime public": EPERM, "touch readable": EACCES,
+            "setxattr readable": EACCES,
             "set trusted": EPERM, "set capability": EPERM, "set acl": EPERM, "user xattr on symlink": EPERM,
             "truncate readable": EACCES, "unlink pass/f": EACCES, "unlink sticky/mine": EPERM,
             "rename out of pass": EACCES, "mknod device": EPERM,
@@ -98,10 +121,12 @@ REFUSED: dict[str, tuple[User, dict[str, int]]] = {
     "member": (
         MEMBER,
         {
-            "read private": EACCES, "read nobody": EACCES, "write private": EACCES, "write readable": EACCES, "write masked": EACCES,
+            "read private": EACCES, "read nobody": EACCES, "write private": EACCES, "write readable": EACCES,
+            "write masked": EACCES,
             "stat shut/f": EACCES, "list shut": EACCES, "list pass": EACCES, "create pass/n": EACCES,
             "chmod readable": EPERM, "chmod public": EPERM, "chown readable": EPERM, "chgrp to own group": EPERM,
-            "chgrp to foreign group": EPERM, "utime public": EPERM, "touch readable": EACCES, "setxattr readable": EACCES,
+            "chgrp to foreign group": EPERM, "utime public": EPERM, "touch readable": EACCES,
+            "setxattr readable": EACCES,
             "set trusted": EPERM, "set capability": EPERM, "set acl": EPERM, "user xattr on symlink": EPERM,
             "truncate readable": EACCES, "unlink pass/f": EACCES, "unlink sticky/mine": EPERM,
             "rename out of pass": EACCES, "mknod device": EPERM,
@@ -147,7 +172,10 @@ class Below:
         return call
 
 
-SPECIAL: Spec = {"f": File(b"program", mode=0o6777, **OWN), "cap": File(b"program", mode=0o777, xattrs={"security.capability": CAPABILITY}, **OWN)}
+SPECIAL: Spec = {
+    "f": File(b"program", mode=0o6777, **OWN),
+    "cap": File(b"program", mode=0o777, xattrs={"security.capability": CAPABILITY}, **OWN),
+}
 
 
 def has_capability(tree: Tree, path: str) -> bool:

@@ -7,7 +7,8 @@ from errno import ENOENT, ENOTDIR
 import pytest
 
 from tests.support.drivers import Tree
-from tests.support.spec import Dir, Special, Symlink, Tree as Spec, Whiteout
+from tests.support.spec import Dir, Special, Symlink, Whiteout
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 

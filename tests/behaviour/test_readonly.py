@@ -6,7 +6,8 @@ from errno import ENOENT, EROFS
 import pytest
 
 from tests.support.drivers import Tree
-from tests.support.spec import Dir, File, Symlink, Tree as Spec, Whiteout
+from tests.support.spec import Dir, File, Symlink, Whiteout
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 pytestmark = pytest.mark.on("fs", "fuse", "kernel")

@@ -1,12 +1,11 @@
 """Removing: what vanishes stays away, over remounts and whatever is made in its place."""
 
-import os
 from errno import EBUSY, EINVAL, EISDIR, ENOENT, ENOTDIR, ENOTEMPTY
 
 import pytest
 
-from tests.support.outcome import errno_of
-from tests.support.spec import Dir, Special, Symlink, Tree as Spec, Whiteout
+from tests.support.spec import Dir, Special, Symlink, Whiteout
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 STATES: dict[str, tuple[list[Spec], Spec]] = {
@@ -33,7 +32,11 @@ def test_unlink(stack: StackMaker, state: str) -> None:
     tree.rmdir("d")
 
 
-@pytest.mark.parametrize("kind", [Symlink(target="x"), Special(kind="p"), Special(kind="s"), Special(kind="c", major=1, minor=3)], ids=["symlink", "fifo", "socket", "device"])
+@pytest.mark.parametrize(
+    "kind",
+    [Symlink(target="x"), Special(kind="p"), Special(kind="s"), Special(kind="c", major=1, minor=3)],
+    ids=["symlink", "fifo", "socket", "device"],
+)
 @pytest.mark.parametrize("where", ["lower", "upper"])
 def test_unlink_of_every_type(stack: StackMaker, kind: Special | Symlink, where: str) -> None:
     tree = stack({"n": kind} if where == "lower" else {}, upper={"n": kind} if where == "upper" else {})
@@ -47,7 +50,10 @@ DIRECTORIES: dict[str, tuple[list[Spec], Spec]] = {
     "upper only": ([{"d": {}}], {"d": {"n": {}}}),
     "lower only": ([{"d": {"n": {}}}], {}),
     "merged": ([{"d": {"n": {}}}, {"d": {"n": {}}}], {"d": {"n": {}}}),
-    "only whiteouts inside": ([{"d": {"n": {"a": "", "b": {"c": ""}}}}], {"d": {"n": {"a": Whiteout(), "b": Whiteout()}}}),
+    "only whiteouts inside": (
+        [{"d": {"n": {"a": "", "b": {"c": ""}}}}],
+        {"d": {"n": {"a": Whiteout(), "b": Whiteout()}}},
+    ),
     "opaque over something": ([{"d": {"n": {"a": ""}}}], {"d": {"n": Dir({}, opaque="trusted")}}),
     "over a file": ([{"d": {"n": "file"}}], {"d": {"n": {}}}),
 }
@@ -143,7 +149,7 @@ def test_removal_touches_the_parent_alone(stack: StackMaker) -> None:
 
 def test_unlinking_a_long_lower_name(stack: StackMaker) -> None:
     names = [letter * length for letter, length in (("a", 250), ("b", 251), ("c", 252), ("d", 255))]
-    tree = stack({name: "" for name in names} | {"e" * 255: {"x": ""}})
+    tree = stack(dict.fromkeys(names, "") | {"e" * 255: {"x": ""}})
     for name in names:
         tree.unlink(name)
     tree.remove_tree("e" * 255)
@@ -153,7 +159,9 @@ def test_unlinking_a_long_lower_name(stack: StackMaker) -> None:
 
 
 def test_removing_a_whole_stack_of_trees(stack: StackMaker) -> None:
-    tree = stack({"t": {"a": {"b": {"c": "1"}}}}, {"t": {"a": {"b": {"d": "2"}}, "z": "3"}}, upper={"t": {"a": {"e": ""}}})
+    tree = stack(
+        {"t": {"a": {"b": {"c": "1"}}}}, {"t": {"a": {"b": {"d": "2"}}, "z": "3"}}, upper={"t": {"a": {"e": ""}}}
+    )
     tree.remove_tree("t")
     assert tree.names() == []
     tree.remount()

@@ -10,7 +10,8 @@ import pytest
 from tests.support.drivers import Tree
 from tests.support.dump import Dump, differences, dump
 from tests.support.outcome import errno_of, name_of
-from tests.support.spec import Dir, Special, Symlink, Tree as Spec, Whiteout
+from tests.support.spec import Dir, Special, Symlink, Whiteout
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 from tests.support.syscalls import EXCHANGE, NOREPLACE, WHITEOUT
 
@@ -45,7 +46,16 @@ PRESENT = FILES | EMPTY | FULL
 ALL = PRESENT | NOTHING
 
 
-SOURCES = ["lower file", "upper file", "covering file", "lower full", "upper full", "merged full", "opaque full", "emptied"]
+SOURCES = [
+    "lower file",
+    "upper file",
+    "covering file",
+    "lower full",
+    "upper full",
+    "merged full",
+    "opaque full",
+    "emptied",
+]
 
 
 def plain_errno(source: str, target: str) -> int | None:
@@ -84,11 +94,17 @@ def layers(source: Objects) -> list[Spec]:
     return cast(list[Spec], made)
 
 
-def check_against_all_targets(stack: StackMaker, source: str, flags: int, wanted: Callable[[str, str], int | None]) -> None:
+def check_against_all_targets(
+    stack: StackMaker, source: str, flags: int, wanted: Callable[[str, str], int | None]
+) -> None:
     """Rename this source over every target; whatever happens must be all of it, now and after a remount."""
     first, second, upper = layers(ALL[source])
     tree = stack(first, second, upper=upper)
-    found = [problem for number, target in enumerate(ALL) for problem in one_rename(tree, f"{number}", source, target, flags, wanted)]
+    found = [
+        problem
+        for number, target in enumerate(ALL)
+        for problem in one_rename(tree, f"{number}", source, target, flags, wanted)
+    ]
     after = dump(tree)
     tree.remount()
     found += [f"after the remount: {line}" for line in differences(after, dump(tree))]
@@ -275,7 +291,11 @@ def test_rename_keeps_data_attributes_and_number(stack: StackMaker) -> None:
     tree.rename("d/f", "f")
     tree.rename("d", "e")
     moved_directory, moved_file = tree.stat("e"), tree.stat("f")
-    assert (moved_directory.ino, moved_directory.mode, moved_directory.uid) == (directory.ino, directory.mode, directory.uid)
+    assert (moved_directory.ino, moved_directory.mode, moved_directory.uid) == (
+        directory.ino,
+        directory.mode,
+        directory.uid,
+    )
     assert (moved_file.ino, moved_file.mtime_ns, moved_file.size) == (file.ino, file.mtime_ns, file.size)
     assert tree.getxattr("e", "user.k") == b"v"
 

@@ -6,6 +6,7 @@ from errno import E2BIG, EEXIST, ENODATA, ENOSPC, EOPNOTSUPP, EPERM, ERANGE
 import pytest
 
 from tests.support.spec import Dir, File, Symlink
+from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
 FLAGS_CREATE, FLAGS_REPLACE = os.XATTR_CREATE, os.XATTR_REPLACE
@@ -13,7 +14,7 @@ FLAGS_CREATE, FLAGS_REPLACE = os.XATTR_CREATE, os.XATTR_REPLACE
 
 @pytest.mark.parametrize("where", ["lower", "upper"])
 def test_set_get_list_remove(stack: StackMaker, where: str) -> None:
-    layer = {"f": File(xattrs={"user.a": b"1", "trusted.b": b"2"}), "d": Dir({}, xattrs={"user.a": b"1"})}
+    layer: Spec = {"f": File(xattrs={"user.a": b"1", "trusted.b": b"2"}), "d": Dir({}, xattrs={"user.a": b"1"})}
     tree = stack(layer if where == "lower" else {}, upper=layer if where == "upper" else {})
     assert tree.listxattr("f") == ["trusted.b", "user.a"]
     for path in ("f", "d"):
@@ -170,7 +171,7 @@ def test_private_marks_are_not_copied_up(stack: StackMaker) -> None:
 
 @pytest.mark.on("fs", "fuse", "kernel")
 def test_an_overlay_inside_the_overlay(stack: StackMaker) -> None:
-    """A nested stack whose layers lie in this one: its whiteouts cannot be devices here, its opaque marks are escaped."""
+    """A nested stack whose layers lie in this one: its opaque marks are escaped."""
     tree = stack({"l": {"d": {"below": ""}}, "u": {"d": {}}})
     tree.setxattr("u/d", "trusted.overlay.opaque", b"y")
     tree.rename("u", "v")

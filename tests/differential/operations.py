@@ -1,11 +1,11 @@
-"""Random operations: drawn from a seed, described as values, so that two trees can be put through the very same ones."""
+"""Random operations: drawn from a seed, described as values, so that two trees can go through the very same ones."""
 
 import random
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tests.support.drivers import Tree
+from tests.support.drivers import Stat, Tree
 from tests.support.spec import Dir, File, Link, Short, Special, Symlink, Whiteout, entry, flatten
 from tests.support.spec import Tree as Spec
 from tests.support.syscalls import EXCHANGE, NOREPLACE
@@ -35,7 +35,7 @@ class Operation:
 
 def comparable(result: object) -> object:
     """The part of a result that two trees must share."""
-    if hasattr(result, "ino"):
+    if isinstance(result, Stat):
         directory = stat.S_ISDIR(result.mode)
         return result.mode, result.uid, result.gid, None if directory else (result.size, result.nlink)
     return result
@@ -103,7 +103,9 @@ class Generator:
         return tree
 
     def _entry(self, depth: int, whiteouts: bool) -> Short:
-        kind = self.random.choice(("dir", "dir", "dir", "file", "file", "symlink", "fifo", *["whiteout", "opaque"] * whiteouts))
+        kind = self.random.choice(
+            ("dir", "dir", "dir", "file", "file", "symlink", "fifo", *["whiteout", "opaque"] * whiteouts)
+        )
         mode = self.random.choice((0o755, 0o700, 0o644))
         if kind in ("dir", "opaque") and depth > 1:
             children = self.layer(depth - 1, whiteouts=whiteouts)

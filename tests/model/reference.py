@@ -279,7 +279,9 @@ def _fill(folder: Folder, spec: Spec, links: list[tuple[Folder, str, str]]) -> N
                 _fill(child, item.children, links)
             case File() as item:
                 mode = 0o644 if item.mode is None else item.mode
-                folder.entries[name] = Item("file", item.data, mode, item.uid, item.gid, item.mtime_ns, dict(item.xattrs))
+                folder.entries[name] = Item(
+                    "file", item.data, mode, item.uid, item.gid, item.mtime_ns, dict(item.xattrs)
+                )
             case Symlink() as item:
                 folder.entries[name] = Item("symlink", item.target.encode(), 0o777, item.uid, item.gid, item.mtime_ns)
             case Special() as item:

@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.model.reference import Folder, Item, Model, Shown, Thing, put
 from tests.support.drivers import Handle, Stack, driver_class
@@ -45,7 +52,14 @@ xattr_flags = st.sampled_from([0, 0, os.XATTR_CREATE, os.XATTR_REPLACE])
 def layers_of(depth: int, *, marks: bool) -> st.SearchStrategy[dict[str, Short]]:
     """Random layers, with whiteouts and opaque directories when they lie over others."""
     leaves = st.one_of(
-        st.builds(File, data, mode=file_modes, uid=ids, mtime_ns=times, xattrs=st.dictionaries(xattr_names, xattr_values, max_size=1)),
+        st.builds(
+            File,
+            data,
+            mode=file_modes,
+            uid=ids,
+            mtime_ns=times,
+            xattrs=st.dictionaries(xattr_names, xattr_values, max_size=1),
+        ),
         st.builds(Symlink, target=paths),
         st.builds(Special),
         *[st.just(Whiteout())] * marks,
@@ -265,7 +279,10 @@ class Life(RuleBasedStateMachine):
     @rule(path=paths, name=xattr_names, value=xattr_values, flags=xattr_flags)
     def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
         if self.carries_user_xattrs(path):
-            self.both(lambda: self.tree.setxattr(path, name, value, flags), lambda: self.model.setxattr(path, name, value, flags))
+            self.both(
+                lambda: self.tree.setxattr(path, name, value, flags),
+                lambda: self.model.setxattr(path, name, value, flags),
+            )
 
     @rule(path=paths, name=xattr_names)
     def removexattr(self, path: str, name: str) -> None:

@@ -106,6 +106,5 @@ def fingerprint(root: Path) -> dict[bytes, Print]:
 
 def _print(found: os.stat_result) -> Print:
     access = 0 if stat.S_ISDIR(found.st_mode) or stat.S_ISLNK(found.st_mode) else found.st_atime_ns
-    return (
-        found.st_ino, found.st_mode, found.st_nlink, found.st_uid, found.st_gid, found.st_size, found.st_ctime_ns, access,
-    )  # fmt: skip
+    owner = found.st_uid, found.st_gid
+    return found.st_ino, found.st_mode, found.st_nlink, *owner, found.st_size, found.st_ctime_ns, access

@@ -39,7 +39,10 @@ Dump = dict[bytes, Entry]
 
 
 def dump(tree: Tree | Raw, top: bytes = b"", *, times_before: int | None = None) -> Dump:
-    """Every path below `top`. With `times_before` (ns), later mtimes count as "now", since two runs cannot agree on them."""
+    """Every path below `top`.
+
+    With `times_before` (ns) later mtimes count as "now", since two runs cannot agree on them.
+    """
     raw = tree.raw if isinstance(tree, Tree) else tree
     stats = dict(_walk(raw, top))
     groups: dict[int, list[bytes]] = defaultdict(list)

@@ -1,6 +1,7 @@
 """Layers as values: what a test writes down, what the builder makes, and the plain rules of how layers add up.
 
-A tree is a mapping of names to entries. For short: bytes or str stand for a file of that content, a dict for a directory.
+A tree is a mapping of names to entries. For short, bytes or str stand for a file of that content, a dict for a
+directory.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""System calls that Python has no name for, called apart from the product so that its mistakes are not repeated here."""
+"""System calls that Python has no name for, called apart from the product so as not to repeat its mistakes."""
 
 import ctypes
 import os

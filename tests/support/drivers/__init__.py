@@ -6,7 +6,8 @@ from tests.support.drivers.raw import Handle, Raw, Stat
 from tests.support.drivers.stack import Stack
 
 __all__ = [
-    "CommandMount", "FuseMount", "Handle", "KernelOverlay", "Path", "PlainDirectory", "Raw", "Stack", "Stat", "Tree", "driver_class",
+    "CommandMount", "FuseMount", "Handle", "KernelOverlay", "Path", "PlainDirectory", "Raw", "Stack", "Stat",
+    "Tree", "driver_class",
 ]  # fmt: skip
 
 

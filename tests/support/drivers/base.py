@@ -215,4 +215,3 @@ def _get(handle: Handle) -> bytes:
         return b"".join(pieces)
     finally:
         handle.close()
-

@@ -82,7 +82,7 @@ def run(*command: str) -> str:
 
 
 class FuseMount(Tree):
-    """The mount helper and its daemon, which becomes a child of the tests; `engine` chooses one, None leaves it open."""
+    """The mount helper and its daemon, which becomes a child of the tests; `engine` None leaves the choice open."""
 
     name = "fuse"
     program: ClassVar[tuple[str, ...]] = (f"{COMMAND}-mount",)

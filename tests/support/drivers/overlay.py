@@ -65,7 +65,7 @@ def _stat(found: Any) -> Stat:
 
 
 class FsRaw:
-    """Paths over nodes: each node is remembered while an operation or handle uses it, then forgotten, as the kernel does."""
+    """Paths over nodes: each is remembered while an operation or handle uses it, then forgotten, as by the kernel."""
 
     def __init__(self, overlay: Overlay) -> None:
         self.overlay = overlay

@@ -9,7 +9,10 @@ from tests.support.spec import Dir, Tree
 
 
 class Stack:
-    """Layers below one base directory, lower ones also elsewhere (`lower_on`); `lower` is top first, `upper` and `work` are None for a read-only stack."""
+    """Layers below one base directory, lower ones also elsewhere (`lower_on`).
+
+    `lower` is top first; `upper` and `work` are None for a read-only stack.
+    """
 
     def __init__(
         self, base: Path, lower: list[Tree | Dir], upper: Tree | Dir | None, lower_on: list[Path] | None = None
@@ -18,7 +21,10 @@ class Stack:
         self.base = base
         self.spec = (lower, upper)
         places = lower_on or [base] * len(lower)
-        self.lower = [self._layer(f"l{number}", tree, place) for number, (tree, place) in enumerate(zip(lower, places, strict=True))]
+        self.lower = [
+            self._layer(f"l{number}", tree, place)
+            for number, (tree, place) in enumerate(zip(lower, places, strict=True))
+        ]
         self.upper = None if upper is None else self._layer("u", upper)
         self.work = None if upper is None else self._layer("w", {})
         self.mountpoint = self._layer("m", {})
