@@ -5,7 +5,7 @@ BIN = $(VENV)/bin/
 SOURCES = overlayfs cli tests
 PYTEST = $(BIN)python -m pytest -q -n 2  # two processes: most tests wait for the disk or for a daemon
 
-.PHONY: setup demo fmt lint types test test-mounted check conformance clean
+.PHONY: setup demo fmt lint types test test-mounted check bench conformance clean
 
 setup:          ## system packages and .venv
 	scripts/setup
@@ -32,6 +32,9 @@ test-mounted:   ## what needs /dev/fuse and root
 
 check: lint types  ## all that CI runs
 	$(PYTEST)
+
+bench:          ## times beside a plain directory, the kernel's overlayfs and fuse-overlayfs; needs root
+	scripts/bench
 
 conformance:    ## a public suite beside ext4 and the kernel: make conformance PJDFSTEST=/its/built/checkout
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)python scripts/conformance $(PJDFSTEST)

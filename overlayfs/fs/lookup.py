@@ -7,7 +7,8 @@ changes the name that is looked for in those below, and an absolute one starts a
 import errno
 import stat
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from overlayfs import sysio
@@ -240,8 +241,33 @@ class Lookup:
         return numbers
 
     def _number(self, layer: Layer, found: AnyStat, marks: Marks) -> int:
-        came_from = self._stack.origin_number(marks.origin) if marks.origin is not None else None
-        return came_from if came_from is not None else self._stack.number(layer.filesystem, found.st_ino)
+        came_from = marks.origin
+        if came_from is not None and (marks.metacopy or marks.nlink is not None):
+            came_from = self._first_origin(came_from)
+        number = self._stack.origin_number(came_from) if came_from is not None else None
+        return number if number is not None else self._stack.number(layer.filesystem, found.st_ino)
+
+    def _first_origin(self, came_from: Origin) -> Origin:
+        """Return what the object that an origin names came from itself, or that origin.
+
+        In the index and for metadata-only copies the kernel wants the origin to be the object right below, which may
+        be a copy of a former upper; elsewhere copy-up hands the first origin on.
+        """
+        with self._by_origin(came_from) as fd:
+            own = None if fd is None else self._stack.lower[0].marks_at(fd, b"").origin
+        return own or came_from
+
+    @contextmanager
+    def _by_origin(self, came_from: Origin) -> Iterator[int | None]:
+        """Give a descriptor of the object that an origin names; None where it cannot be had (no privilege, gone)."""
+        roots = (layer.root for layer in self._stack.lower if layer.filesystem.uuid == came_from.uuid)
+        tries = (sysio.open_by_handle(root, came_from.fid_type, came_from.fid) for root in roots)
+        fd = next((found for found in tries if found is not None), None)
+        try:
+            yield fd
+        finally:
+            if fd is not None:
+                sysio.close(fd)
 
     def _bind_upper_file(self, parent: Dir, name: bytes, found: AnyStat, marks: Marks) -> File:
         upper = self._stack.upper
@@ -293,21 +319,14 @@ class Lookup:
     def _lower_nlink(self, came_from: Origin | None) -> int | None:
         if came_from is None:
             return None
-        for layer in self._stack.lower:
-            if layer.filesystem.uuid == came_from.uuid:
-                fd = sysio.open_by_handle(layer.root, came_from.fid_type, came_from.fid)
-                if fd is not None:
-                    try:
-                        return sysio.stat_at(fd, b"").st_nlink
-                    finally:
-                        sysio.close(fd)
-        return None
+        with self._by_origin(came_from) as fd:
+            return None if fd is None else sysio.stat_at(fd, b"").st_nlink
 
     def _bind_lower_file(self, parent: Dir, name: bytes, below: _Below, found: AnyStat) -> File:
         place = below.file
         assert place is not None
         key = (found.st_dev, found.st_ino)
-        node = self._nodes.by_key(key) or self._bind_indexed(place, found, key)
+        node = self._nodes.by_key(key) or self._bind_indexed(place, found, below)
         if node is None:
             number = self._nodes.free_number(
                 self._number(place.layer, found, below.marks), self._stack.number(place.layer.filesystem, found.st_ino)
@@ -320,7 +339,7 @@ class Lookup:
         self._settle(node, parent, name, False, None if node.in_upper else found)
         return node
 
-    def _bind_indexed(self, place: LowerFile, found: AnyStat, key: tuple[int, int]) -> File | None:
+    def _bind_indexed(self, place: LowerFile, found: AnyStat, below: _Below) -> File | None:
         """Return the node of an upper file that has taken the place of a lower one with several names."""
         upper = self._stack.upper
         if found.st_nlink < 2 or upper is None or upper.work.index is None:
@@ -333,22 +352,24 @@ class Lookup:
             entry = sysio.stat_at(upper.work.index, name)
         except FileNotFoundError:
             return None
-        return self._index_node(place, found, key, name, entry)
+        node = self._index_node(place, name, entry, self._number(place.layer, found, below.marks))
+        if node.data is not None:
+            node.data = below.data or self._no_data()
+        self._nodes.add_key(node, (found.st_dev, found.st_ino))
+        return node
 
-    def _index_node(self, place: LowerFile, found: AnyStat, key: tuple[int, int], name: bytes, entry: AnyStat) -> File:
+    def _index_node(self, place: LowerFile, name: bytes, entry: AnyStat, wanted: int) -> File:
         upper = self._stack.upper
         assert upper is not None and upper.work.index is not None
         node = self._nodes.by_key((entry.st_dev, entry.st_ino))
         if node is None:
-            number = self._nodes.free_number(self._stack.number(place.layer.filesystem, found.st_ino))
-            node = File(number, stat.S_IFMT(entry.st_mode), True, place)
+            node = File(self._nodes.free_number(wanted), stat.S_IFMT(entry.st_mode), True, place)
             self._nodes.add_key(node, (entry.st_dev, entry.st_ino))
             marks = upper.index_marks(name)
             node.index = name
             node.nlink_delta = self._nlink_delta(marks, entry)
             if marks.metacopy:
                 node.data = place
-        self._nodes.add_key(node, key)
         return node
 
     def _settle(self, node: Node, parent: Dir, name: bytes, in_upper: bool, found: AnyStat | None) -> None:

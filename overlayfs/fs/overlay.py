@@ -224,7 +224,7 @@ class Overlay:
         self._files.release(fh)
 
     def sync(self) -> None:
-        """Make the upper's whole file system durable. Any thread may. Nothing to do without one or when volatile."""
+        """Make the upper's whole file system durable. Any thread may; without an upper there is nothing to do."""
         upper = self._stack.upper
         if upper is not None:
             sysio.syncfs(upper.sync_fd)
