@@ -80,6 +80,19 @@ def test_numbers_stay_over_a_commit(stack: StackMaker) -> None:
 
 
 @pytest.mark.on("plain", "fs", "fuse")
+def test_numbers_stay_when_only_metadata_of_a_committed_file_changes(stack: StackMaker) -> None:
+    tree = stack({"f": "1"})
+    tree.write("f", b"2")
+    before = tree.stat("f").ino
+    for mode in (0o600, 0o640, 0o644):
+        tree.rotate()
+        tree.chmod("f", mode)
+        assert tree.stat("f").ino == before
+        tree.remount()
+        assert tree.stat("f").ino == before
+
+
+@pytest.mark.on("plain", "fs", "fuse")
 def test_numbers_of_committed_twins_stay(stack: StackMaker) -> None:
     tree = stack(LAYER)
     tree.setxattr("f", "user.k", b"v")
