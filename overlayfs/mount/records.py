@@ -77,7 +77,8 @@ def socket_path(pid: int) -> Path:
 
 
 def write(record: Record) -> None:
-    """Put a record in place, whole."""
+    """Put a record in place, whole, and sweep out those of dead daemons."""
+    read_all()
     temporary = make_run_directory() / f"{record.pid}.tmp"
     temporary.touch(mode=0o600)
     temporary.write_text(json.dumps(dataclasses.asdict(record)) + "\n")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ def unmount(mountpoint: bytes, *, lazy: bool = False, wait: float = 10.0) -> Non
     """
     mount = table.find(mountpoint)
     with _watched(mount.pid) as daemon:
-        _detach_or_abort(mount, lazy, wait)
+        _detach_or_cut_off(mount, lazy, wait)
         if not lazy and daemon is not None and not _ended(daemon, wait):
             raise MountError(
                 f"{os.fsdecode(mountpoint)} is unmounted, but its daemon (pid {mount.pid}) still runs after {wait:g} s"
@@ -50,7 +51,7 @@ def _ended(daemon: int, wait: float) -> bool:
     return bool(poller.poll(wait * 1000))
 
 
-def _detach_or_abort(mount: table.Mount, lazy: bool, wait: float) -> None:
+def _detach_or_cut_off(mount: table.Mount, lazy: bool, wait: float) -> None:
     """Detach in a thread of its own, since a hung daemon makes the call wait for dirty pages without end."""
     failures: list[MountError] = []
 
@@ -64,7 +65,7 @@ def _detach_or_abort(mount: table.Mount, lazy: bool, wait: float) -> None:
     worker.start()
     worker.join(wait)
     if worker.is_alive():
-        _abort(mount)
+        cut_off(mount)
         worker.join(wait)
     if worker.is_alive():
         failures.append(MountError(f"cannot unmount {os.fsdecode(mount.mountpoint)}: its daemon hangs"))
@@ -72,8 +73,21 @@ def _detach_or_abort(mount: table.Mount, lazy: bool, wait: float) -> None:
         raise failures[0]
 
 
-def _abort(mount: table.Mount) -> None:
-    """Cut the connection: its directory under fusectl is named by the minor number of the mount."""
+def cut_off(mount: table.Mount) -> None:
+    """Cut the connection of a mount; its directory under fusectl is named by the minor number of the mount."""
     minor = mount.device.partition(b":")[2].decode()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _fusectl(minor):
         (CONNECTIONS / minor / "abort").write_text("1")
+
+
+@contextlib.contextmanager
+def _fusectl(minor: str) -> Iterator[None]:
+    """See to it that fusectl is mounted at its place, as a service manager does at boot; as it was afterwards."""
+    if (CONNECTIONS / minor).exists():
+        yield
+        return
+    subprocess.run(["mount", "-t", "fusectl", "fusectl", CONNECTIONS], check=False, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", CONNECTIONS], check=False, capture_output=True)

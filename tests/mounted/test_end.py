@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from overlayfs.errors import MountError
+from overlayfs.mount import table, unmount
 from tests.mounted.conftest import DETACH, PROGRAM, Mount
 from tests.mounted.polling import until
 from tests.support import processes, syscalls
@@ -167,17 +169,20 @@ def test_sigusr1_logs_the_counters(mount: Mount) -> None:
 
 def test_a_cut_connection_is_cleared_away_and_told_by_the_exit_code(mount: Mount) -> None:
     process = mount.foreground()
-    device = os.minor(os.stat(mount.point).st_dev)
-    control = Path("/sys/fs/fuse/connections")
-    mounted = not (control / str(device)).exists()
-    if mounted:
-        syscalls.mount(b"fusectl", os.fsencode(control), b"fusectl", 0, b"")
-    try:
-        (control / str(device) / "abort").write_text("1")
-    finally:
-        if mounted:
-            syscalls.umount(os.fsencode(control))
+    unmount.cut_off(table.find(os.fsencode(mount.point)))
     code, written = process.ended()
     assert code == 32
     assert written == f"overlayfs: the mount at {mount.point} was cut off from the kernel\n"
+    assert not _is_mounted(mount.point)
+
+
+def test_a_daemon_that_hangs_is_reported_in_time(mount: Mount) -> None:
+    mount.start()
+    os.kill(mount.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(MountError, match=rf"is unmounted, but its daemon \(pid {mount.pid}\) still runs after 1 s"):
+            unmount.unmount(os.fsencode(mount.point), wait=1)
+    finally:
+        os.kill(mount.pid, signal.SIGCONT)
+    assert processes.reap(mount.pids.pop()) == 0
     assert not _is_mounted(mount.point)
