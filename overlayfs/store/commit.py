@@ -21,7 +21,7 @@ from overlayfs.fs.overlay import Overlay
 from overlayfs.store.twins import Twins
 from overlayfs.tree.copyup import copy_data
 from overlayfs.tree.layer import join
-from overlayfs.tree.workdir import remove_tree
+from overlayfs.tree.workdir import drop_inherited_acls, remove_tree
 
 _STAGING = b".overlayfs-commit-"
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -291,7 +291,9 @@ class _Copier:
     @staticmethod
     def _copy_attributes(pin: int, found: os.stat_result, target: int, name: bytes, keep_redirect: bool) -> None:
         sysio.chown_at(target, name, found.st_uid, found.st_gid)
-        for attribute in sysio.listxattr_at(pin, b""):
+        attributes = sysio.listxattr_at(pin, b"")
+        drop_inherited_acls(target, name, attributes)
+        for attribute in attributes:
             if attribute in _UPPER_ONLY or (attribute in _REDIRECTS and not keep_redirect):
                 continue
             sysio.setxattr_at(target, name, attribute, sysio.getxattr_at(pin, b"", attribute))

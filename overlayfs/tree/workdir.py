@@ -10,17 +10,19 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from overlayfs import sysio
 from overlayfs.errors import InUse, MountError
+from overlayfs.format import acl
 from overlayfs.tree.layer import open_directory
 
 _WORK = b"work"
 _INDEX = b"index"
 _INCOMPAT = b"incompat"
 _VOLATILE = b"volatile"
+_ACLS = frozenset((acl.ACCESS, acl.DEFAULT))
 _POLL = 0.02  # seconds between two looks at a lock that is held: nothing tells when a flock becomes free in time
 
 
@@ -45,6 +47,7 @@ class WorkDir:
         self._refuse_incompatible()
         remove_tree(self.root, _WORK)
         sysio.mkdir_at(self.root, _WORK, 0o700)
+        drop_inherited_acls(self.root, _WORK, ())
         sysio.chmod_at(self.root, _WORK, 0o700)
         self.fd = sysio.open_beneath(self.root, _WORK, os.O_PATH | os.O_DIRECTORY)
 
@@ -126,6 +129,16 @@ def _exists(dirfd: int, name: bytes) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def drop_inherited_acls(dirfd: int, name: bytes, wanted: Iterable[bytes]) -> None:
+    """Remove the ACLs that an object has from the directory it was made in, but for the attributes in `wanted`.
+
+    Whatever is made in a directory with a default ACL inherits it. What is staged gets the ACLs of what it copies and
+    no others; the kernel clears those of its work directory for the same reason (super.c, ovl_workdir_create).
+    """
+    for attribute in _ACLS.intersection(sysio.listxattr_at(dirfd, name)).difference(wanted):
+        sysio.removexattr_at(dirfd, name, attribute)
 
 
 def remove_tree(dirfd: int, name: bytes) -> None:
