@@ -209,6 +209,15 @@ def stat_at(dirfd: int, name: bytes) -> os.stat_result:
     return os.fstat(dirfd)
 
 
+def exists_at(dirfd: int, name: bytes) -> bool:
+    """Return whether a name exists, whatever it is; an error other than ENOENT is raised."""
+    try:
+        stat_at(dirfd, name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def statvfs_fd(fd: int) -> os.statvfs_result:
     """Return capacity and limits of the file system behind any descriptor."""
     return os.fstatvfs(fd)

@@ -116,11 +116,11 @@ def _open_parent(parent: bytes, undo: ExitStack) -> int:
 def _claim_staging(parent_fd: int, name: bytes, destination: bytes, undo: ExitStack) -> int:
     """Make the staging directory anew and lock it; what a killed commit left is removed first."""
     staging = _STAGING + name
-    if _is_there(parent_fd, staging):
+    if sysio.exists_at(parent_fd, staging):
         _refuse_running(parent_fd, staging, destination)
         remove_tree(parent_fd, staging)
     sysio.mkdir_at(parent_fd, staging, 0o700)
-    undo.callback(lambda: remove_tree(parent_fd, staging) if _is_there(parent_fd, staging) else None)
+    undo.callback(lambda: remove_tree(parent_fd, staging) if sysio.exists_at(parent_fd, staging) else None)
     fd = sysio.open_child(parent_fd, staging, os.O_RDONLY | os.O_DIRECTORY)
     undo.callback(sysio.close, fd)
     sysio.try_lock(fd)
@@ -134,14 +134,6 @@ def _refuse_running(parent_fd: int, staging: bytes, destination: bytes) -> None:
             raise UserError(f"another commit to {os.fsdecode(destination)} is running")
     finally:
         sysio.close(fd)
-
-
-def _is_there(dirfd: int, name: bytes) -> bool:
-    try:
-        sysio.stat_at(dirfd, name)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _publish(parent_fd: int, name: bytes, destination: bytes) -> None:
@@ -346,7 +338,7 @@ class _Copier:
             target = sysio.open_beneath(self._target, made, os.O_PATH | os.O_DIRECTORY)
             try:
                 made = join(made, name)
-                if not _is_there(target, name):
+                if not sysio.exists_at(target, name):
                     self._copy_parent(target, made, name)
             finally:
                 sysio.close(target)

@@ -71,13 +71,13 @@ class WorkDir:
 
     def open_index(self) -> None:
         """Make and open `index/`."""
-        if not _exists(self.root, _INDEX):
+        if not sysio.exists_at(self.root, _INDEX):
             sysio.mkdir_at(self.root, _INDEX, 0o700)
         self.index = sysio.open_beneath(self.root, _INDEX, os.O_PATH | os.O_DIRECTORY)
 
     def has_index_entries(self) -> bool:
         """Return whether a mount with an index has left entries."""
-        if not _exists(self.root, _INDEX):
+        if not sysio.exists_at(self.root, _INDEX):
             return False
         fd = sysio.open_beneath(self.root, _INDEX, os.O_PATH | os.O_DIRECTORY)
         try:
@@ -121,14 +121,6 @@ class WorkDir:
         for fd in (self.fd, self.index, self.root):
             if fd is not None and fd >= 0:
                 sysio.close(fd)
-
-
-def _exists(dirfd: int, name: bytes) -> bool:
-    try:
-        sysio.stat_at(dirfd, name)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def drop_inherited_acls(dirfd: int, name: bytes, wanted: Iterable[bytes]) -> None:

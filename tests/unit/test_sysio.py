@@ -213,6 +213,13 @@ def test_stat_and_readlink_do_not_follow(place: Path, here: int, trap: bytes) ->
     assert attempt(sysio.stat_at, here, b"absent") == errno.ENOENT
 
 
+def test_exists_is_of_the_link_itself(place: Path, here: int) -> None:
+    (place / "dangling").symlink_to("nowhere")
+    assert sysio.exists_at(here, b"dangling")
+    assert not sysio.exists_at(here, b"absent")
+    assert attempt(sysio.exists_at, here, b"a" * 256) == errno.ENAMETOOLONG
+
+
 # --- names
 
 
@@ -634,6 +641,7 @@ READING = {
     "open_beneath",
     "open_child",
     "close",
+    "exists_at",
     "stat_at",
     "statvfs_fd",
     "list_dir",
