@@ -74,6 +74,13 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def prepare_write_out(self) -> Callable[[], None]:
+        """Return the call, for a thread, that returns when the kernel has handed over every dirty page.
+
+        syncfs(2) on the mount starts that, but since kernel 6.16 or so it no longer waits for a FUSE daemon.
+        """
+
+    @abstractmethod
     def stop(self) -> None:
         """Make `serve` return once the running requests are answered."""
 

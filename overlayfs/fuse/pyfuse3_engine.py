@@ -56,6 +56,15 @@ class Pyfuse3Engine(Engine):
         self._requests.ready = ready
         await pyfuse3.main(max_tasks=TASKS)
 
+    def prepare_write_out(self) -> Callable[[], None]:
+        """Return the call that has the kernel write out and drop the pages of every file that may be dirty.
+
+        Those are open, for closing writes out, and lie in the upper, for opening to write lifts. Dropping
+        pages waits for their writes, which fsync(2) would do too, but that needs a descriptor of the mount.
+        """
+        numbers = self._requests.numbers_of_open_upper_files()
+        return lambda: _drop_pages(numbers)
+
     def stop(self) -> None:
         """Make `serve` return."""
         pyfuse3.terminate()
@@ -88,6 +97,12 @@ def _escaped(option: bytes) -> str:
     """Return an option with all that is special to libfuse, or not ASCII, as the octal escapes it undoes."""
     plain = set(range(0x21, 0x7F)) - set(b",\\")
     return "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in option)
+
+
+def _drop_pages(numbers: set[int]) -> None:
+    for number in numbers:
+        with contextlib.suppress(OSError):  # forgotten meanwhile: then nothing was dirty
+            pyfuse3.invalidate_inode(number)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -361,6 +376,10 @@ class _Requests(pyfuse3.Operations):
     def _file(self, node: Node, handle: int) -> FileInfo:
         self._opened[handle] = node
         return FileInfo(fh=handle, keep_cache=self._policy.keep_cache)
+
+    def numbers_of_open_upper_files(self) -> set[int]:
+        """Return the numbers of the nodes that may have dirty pages."""
+        return {node.number for node in self._opened.values() if node.in_upper}
 
     def _mode_changed(self, inode: int) -> None:
         """Make the kernel forget a mode: truncating may have cleared set-id bits, and it would not ask.

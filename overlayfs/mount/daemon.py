@@ -208,7 +208,8 @@ class _Life:
         """
         if self._is_ours():
             with trio.move_on_after(SYNC_LIMIT):
-                await trio.to_thread.run_sync(self._detach_synced, abandon_on_cancel=True)
+                write_out = self._engine.prepare_write_out()
+                await trio.to_thread.run_sync(self._detach_synced, write_out, abandon_on_cancel=True)
         await trio.sleep(BUSY_LIMIT)
         self._engine.stop()
 
@@ -217,9 +218,10 @@ class _Life:
         now = mounted_on(self._mountpoint)
         return now is not None and self._kernel is not None and now.device == self._kernel.device
 
-    def _detach_synced(self) -> None:
+    def _detach_synced(self, write_out: Callable[[], None]) -> None:
         try:
             sync_mount(self._mountpoint)
+            write_out()
             detach(self._mountpoint, lazy=True)
         except (OSError, MountError) as error:
             log.warning("the mount at %s ends with an error: %s", self.shown, error)

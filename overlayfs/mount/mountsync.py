@@ -6,10 +6,10 @@ from overlayfs import sysio
 
 
 def sync_mount(mountpoint: bytes) -> None:
-    """Return when all that was written through the mount has arrived.
+    """Have the kernel start to hand over all that was written through the mount; it may not wait for the end.
 
-    Opening the mount and syncing it are requests to the daemon: within it, call this in a thread, while the
-    loop is serving.
+    `Engine.prepare_write_out` waits for it. Opening the mount and syncing it are requests to the daemon: within
+    it, call this in a thread, while the loop is serving.
     """
     directory = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -96,7 +96,7 @@ class Control:
         }
 
     async def _sync(self, message: Answer) -> Answer:
-        await self._engine.threads.run(sync_mount, self._mountpoint)
+        await self._write_out()
         await self._engine.threads.run(self._overlay.sync)
         return {}
 
@@ -117,12 +117,17 @@ class Control:
     async def _commit(self, message: Answer) -> Answer:
         """Commit while mounted: mapped pages first, while requests still pass; then nothing changes until the end."""
         destination = _path(message, "destination")
-        await self._engine.threads.run(sync_mount, self._mountpoint)
+        await self._write_out()
         async with self._held():
             made = await self._engine.threads.run(
                 commit_mounted, self._overlay, destination, mountpoint=self._mountpoint
             )
         return {"layer": os.fsdecode(made.destination), "entries": made.entries, "size": made.size}
+
+    async def _write_out(self) -> None:
+        """Return when the kernel has handed over what was written through the mount."""
+        await self._engine.threads.run(sync_mount, self._mountpoint)
+        await self._engine.threads.run(self._engine.prepare_write_out())
 
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.support import processes, syscalls
 from tests.support.requirements import need, need_root
 
 PROGRAM = str(Path(sys.executable).with_name("overlayfs"))
+ROOT = Path(__file__).parents[2]
 DETACH = 2
 
 
@@ -81,13 +83,22 @@ class Mount:
     def foreground(self, *flags: str, options: str = "", environment: dict[str, str] | None = None) -> "Foreground":
         """Mount in the foreground and return when it answers."""
         command = self.stack.command("-f", *flags, options=options)
+        return self._watch(command, subprocess.PIPE, environment or {})
+
+    def faulty(self, fault: Path, log: IO[str]) -> "Foreground":
+        """Mount in the foreground with verbs that fail as the file `fault` says."""
+        command = [sys.executable, "-m", "tests.mounted.faulty", str(fault), self.stack.options, str(self.point)]
+        return self._watch(command, log, {})
+
+    def _watch(self, command: list[str], errors: IO[str] | int, environment: dict[str, str]) -> "Foreground":
         process = subprocess.Popen(
             command,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=errors,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **environment},
         )
         self.running.append(process)
         until(lambda: process.poll() is not None or os.path.ismount(self.point))

@@ -1,5 +1,7 @@
 """A mount in the foreground whose verbs fail on demand: the file FAULT holds `verb error` while one shall.
 
+`verb delay` makes it slow instead.
+
 Run as `python -m tests.mounted.faulty FAULT OPTIONS MOUNTPOINT`.
 """
 
@@ -7,6 +9,7 @@ import errno
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,9 @@ def _failing(verb: Callable[..., Any], name: str, fault: Path) -> Callable[..., 
     def wrapped(*args: Any, **keywords: Any) -> Any:
         if fault.exists():
             wanted, error = fault.read_text().split()
-            if wanted == name:
+            if wanted == name and error == "delay":
+                time.sleep(0.3)
+            elif wanted == name:
                 raise ERRORS[error]()
         return verb(*args, **keywords)
 

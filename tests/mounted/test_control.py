@@ -16,6 +16,7 @@ from overlayfs.errors import UserError
 from overlayfs.mount import control
 from tests.mounted.conftest import Mount
 from tests.mounted.polling import until
+from tests.support import syscalls
 from tests.support.users import ALICE, run_as
 
 RUN = Path("/run/overlayfs")
@@ -197,6 +198,26 @@ def test_a_commit_has_mapped_pages(mount: Mount) -> None:
         _ask(mount, "commit", destination=str(mount.stack.base / "layer"))
         assert (mount.stack.base / "layer" / "d" / "f").read_bytes()[100:107] == b"changed"
     mount.unmount()
+
+
+def test_a_commit_waits_for_pages_that_are_on_their_way(mount: Mount) -> None:
+    """The kernel's syncfs does not wait for a FUSE daemon to take its pages."""
+    fault = mount.stack.base / "fault"
+    with open(mount.stack.base / "log", "w") as log:
+        daemon = mount.faulty(fault, log)
+        until((RUN / f"{daemon.pid}.sock").exists)
+        (mount.point / "new").write_bytes(bytes(20 * mmap.PAGESIZE))
+        with open(mount.point / "new", "r+b") as file, mmap.mmap(file.fileno(), 0) as pages:
+            changed = range(0, len(pages), 4 * mmap.PAGESIZE)  # apart, so that each is a request of its own
+            for offset in changed:
+                pages[offset] = 7
+            fault.write_text("write delay")
+            _ask(mount, "commit", destination=str(mount.stack.base / "layer"))
+            fault.unlink()
+        committed = (mount.stack.base / "layer" / "new").read_bytes()
+        assert [committed[offset] for offset in changed] == [7] * len(changed)
+        syscalls.umount(os.fsencode(mount.point))
+        assert daemon.ended()[0] == 0
 
 
 def test_reading_goes_on_while_a_commit_runs(mount: Mount) -> None:

@@ -2,17 +2,13 @@
 
 import errno
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from tests.mounted.conftest import Mount
-from tests.mounted.polling import until
 from tests.support import syscalls
 
-ROOT = Path(__file__).parents[2]
 EXPECTED = {
     "EDQUOT": errno.EDQUOT,
     "ENOSYS": errno.EOPNOTSUPP,
@@ -135,17 +131,14 @@ def test_every_verb_may_fail_in_every_way(mount: Mount) -> None:
     for number in range(2 * len(CALLS) * len(EXPECTED) + 1):
         (mount.stack.base / "low" / "many" / str(number)).write_bytes(b"lower")
     fault = mount.stack.base / "fault"
-    command = [sys.executable, "-m", "tests.mounted.faulty", str(fault), mount.stack.options, str(mount.point)]
-    with open(mount.stack.base / "log", "w+b") as log:
-        daemon = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=log)
-        mount.running.append(daemon)  # type: ignore[arg-type]
-        until(lambda: daemon.poll() is not None or os.path.ismount(mount.point))
+    with open(mount.stack.base / "log", "w+") as log:
+        daemon = mount.faulty(fault, log)
         wrong = _try_all(mount, fault)
         assert wrong == []
         syscalls.umount(os.fsencode(mount.point))
-        assert daemon.wait(20) == 0
+        assert daemon.ended()[0] == 0
         log.seek(0)
-        written = log.read().decode()
+        written = log.read()
     assert written.count("failed by a defect") >= 3 * (len(CALLS) - 3)
     assert "EDQUOT" not in written
 
