@@ -248,14 +248,21 @@ class Lookup:
         return number if number is not None else self._stack.number(layer.filesystem, found.st_ino)
 
     def _first_origin(self, came_from: Origin) -> Origin:
-        """Return what the object that an origin names came from itself, or that origin.
+        """Return where the chain of origins begins that goes on from the object that `came_from` names.
 
         In the index and for metadata-only copies the kernel wants the origin to be the object right below, which may
-        be a copy of a former upper; elsewhere copy-up hands the first origin on.
+        be such a copy of a former upper itself; elsewhere copy-up hands the first origin on.
         """
+        for _ in self._stack.lower:  # one link of the chain for each layer, at most
+            marks = self._marks_of(came_from)
+            came_from = marks.origin or came_from
+            if marks.origin is None or not (marks.metacopy or marks.nlink is not None):
+                break
+        return came_from
+
+    def _marks_of(self, came_from: Origin) -> Marks:
         with self._by_origin(came_from) as fd:
-            own = None if fd is None else self._stack.lower[0].marks_at(fd, b"").origin
-        return own or came_from
+            return NO_MARKS if fd is None else self._stack.lower[0].marks_at(fd, b"")
 
     @contextmanager
     def _by_origin(self, came_from: Origin) -> Iterator[int | None]:
@@ -381,10 +388,11 @@ class Lookup:
     # --- facts for plans -------------------------------------------------------------------------------
 
     def spot(self, parent: Dir, name: bytes, node: Node | None) -> Spot:
-        """Return what `union.plans` wants to know of a name and the node that it shows."""
+        """Return what `union.plans` wants to know of a name and the node that it shows, None for nothing."""
         entry = self.upper_entry(parent, name)
         occupied = entry.kind is Kind.WHITEOUT and entry.stat is not None
-        below = self.below(parent, name)
+        # Where the upper holds nothing, what is shown is what lies below: no need to search the layers again.
+        below = node is not None if entry.kind is Kind.ABSENT else self.below(parent, name)
         if not isinstance(node, Dir):
             return Spot(entry.kind is Kind.FILE, occupied, below)
         in_upper = entry.kind in _DIRS
