@@ -214,12 +214,14 @@ class Upper(Layer):
         temporary = self.work.temporary()
         sysio.mknod_at(self.work.fd, temporary, stat.S_IFCHR, 0)
         try:
-            if exchange:
-                self._exchange(self.work.fd, temporary, dirfd, name)
-            else:
+            if not exchange:
                 sysio.rename_at(self.work.fd, temporary, dirfd, name)
-        finally:
+                return
+            self._exchange(self.work.fd, temporary, dirfd, name)
+        except BaseException:
             self.work.tidy(temporary)
+            raise
+        self.work.tidy(temporary)
 
     def _move_aside(self, dirfd: int, name: bytes) -> None:
         temporary = self.work.temporary()
