@@ -64,7 +64,7 @@ def _prepare_process(options: MountOptions) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     foreground = options.foreground or options.debug
-    logs.set_up(foreground, options.debug, records.run_directory() / f"{os.getpid()}.log")
+    logs.set_up(foreground, options.debug, records.run_directory() / "log")
 
 
 def _open(options: MountOptions, mountpoint: bytes) -> Overlay:
@@ -112,11 +112,13 @@ def _settings(options: MountOptions, overlay: Overlay) -> MountSettings:
 
 def _serve(life: "_Life") -> None:
     try:
-        trio.run(life.live, strict_exception_groups=True)
+        trio.run(life.live)
     except BaseExceptionGroup as group:
         error = _first(group)
         if isinstance(error, MountError):
             raise error from None
+        if isinstance(error, ConnectionAbortedError):
+            return  # somebody has cut us off; what is left of the mount is cleared away next
         log.critical("the connection to the kernel broke", exc_info=group)
         raise MountError(f"the mount at {life.shown} ended by an error: {error}") from None
 

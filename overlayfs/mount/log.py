@@ -1,8 +1,8 @@
 """Where the daemon's log goes.
 
 To standard error when it is in the foreground: with the levels of sd-daemon(3) in front when the journal
-reads it, as text otherwise. In the background to syslog(3) or, on a system without it, to a file beside the
-record of the mount, which is made only when there is something to say.
+reads it, as text otherwise. In the background to syslog(3) or, on a system without it, to the file `log`
+beside the records of the mounts, which is made when there is something to say.
 """
 
 import contextlib
@@ -102,5 +102,5 @@ def _to_system(fallback: Path) -> logging.Handler:
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     except OSError:
         handler = logging.FileHandler(fallback, delay=True, errors="backslashreplace")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     return handler
