@@ -1,5 +1,6 @@
 """The same random operations on our tree and on the kernel's overlayfs give the same results; then they swap uppers."""
 
+import copy
 import os
 import time
 from collections.abc import Iterator
@@ -60,7 +61,27 @@ def test_alike(makers: tuple[StackMaker, StackMaker], seed: int) -> None:
         assert not lines, f"seed {seed}:\n" + "\n".join(lines)
         ours.remount()
         theirs.remount()
+    compare_commits(ours)
     swap(ours, theirs)
+
+
+def compare_commits(ours: Tree) -> None:
+    """The upper as a layer over the same layers, mounted by the kernel and by us, shows what the mount showed."""
+    before = dump(ours)
+    view = copy.copy(ours.stack)
+    layer = view.next_layer()
+    ours.commit(layer)
+    view.lower = [layer, *view.lower]
+    view.upper = view.work = None
+    view.mountpoint = view.base / "view"
+    view.mountpoint.mkdir()
+    for kind in (KernelOverlay, type(ours)):
+        mounted = kind(view)
+        try:
+            lines = differences(before, dump(mounted))
+        finally:
+            mounted.close()
+        assert not lines, f"committed, mounted by {kind.name}:\n" + "\n".join(lines)
 
 
 def swap(ours: Tree, theirs: Tree) -> None:

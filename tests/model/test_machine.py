@@ -1,6 +1,6 @@
 """Random lives of a tree, step by step beside the model: same results, same errors, same tree, also after a remount.
 
-10,000 steps in the usual run: OVERLAYFS_MODEL_EXAMPLES lives of STEPS each. The run is the same every time; with
+More than 10,000 steps in the usual run: OVERLAYFS_MODEL_EXAMPLES lives of up to STEPS each. The run is the same every time; with
 OVERLAYFS_MODEL_SEED=N it is another one, and the same for the same N.
 """
 
@@ -33,7 +33,7 @@ from tests.support.spec import Tree as Spec
 from tests.support.syscalls import EXCHANGE, NOREPLACE
 
 STEPS = 50
-EXAMPLES = int(os.environ.get("OVERLAYFS_MODEL_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("OVERLAYFS_MODEL_EXAMPLES", "320"))
 SEED = os.environ.get("OVERLAYFS_MODEL_SEED")
 
 # `x` and `y` are two names of one file of the lowest layer; no layer covers them, so that links can be counted

@@ -62,13 +62,13 @@ class Tree(ABC):
     def rotate(self) -> None:
         """Commit the upper: it becomes the topmost lower layer, and the tree goes on with a fresh one."""
         layer = self.stack.next_layer()
-        self._commit(layer)
+        self.commit(layer)
         self.close()
         self.stack.adopt(layer)
         self.reopen()
 
     @abstractmethod
-    def _commit(self, layer: "os.PathLike[str]") -> None:
+    def commit(self, layer: "os.PathLike[str]") -> None:
         """Make the upper a new layer directory."""
 
     def run_as(self, user: User, act: Callable[[], T]) -> T:

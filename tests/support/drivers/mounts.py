@@ -41,7 +41,7 @@ class PlainDirectory(Tree):
         """Nothing to commit."""
         self.remount()
 
-    def _commit(self, layer: os.PathLike[str]) -> None:
+    def commit(self, layer: os.PathLike[str]) -> None:
         raise AssertionError("a plain directory has no layers")
 
 
@@ -93,7 +93,11 @@ class FuseMount(Tree):
         if self.engine is not None:
             options["engine"] = self.engine
         before = processes.children()
-        self.messages = run(*self.program, "-o", option_string(self, options), str(self.stack.mountpoint))
+        try:
+            self.messages = run(*self.program, "-o", option_string(self, options), str(self.stack.mountpoint))
+        except BaseException:
+            processes.reap_since(before)
+            raise
         self.daemons = processes.children() - before
         return PosixRaw(os.fsencode(self.stack.mountpoint))
 
@@ -103,7 +107,7 @@ class FuseMount(Tree):
             status = processes.reap(pid)
             assert status == 0, f"the daemon ended with {status}"
 
-    def _commit(self, layer: os.PathLike[str]) -> None:
+    def commit(self, layer: os.PathLike[str]) -> None:
         run(COMMAND, "commit", str(self.stack.mountpoint), "--to", str(layer))
 
 
@@ -136,7 +140,7 @@ class KernelOverlay(Tree):
     def _stop(self) -> None:
         unmount(self.stack.mountpoint)
 
-    def _commit(self, layer: os.PathLike[str]) -> None:
+    def commit(self, layer: os.PathLike[str]) -> None:
         """A layer is an upper; but what its index directory knows is lost."""
         self.close()
         assert self.stack.upper is not None

@@ -304,7 +304,7 @@ class FsDriver(Tree):
     def _stop(self) -> None:
         self.overlay.close()
 
-    def _commit(self, layer: os.PathLike[str]) -> None:
+    def commit(self, layer: os.PathLike[str]) -> None:
         commit_mounted(self.overlay, os.fsencode(layer))
 
     def run_as(self, user: User, act: Callable[[], T]) -> T:
