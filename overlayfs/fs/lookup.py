@@ -241,11 +241,15 @@ class Lookup:
         return numbers
 
     def _number(self, layer: Layer, found: AnyStat, marks: Marks) -> int:
-        came_from = marks.origin
-        if came_from is not None and (marks.metacopy or marks.nlink is not None):
-            came_from = self._first_origin(came_from)
+        came_from = self.lasting_origin(marks)
         number = self._stack.origin_number(came_from) if came_from is not None else None
         return number if number is not None else self._stack.number(layer.filesystem, found.st_ino)
+
+    def lasting_origin(self, marks: Marks) -> Origin | None:
+        """Return the origin that an object keeps when it is neither indexed nor metadata only any more."""
+        if marks.origin is not None and (marks.metacopy or marks.nlink is not None):
+            return self._first_origin(marks.origin)
+        return marks.origin
 
     def _first_origin(self, came_from: Origin) -> Origin:
         """Return where the chain of origins begins that goes on from the object that `came_from` names.

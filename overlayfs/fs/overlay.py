@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.format import xattrs
+from overlayfs.format import origin, xattrs
 from overlayfs.fs import index
 from overlayfs.fs.attributes import Attributes, AttributeVerbs, Changes
 from overlayfs.fs.changes import Change, changes
@@ -286,6 +286,11 @@ class Overlay:
     def pin_indexed(self, node: Node) -> int:
         """Return an O_PATH descriptor of the upper file that the index puts in a lower one's place; ENOENT for none."""
         return index.pin(self._attributes.upper, node)
+
+    def lasting_origin(self, pin: int) -> bytes | None:
+        """Return the origin mark that a pinned object of the upper keeps when its `nlink` and `metacopy` go."""
+        found = self._lookup.lasting_origin(self._attributes.upper.marks_at(pin, b""))
+        return None if found is None else origin.encode(found)
 
     def pin(self, node: Node) -> int:
         """Return an O_PATH descriptor of the topmost real object of a node; the caller closes it."""

@@ -30,6 +30,7 @@ _UPPER_ONLY = frozenset(
     for mode in xattrs.Mode
     for suffix in (xattrs.NLINK, xattrs.UUID, xattrs.IMPURE, xattrs.METACOPY)
 )
+_ORIGINS = frozenset(xattrs.prefix(mode) + xattrs.ORIGIN for mode in xattrs.Mode)
 _REDIRECTS = frozenset(xattrs.prefix(mode) + xattrs.REDIRECT for mode in xattrs.Mode)
 
 Progress = Callable[[int, int], None]
@@ -280,17 +281,21 @@ class _Copier:
         finally:
             sysio.close(fd)
 
-    @staticmethod
-    def _copy_attributes(pin: int, found: os.stat_result, target: int, name: bytes, keep_redirect: bool) -> None:
+    def _copy_attributes(self, pin: int, found: os.stat_result, target: int, name: bytes, keep_redirect: bool) -> None:
         sysio.chown_at(target, name, found.st_uid, found.st_gid)
         attributes = sysio.listxattr_at(pin, b"")
         drop_inherited_acls(target, name, attributes)
         for attribute in attributes:
             if attribute in _UPPER_ONLY or (attribute in _REDIRECTS and not keep_redirect):
                 continue
-            sysio.setxattr_at(target, name, attribute, sysio.getxattr_at(pin, b"", attribute))
+            sysio.setxattr_at(target, name, attribute, self._value(pin, attribute))
         if not stat.S_ISLNK(found.st_mode):
             sysio.chmod_at(target, name, stat.S_IMODE(found.st_mode))
+
+    def _value(self, pin: int, attribute: bytes) -> bytes:
+        # Of a chain of origins only the first says what number the file has had all along.
+        origin = self._overlay.lasting_origin(pin) if attribute in _ORIGINS else None
+        return sysio.getxattr_at(pin, b"", attribute) if origin is None else origin
 
     # --- names that only the index joins -----------------------------------------------------------------
 
