@@ -1,6 +1,7 @@
 """Mounting without privilege, through fusermount3: the whole life, as a user who owns the directories."""
 
 import errno
+import fcntl
 import os
 import signal
 import stat
@@ -26,10 +27,12 @@ assert daemon
 
 @pytest.fixture
 def _device_for_all() -> Iterator[None]:
-    mode = stat.S_IMODE(os.stat(DEVICE).st_mode)
-    os.chmod(DEVICE, mode | 0o666)
-    yield
-    os.chmod(DEVICE, mode)
+    with open(DEVICE, "rb+", buffering=0) as device:
+        fcntl.flock(device, fcntl.LOCK_EX)  # another worker of this run may do the same
+        mode = stat.S_IMODE(os.stat(DEVICE).st_mode)
+        os.chmod(DEVICE, mode | 0o666)
+        yield
+        os.chmod(DEVICE, mode)
 
 
 @pytest.fixture
