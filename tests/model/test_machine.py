@@ -1,7 +1,7 @@
 """Random lives of a tree, step by step beside the model: same results, same errors, same tree, also after a remount.
 
-More than 10,000 steps in the usual run: OVERLAYFS_MODEL_EXAMPLES lives of up to STEPS each. The run is the same every time; with
-OVERLAYFS_MODEL_SEED=N it is another one, and the same for the same N.
+More than 10,000 steps in the usual run: OVERLAYFS_MODEL_EXAMPLES lives of up to STEPS each. It is the same every
+time; with OVERLAYFS_MODEL_SEED=N it is another one, and the same for the same N.
 """
 
 import os
