@@ -1,42 +1,48 @@
-"""Uppers that became layers as they are, without a commit: what the kernel's own users do."""
+"""Uppers that became layers as they are, without a commit: the kernel's users do so."""
 
 from pathlib import Path
 
 from overlayfs import Overlay
-from overlayfs.fs.attributes import Changes
 from overlayfs.fs.config import StackConfig
-from overlayfs.fs.names import Caller
 from tests.support.requirements import need_root
 
-ROOT = Caller(0, 0)
+NAMES = (b"f", b"g")
 
 
-def _numbers_around_chmod(lower: list[Path], upper: Path, work: Path) -> set[int]:
-    """Change the mode of both names' file in a new upper; return every number the names had, remounted too."""
+def _config(lower: list[Path], upper: Path, work: Path) -> StackConfig:
+    for path in (upper, work):
+        path.mkdir()
     paths = tuple(str(layer).encode() for layer in lower)
-    config = StackConfig(paths, str(upper).encode(), str(work).encode(), metacopy=False)
-    seen = set()
-    for _ in range(2):
-        overlay = Overlay(config)
-        for name in (b"f", b"g"):
-            node = overlay.lookup(overlay.root, name)
-            seen.add(overlay.attributes(node).ino)
-            seen.add(overlay.set_attributes(node, Changes(mode=0o640), ROOT).ino)
-        overlay.close()
+    return StackConfig(paths, str(upper).encode(), str(work).encode(), metacopy=False)
+
+
+def _numbers(overlay: Overlay, turn: int) -> set[int]:
+    return {overlay.attributes(overlay.lookup(overlay.root, b"%s%d" % (name, turn))).ino for name in NAMES}
+
+
+def _rename_in(config: StackConfig, turn: int) -> set[int]:
+    """Rename both names of the file, which copies it up; return every number that they had, after a remount too."""
+    overlay = Overlay(config)
+    seen = _numbers(overlay, turn)
+    for name in NAMES:
+        overlay.rename(overlay.root, b"%s%d" % (name, turn), overlay.root, b"%s%d" % (name, turn + 1))
+    seen |= _numbers(overlay, turn + 1)
+    overlay.close()
+    overlay = Overlay(config)
+    seen |= _numbers(overlay, turn + 1)
+    overlay.close()
     return seen
 
 
-def test_numbers_of_twins_stay_through_four_uppers(tmp_path: Path) -> None:
+def test_numbers_of_twins_stay_through_many_uppers(tmp_path: Path) -> None:
     need_root()
     stack = [tmp_path / "layer"]
     stack[0].mkdir()
-    (stack[0] / "f").write_bytes(b"data")
-    (stack[0] / "g").hardlink_to(stack[0] / "f")
+    (stack[0] / "f0").write_bytes(b"data")
+    (stack[0] / "g0").hardlink_to(stack[0] / "f0")
     seen = set()
     for turn in range(4):
-        upper, work = tmp_path / f"upper{turn}", tmp_path / f"work{turn}"
-        upper.mkdir()
-        work.mkdir()
-        seen |= _numbers_around_chmod(stack, upper, work)
+        upper = tmp_path / f"upper{turn}"
+        seen |= _rename_in(_config(stack, upper, tmp_path / f"work{turn}"), turn)
         stack.insert(0, upper)
-    assert seen == {(tmp_path / "layer" / "f").stat().st_ino}
+    assert seen == {(tmp_path / "layer" / "f0").stat().st_ino}
