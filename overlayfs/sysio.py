@@ -693,17 +693,29 @@ def try_lock(fd: int) -> bool:
 
 
 _NR_OPEN_TREE = 428
+_NR_MOUNT_SETATTR = 442
 _OPEN_TREE_CLONE = 1
+_MADE_PRIVATE = struct.pack("=QQQQ", 0, 0, 1 << 18, 0)  # struct mount_attr: set, clear, propagation MS_PRIVATE, userns
+_mount_setattr = _function(
+    "syscall", ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_char_p, ctypes.c_size_t
+)
 _open_tree = _function("syscall", ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
 def clone_mount(fd: int) -> int | None:
     """Return a descriptor of the same directory in a private copy of its mount, without what is mounted inside.
 
-    open_tree(2); needs CAP_SYS_ADMIN: None where it is not to be had. Links and renames between two copies are EXDEV.
+    open_tree(2), mount_setattr(2); needs CAP_SYS_ADMIN: None where it is not to be had. Links and renames between
+    two copies are EXDEV.
     """
     clone = _open_tree(_NR_OPEN_TREE, fd, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH)
-    return clone if clone >= 0 else None
+    if clone < 0:
+        return None
+    # A copy of a shared mount would receive what is mounted in the original later on (mount_namespaces(7)).
+    if _mount_setattr(_NR_MOUNT_SETATTR, clone, b"", _AT_EMPTY_PATH, _MADE_PRIVATE, len(_MADE_PRIVATE)) < 0:
+        os.close(clone)
+        return None
+    return clone
 
 
 _open_by_handle_at = _function("open_by_handle_at", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)

@@ -20,6 +20,7 @@ class StackConfig:
 
     `lower` names the read-only layers, top first; `upper` and `work` are both given or both None
     (None: the overlay is read-only). Paths are bytes, relative ones count from the current directory.
+    `hidden` are directories, by (st_dev, st_ino), that no layer shows; upper and work are such anyway.
     Choices that are None are made by `Overlay` from what it finds: `xattr_mode` is TRUSTED where the
     process may write `trusted.*` attributes, and redirect_dir, metacopy and index are on in that mode.
     """
@@ -41,5 +42,6 @@ class StackConfig:
     squash_uid: int | None = None
     squash_gid: int | None = None
     xattr_permissions: int = 0
+    hidden: frozenset[tuple[int, int]] = frozenset()
     lock_wait: float = 5.0
     holder: str = ""

@@ -261,15 +261,17 @@ class Overlay:
         return self._attributes.upper.root
 
     def identities(self) -> set[tuple[int, int]]:
-        """Return (st_dev, st_ino) of upper, work and every layer: of the directories, whatever paths they have."""
-        upper = self._attributes.upper
-        roots = (upper.root, upper.work.root, *(layer.root for layer in self._stack.lower))
-        return {(found.st_dev, found.st_ino) for found in (sysio.stat_at(fd, b"") for fd in roots)}
+        """Return (st_dev, st_ino) of upper, work and the layers: of the directories, whatever paths they have.
+
+        A layer that holds the upper (`lowerdir=/`) is left out: a place outside of it could not be named.
+        """
+        found = (sysio.stat_at(layer.root, b"") for layer in self._stack.lower)
+        return {(each.st_dev, each.st_ino) for each in found} - self._stack.around | self._stack.hidden
 
     def view_config(self) -> StackConfig:
         """Return the stack in which the upper is just the top layer: what a commit of it would show."""
         upper, *lower = (_path_of(fd) for fd in (self.upper_root, *(layer.root for layer in self._stack.lower)))
-        return StackConfig(lower=(upper, *lower), xattr_mode=self._stack.mode)
+        return StackConfig(lower=(upper, *lower), xattr_mode=self._stack.mode, hidden=self._stack.hidden)
 
     def mark_prefixes(self) -> tuple[bytes, ...]:
         """Return the prefix of the attributes that carry marks in the upper; none where it has no attributes."""

@@ -23,13 +23,14 @@ class Stack:
     """Layers top first; layer 0 is the upper if there is one.
 
     redirects, metacopy, index: what may be written, as asked for and as the file system allows. notices: sentences
-    for the user about what is off.
+    for the user about what is off. around: (st_dev, st_ino) of the layers in which the upper itself lies.
     """
 
     def __init__(self, config: StackConfig) -> None:
         self.config = config
         self.notices: list[str] = []
         self.upper: Upper | None = None
+        self.around: frozenset[tuple[int, int]] = frozenset()
         with ExitStack() as undo:
             self.dirfds = DirFds(default_capacity())
             undo.callback(self.dirfds.close)
@@ -53,6 +54,8 @@ class Stack:
         undo.callback(lambda: work.close(clean=self.clean))
         self.clean = False
         _check_places(root, path, work.root, config.work, roots, config.lower)
+        around = (fd for fd, lower in zip(roots, config.lower, strict=True) if _is_in(root, path, fd, lower))
+        self.around = frozenset(map(_identity, around))
         lock(root, "upper", path, config.lock_wait)
         lock(work.root, "work directory", config.work, config.lock_wait)
         return _prepare_upper(config, root, work, self.dirfds)
@@ -78,10 +81,19 @@ class Stack:
     def _make_layers(self, roots: list[int], mode: Mode) -> tuple[Layer, ...]:
         first = 0 if self.upper is None else 1
         last = len(roots) - 1
-        return tuple(
+        layers = tuple(
             Layer(first + position, root, self.dirfds, mode, lowest=position == last)
             for position, root in enumerate(roots)
         )
+        for layer in layers:
+            layer.hidden = self.hidden
+        return layers
+
+    @property
+    def hidden(self) -> frozenset[tuple[int, int]]:
+        """The directories that no layer shows: upper and work may lie inside one (`lowerdir=/`)."""
+        own = () if self.upper is None else (self.upper.root, self.upper.work.root)
+        return self.config.hidden | {_identity(fd) for fd in own}
 
     def number(self, filesystem: FileSystem, inode: int) -> int:
         """Return the overlay's number for an inode."""
@@ -148,21 +160,27 @@ def _check_places(
         raise MountError(
             f"work directory {os.fsdecode(work_path)} is not on the file system of upper {os.fsdecode(path)}"
         )
-    _refuse_nesting(root, path, "upper", work, work_path, "work directory")
-    for lower, lower_path in zip(roots, lowers, strict=True):
-        _refuse_nesting(root, path, "upper", lower, lower_path, "lower layer")
-        _refuse_nesting(work, work_path, "work directory", lower, lower_path, "lower layer")
-
-
-def _refuse_nesting(one: int, one_path: bytes, one_is: str, two: int, two_path: bytes, two_is: str) -> None:
-    first, second = os.path.realpath(one_path), os.path.realpath(two_path)
-    same = os.path.samestat(sysio.stat_at(one, b""), sysio.stat_at(two, b""))
-    if same or _contains(first, second) or _contains(second, first):
+    if _is_in(work, work_path, root, path) or _is_in(root, path, work, work_path):
         raise MountError(
-            f"{one_is} {os.fsdecode(one_path)} and {two_is} {os.fsdecode(two_path)} overlap: "
+            f"upper {os.fsdecode(path)} and work directory {os.fsdecode(work_path)} overlap: "
             f"neither may be the other or lie inside it"
         )
+    for lower, lower_path in zip(roots, lowers, strict=True):
+        for fd, its_path, what in ((root, path, "upper"), (work, work_path, "work directory")):
+            if _is_in(lower, lower_path, fd, its_path):
+                raise MountError(
+                    f"lower layer {os.fsdecode(lower_path)} is the {what} {os.fsdecode(its_path)} or lies inside it, "
+                    f"and a layer must not change; name another directory"
+                )
 
 
-def _contains(outer: bytes, inner: bytes) -> bool:
-    return inner.startswith(outer.rstrip(b"/") + b"/")
+def _is_in(inner: int, inner_path: bytes, outer: int, outer_path: bytes) -> bool:
+    """Return whether a directory is another one or lies inside it, by whatever path it was named."""
+    if _identity(inner) == _identity(outer):
+        return True
+    return os.path.realpath(inner_path).startswith(os.path.realpath(outer_path).rstrip(b"/") + b"/")
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    found = sysio.stat_at(fd, b"")
+    return found.st_dev, found.st_ino

@@ -2,16 +2,17 @@
 
 import os
 
+from overlayfs import sysio
 from overlayfs.errors import MountError
 from overlayfs.fs.config import StackConfig
 
 
 def check(mountpoint: bytes, stack: StackConfig) -> None:
-    """Refuse a mount point strictly inside a layer, the upper or the work directory. MountError.
+    """Refuse a mount point strictly inside the upper or the work directory, or a layer that shows mounts. MountError.
 
-    A daemon that looks at such a layer meets its own mount there and waits for itself. Directories are
-    compared by identity, so other paths and bind mounts of the same tree are seen. A mount point that *is*
-    a layer is fine: layers are held by descriptor before the mount covers them.
+    A daemon that looks at such a directory meets its own mount there and waits for itself; not in a layer that can be
+    held as a private copy of its mount. Directories are compared by identity, so other paths and bind mounts of the
+    same tree are seen. A mount point that *is* a layer is fine: it is held before the mount covers it.
     """
     layers = _identities(stack)
     for above in _ancestors(mountpoint):
@@ -25,10 +26,26 @@ def check(mountpoint: bytes, stack: StackConfig) -> None:
 
 def _identities(stack: StackConfig) -> dict[tuple[int, int], bytes]:
     found = {}
-    for path in (*stack.lower, stack.upper, stack.work):
+    shown = [path for path in stack.lower if not _hides_mounts(path)]
+    for path in (*shown, stack.upper, stack.work):
         if path is not None and (identity := _identity(path)):
             found[identity] = path
     return found
+
+
+def _hides_mounts(path: bytes) -> bool:
+    """Return whether a layer can be held without what is mounted in it."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        clone = sysio.clone_mount(fd)
+    finally:
+        os.close(fd)
+    if clone is not None:
+        os.close(clone)
+    return clone is not None
 
 
 def _ancestors(path: bytes) -> list[tuple[int, int]]:

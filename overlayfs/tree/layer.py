@@ -60,6 +60,7 @@ class Layer:
         self.filesystem = FileSystem.of(root)
         self._dirfds = dirfds
         self._prefix = xattrs.prefix(mode) if mode else b"\0"
+        self.hidden: frozenset[tuple[int, int]] = frozenset()  # directories that do not count as part of the layer
         self.override = next((a for a in override.ATTRIBUTES if sysio.find_xattr(root, b"", a) is not None), None)
 
     def close(self) -> None:
@@ -96,6 +97,8 @@ class Layer:
             found = self.stat_at(dirfd, name)
         except FileNotFoundError:
             return _WHITEOUT if self._has_dot_whiteout(dirfd, name) else _ABSENT
+        if self.hidden and (found.st_dev, found.st_ino) in self.hidden:
+            return _ABSENT
         return Entry(self._kind(dirfd, name, found), found)
 
     def _kind(self, dirfd: int, name: bytes, found: AnyStat) -> Kind:

@@ -221,12 +221,16 @@ def refused_mounts(job: Path) -> list[tuple[str, str]]:
         (f"{mount} --upper {none} m", f"overlayfs: upper {none} does not exist"),
         (f"{mount} --upper u --work {none} m", f"overlayfs: work directory {none} does not exist"),
         (f"{mount} --upper u --work {file} m", f"overlayfs: work directory {file} is not a directory"),
-        (f"{mount} --upper u --lower u m", f"overlayfs: upper {job}/u and lower layer {job}/u {overlap}"),
+        (
+            f"{mount} --upper u --lower u m",
+            f"overlayfs: lower layer {job}/u is the upper {job}/u or lies inside it, and a layer must not change; "
+            "name another directory",
+        ),
         (f"{mount} --upper u --work u m", f"overlayfs: upper {job}/u and work directory {job}/u {overlap}"),
         (f"{mount} {none}", f"overlayfs: cannot mount on {none}: No such file or directory"),
         (f"{mount} {file}", f"overlayfs: cannot mount on {file}: Not a directory"),
         (
-            "overlayfs mount --lower b b/share",
+            "overlayfs mount --lower a --upper b --work u b/share",
             f"overlayfs: {job}/b/share lies inside {job}/b, which is part of the stack; choose a mount point outside",
         ),
         ("overlayfs-mount -o lowerdir=none m", f"overlayfs-mount: lower layer {none} does not exist"),
@@ -273,7 +277,11 @@ def test_refused_commits_are_1_and_leave_nothing(job: Path) -> None:
         assert not os.listdir(job / "u")
     mount(job)
     ended = cli(job, f"{commit} --to new")
-    assert ended == (1, "", f"overlayfs: upper u is in use by pid {_found(job)['pid']}; unmount it first\n")
+    assert ended == (
+        1,
+        "",
+        f"overlayfs: upper u is in use by the mount at {job}/m (pid {_found(job)['pid']}); unmount it first\n",
+    )
     assert not (job / "new").exists()
 
 

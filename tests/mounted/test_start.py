@@ -121,7 +121,8 @@ def _file(stack: Stack) -> None:
 
 
 def _inside(stack: Stack) -> None:
-    stack.point = stack.base / "low" / "d"
+    stack.point = stack.upper / "d"
+    stack.point.mkdir()
 
 
 def _no_layer(stack: Stack) -> None:
@@ -134,7 +135,7 @@ def _no_layer(stack: Stack) -> None:
     [
         (_missing, r"cannot mount on .*/m: No such file or directory"),
         (_file, r"cannot mount on .*/m: Not a directory"),
-        (_inside, r".*/low/d lies inside .*/low, which is part of the stack; choose a mount point outside"),
+        (_inside, r".*/u/d lies inside .*/u, which is part of the stack; choose a mount point outside"),
         (_no_layer, r".*/top.*"),
     ],
 )

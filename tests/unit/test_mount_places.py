@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from overlayfs import sysio
 from overlayfs.errors import MountError
 from overlayfs.fs.config import StackConfig
 from overlayfs.mount import places
+from tests.support.requirements import need_root
 
 
 def _stack(base: Path) -> StackConfig:
@@ -23,9 +25,15 @@ def test_beside_a_layer_or_on_it_is_fine(tmp_path: Path, name: str) -> None:
     places.check(os.fsencode(tmp_path / name), _stack(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["lower", "upper", "work"])
 @pytest.mark.parametrize("below", ["deep", "deep/er"])
-def test_inside_a_layer_is_refused(tmp_path: Path, name: str, below: str) -> None:
+def test_inside_a_layer_that_is_held_as_a_private_copy_is_fine(tmp_path: Path, below: str) -> None:
+    need_root()
+    places.check(os.fsencode(tmp_path / "lower" / below), _stack(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["upper", "work"])
+@pytest.mark.parametrize("below", ["deep", "deep/er"])
+def test_inside_what_changes_is_refused(tmp_path: Path, name: str, below: str) -> None:
     stack = _stack(tmp_path)
     with pytest.raises(MountError, match=r"lies inside .*; choose a mount point outside") as caught:
         places.check(os.fsencode(tmp_path / name / below), stack)
@@ -35,7 +43,7 @@ def test_inside_a_layer_is_refused(tmp_path: Path, name: str, below: str) -> Non
 
 def test_another_path_to_a_layer_does_not_hide_it(tmp_path: Path) -> None:
     stack = _stack(tmp_path)
-    (tmp_path / "link").symlink_to("lower")
+    (tmp_path / "link").symlink_to("upper")
     with pytest.raises(MountError, match="lies inside"):
         places.check(os.fsencode(tmp_path / "link" / "deep"), stack)
 
@@ -43,3 +51,11 @@ def test_another_path_to_a_layer_does_not_hide_it(tmp_path: Path) -> None:
 def test_a_layer_that_is_not_there_is_for_others_to_report(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     places.check(os.fsencode(tmp_path / "mnt"), StackConfig((os.fsencode(tmp_path / "gone"),)))
+
+
+def test_inside_a_layer_that_shows_mounts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the privilege for private copies: the daemon would meet its own mount."""
+    stack = _stack(tmp_path)
+    monkeypatch.setattr(sysio, "clone_mount", lambda fd: None)
+    with pytest.raises(MountError, match="lies inside"):
+        places.check(os.fsencode(tmp_path / "lower" / "deep"), stack)
