@@ -70,6 +70,14 @@ class LiftStep:
         self.publish()
 
 
+class _Wait(LiftStep):
+    """Somebody is at it: there is nothing to do but to wait for the node's lock, and to ask again."""
+
+    def run(self) -> None:
+        """Who cannot wait is told so: an engine lifts before it calls a verb, so none should come here."""
+        raise oserror(errno.EBUSY)
+
+
 class Lifting:
     """Decides which step comes next, and carries out the parts of steps that need the tables."""
 
@@ -83,12 +91,12 @@ class Lifting:
         """Return the step that is next before `need` is met, None when it is; EROFS without an upper."""
         upper = self.attributes.upper
         if node.lifting:
-            return LiftStep(node)  # somebody is at it: wait for the node's lock, then ask again
+            return _Wait(node)
         if node.in_upper:
             return self._next_of_lifted(upper, node, need)
         parent = self._parent_to_lift(node)
         if parent is not None:
-            return LiftStep(parent) if parent.lifting else _Build(self, upper, parent, need)
+            return _Wait(parent) if parent.lifting else _Build(self, upper, parent, need)
         return _Build(self, upper, node, need)
 
     def _next_of_lifted(self, upper: Upper, node: Node, need: Need) -> LiftStep | None:
