@@ -382,7 +382,7 @@ class _Build(LiftStep):
 
 def _swap_reader(node: File, reader: int) -> None:
     if node.reader is not None:
-        node.retired.append(node.reader)
+        node.retired += (node.reader,)
     node.reader = reader
 
 

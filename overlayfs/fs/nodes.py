@@ -125,7 +125,7 @@ class File(Node):
         self.keys: tuple[Key, ...] = ()
         self.reader: int | None = None
         self.writer: int | None = None
-        self.retired: list[int] = []
+        self.retired: tuple[int, ...] = ()
         self.sync_error = 0
 
 
@@ -267,4 +267,4 @@ def close_backing(node: File) -> None:
         if fd is not None:
             sysio.close(fd)
     node.reader = node.writer = None
-    node.retired = []
+    node.retired = ()
