@@ -203,12 +203,31 @@ class Names:
         # Metadata only under another name than below: the copy must say where its data lies.
         if node.data is None or not node.data.name:
             return
-        path = b"/" + join(node.data.path, node.data.name)
-        if len(path) > redirect.MAX:
+        known = next(iter(node.names), None)  # any name will do: those below are twins, those in the upper share a mark
+        path = self._path_below(*known) if known is not None else None
+        if path is None or len(path) > redirect.MAX:
             self._lifting.lift(node, Need.DATA)
             return
         _, dirfd, name = self._attributes.locate(node)
         self._upper.set_mark(dirfd, name, xattrs.REDIRECT, redirect.encode(path))
+
+    def _path_below(self, parent: Dir | None, name: bytes) -> bytes:
+        """Return the path by which the lower layers, seen from their top, know what the upper shows under a name.
+
+        It is not the path in the layer that holds it: a layer above may have redirected a directory on the way
+        (ovl_get_redirect in fs/overlayfs/dir.c goes up the same way).
+        """
+        path = b""
+        while parent is not None and not path.startswith(b"/"):
+            path = join(self._redirect_at(parent, name) or name, path)
+            name, parent = parent.name, parent.parent
+        return path if path.startswith(b"/") else b"/" + path
+
+    def _redirect_at(self, parent: Dir, name: bytes) -> bytes | None:
+        entry = self._lookup.upper_entry(parent, name)
+        if entry.stat is None:
+            return None
+        return self._upper.marks(self._lookup.path(parent), name, entry.stat).redirect
 
     # --- removing --------------------------------------------------------------------------------------
 
@@ -374,7 +393,7 @@ class Names:
         """Return whether a directory can move only when all that is in it lies in the upper (design, D2)."""
         if not isinstance(node, Dir) or not node.lower:
             return False
-        return not self._stack.redirects or 1 + len(node.lower[0].path) > redirect.MAX
+        return not self._stack.redirects or len(self._path_below(node.parent, node.name)) > redirect.MAX
 
     def tree_to_lift(self, node: Dir) -> Iterator[tuple[Node, Need]]:
         """Yield every node of a tree with what it needs, parents first, as long as the tree has lower parts."""
@@ -436,9 +455,8 @@ class Names:
     def _redirect_for(self, node: Node, mark: Mark) -> bytes | None:
         return self._redirect_to(node) if mark is Mark.REDIRECT and isinstance(node, Dir) else None
 
-    @staticmethod
-    def _redirect_to(node: Dir) -> bytes:
-        return redirect.encode(b"/" + node.lower[0].path)
+    def _redirect_to(self, node: Dir) -> bytes:
+        return redirect.encode(self._path_below(node.parent, node.name))
 
     def _settle_move(
         self, old: Moving, new_parent: Dir, new_name: bytes, target: Node | None, plan: plans.Rename
