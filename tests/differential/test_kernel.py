@@ -32,9 +32,16 @@ def makers(driver: str, place: Path) -> Iterator[tuple[StackMaker, StackMaker]]:
         )
 
 
-def picture(tree: Tree, start: int) -> Dump:
-    """The tree as both must show it: what was touched during the test carries no comparable time."""
-    return dump(tree, times_before=start)
+def compared(ours: Tree, theirs: Tree, start: int) -> list[str]:
+    """Where the trees differ; what was touched during the test carries no comparable time."""
+    left, right = dump(ours, times_before=start), dump(theirs, times_before=start)
+    return differences(forgiven(left, right), right)
+
+
+def forgiven(left: Dump, right: Dump) -> Dump:
+    """Our dump without the times of directories that the kernel has touched: it does so even when a rename fails."""
+    late = {path for path, item in right.items() if item.kind == "dir" and item.mtime_ns == -1}
+    return {path: item._replace(mtime_ns=-1) if path in late else item for path, item in left.items()}
 
 
 def run_both(ours: Tree, theirs: Tree, steps: list[Operation]) -> list[str]:
@@ -53,11 +60,11 @@ def test_alike(makers: tuple[StackMaker, StackMaker], seed: int) -> None:
     generator = Generator(seed)
     layers = generator.layers()
     ours, theirs = makers[0](*layers), makers[1](*layers)
-    assert not differences(picture(ours, start), picture(theirs, start))
+    assert not compared(ours, theirs, start)
     for _ in range(3):
         steps = [generator.operation() for _ in range(STEPS // 3)]
         lines = run_both(ours, theirs, steps)
-        lines += differences(picture(ours, start), picture(theirs, start))
+        lines += compared(ours, theirs, start)
         assert not lines, f"seed {seed}:\n" + "\n".join(lines)
         ours.remount()
         theirs.remount()
