@@ -9,17 +9,20 @@ from tests.support import processes
 
 def mounts_below(base: Path) -> list[str]:
     """Mount points below a directory, innermost first."""
-    prefix = str(base)
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         points = [line.split()[4].replace("\\040", " ") for line in file]
-    return sorted((point for point in points if point.startswith(prefix)), key=len, reverse=True)
+    return sorted((point for point in points if _is_below(point, base)), key=len, reverse=True)
 
 
 def loops_below(base: Path) -> list[str]:
     """Loop devices whose image lies below a directory."""
     done = subprocess.run(["losetup", "--list", "--json"], capture_output=True, text=True, check=True)
     devices = json.loads(done.stdout)["loopdevices"] if done.stdout.strip() else []
-    return [device["name"] for device in devices if str(device["back-file"]).startswith(str(base))]
+    return [device["name"] for device in devices if _is_below(str(device["back-file"]), base)]
+
+
+def _is_below(path: str, base: Path) -> bool:
+    return path == str(base) or path.startswith(f"{base}/")
 
 
 def leftovers(base: Path, children_before: set[int]) -> list[str]:
