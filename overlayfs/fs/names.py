@@ -161,20 +161,26 @@ class Names:
         if set_group and _is_group_executed(mode) and not caller.may_set_group_bit(gid):
             mode &= ~stat.S_ISGID
             in_place = False
+        in_place = in_place and not self._would_inherit_unseen(parent)
         special = stat.S_ISDIR(mode) and mode & (stat.S_ISUID | stat.S_ISGID)
         plain = in_place and self._umask_is_zero and not opaque and not special and self._upper.override is None
         if plain and uid == os.geteuid() and (set_group or gid == os.getegid()):
             return None
         if set_group and stat.S_ISDIR(mode):
             mode |= stat.S_ISGID
-        default = None if stat.S_ISLNK(mode) else self._default_acl(parent)
+        unwanted = stat.S_ISLNK(mode) or self._stack.config.noacl
+        default = None if unwanted else self._default_acl(parent)
         return _Dress(self._upper, uid, gid, mode, default, opaque)
 
     def _default_acl(self, parent: Dir) -> bytes | None:
-        if self._stack.config.noacl or not self._upper.features.acl:
+        if not self._upper.features.acl:
             return None
         _, dirfd, name = self._attributes.locate(parent)
         return sysio.find_xattr(dirfd, name, acl.DEFAULT)
+
+    def _would_inherit_unseen(self, parent: Dir) -> bool:
+        # A mount without ACLs may still lie over a directory that has one: made in place, its children would get it.
+        return self._stack.config.noacl and self._default_acl(parent) is not None
 
     # --- linking ---------------------------------------------------------------------------------------
 
