@@ -138,7 +138,10 @@ def notices(tree: Tree) -> str:
     """What the mount says about features that are off."""
     if isinstance(tree, FuseMount):
         return tree.messages
-    return "\n".join(tree.overlay.notices)  # type: ignore[attr-defined]
+    from tests.support.drivers.overlay import FsDriver
+
+    assert isinstance(tree, FsDriver)
+    return "\n".join(tree.overlay.notices)
 
 
 def live_without_a_feature(tree: Tree) -> None:

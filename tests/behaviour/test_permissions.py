@@ -5,6 +5,7 @@ import stat
 import subprocess
 from collections.abc import Callable
 from errno import EACCES, ENODATA, EPERM
+from functools import partial
 from typing import Any
 
 import pytest
@@ -144,7 +145,7 @@ def test_who_may_do_what(stack: StackMaker, who: str, where: str) -> None:
     tree = stack(cases if where == "lower" else {}, upper=cases if where == "upper" else {})
     wrong = []
     for number, (name, action) in enumerate(ACTIONS.items()):
-        got = run_as(user, lambda action=action, number=number: errno_of(action, Below(tree, str(number))))  # type: ignore[misc]
+        got = run_as(user, partial(errno_of, action, Below(tree, str(number))))
         if got != refused.get(name):
             wrong.append(f"{name}: wanted {name_of(refused.get(name))}, got {name_of(got)}")
         elif got is not None and where == "lower" and tree.name == "fuse":

@@ -12,6 +12,8 @@ from tests.support.requirements import need_root
 from tests.support.spec import Dir
 from tests.support.spec import Tree as Spec
 
+EMPTY = Dir()
+
 
 class StackMaker:
     """Call it with layers, top first: it gives the union of them in use. All are closed and checked at the end."""
@@ -24,7 +26,7 @@ class StackMaker:
     def __call__(
         self,
         *lower: Spec | Dir,
-        upper: Spec | Dir | None = Dir(),  # noqa: B008 - a frozen value
+        upper: Spec | Dir | None = EMPTY,
         base: Path | None = None,
         lower_on: list[Path] | None = None,
         options: Options | None = None,
