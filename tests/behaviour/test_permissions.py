@@ -58,7 +58,7 @@ def lists(name: str) -> Action:
     return lambda tree: tree.names(name)
 
 
-ACTIONS: dict[str, Callable[[Tree], object]] = {
+ACTIONS: dict[str, Action] = {
     **{f"read {name}": reads(name) for name in ("private", "group", "readable", "nobody", "acl", "masked")},
     **{f"write {name}": writes(name) for name in ("private", "group", "readable", "public", "acl", "masked")},
     **{f"stat {name}": looks_at(name) for name in ("shut/f", "pass/f")},
