@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tests.support import processes
 
+ENDING = 5.0  # seconds
+
 
 def mounts_below(base: Path) -> list[str]:
     """Mount points below a directory, innermost first."""
@@ -30,5 +32,6 @@ def leftovers(base: Path, children_before: set[int]) -> list[str]:
     lines = [f"still mounted: {point}" for point in mounts_below(base)]
     lines += [f"still attached: {device}" for device in loops_below(base)]
     ours = processes.children() - children_before
-    lines += [f"still running: {pid} {processes.command(pid)}" for pid in ours]
+    # What was unmounted a moment ago may be on its way out; orphans stay zombies until somebody looks.
+    lines += [f"still running: {pid} {processes.command(pid)}" for pid in ours if not processes.ends(pid, ENDING)]
     return lines

@@ -42,14 +42,19 @@ def command(pid: int) -> str:
         return "gone"
 
 
-def reap(pid: int, limit: float = LIMIT) -> int:
-    """Wait for a child's end and take its status; fail loudly if it lives on."""
+def ends(pid: int, limit: float = LIMIT) -> bool:
+    """Return whether a child has ended, or does so in time; a zombie has ended."""
     handle = os.pidfd_open(pid)
     try:
         ready, _, _ = select.select([handle], [], [], limit)
     finally:
         os.close(handle)
-    assert ready, f"process {pid} does not end: {command(pid)}"
+    return bool(ready)
+
+
+def reap(pid: int, limit: float = LIMIT) -> int:
+    """Wait for a child's end and take its status; fail loudly if it lives on."""
+    assert ends(pid, limit), f"process {pid} does not end: {command(pid)}"
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
