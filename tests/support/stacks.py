@@ -49,14 +49,24 @@ class StackMaker:
 Maker = TypeVar("Maker", bound=StackMaker)
 
 
+def _umask() -> int:
+    """The umask of this process."""
+    found = os.umask(0)
+    os.umask(found)
+    return found
+
+
+UMASK = _umask()
+
+
 @contextmanager
 def stack_maker(driver: str, place: Path, kind: type[Maker]) -> Iterator[Maker]:
     """A maker whose stacks vanish at the end; the umask is 0 meanwhile, so that modes are what tests say."""
     need_root()
     maker = kind(driver, place)
-    umask = os.umask(0)
+    os.umask(0)
     try:
         yield maker
     finally:
-        os.umask(umask)
+        os.umask(UMASK)  # not the one found before: makers may end in another order than they began
         maker.finish()
