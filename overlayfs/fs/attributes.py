@@ -12,7 +12,7 @@ from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.nodes import Dir, File, Node
 from overlayfs.fs.ownership import Ownership
 from overlayfs.fs.stack import Stack
-from overlayfs.tree.layer import Layer, join
+from overlayfs.tree.layer import Layer
 from overlayfs.tree.stats import AnyStat
 from overlayfs.tree.upper import Upper
 
@@ -268,11 +268,3 @@ class AttributeVerbs:
         """Return capacity and limits: of the upper, or of the top layer without one."""
         layer = self._stack.upper or self._stack.lower[0]
         return sysio.statvfs_fd(layer.root)
-
-    def upper_place(self, parent: Dir, name: bytes) -> tuple[bytes, bytes]:
-        """Return (path of the directory, name) in the upper."""
-        return self._lookup.path(parent), name
-
-    def upper_path(self, node: Dir) -> bytes:
-        """Return the path of a directory in the upper."""
-        return join(self._lookup.path(node), b"")

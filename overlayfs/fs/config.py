@@ -44,4 +44,3 @@ class StackConfig:
     xattr_permissions: int = 0
     hidden: frozenset[tuple[int, int]] = frozenset()
     lock_wait: float = 5.0
-    holder: str = ""

@@ -47,7 +47,7 @@ def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
     _prepare_process(options)
     with contextlib.ExitStack() as stack:
         stack.callback(records.remove, os.getpid())
-        overlay = _open(options, mountpoint)
+        overlay = _open(options)
         stack.callback(_close, overlay)
         engine = Pyfuse3Engine(overlay, caching(options.timeout, options.writeback))
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the loop can turn them into an unmount
@@ -67,10 +67,9 @@ def _prepare_process(options: MountOptions) -> None:
     logs.set_up(foreground, options.debug, records.run_directory() / "log")
 
 
-def _open(options: MountOptions, mountpoint: bytes) -> Overlay:
-    holder = f"the mount at {os.fsdecode(mountpoint)} (pid {os.getpid()})"
+def _open(options: MountOptions) -> Overlay:
     try:
-        return Overlay(dataclasses.replace(options.stack, holder=holder))
+        return Overlay(options.stack)
     except InUse as error:
         raise table.with_holder(error) from None
 

@@ -292,7 +292,6 @@ class FsDriver(Tree):
             lower=tuple(os.fsencode(layer) for layer in stack.lower),
             upper=None if stack.upper is None else os.fsencode(stack.upper),
             work=None if stack.work is None else os.fsencode(stack.work),
-            holder="the tests",
             **self._choices(),
         )
         self.overlay = Overlay(config)
