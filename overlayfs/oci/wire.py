@@ -1,0 +1,371 @@
+"""HTTP as a client of registries needs it.
+
+TLS always, except with this machine itself and only on request.  A secret belongs to one origin (scheme, host, port)
+and is left out as soon as a redirect leads elsewhere.  What may be repeated is repeated: busy servers (429, 5xx) and
+broken connections get more attempts, further and further apart.  Nothing is read without a limit.
+"""
+
+import contextlib
+import email.utils
+import random
+import ssl
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import urllib3
+from urllib3.exceptions import (
+    HTTPError,
+    LocationParseError,
+    NameResolutionError,
+    NewConnectionError,
+    SSLError,
+)
+
+from overlayfs.errors import UserError
+from overlayfs.oci.reference import is_loopback
+
+CONNECT_LIMIT = 15.0  # seconds
+SILENCE_LIMIT = 60.0  # seconds without a byte
+REDIRECTS = 5
+PIECE = 1 << 18  # bytes read at a time
+TEXT_LIMIT = 1 << 16  # bytes of an answer that is only looked at for its message
+PATIENCE = 300.0  # seconds; a server that asks for more is not waited for
+BUSY = {408, 429, 500, 502, 503, 504}
+MOVED = {301, 302, 303, 307, 308}
+
+
+class Broken(Exception):  # noqa: N818 - a state of the connection, and read so where it is caught
+    """The connection broke, or the answer is not whole; trying again may help."""
+
+
+class GivenUp(Exception):  # noqa: N818 - not an error of this thread
+    """Another thread has failed, or the user has interrupted: this work is no longer wanted."""
+
+
+class Pace:
+    """How often and when to try again; `stop` ends every wait, now and later."""
+
+    def __init__(
+        self,
+        attempts: int = 6,
+        first: float = 1.0,
+        longest: float = 30.0,
+        wait: Callable[[float], object] | None = None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.attempts = attempts
+        self._first = first
+        self._longest = longest
+        self._stopped = threading.Event()
+        self._wait = wait or self._stopped.wait
+        self._jitter = jitter
+
+    def pause(self, attempt: int, asked: float = 0.0) -> None:
+        """Wait after attempt `attempt` (from 0): twice as long each time, half of it random, `asked` seconds at least."""
+        backoff: float = min(self._longest, self._first * 2**attempt)
+        self._wait(max(asked, backoff * (0.5 + 0.5 * self._jitter())))
+        self.check()
+
+    def stop(self) -> None:
+        """End all waits."""
+        self._stopped.set()
+
+    def check(self) -> None:
+        """Raise `GivenUp` after `stop`."""
+        if self._stopped.is_set():
+            raise GivenUp
+
+
+class Body(NamedTuple):
+    """What a request carries: its size in bytes and a function that gives it from the beginning."""
+
+    size: int
+    pieces: Callable[[], Iterable[bytes]]
+
+
+class Reply:
+    """An answer whose body has not been read; close it, or read it to its end."""
+
+    def __init__(self, response: urllib3.BaseHTTPResponse, url: str, wire: "Wire") -> None:
+        self._response = response
+        self._wire = wire
+        self.url = url
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+
+    def listed(self, header: str) -> list[str]:
+        """Return every line of a header that may come more than once."""
+        return list(self._response.headers.getlist(header))
+
+    def pieces(self) -> Iterator[bytes]:
+        """Give the body piece by piece. Raises `Broken` where it ends too early."""
+        try:
+            while piece := self._response.read(PIECE, decode_content=False):
+                self._wire.pace.check()
+                yield piece
+        except HTTPError as error:
+            self._wire.pace.check()
+            raise Broken(_reason(error)) from None
+        finally:
+            self.close()
+
+    def text(self, limit: int = TEXT_LIMIT) -> bytes:
+        """Return the whole body. Raises `UserError` when it is longer than `limit` bytes, `Broken` as `pieces`."""
+        data = bytearray()
+        for piece in self.pieces():
+            data += piece
+            if len(data) > limit:
+                self.close()
+                raise UserError(f"{host_of(self.url)} answers with more than {limit} bytes where little was expected")
+        return bytes(data)
+
+    def close(self) -> None:
+        """Let go of the connection; it serves again only if the body was read to its end."""
+        self._wire.forget(self)
+        if getattr(self._response, "length_remaining", None) == 0:
+            self._response.read()
+        self._response.close()
+
+    def cut(self) -> None:
+        """End a read that another thread waits in."""
+        with contextlib.suppress(ValueError, OSError, HTTPError):
+            self._response.shutdown()
+
+
+class Wire:
+    """Connections to any number of hosts, shared by threads."""
+
+    def __init__(
+        self, *, plain_http: bool = False, ca: str | None = None, connections: int = 4, pace: Pace | None = None
+    ) -> None:
+        self.pace = pace or Pace()
+        self.scheme = "http" if plain_http else "https"
+        self._tls = _tls_context(ca)
+        self._connections = connections
+        self._managers: dict[str, urllib3.PoolManager] = {}
+        self._open: set[Reply] = set()
+        self._answered: set[str] = set()
+        self._lock = threading.Lock()
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Body | bytes = b"",
+        secret: str | None = None,
+        again: bool = True,
+    ) -> Reply:
+        """Return the answer to a request, whatever its status; GET and HEAD follow redirects.
+
+        `secret` is the value of Authorization, for the host of `url` alone.  With `again` busy servers and broken
+        connections are tried again, and a `UserError` is raised when that does not help; without, they are the
+        caller's: a status that it must look at, or `Broken`.
+        """
+        for attempt in range(self.pace.attempts):
+            self.pace.check()
+            last = attempt + 1 == self.pace.attempts
+            try:
+                reply = self._follow(method, url, dict(headers or {}), body, secret)
+            except Broken as error:
+                if not again:
+                    raise
+                if last or (isinstance(error, Unreachable) and host_of(url) not in self._answered):
+                    raise UserError(f"cannot reach {host_of(url)}: {error}") from None
+                self.pace.pause(attempt)
+                continue
+            if reply.status not in BUSY or not again:
+                return reply
+            asked = _asked_pause(reply)
+            reply.close()
+            if last or asked > PATIENCE:
+                raise UserError(_busy_sentence(reply, asked))
+            self.pace.pause(attempt, asked)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _follow(self, method: str, url: str, headers: dict[str, str], body: Body | bytes, secret: str | None) -> Reply:
+        home = origin(url)
+        for _ in range(REDIRECTS + 1):
+            sent = dict(headers)
+            if secret is not None and origin(url) == home:
+                sent["Authorization"] = secret
+            reply = self._send(method, url, sent, body)
+            target = reply.headers.get("Location")
+            if method not in ("GET", "HEAD") or reply.status not in MOVED or target is None:
+                return reply
+            reply.close()
+            url = self.joined(url, target)
+        raise UserError(f"{home.host} sends us from one address to the next without end")
+
+    def _send(self, method: str, url: str, headers: dict[str, str], body: Body | bytes) -> Reply:
+        self._allow(url)
+        payload: bytes | Iterable[bytes] | None = body or None if isinstance(body, bytes) else body.pieces()
+        if not isinstance(body, bytes):
+            headers["Content-Length"] = str(body.size)
+        try:
+            response = self._manager(url).request(
+                method, url, body=payload, headers={"Accept-Encoding": "identity", **headers},
+                preload_content=False, decode_content=False, redirect=False, retries=False,
+            )  # fmt: skip
+        except (HTTPError, OSError) as error:
+            raise self._failure(url, error) from None
+        reply = Reply(response, url, self)
+        with self._lock:
+            self._open.add(reply)
+            self._answered.add(host_of(url))
+        return reply
+
+    def _failure(self, url: str, error: Exception) -> Exception:
+        self.pace.check()
+        if isinstance(error, LocationParseError):
+            return UserError(f"{printable(url)} is no address")
+        if isinstance(error, SSLError):
+            return UserError(_tls_sentence(host_of(url), error))
+        if isinstance(error, (NameResolutionError, NewConnectionError)):
+            return Unreachable(_reason(error))
+        return Broken(_reason(error))
+
+    def joined(self, url: str, target: str) -> str:
+        """Return where a Location leads from `url`. Raises `UserError` where it may not lead."""
+        found = urllib.parse.urljoin(url, target)
+        self._allow(found)
+        return found
+
+    def _allow(self, url: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme == "https" or (self.scheme == parts.scheme == "http" and is_loopback(parts.netloc)):
+            return
+        raise UserError(f"refused to talk to {host_of(url)} without TLS; --plain-http is for this machine alone")
+
+    def _manager(self, url: str) -> urllib3.PoolManager:
+        proxy = _proxy_for(url)
+        with self._lock:
+            if proxy not in self._managers:
+                self._managers[proxy] = self._new_manager(proxy)
+            return self._managers[proxy]
+
+    def _new_manager(self, proxy: str) -> urllib3.PoolManager:
+        timeout = urllib3.Timeout(connect=CONNECT_LIMIT, read=SILENCE_LIMIT)
+        if not proxy:
+            return urllib3.PoolManager(ssl_context=self._tls, timeout=timeout, maxsize=self._connections)
+        return urllib3.ProxyManager(proxy, ssl_context=self._tls, timeout=timeout, maxsize=self._connections)
+
+    def forget(self, reply: Reply) -> None:
+        """Take an answer off the list of those that `stop` ends."""
+        with self._lock:
+            self._open.discard(reply)
+
+    def stop(self) -> None:
+        """Make every thread that waits for a host, or for its turn, come back with `GivenUp`."""
+        self.pace.stop()
+        with self._lock:
+            replies = list(self._open)
+        for reply in replies:
+            reply.cut()
+
+    def close(self) -> None:
+        """Close all connections."""
+        for manager in self._managers.values():
+            manager.clear()
+
+
+class Unreachable(Broken):
+    """There was no connection at all: no such host, or nobody listens."""
+
+
+class Origin(NamedTuple):
+    """Whom a secret is for."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+def origin(url: str) -> Origin:
+    """Return scheme, host and port of an address, ports filled in."""
+    parts = urllib.parse.urlsplit(url)
+    return Origin(parts.scheme, (parts.hostname or "").lower(), _port_of(parts))
+
+
+def _port_of(parts: urllib.parse.SplitResult) -> int:
+    try:
+        return parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+    except ValueError:
+        raise UserError(f"{printable(parts.netloc)} is no address") from None
+
+
+def host_of(url: str) -> str:
+    """Return HOST[:PORT] of an address, for messages; without user and password, which some put there."""
+    return printable(urllib.parse.urlsplit(url).netloc.rpartition("@")[2])
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """Return what others wrote as one short line without control characters."""
+    return "".join(character if character.isprintable() else "?" for character in text[:limit])
+
+
+def _tls_context(ca: str | None) -> ssl.SSLContext:
+    """The system's certificates, or those of `$SSL_CERT_FILE`; `ca` is a file of more."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if ca is not None:
+        try:
+            context.load_verify_locations(cafile=ca)
+        except OSError as error:
+            raise UserError(f"cannot read certificates from {ca}: {error.strerror or error}") from None
+    return context
+
+
+def _tls_sentence(host: str, error: SSLError) -> str:
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return (
+            f"the certificate of {host} is not trusted ({_between(text, 'failed: ', ' (_ssl')}); "
+            "name the authority that signed it with --ca FILE"
+        )
+    if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
+        return f"{host} does not speak TLS; a registry on this machine can do without: --plain-http"
+    return f"no TLS connection with {host}: {_reason(error)}"
+
+
+def _between(text: str, start: str, end: str) -> str:
+    return printable(text.partition(start)[2].partition(end)[0])
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause, in the words of the system: urllib3 wraps them in layers of its own."""
+    seen: BaseException = error
+    while inner := seen.__cause__ or (seen.__context__ if not seen.__suppress_context__ else None):
+        seen = inner
+    if isinstance(seen, OSError) and seen.strerror:
+        return seen.strerror
+    return printable(str(seen).rpartition(">: ")[2]) or type(seen).__name__
+
+
+def _asked_pause(reply: Reply) -> float:
+    """Retry-After (RFC 9110, 10.2.3): seconds, or a date."""
+    text = reply.headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def _busy_sentence(reply: Reply, asked: float) -> str:
+    when = f" and asks for {asked:.0f} seconds of rest" if asked else ""
+    return f"{host_of(reply.url)} is busy (status {reply.status}){when}; try again later"
+
+
+def _proxy_for(url: str) -> str:
+    """The proxy that the usual variables name (`https_proxy`, `no_proxy`, ...); none for this machine."""
+    parts = urllib.parse.urlsplit(url)
+    if is_loopback(parts.netloc) or urllib.request.proxy_bypass_environment(parts.netloc):  # type: ignore[attr-defined]
+        return ""
+    return urllib.request.getproxies_environment().get(parts.scheme, "")
