@@ -15,6 +15,7 @@ getdents(2), xattr(7), copy_file_range(2), ioctl_ficlone(2), preadv2(2), statfs(
 ``include/uapi/linux/fs.h``, ``fs/ext4/ext4.h``, ``fs/xfs/libxfs/xfs_fs.h``, ``include/uapi/linux/btrfs.h``.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -692,6 +693,20 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def try_share(fd: int) -> bool:
+    """Take the shared flock(2) of an open file without waiting; False when another description holds it exclusively."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def wait_lock(fd: int, shared: bool) -> None:
+    """Take the flock(2) of an open file, waiting for it as long as it takes."""
+    fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+
+
 _NR_OPEN_TREE = 428
 _NR_MOUNT_SETATTR = 442
 _OPEN_TREE_CLONE = 1
@@ -733,3 +748,89 @@ def open_by_handle(fd: int, kind: int, handle: bytes) -> int | None:
     finally:
         os.close(own)
     return found if found >= 0 else None
+
+
+# --- space and flags of open files ---------------------------------------------------------------------------
+
+_fallocate = _function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Allocate, punch, zero, collapse or insert a range of an open file; `mode` as in fallocate(2)."""
+    _changing("fallocate")
+    while _fallocate(fd, mode, offset, length) < 0:
+        if ctypes.get_errno() != errno.EINTR:
+            raise _failed()
+
+
+def seek_data(fd: int, offset: int, whence: int) -> int:
+    """Return where data (SEEK_DATA) or a hole (SEEK_HOLE) begins at or after `offset`; ENXIO beyond the end."""
+    return os.lseek(fd, offset, whence)
+
+
+def copy_range(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int) -> int:
+    """Copy up to `length` bytes between open files, shared where the file system can; return how many were.
+
+    Where copy_file_range(2) cannot serve the pair the first block goes by read and write.
+    """
+    _changing("copy_range")
+    try:
+        return os.copy_file_range(src_fd, dst_fd, length, src_offset, dst_offset)
+    except OSError as error:
+        if error.errno not in _CANNOT_COPY_RANGE:
+            raise
+    data = os.pread(src_fd, min(length, _BLOCK), src_offset)
+    return _write_all(dst_fd, dst_offset, data)
+
+
+_STATX_BTIME = 0x800
+_STATX_SIZE = 256
+_statx = _function("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+
+
+def birth_time(dirfd: int, name: bytes) -> int | None:
+    """Return when an object was made, in nanoseconds since 1970; None where the file system does not know."""
+    found = ctypes.create_string_buffer(_STATX_SIZE)
+    if _statx(dirfd, _component(name), _AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH, _STATX_BTIME, found) < 0:
+        raise _failed(name)
+    (mask,) = struct.unpack_from("=I", found, 0)
+    seconds, nanoseconds = struct.unpack_from("=qI", found, 80)
+    return seconds * 1_000_000_000 + nanoseconds if mask & _STATX_BTIME else None
+
+
+def get_file_attributes(fd: int, request: int, size: int) -> bytes:
+    """Return what an ioctl(2) that only reads says of an open file: `size` bytes."""
+    return bytes(fcntl.ioctl(fd, request, bytes(size)))
+
+
+def set_file_attributes(fd: int, request: int, value: bytes) -> None:
+    """Change an open file by an ioctl(2) that takes a structure, as FS_IOC_SETFLAGS does."""
+    _changing("set_file_attributes")
+    fcntl.ioctl(fd, request, value)
+
+
+# --- the process -------------------------------------------------------------------------------------------
+
+CAP_FSETID = 4
+_CAPABILITY_VERSION_3 = 0x20080522
+_capget = _function("capget", ctypes.c_char_p, ctypes.c_void_p)
+_capset = _function("capset", ctypes.c_char_p, ctypes.c_char_p)
+_OF_THIS_THREAD = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+_CAPABILITIES = struct.Struct("=6I")  # effective, permitted, inheritable; twice, the low 32 first (capget(2))
+
+
+@contextlib.contextmanager
+def without_capability(number: int) -> Iterator[None]:
+    """Leave a capability out of this thread's effective set within the context; nothing where it is not in it."""
+    found = ctypes.create_string_buffer(_CAPABILITIES.size)
+    if _capget(_OF_THIS_THREAD, found) < 0:
+        raise _failed()
+    before = found.raw[: _CAPABILITIES.size]
+    effective, *rest = _CAPABILITIES.unpack(before)
+    reduced = _CAPABILITIES.pack(effective & ~(1 << number), *rest)
+    if _capset(_OF_THIS_THREAD, reduced) < 0:
+        raise _failed()
+    try:
+        yield
+    finally:
+        _capset(_OF_THIS_THREAD, before)

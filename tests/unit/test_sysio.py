@@ -5,6 +5,7 @@ import inspect
 import os
 import socket
 import stat
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ from tests.unit.samples import attempt
 
 root = pytest.mark.root
 PATH = os.O_PATH | os.O_NOFOLLOW
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_NOATIME_FL = 0x80
 
 
 @pytest.fixture
@@ -608,6 +614,61 @@ def test_locks(place: Path) -> None:
         assert sysio.try_lock(second)
 
 
+# --- space and flags
+
+
+@pytest.fixture
+def opened(place: Path) -> Iterator[int]:
+    """A file of four blocks, open for reading and writing."""
+    (place / "data").write_bytes(b"x" * 16384)
+    with _Open(os.open(place / "data", os.O_RDWR)) as fd:
+        yield fd
+
+
+def test_a_hole_is_punched_and_found(opened: int) -> None:
+    sysio.fallocate(opened, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, 4096, 4096)
+    assert os.pread(opened, 16384, 0) == b"x" * 4096 + bytes(4096) + b"x" * 8192
+    assert sysio.seek_data(opened, 0, os.SEEK_HOLE) == 4096
+    assert sysio.seek_data(opened, 4096, os.SEEK_DATA) == 8192
+    assert attempt(lambda: sysio.seek_data(opened, 16384, os.SEEK_DATA)) == errno.ENXIO
+
+
+def test_what_cannot_be_allocated_is_an_error(opened: int) -> None:
+    assert attempt(lambda: sysio.fallocate(opened, 0, 0, 0)) == errno.EINVAL
+
+
+def test_a_range_is_copied_within_a_file_system_and_across(opened: int, place: Path) -> None:
+    with _Open(os.open(place / "target", os.O_RDWR | os.O_CREAT)) as near, _Open(os.memfd_create("far")) as far:
+        for target in (near, far):
+            assert sysio.copy_range(opened, 10, target, 5, 100) == 100
+            assert os.pread(target, 200, 0) == bytes(5) + b"x" * 100
+    assert sysio.copy_range(opened, 99999, opened, 0, 10) == 0
+
+
+def test_the_birth_of_a_file_is_not_after_its_change(opened: int, here: int) -> None:
+    born = sysio.birth_time(here, b"data")
+    assert born is None or 0 < born <= os.fstat(opened).st_ctime_ns
+    assert attempt(lambda: sysio.birth_time(here, b"missing")) == errno.ENOENT
+
+
+def test_the_flags_of_a_file(opened: int) -> None:
+    before = struct.unpack("I", sysio.get_file_attributes(opened, FS_IOC_GETFLAGS, 4))[0]
+    sysio.set_file_attributes(opened, FS_IOC_SETFLAGS, struct.pack("I", before | FS_NOATIME_FL))
+    assert struct.unpack("I", sysio.get_file_attributes(opened, FS_IOC_GETFLAGS, 4))[0] == before | FS_NOATIME_FL
+
+
+@pytest.mark.root
+def test_a_capability_is_left_out_for_a_while() -> None:
+    def effective() -> int:
+        status = Path("/proc/thread-self/status").read_text()
+        return int(status.split("CapEff:")[1].split()[0], 16)
+
+    before = effective()
+    with sysio.without_capability(sysio.CAP_FSETID):
+        assert effective() == before & ~(1 << sysio.CAP_FSETID)
+    assert effective() == before
+
+
 # --- the fuse
 
 CHANGING_BY_NAME: dict[str, Callable[[int, bytes], object]] = {
@@ -636,6 +697,9 @@ CHANGING_BY_DESCRIPTOR: dict[str, Callable[[int], object]] = {
     "fsync": sysio.fsync,
     "fdatasync": sysio.fdatasync,
     "syncfs": sysio.syncfs,
+    "fallocate": lambda fd: sysio.fallocate(fd, 0, 0, 4096),
+    "copy_range": lambda fd: sysio.copy_range(fd, 0, fd, 0, 1),
+    "set_file_attributes": lambda fd: sysio.set_file_attributes(fd, FS_IOC_SETFLAGS, bytes(4)),
 }
 READING = {
     "open_beneath",
@@ -656,7 +720,13 @@ READING = {
     "fs_type",
     "fs_id",
     "clone_mount",
+    "seek_data",
+    "birth_time",
+    "get_file_attributes",
+    "without_capability",
     "try_lock",
+    "try_share",
+    "wait_lock",
 }
 EVERY_CHANGE: dict[str, Callable[[int], object]] = {
     **{call: lambda fd, act=act: act(fd, b"file") for call, act in CHANGING_BY_NAME.items()},  # type: ignore[misc]
