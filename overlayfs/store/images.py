@@ -1,0 +1,86 @@
+"""Images: names for stacks of layers, one small file each, replaced in one step."""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from overlayfs import sysio
+from overlayfs.errors import UserError
+from overlayfs.store import layout, records
+from overlayfs.store.layers import Layers
+from overlayfs.store.place import Place
+from overlayfs.store.records import ImageRecord
+
+
+class Images:
+    """All images of a store."""
+
+    def __init__(self, place: Place, layers: Layers) -> None:
+        self._place = place
+        self._layers = layers
+
+    def all(self) -> Iterator[ImageRecord]:
+        """Yield every image, by name."""
+        found = map(self._read, self._place.names(layout.IMAGES))
+        return (record for record in found if record is not None)
+
+    def get(self, name: str) -> ImageRecord | None:
+        """Return the image NAME[:TAG], None if there is none; UserError for what cannot be a name."""
+        return self._read(layout.file_name(layout.image_name(name)))
+
+    def find(self, name: str) -> ImageRecord:
+        """Return the image NAME[:TAG]; UserError if there is none."""
+        record = self.get(name)
+        if record is None:
+            raise UserError(f"there is no image {layout.image_name(name)}; `overlayfs images` lists them")
+        return record
+
+    def _read(self, file: bytes) -> ImageRecord | None:
+        try:
+            document = self._place.read(self._place.rooms[layout.IMAGES], file)
+        except FileNotFoundError:
+            return None
+        return records.decode(document, ImageRecord, self._place.shown(layout.IMAGES, file))
+
+    def put(self, record: ImageRecord) -> ImageRecord:
+        """Make a name stand for a stack, in one step; UserError when a layer is not in the store."""
+        with self._place.adding():
+            placed = self.put_locked(record)
+        for layer_id in record.layers:
+            self._layers.forget(layer_id)
+        return placed
+
+    def put_locked(self, record: ImageRecord) -> ImageRecord:
+        """Do the same when the store's lock is held."""
+        name = layout.image_name(record.name)
+        layers = tuple(self._standing_for(layer_id, name) for layer_id in record.layers)
+        placed = msgspec.structs.replace(record, name=name, layers=layers)
+        self._place.write(self._place.rooms[layout.IMAGES], layout.file_name(name), records.encode(placed))
+        return placed
+
+    def _standing_for(self, layer_id: str, name: str) -> str:
+        """Return the id of the layer that stands for this content."""
+        layer = self._layers.get(layer_id)
+        if layer is None:
+            raise UserError(f"layer {layer_id} is not in the store, so {name} cannot be made of it")
+        same = layer.record.same_as
+        return same if same is not None and self._layers.get(same) is not None else layer_id
+
+    def replace_layer(self, old: str, new: str) -> None:
+        """Make every image that names one layer name another, equal one. The store's lock must be held."""
+        for record in self.all():
+            if old in record.layers:
+                layers = tuple(new if layer_id == old else layer_id for layer_id in record.layers)
+                self.put_locked(msgspec.structs.replace(record, layers=layers))
+
+    def tag(self, old: str, new: str) -> ImageRecord:
+        """Give an image a second name; what that name stood for loses it."""
+        with self._place.adding():
+            return self.put_locked(msgspec.structs.replace(self.find(old), name=new))
+
+    def remove(self, name: str) -> None:
+        """Take a name away; the layers stay until gc. UserError if there is none."""
+        with self._place.removing():
+            record = self.find(name)
+            sysio.unlink_at(self._place.rooms[layout.IMAGES], layout.file_name(record.name))
+            sysio.fsync(self._place.rooms[layout.IMAGES])

@@ -1,0 +1,330 @@
+"""Layers at rest: how one is staged, published or adopted, found and held.
+
+A layer is there when both its record and its tree are. One that is staged gets its record last and appears by one
+rename; one that is adopted has its record first and is there when the tree is renamed into it. Who makes a layer holds
+its lock shared from birth, so that nothing takes it before something refers to it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sized
+from typing import Protocol, Self
+
+import msgspec
+
+from overlayfs import sysio
+from overlayfs.errors import UserError
+from overlayfs.store import layout, locks, records
+from overlayfs.store.locks import Hold
+from overlayfs.store.place import Place
+from overlayfs.store.records import LayerRecord
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
+_PATIENCE = 10.0  # seconds that a reader waits for a repair to end
+
+
+class Summary(Protocol):
+    """What the store asks of a manifest (`overlayfs.store.manifest.Manifest` is one)."""
+
+    @property
+    def digest(self) -> str:
+        """``sha256:HEX`` of what `write` writes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all regular files, hard links once."""
+
+    @property
+    def entries(self) -> Sized:
+        """All entries."""
+
+    def write(self, fd: int) -> None:
+        """Write the manifest to an open, empty file."""
+
+
+class Layer:
+    """One layer of the store and its record as it was when it was looked up."""
+
+    def __init__(self, place: Place, record: LayerRecord) -> None:
+        self._place = place
+        self.record = record
+
+    @property
+    def id(self) -> str:
+        """The 32 hex digits it has had since birth."""
+        return self.record.id
+
+    @property
+    def path(self) -> bytes:
+        """Its directory, absolute."""
+        return os.path.join(self._place.path, layer_path(self.id))
+
+    @property
+    def tree_path(self) -> bytes:
+        """The tree that a mount shows, absolute."""
+        return os.path.join(self.path, layout.TREE)
+
+    def tree_fd(self) -> int:
+        """Open the root of the tree; the caller closes it. FileNotFoundError when the layer is gone."""
+        return self._place.open(layer_path(self.id) + b"/" + layout.TREE)
+
+    def manifest_fd(self) -> int:
+        """Open the manifest for reading; the caller closes it. FileNotFoundError while there is none."""
+        return self._place.open(layer_path(self.id) + b"/" + layout.MANIFEST, os.O_RDONLY)
+
+    def hold(self) -> Hold:
+        """Keep the layer as it is until the hold is released: neither gc nor a repair touches it. UserError if gone."""
+        return self._hold(shared=True)
+
+    def hold_alone(self) -> Hold:
+        """Be the only one who uses the layer, to repair it; UserError when somebody else does."""
+        return self._hold(shared=False)
+
+    def _hold(self, shared: bool) -> Hold:
+        try:
+            hold = locks.hold(self._place.root, layer_path(self.id), shared=shared, wait=_PATIENCE if shared else 0.0)
+        except FileNotFoundError:
+            raise UserError(f"layer {self.id} is not in the store any more") from None
+        if hold is None:
+            holder = "it is being repaired" if shared else "unmount what uses it first"
+            raise UserError(f"layer {self.id} is in use; {holder}")
+        return hold
+
+
+def layer_path(layer_id: str) -> bytes:
+    """Return where a layer lies, counted from the store."""
+    return layout.LAYERS + b"/" + layer_id.encode()
+
+
+class Layers:
+    """All layers of a store. What is born or found by content here is kept from gc until `forget` or `close`."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._kept: dict[str, Hold] = {}
+
+    def close(self) -> None:
+        """Let go of all that is kept."""
+        for layer_id in tuple(self._kept):
+            self.forget(layer_id)
+
+    def forget(self, layer_id: str) -> None:
+        """Let go of one layer: something refers to it now, or nothing ever will."""
+        hold = self._kept.pop(layer_id, None)
+        if hold is not None:
+            hold.release()
+
+    def retain(self, layer_id: str, hold: Hold) -> None:
+        """Keep a layer whose lock is held already."""
+        self.forget(layer_id)
+        self._kept[layer_id] = hold
+
+    # --- finding ---------------------------------------------------------------------------------------
+
+    def ids(self) -> Iterator[str]:
+        """Yield the ids of all directories in the layers' room, whole or not."""
+        return (name.decode() for name in self.place.names(layout.LAYERS) if layout.is_id(os.fsdecode(name)))
+
+    def all(self) -> Iterator[Layer]:
+        """Yield every layer that is there, by id."""
+        return (layer for layer in map(self.get, self.ids()) if layer is not None)
+
+    def get(self, layer_id: str) -> Layer | None:
+        """Return the layer with a whole id, None if there is none."""
+        path = layer_path(layer_id)
+        try:
+            document = self.place.read(self.place.root, path + b"/" + layout.RECORD)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not self.place.exists(path + b"/" + layout.TREE):
+            return None
+        return Layer(self.place, records.decode(document, LayerRecord, self.place.shown(path, layout.RECORD)))
+
+    def find(self, given: str) -> Layer:
+        """Return the layer with an id or digest that begins so; UserError for none and for several."""
+        layer = self.get(given) if layout.is_id(given) else None
+        found = {layer.id: layer} if layer is not None else self._beginning(given.removeprefix("sha256:"))
+        if len(found) != 1:
+            what = "is the start of several layer ids; write more of it" if found else "is no layer of this store"
+            raise UserError(f"{given} {what}; `overlayfs layers` lists them")
+        return next(iter(found.values()))
+
+    def _beginning(self, start: str) -> dict[str, Layer]:
+        if not start or not all(digit in "0123456789abcdef" for digit in start):
+            return {}
+        by_id = (self.get(each) for each in self.ids() if each.startswith(start))
+        digests = (name.decode() for name in self.place.names(layout.DIGESTS) if name.startswith(start.encode()))
+        by_digest = (self._indexed(layout.DIGESTS, f"sha256:{each}") for each in digests)
+        return {layer.id: layer for layer in (*by_id, *by_digest) if layer is not None}
+
+    def by_digest(self, digest: str) -> Layer | None:
+        """Return the layer with this content, kept from now on, or None."""
+        return self._kept_layer(self._indexed(layout.DIGESTS, digest))
+
+    def by_diff_id(self, diff_id: str) -> Layer | None:
+        """Return the layer that this canonical tar makes, kept from now on, or None."""
+        return self._kept_layer(self._indexed(layout.DIFFS, diff_id))
+
+    def _indexed(self, room: bytes, digest: str) -> Layer | None:
+        """Ask an index, and the record whether it is right: an index may be old."""
+        name = layout.digest_file(digest)
+        try:
+            layer_id = self.place.read(self.place.rooms[room], name).decode() if name else ""
+        except FileNotFoundError:
+            return None
+        layer = self.get(layer_id) if layout.is_id(layer_id) else None
+        if layer is None:
+            return None
+        return layer if digest == (layer.record.digest if room == layout.DIGESTS else layer.record.diff_id) else None
+
+    def _kept_layer(self, layer: Layer | None) -> Layer | None:
+        if layer is None or layer.id in self._kept:
+            return layer
+        try:
+            self.retain(layer.id, layer.hold())
+        except UserError:
+            return None
+        return layer
+
+    # --- making ----------------------------------------------------------------------------------------
+
+    def stage(self) -> "StagedLayer":
+        """Begin a layer in the staging place."""
+        return StagedLayer(self, layout.new_id())
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Be the only one who decides whether a layer is there already; nothing is taken away meanwhile."""
+        with self.place.adding(), locks.waiting(self.place.root, layout.DIGESTS, shared=False):
+            yield
+
+    def equal(self, digest: str | None, below: tuple[str, ...]) -> Layer | None:
+        """Return the layer that stands for this content, kept; marks that count on layers below must mean the same."""
+        found = self.by_digest(digest) if digest is not None else None
+        return found if found is not None and found.record.below == below else None
+
+    def write_record(self, record: LayerRecord) -> Layer:
+        """Replace the record of a layer and enter it into the indexes. The store's lock must be held."""
+        directory = self.place.open(layer_path(record.id))
+        try:
+            self.place.write(directory, layout.RECORD, records.encode(record))
+        finally:
+            sysio.close(directory)
+        self.index(record)
+        return Layer(self.place, record)
+
+    def index(self, record: LayerRecord) -> None:
+        """Enter a layer into the indexes, unless another one stands for it."""
+        if record.same_as is not None:
+            return
+        for room, digest in ((layout.DIGESTS, record.digest), (layout.DIFFS, record.diff_id)):
+            name = layout.digest_file(digest) if digest is not None else None
+            if name is not None:
+                self.place.write(self.place.rooms[room], name, record.id.encode())
+
+    def note_diff_id(self, layer: Layer, diff_id: str) -> Layer:
+        """Remember the sha256 of a layer's canonical tar, which somebody has worked out."""
+        with self.publishing():
+            now = self.get(layer.id) or layer
+            return self.write_record(msgspec.structs.replace(now.record, diff_id=diff_id))
+
+
+class StagedLayer:
+    """A layer in the making: fill the tree, then `publish`. A context; leaving it without publishing discards."""
+
+    def __init__(self, layers: Layers, layer_id: str) -> None:
+        self._layers = layers
+        self._place = layers.place
+        self.id = layer_id
+        self._name = layer_id.encode()
+        self._published = False
+        with self._place.adding():
+            sysio.mkdir_at(self._place.rooms[layout.STAGING], self._name, 0o700)
+            self._directory = self._place.open(layout.STAGING + b"/" + self._name)
+            self._hold = locks.make(self._directory)
+        sysio.mkdir_at(self._directory, layout.TREE, 0o755)
+        self.tree_fd = sysio.open_child(self._directory, layout.TREE, _DIRECTORY)
+
+    @property
+    def tree_path(self) -> bytes:
+        """The tree to fill, absolute."""
+        return os.path.join(self._place.path, layout.STAGING, self._name, layout.TREE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        if not self._published:
+            with contextlib.suppress(FileNotFoundError):
+                self._place.discard(layout.STAGING, self._name)
+            self._hold.release()
+            self._place.empty_trash()
+
+    def _close(self) -> None:
+        for fd in (self.tree_fd, self._directory):
+            sysio.close(fd)
+
+    def publish(
+        self,
+        *,
+        manifest: Summary | None,
+        author: str = "",
+        message: str = "",
+        diff_id: str | None = None,
+        flags: tuple[str, ...] = (),
+        below: tuple[str, ...] = (),
+        created: str | None = None,
+    ) -> Layer:
+        """Make the layer a part of the store, durably, and return it: an equal one instead where there is one.
+
+        Without a manifest its state is "hashing" until `LayerStore.finish`. The layer is kept from gc until the store
+        is closed or an image or workspace names it.
+        """
+        record = LayerRecord(
+            id=self.id,
+            state="hashing" if manifest is None else "complete",
+            created=created or records.now(),
+            author=author,
+            message=message,
+            digest=None if manifest is None else manifest.digest,
+            diff_id=diff_id,
+            size=0 if manifest is None else manifest.size,
+            entries=0 if manifest is None else len(manifest.entries),
+            flags=flags,
+            below=below,
+        )
+        sysio.syncfs(self.tree_fd)
+        with self._layers.publishing():
+            return self._same(record) or self._appear(record, manifest)
+
+    def _same(self, record: LayerRecord) -> Layer | None:
+        same = self._layers.equal(record.digest, record.below)
+        if same is not None and record.diff_id is not None and same.record.diff_id is None:
+            return self._layers.write_record(msgspec.structs.replace(same.record, diff_id=record.diff_id))
+        return same
+
+    def _appear(self, record: LayerRecord, manifest: Summary | None) -> Layer:
+        if manifest is not None:
+            write_manifest(self._directory, manifest)
+        self._place.write(self._directory, layout.RECORD, records.encode(record))
+        rooms = self._place.rooms
+        sysio.rename_at(rooms[layout.STAGING], self._name, rooms[layout.LAYERS], self._name)
+        self._published = True
+        self._layers.retain(self.id, self._hold)
+        sysio.fsync(rooms[layout.LAYERS])
+        self._layers.index(record)
+        return Layer(self._place, record)
+
+
+def write_manifest(directory: int, manifest: Summary) -> None:
+    """Put a manifest into a layer's directory, durable; the record that speaks of it comes after."""
+    fresh = layout.MANIFEST + b".new"
+    fd = sysio.open_child(directory, fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        manifest.write(fd)
+        sysio.fsync(fd)
+    finally:
+        sysio.close(fd)
+    sysio.rename_at(directory, fresh, directory, layout.MANIFEST)
+    sysio.fsync(directory)

@@ -1,0 +1,374 @@
+"""The manifest of a layer: every entry of its tree, what it is and, by hash, what is in it.
+
+The same layer gives the same bytes wherever it lies, so the sha256 of the bytes names the layer's content. Access and
+change times, inode numbers, the size of directories, and attributes that belong to a place (`_LOCAL`) are not part of
+it; nor is anything but the name of a whiteout device. docs/on-disk-format.md, "Manifest", has the format.
+
+Entries stand in the order of a walk: a directory, then all that is in it, names sorted as bytes. The file is read and
+written one block at a time, so neither needs more memory for a larger layer.
+"""
+
+import contextlib
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from typing import NamedTuple, Self
+
+import msgspec
+
+from overlayfs import sysio
+from overlayfs.errors import UserError
+from overlayfs.format import xattrs
+from overlayfs.format.xattrs import Mode
+
+NAME = b"manifest"
+_HEADER = b"overlayfs manifest 1\n"
+_LENGTH = struct.Struct("<I")
+_ARRAY = struct.Struct(">BI")  # msgpack "array 32": always this form, so that there is one way to write a block
+_ARRAY_32 = 0xDD
+_BLOCK_ENTRIES = 512
+_BLOCK_BYTES = 256 * 1024
+_LONGEST_BLOCK = 64 << 20  # one entry with every attribute a file system can hold is far shorter
+_PIECE = 1 << 20
+_UNNAMED = os.O_RDWR | os.O_TMPFILE
+
+_LOCAL_SUFFIXES = (xattrs.ORIGIN, xattrs.IMPURE, xattrs.NLINK, xattrs.UUID, b"upper")
+_LOCAL = frozenset(
+    {xattrs.prefix(mode) + suffix for mode in Mode for suffix in _LOCAL_SUFFIXES}
+    | {b"security.selinux", b"security.evm", b"user.fuseoverlayfs.origin"}
+)
+_LOCAL_PREFIXES = (*xattrs.OWN_PREFIXES.values(), b"trusted.SGI_ACL_")  # xfs lists ACLs a second time
+_FLAGS = {xattrs.prefix(mode) + suffix: suffix.decode() for mode in Mode for suffix in (xattrs.REDIRECT, xattrs.METACOPY)}
+
+
+class Type(Enum):
+    """What an entry is, in the letters of find(1); a whiteout is the device 0:0."""
+
+    FILE = "f"
+    DIR = "d"
+    SYMLINK = "l"
+    FIFO = "p"
+    SOCKET = "s"
+    CHAR = "c"
+    BLOCK = "b"
+    WHITEOUT = "w"
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One entry. `path` counts from the layer's root, which is ``b""``; `mode` is permission bits.
+
+    `size` in bytes, of regular files only; `link` is the first path of the same inode, for every other name of it;
+    `xxh3` is the xxh3-128 of the content in hex, for the first name of a regular file that holds its own data.
+    """
+
+    path: bytes
+    type: Type
+    mode: int = 0
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    mtime_ns: int = 0
+    rdev: int = 0
+    target: bytes | None = None
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()
+    link: bytes | None = None
+    xxh3: str | None = None
+
+
+class _Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An entry as it is written: name and depth stand for the path, which would repeat all names above."""
+
+    depth: int
+    name: bytes
+    type: Type
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    seconds: int
+    nanoseconds: int
+    rdev: int
+    target: bytes | None
+    xattrs: tuple[tuple[bytes, bytes], ...]
+    link: bytes | None
+    xxh3: str | None
+
+
+class Totals(NamedTuple):
+    """What a manifest sums up to: entries, bytes of regular files with hard links once, and marks that need layers below."""
+
+    count: int
+    size: int
+    flags: tuple[str, ...]
+
+
+class Damaged(UserError):
+    """A manifest that cannot be what was written."""
+
+
+def travels(attribute: bytes) -> bool:
+    """Return whether an extended attribute is part of a layer wherever it lies."""
+    return attribute not in _LOCAL and not attribute.startswith(_LOCAL_PREFIXES)
+
+
+def is_metadata_only(attributes: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Return whether attributes say that a file's data lies in a layer below."""
+    return any(_FLAGS.get(name) == "metacopy" for name, _ in attributes)
+
+
+def order(path: bytes) -> bytes:
+    """Return the key by which paths sort as in a manifest: a directory, then what is in it, then its neighbours."""
+    return path.replace(b"/", b"\0")
+
+
+class Manifest:
+    """A manifest in an open file, which it owns. Several threads may read it at once."""
+
+    def __init__(self, fd: int, where: str, totals: Totals | None = None) -> None:
+        self._fd = fd
+        self._where = where
+        self._totals = totals
+        self._digest: str | None = None
+
+    @classmethod
+    def open(cls, dirfd: int, name: bytes = NAME, where: str = "the manifest") -> Self:
+        """Open a manifest file; `where` is its name in sentences. FileNotFoundError when there is none."""
+        return cls(sysio.open_child(dirfd, name, os.O_RDONLY), where)
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry], place: int | None = None) -> Self:
+        """Write entries, which come in order, to an unnamed file in the directory `place` (None: the system's)."""
+        fd = _unnamed(place)
+        try:
+            return cls(fd, "the manifest", _write(fd, entries))
+        except BaseException:
+            sysio.close(fd)
+            raise
+
+    def close(self) -> None:
+        """Give the file back."""
+        sysio.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def digest(self) -> str:
+        """``sha256:HEX`` of all bytes."""
+        if self._digest is None:
+            found = hashlib.sha256()
+            for piece in self._pieces():
+                found.update(piece)
+            self._digest = "sha256:" + found.hexdigest()
+        return self._digest
+
+    @property
+    def count(self) -> int:
+        """How many entries there are, the root included."""
+        return self.totals.count
+
+    @property
+    def size(self) -> int:
+        """Bytes of regular files, hard links once."""
+        return self.totals.size
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Which of "metacopy" and "redirect" occur: they mean something only over the layers they were made on."""
+        return self.totals.flags
+
+    @property
+    def totals(self) -> Totals:
+        """The sums; a manifest that was opened is read once for them."""
+        if self._totals is None:
+            self._totals = _sum(self.entries())
+        return self._totals
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield all entries from the first; `Damaged` where the file is not as it was written."""
+        try:
+            yield from _decode(self._blocks())
+        except (msgspec.DecodeError, ValueError) as error:
+            raise Damaged(f"{self._where} is damaged: {error}") from None
+
+    def write(self, dirfd: int, name: bytes = NAME) -> None:
+        """Put the manifest at a place, complete and durable, or not at all."""
+        temporary = name + b".tmp"
+        with contextlib.suppress(FileNotFoundError):
+            sysio.unlink_at(dirfd, temporary)
+        self._link(dirfd, temporary)
+        sysio.rename_at(dirfd, temporary, dirfd, name)
+        _sync_directory(dirfd)
+
+    def _link(self, dirfd: int, name: bytes) -> None:
+        try:
+            sysio.fsync(self._fd)
+            sysio.link_at(self._fd, b"", dirfd, name)
+        except OSError:  # another file system, or a file that was never unnamed
+            fd = sysio.open_child(dirfd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                sysio.copy_data(self._fd, fd, sysio.stat_at(self._fd, b"").st_size)
+                sysio.fsync(fd)
+            finally:
+                sysio.close(fd)
+
+    def _pieces(self) -> Iterator[bytes]:
+        offset = 0
+        while piece := sysio.read_at(self._fd, offset, _PIECE):
+            yield piece
+            offset += len(piece)
+
+    def _blocks(self) -> Iterator[bytes]:
+        if sysio.read_at(self._fd, 0, len(_HEADER)) != _HEADER:
+            raise ValueError("it does not begin as a manifest does")
+        offset = len(_HEADER)
+        while head := sysio.read_at(self._fd, offset, _LENGTH.size):
+            length = _LENGTH.unpack(head.ljust(_LENGTH.size, b"\xff"))[0]
+            block = sysio.read_at(self._fd, offset + _LENGTH.size, length) if length <= _LONGEST_BLOCK else b""
+            if len(block) != length:
+                raise ValueError("it is cut short")
+            yield block
+            offset += _LENGTH.size + length
+
+
+def _unnamed(place: int | None) -> int:
+    if place is not None:
+        with contextlib.suppress(OSError):  # a file system without O_TMPFILE
+            return sysio.open_child(place, b"", _UNNAMED, 0o600)
+    with tempfile.TemporaryFile() as stream:
+        return os.dup(stream.fileno())
+
+
+def _sync_directory(dirfd: int) -> None:
+    fd = sysio.open_child(dirfd, b"", os.O_RDONLY | os.O_DIRECTORY)  # `dirfd` may be opened with O_PATH
+    try:
+        sysio.fsync(fd)
+    finally:
+        sysio.close(fd)
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def _write(fd: int, entries: Iterable[Entry]) -> Totals:
+    counted = _Sum()
+    offset = sysio.write_at(fd, 0, _HEADER)
+    for block in _encode(map(counted.add, entries)):
+        offset += sysio.write_at(fd, offset, block)
+    return counted.totals
+
+
+def _encode(entries: Iterable[Entry]) -> Iterator[bytes]:
+    """Yield blocks: length, then a msgpack array of rows, closed after so many rows or bytes."""
+    encoder = msgspec.msgpack.Encoder()
+    block = bytearray()
+    count = 0
+    for entry in entries:
+        encoder.encode_into(_row(entry), block, -1)
+        count += 1
+        if count == _BLOCK_ENTRIES or len(block) >= _BLOCK_BYTES:
+            yield _block(block, count)
+            block.clear()
+            count = 0
+    if count:
+        yield _block(block, count)
+
+
+def _block(rows: bytearray, count: int) -> bytes:
+    return _LENGTH.pack(_ARRAY.size + len(rows)) + _ARRAY.pack(_ARRAY_32, count) + rows
+
+
+def _row(entry: Entry) -> _Row:
+    path = entry.path
+    return _Row(
+        path.count(b"/") + 1 if path else 0,
+        path[path.rfind(b"/") + 1 :],
+        entry.type,
+        entry.mode,
+        entry.uid,
+        entry.gid,
+        entry.size,
+        *divmod(entry.mtime_ns, 1_000_000_000),  # nanoseconds alone would not fit into 64 bits after 2554
+        entry.rdev,
+        entry.target,
+        entry.xattrs,
+        entry.link,
+        entry.xxh3,
+    )
+
+
+class _Sum:
+    """Adds up what passes through."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._size = 0
+        self._flags: set[str] = set()
+
+    def add(self, entry: Entry) -> Entry:
+        self._count += 1
+        if entry.link is None:
+            self._size += entry.size
+        self._flags.update(_FLAGS[name] for name, _ in entry.xattrs if name in _FLAGS)
+        return entry
+
+    @property
+    def totals(self) -> Totals:
+        return Totals(self._count, self._size, tuple(sorted(self._flags)))
+
+
+def _sum(entries: Iterable[Entry]) -> Totals:
+    counted = _Sum()
+    for entry in entries:
+        counted.add(entry)
+    return counted.totals
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def _decode(blocks: Iterable[bytes]) -> Iterator[Entry]:
+    decoder = msgspec.msgpack.Decoder(list[_Row])
+    above: list[bytes] = []  # the path of the last entry at each depth
+    for block in blocks:
+        for row in decoder.decode(block):
+            _check(row, above)
+            path = above[-1] + b"/" + row.name if row.depth > 1 else row.name
+            above.append(path)
+            yield _entry(row, path)
+
+
+def _check(row: _Row, above: list[bytes]) -> None:
+    """Cut `above` back to the directory that holds the row; ValueError for a row that no walk gives."""
+    if not 0 <= row.depth <= len(above) or (row.depth == 0 and above):
+        raise ValueError("its entries are out of order")
+    if row.depth == 0 and row.name:
+        raise ValueError("its root has a name")
+    if row.depth > 0 and (not row.name or b"/" in row.name or b"\0" in row.name or row.name in (b".", b"..")):
+        raise ValueError("it holds something that is not a name")
+    if row.depth < len(above) and row.name <= above[row.depth][above[row.depth].rfind(b"/") + 1 :]:
+        raise ValueError("its names are out of order")
+    del above[row.depth :]
+
+
+def _entry(row: _Row, path: bytes) -> Entry:
+    return Entry(
+        path=path,
+        type=row.type,
+        mode=row.mode,
+        uid=row.uid,
+        gid=row.gid,
+        size=row.size,
+        mtime_ns=row.seconds * 1_000_000_000 + row.nanoseconds,
+        rdev=row.rdev,
+        target=row.target,
+        xattrs=row.xattrs,
+        link=row.link,
+        xxh3=row.xxh3,
+    )
