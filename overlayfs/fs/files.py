@@ -139,21 +139,28 @@ class Files:
 
     def read(self, number: int, offset: int, size: int, nowait: bool) -> bytes:
         """Read up to `size` bytes; BlockingIOError with `nowait` when a disk must be waited for."""
+        return sysio.read_at(self.readable(number), offset, size, nowait)
+
+    def readable(self, number: int) -> int:
+        """Return the descriptor that a handle's reads go to, borrowed."""
         node = self.file(number).node
-        fd = node.reader
-        if fd is None:
-            fd = node.writer
+        fd = node.reader if node.reader is not None else node.writer
         if fd is None:
             raise oserror(errno.EBADF)
-        return sysio.read_at(fd, offset, size, nowait)
+        return fd
 
-    def write(self, number: int, offset: int, data: bytes) -> int:
-        """Write all of `data`; EBADF for a handle that only reads."""
+    def writable(self, number: int) -> int:
+        """Return the descriptor that a handle's writes go to, borrowed; EBADF for a handle that only reads."""
         handle = self.file(number)
         if not handle.writes or handle.node.writer is None:
             raise oserror(errno.EBADF)
+        return handle.node.writer
+
+    def write(self, number: int, offset: int, data: bytes) -> int:
+        """Write all of `data`; EBADF for a handle that only reads."""
+        fd = self.writable(number)
         self._lookup.fresh = None
-        return sysio.write_at(handle.node.writer, offset, data)
+        return sysio.write_at(fd, offset, data)
 
     def flush(self, number: int) -> None:
         """Close a duplicate of the writing descriptor: the file system reports then what it would at a close."""
@@ -195,7 +202,10 @@ class Files:
 
     def prepare_fsyncdir(self, number: int) -> Callable[[], None]:
         """Return the call that makes the names in a directory durable, and those that lead to it."""
-        node = self.directory(number).node
+        return self.prepare_fsync_of(self.directory(number).node)
+
+    def prepare_fsync_of(self, node: Dir) -> Callable[[], None]:
+        """Return the same call for a directory that has no handle."""
         if not node.in_upper or self._stack.config.volatile:
             return _nothing
         node.changed += 1  # asked for explicitly: always done

@@ -19,6 +19,7 @@ from overlayfs.fs.lookup import LONGEST_NAME, Lookup
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import join
+from overlayfs.tree.stats import AnyStat
 from overlayfs.tree.upper import Maker, Upper
 from overlayfs.union import plans
 from overlayfs.union.plans import Create, Mark, Move, Spot
@@ -116,6 +117,31 @@ class Names:
         assert isinstance(node, File)
         return node, opened[0]
 
+    def make_unnamed(self, parent: Dir, mode: int, caller: Caller) -> tuple[File, int]:
+        """Make a regular file without a name (O_TMPFILE); return it with a descriptor open for reading and writing.
+
+        It has the owner and the ACL that a file in `parent` would get; `link` gives it a name. EOPNOTSUPP where the
+        upper's file system knows no such files.
+        """
+        dress = self._dress(parent, stat.S_IFREG | mode, caller, opaque=False, in_place=False)
+        assert dress is not None
+        opener = self._stack.dirfds.retry
+        fd = opener(lambda: sysio.open_child(self._upper.work.fd, b"", os.O_RDWR | os.O_TMPFILE, 0o600))
+        try:
+            dress(fd, b"")
+            found = sysio.stat_at(fd, b"")
+            node = File(self._nodes.free_number(self._number_of(found)), stat.S_IFREG, True, None)
+            node.orphan = opener(lambda: sysio.open_child(fd, b"", os.O_PATH))
+        except BaseException:
+            sysio.close(fd)
+            raise
+        self._nodes.add_key(node, (found.st_dev, found.st_ino))
+        self._nodes.add_unnamed(node)
+        return node, fd
+
+    def _number_of(self, found: AnyStat) -> int:
+        return self._stack.number(self._upper.filesystem, found.st_ino)
+
     def _make(self, parent: Dir, name: bytes, mode: int, caller: Caller, make: Maker) -> Node:
         self._check_new_name(name)
         if self._lookup.lookup(parent, name) is not None:
@@ -140,11 +166,11 @@ class Names:
         found = upper.stat(path, name)
         node: Node
         if stat.S_ISDIR(found.st_mode):
-            number = self._nodes.free_number(self._stack.number(upper.filesystem, found.st_ino))
+            number = self._nodes.free_number(self._number_of(found))
             node = made = Dir(number, parent, name, True, (), opaque)
             made.upper_names = {}
         else:
-            number = self._nodes.free_number(self._stack.number(upper.filesystem, found.st_ino))
+            number = self._nodes.free_number(self._number_of(found))
             node = fresh = File(number, stat.S_IFMT(found.st_mode), True, None)
             self._nodes.add_key(fresh, (found.st_dev, found.st_ino))
         self._nodes.attach(node, parent, name, True)
@@ -177,6 +203,10 @@ class Names:
             return None
         _, dirfd, name = self._attributes.locate(parent)
         return sysio.find_xattr(dirfd, name, acl.DEFAULT)
+
+    def has_default_acl(self, parent: Dir) -> bool:
+        """Return whether what is made in a directory gets its permissions from an ACL there, not from a umask."""
+        return not self._stack.config.noacl and self._default_acl(parent) is not None
 
     def _would_inherit_unseen(self, parent: Dir) -> bool:
         # A mount without ACLs may still lie over a directory that has one: made in place, its children would get it.

@@ -169,6 +169,10 @@ class NodeTable:
         self._by_number[node.number] = node
         self._rest(node)
 
+    def add_unnamed(self, node: Node) -> None:
+        """Take in a node without a name; the caller gives it a handle before anything else happens."""
+        self._by_number[node.number] = node
+
     def add_key(self, node: File, key: Key) -> None:
         """Let a file be found by one more real object that it is."""
         node.keys += (key,)

@@ -19,12 +19,14 @@ from overlayfs.fs import index
 from overlayfs.fs.attributes import Attributes, AttributeVerbs, Changes
 from overlayfs.fs.changes import Change, changes
 from overlayfs.fs.config import StackConfig
+from overlayfs.fs.cursors import Cursors
 from overlayfs.fs.explain import Holder, explain
 from overlayfs.fs.files import Child, Files, need_of_open
 from overlayfs.fs.lifting import Lifting, LiftStep, Need
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.names import Caller, Names
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable
+from overlayfs.fs.space import Space
 from overlayfs.fs.stack import Stack
 
 
@@ -42,6 +44,8 @@ class Overlay:
         self._lifting = Lifting(self._stack, self.nodes, self._lookup, self._attributes)
         self._names = Names(self._stack, self.nodes, self._lookup, self._attributes, self._lifting)
         self._files = Files(self._stack, self.nodes, self._lookup, self._attributes)
+        self._cursors = Cursors(self._lookup)
+        self.space = Space(self._attributes, self._lookup, self._files)
         self.config = config
         self.root = self._lookup.root
 
@@ -82,6 +86,10 @@ class Overlay:
         if node is None:
             raise oserror(errno.ENOENT, name)
         return node
+
+    def find(self, parent: Node, name: bytes) -> Node | None:
+        """Return the node under a name, None for none: a look-up that need not raise."""
+        return self._lookup.lookup(_directory(parent), name)
 
     def attributes(self, node: Node) -> Attributes:
         """Return the attributes of a node."""
@@ -133,6 +141,12 @@ class Overlay:
 
     # --- names -----------------------------------------------------------------------------------------
 
+    def masked(self, parent: Node, mode: int, umask: int) -> int:
+        """Return the mode of an object to be made: a default ACL in the parent goes before the umask (acl(5))."""
+        if not mode & umask or self._names.has_default_acl(_directory(parent)):
+            return mode
+        return mode & ~umask
+
     def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> Node:
         """Make a directory; `mode` is permission bits, the umask already applied."""
         return self._names.mkdir(_directory(parent), name, mode, caller)
@@ -151,6 +165,11 @@ class Overlay:
         if existing is not None and not flags & os.O_EXCL:
             return existing, self.open(existing, flags, caller)
         node, writer = self._names.create(_directory(parent), name, mode, caller)
+        return node, self._files.adopt(node, writer)
+
+    def create_unnamed(self, parent: Node, mode: int, caller: Caller) -> tuple[Node, int]:
+        """Make and open a regular file without a name (O_TMPFILE); `link` gives it one."""
+        node, writer = self._names.make_unnamed(_directory(parent), mode, caller)
         return node, self._files.adopt(node, writer)
 
     def link(self, node: Node, new_parent: Node, new_name: bytes) -> Node:
@@ -211,6 +230,10 @@ class Overlay:
         """Yield (name, node, next offset) from a position on; 0 begins anew. No `.` and `..`."""
         return self._files.read_dir(fh, offset)
 
+    def read_dir_at(self, node: Node, position: int) -> Iterator[Child]:
+        """Yield the same without a handle; positions stay true while names come and go."""
+        return self._cursors.read(_directory(node), position)
+
     def fsync_dir(self, fh: int) -> None:
         """Make the names in a directory durable."""
         self._files.prepare_fsyncdir(fh)()
@@ -218,6 +241,10 @@ class Overlay:
     def prepare_fsync_dir(self, fh: int) -> Callable[[], None]:
         """Return the call that makes the names in a directory durable; any thread may make it."""
         return self._files.prepare_fsyncdir(fh)
+
+    def prepare_fsync_dir_at(self, node: Node) -> Callable[[], None]:
+        """Return the same call for a directory without a handle."""
+        return self._files.prepare_fsync_of(_directory(node))
 
     def release_dir(self, fh: int) -> None:
         """Close a directory handle."""

@@ -1,0 +1,88 @@
+"""What can be done with the space of a file and with the file as such: holes, ranges, flags, birth.
+
+All of it goes to the real file, so it is as good as its file system. What changes something needs the file's data
+in the upper already.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import TypeVar
+
+from overlayfs import sysio
+from overlayfs.errors import oserror
+from overlayfs.fs.attributes import AttributeVerbs
+from overlayfs.fs.files import Files
+from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.nodes import Node
+
+R = TypeVar("R")
+
+FS_IOC_GETFLAGS = 0x8008_6601
+FS_IOC_SETFLAGS = 0x4008_6602
+FS_IOC_GETVERSION = 0x8008_7601
+FS_IOC_FSGETXATTR = 0x801C_581F
+FS_IOC_FSSETXATTR = 0x401C_5820
+
+# ioctl(2) requests about a file's flags, with the size of what they read or take (linux/fs.h). The kernel's headers
+# say "long" for the first two, and every file system reads and writes an int.
+READING_REQUESTS = {FS_IOC_GETFLAGS: 4, FS_IOC_GETVERSION: 4, FS_IOC_FSGETXATTR: 28}
+CHANGING_REQUESTS = {FS_IOC_SETFLAGS: 4, FS_IOC_FSSETXATTR: 28}
+
+
+class Space:
+    """These verbs, on nodes and on the handles of `Files`."""
+
+    def __init__(self, attributes: AttributeVerbs, lookup: Lookup, files: Files) -> None:
+        self._attributes = attributes
+        self._lookup = lookup
+        self._files = files
+
+    def seek(self, number: int, offset: int, whence: int) -> int:
+        """Return where data or a hole begins at or after `offset` (SEEK_DATA, SEEK_HOLE); ENXIO beyond the end."""
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise oserror(errno.EINVAL)
+        return sysio.seek_data(self._files.readable(number), offset, whence)
+
+    def prepare_allocate(self, number: int, mode: int, offset: int, length: int) -> Callable[[], None]:
+        """Return the call that does fallocate(2) on a file open for writing; any thread may make it."""
+        fd = self._files.writable(number)
+        self._lookup.fresh = None
+        return lambda: sysio.fallocate(fd, mode, offset, length)
+
+    def prepare_copy(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Callable[[], int]:
+        """Return the call that copies a range between two open files and returns its length; any thread may make it."""
+        read_from, write_to = self._files.readable(source), self._files.writable(target)
+        self._lookup.fresh = None
+        return lambda: sysio.copy_range(read_from, offset, write_to, target_offset, length)
+
+    def birth(self, node: Node) -> int | None:
+        """Return when the real object was made, in nanoseconds since 1970, None where nobody knows."""
+        _, dirfd, name = self._attributes.locate(node)
+        return sysio.birth_time(dirfd, name)
+
+    def read_flags(self, node: Node, request: int) -> bytes:
+        """Return the answer to one of READING_REQUESTS; ENOTTY for any other."""
+        size = READING_REQUESTS.get(request)
+        if size is None:
+            raise oserror(errno.ENOTTY)
+        return self._with_object(node, lambda fd: sysio.get_file_attributes(fd, request, size))
+
+    def change_flags(self, node: Node, request: int, value: bytes) -> None:
+        """Carry out one of CHANGING_REQUESTS on a node in the upper; EINVAL for a value that is too short."""
+        size = CHANGING_REQUESTS[request]
+        if len(value) < size:
+            raise oserror(errno.EINVAL)
+        self._lookup.fresh = None
+        self._with_object(node, lambda fd: sysio.set_file_attributes(fd, request, value[:size]))
+
+    def _with_object(self, node: Node, act: Callable[[int], R]) -> R:
+        if node.kind not in (stat.S_IFREG, stat.S_IFDIR):
+            raise oserror(errno.ENOTTY)  # the others have no flags of their own, and opening some of them acts
+        _, dirfd, name = self._attributes.locate(node)
+        fd = sysio.open_child(dirfd, name, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return act(fd)
+        finally:
+            sysio.close(fd)
