@@ -585,6 +585,11 @@ def _read_cached(fd: int, offset: int, size: int) -> bytes:
     return bytes(memoryview(buffer)[:done])
 
 
+def read_into(fd: int, buffer: memoryview | bytearray, offset: int) -> int:
+    """Fill `buffer` from `offset` on; return how many bytes came, which may be fewer, and 0 at the end of the file."""
+    return os.preadv(fd, [buffer], offset)
+
+
 def truncate_fd(fd: int, size: int) -> None:
     """Set the size of an open file."""
     _changing("truncate_fd")

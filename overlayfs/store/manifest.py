@@ -1,7 +1,7 @@
 """The manifest of a layer: every entry of its tree, what it is and, by hash, what is in it.
 
 The same layer gives the same bytes wherever it lies, so the sha256 of the bytes names the layer's content. Access and
-change times, inode numbers, the size of directories, and attributes that belong to a place (`_LOCAL`) are not part of
+change times, inode numbers, the size of directories, and attributes that belong to a place are not part of
 it; nor is anything but the name of a whiteout device. docs/on-disk-format.md, "Manifest", has the format.
 
 Entries stand in the order of a walk: a directory, then all that is in it, names sorted as bytes. The file is read and
@@ -14,15 +14,15 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
-from enum import Enum
 from typing import NamedTuple, Self
 
 import msgspec
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.format import xattrs
-from overlayfs.format.xattrs import Mode
+from overlayfs.store import scan
+from overlayfs.store.entries import FLAGS, Entry, Type
+from overlayfs.store.scan import Progress
 
 NAME = b"manifest"
 _HEADER = b"overlayfs manifest 1\n"
@@ -34,48 +34,6 @@ _BLOCK_BYTES = 256 * 1024
 _LONGEST_BLOCK = 64 << 20  # one entry with every attribute a file system can hold is far shorter
 _PIECE = 1 << 20
 _UNNAMED = os.O_RDWR | os.O_TMPFILE
-
-_LOCAL_SUFFIXES = (xattrs.ORIGIN, xattrs.IMPURE, xattrs.NLINK, xattrs.UUID, b"upper")
-_LOCAL = frozenset(
-    {xattrs.prefix(mode) + suffix for mode in Mode for suffix in _LOCAL_SUFFIXES}
-    | {b"security.selinux", b"security.evm", b"user.fuseoverlayfs.origin"}
-)
-_LOCAL_PREFIXES = (*xattrs.OWN_PREFIXES.values(), b"trusted.SGI_ACL_")  # xfs lists ACLs a second time
-_FLAGS = {xattrs.prefix(mode) + suffix: suffix.decode() for mode in Mode for suffix in (xattrs.REDIRECT, xattrs.METACOPY)}
-
-
-class Type(Enum):
-    """What an entry is, in the letters of find(1); a whiteout is the device 0:0."""
-
-    FILE = "f"
-    DIR = "d"
-    SYMLINK = "l"
-    FIFO = "p"
-    SOCKET = "s"
-    CHAR = "c"
-    BLOCK = "b"
-    WHITEOUT = "w"
-
-
-class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One entry. `path` counts from the layer's root, which is ``b""``; `mode` is permission bits.
-
-    `size` in bytes, of regular files only; `link` is the first path of the same inode, for every other name of it;
-    `xxh3` is the xxh3-128 of the content in hex, for the first name of a regular file that holds its own data.
-    """
-
-    path: bytes
-    type: Type
-    mode: int = 0
-    uid: int = 0
-    gid: int = 0
-    size: int = 0
-    mtime_ns: int = 0
-    rdev: int = 0
-    target: bytes | None = None
-    xattrs: tuple[tuple[bytes, bytes], ...] = ()
-    link: bytes | None = None
-    xxh3: str | None = None
 
 
 class _Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -98,30 +56,15 @@ class _Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Totals(NamedTuple):
-    """What a manifest sums up to: entries, bytes of regular files with hard links once, and marks that need layers below."""
+    """What a manifest sums up to; the fields are what `Manifest` has under `count`, `size` and `flags`."""
 
-    count: int
+    entries: int
     size: int
     flags: tuple[str, ...]
 
 
-class Damaged(UserError):
+class Damaged(UserError):  # noqa: N818 - it names a state, and reads so where it is caught
     """A manifest that cannot be what was written."""
-
-
-def travels(attribute: bytes) -> bool:
-    """Return whether an extended attribute is part of a layer wherever it lies."""
-    return attribute not in _LOCAL and not attribute.startswith(_LOCAL_PREFIXES)
-
-
-def is_metadata_only(attributes: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Return whether attributes say that a file's data lies in a layer below."""
-    return any(_FLAGS.get(name) == "metacopy" for name, _ in attributes)
-
-
-def order(path: bytes) -> bytes:
-    """Return the key by which paths sort as in a manifest: a directory, then what is in it, then its neighbours."""
-    return path.replace(b"/", b"\0")
 
 
 class Manifest:
@@ -137,6 +80,17 @@ class Manifest:
     def open(cls, dirfd: int, name: bytes = NAME, where: str = "the manifest") -> Self:
         """Open a manifest file; `where` is its name in sentences. FileNotFoundError when there is none."""
         return cls(sysio.open_child(dirfd, name, os.O_RDONLY), where)
+
+    @classmethod
+    def build(
+        cls, tree: int, threads: int | None = None, progress: Progress | None = None, place: int | None = None
+    ) -> Self:
+        """Read the layer behind the descriptor `tree` and return its manifest, kept in the directory `place`.
+
+        `progress` is told entries and bytes now and then. OSError, with the path, where the layer cannot be read or
+        changes meanwhile.
+        """
+        return cls.of(map(scan.required, scan.scan(tree, threads, progress)), place)
 
     @classmethod
     def of(cls, entries: Iterable[Entry], place: int | None = None) -> Self:
@@ -171,7 +125,7 @@ class Manifest:
     @property
     def count(self) -> int:
         """How many entries there are, the root included."""
-        return self.totals.count
+        return self.totals.entries
 
     @property
     def size(self) -> int:
@@ -204,6 +158,8 @@ class Manifest:
             sysio.unlink_at(dirfd, temporary)
         self._link(dirfd, temporary)
         sysio.rename_at(dirfd, temporary, dirfd, name)
+        with contextlib.suppress(FileNotFoundError):  # rename(2) leaves both names if they are one file already
+            sysio.unlink_at(dirfd, temporary)
         _sync_directory(dirfd)
 
     def _link(self, dirfd: int, name: bytes) -> None:
@@ -315,7 +271,7 @@ class _Sum:
         self._count += 1
         if entry.link is None:
             self._size += entry.size
-        self._flags.update(_FLAGS[name] for name, _ in entry.xattrs if name in _FLAGS)
+        self._flags.update(FLAGS[name] for name, _ in entry.xattrs if name in FLAGS)
         return entry
 
     @property

@@ -714,6 +714,7 @@ READING = {
     "find_xattr",
     "listxattr_at",
     "read_at",
+    "read_into",
     "file_handle",
     "open_by_handle",
     "fs_uuid",

@@ -1,0 +1,1 @@
+"""The store: layers at rest, images, workspaces, and what keeps them whole."""
