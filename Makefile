@@ -2,7 +2,7 @@
 # `make check VENV=/path` uses another environment than the one of scripts/setup.
 VENV ?= .venv
 BIN = $(VENV)/bin/
-SOURCES = overlayfs cli tests
+SOURCES = overlayfs cli tests scripts/bench
 PYTEST = $(BIN)python -m pytest -q -n 2  # two processes: most tests wait for the disk or for a daemon
 
 .PHONY: setup demo fmt lint types test test-mounted check bench conformance clean
@@ -33,8 +33,8 @@ test-mounted:   ## what needs /dev/fuse and root
 check: lint types  ## all that CI runs
 	$(PYTEST)
 
-bench:          ## times beside a plain directory, the kernel's overlayfs and fuse-overlayfs; needs root
-	scripts/bench
+bench:          ## times beside a plain directory, the kernel's overlayfs and other FUSE overlays; needs root
+	$(BIN)python scripts/bench run
 
 conformance:    ## a public suite beside ext4 and the kernel: make conformance PJDFSTEST=/its/built/checkout
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)python scripts/conformance $(PJDFSTEST)

@@ -1,0 +1,15 @@
+"""`python scripts/bench`: measure our mount beside its peers. Needs root, and some minutes.
+
+python scripts/bench run [GROUP|WORKLOAD...]         everything, or a part; table, --json, --plots
+python scripts/bench acceptance [WORKLOAD...]        the ratios that we want to reach, met or not
+python scripts/bench list                            groups and workloads
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # started by its directory: the package is then known by its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from bench.arguments import main
+
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The command line of the benchmark."""
+
+import argparse
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from bench import acceptance, catalogue, machine, results, runner, site, sizes
+from overlayfs_cli.benchmark import contenders as who
+from overlayfs_cli.benchmark.contenders import Contender
+
+DESCRIPTION = "Measure our mount beside a plain directory, kernel overlayfs and other FUSE overlays."
+
+
+def main() -> int:
+    """Do what the command line says; return the exit code."""
+    given = parser().parse_args()
+    signal.signal(signal.SIGTERM, _leave)  # nothing stays mounted, whoever ends us
+    code: int = given.act(given)
+    return code
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; every command has the function that does it as `act`."""
+    whole = argparse.ArgumentParser(prog="scripts/bench", description=DESCRIPTION)
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="name groups and workloads")
+    listing.set_defaults(act=show_list)
+    wanted = commands.add_parser("acceptance", help="only the ratios that we want to reach: target, figure, met or not")
+    _add_shared(wanted)
+    wanted.add_argument("--ours", default="", metavar="OPTIONS", help="mount options of our own mount, as for -o")
+    wanted.set_defaults(act=show_acceptance)
+    return whole
+
+
+def _add_shared(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("words", nargs="*", metavar="WORKLOAD", help="only those with this in their name")
+    add("--fs", action="append", metavar="KIND", help=f"{', '.join(site.KINDS)}, or a directory (ext4 and tmpfs)")
+    add("--runs", type=int, default=0, metavar="N", help="counted runs of each (5; with --quick 3)")
+    add("--quick", action="store_true", help="small trees and files")
+    add("--again", type=int, default=3, metavar="N", help="try a run that others disturbed so many times (3)")
+    add("--peer", action="append", default=[], type=_peer, metavar="NAME=COMMAND", help="one more to compare with; "
+        "the command has LOWER, UPPER, WORK and MOUNTPOINT in it, and runs where the names of LOWER hold")  # fmt: skip
+    add("--without", action="append", default=[], metavar="NAME", help="leave a contender out")
+    add("--place", type=Path, default=Path("/var/tmp"), metavar="DIR", help="where images are made (/var/tmp)")
+    add("--json", type=Path, metavar="FILE", help="write every single figure")
+
+
+def _peer(text: str) -> Contender:
+    try:
+        return who.named_peer(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def show_list(given: argparse.Namespace) -> int:
+    """Print groups and workloads."""
+    for group in catalogue.GROUPS:
+        print(group)
+        for workload in catalogue.chosen([group]):
+            print(f"    {workload.name}")
+    return 0
+
+
+def tell(line: str) -> None:
+    """Show on a terminal what is going on now; the next line overwrites it."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{line}" if line else "\r\x1b[K")
+        sys.stderr.flush()
+
+
+def new_report(given: argparse.Namespace, able: Sequence[Contender], missing: Sequence[who.Missing]) -> results.Report:
+    """Return a report without results."""
+    for each in missing:
+        print(f"left out: {each.name}: {each.reason}", file=sys.stderr)
+    if busy := machine.warning():
+        print(f"note: {busy}", file=sys.stderr)
+    settings = {"runs": runs(given), "quick": given.quick, "again": given.again, "arguments": sys.argv[1:]}
+    return results.Report(
+        machine.now(),
+        machine.commit(),
+        machine.describe(),
+        settings,
+        machine.load(),
+        [{"name": each.name, "command": " ".join(each.command), "version": machine.version(each)} for each in able],
+        [{"name": each.name, "reason": each.reason} for each in missing],
+    )
+
+
+def runs(given: argparse.Namespace) -> int:
+    """Return how many runs count."""
+    return int(given.runs) or (3 if given.quick else 5)
+
+
+def amounts(given: argparse.Namespace) -> sizes.Sizes:
+    """Return how much there is of everything."""
+    return sizes.QUICK if given.quick else sizes.FULL
+
+
+def show_acceptance(given: argparse.Namespace) -> int:
+    """Measure the pairs of the targets and print one line for each; 1 if a target is missed."""
+    targets = acceptance.chosen(given.words)
+    if not targets:
+        print(f"scripts/bench: no target has {' or '.join(given.words)} in its name", file=sys.stderr)
+        return 2
+    everybody = [who.ours(who.OURS, given.ours), *who.peers(), *given.peer]
+    wanted = [each for each in everybody if each.name not in (*given.without, "mergerfs")]
+    with tempfile.TemporaryDirectory(dir=given.place, prefix="overlayfs-bench.") as place:
+        able, missing = who.present(wanted, Path(place))
+    report = new_report(given, able, missing)
+    _print_row(acceptance.HEADINGS)
+    for kind in given.fs or ("ext4", "tmpfs"):
+        _accept(given, kind, targets, able, report)
+    if given.json:
+        results.save(report, given.json)
+    missed = [r for kind in given.fs or ("ext4", "tmpfs") for r in acceptance.rows(report, targets, kind, who.OURS)]
+    return int(any(line[5] != "met" for line in missed))
+
+
+def _accept(
+    given: argparse.Namespace,
+    kind: str,
+    targets: Sequence[acceptance.Target],
+    able: Sequence[Contender],
+    report: results.Report,
+) -> None:
+    shown: set[acceptance.Target] = set()
+    with site.site(kind, 12, given.place, amounts(given)) as place:
+        done = set()
+        for name, kinds in acceptance.needed(targets).items():
+            those = [each for each in able if each.kind in kinds]
+            report.results += runner.measure(catalogue.named(name), those, place, runs(given), given.again, tell)
+            done.add(name)
+            for target in targets:
+                if target not in shown and done.issuperset(target.workloads):
+                    shown.add(target)
+                    tell("")
+                    _print_row(acceptance.row(report, target, place.kind, who.OURS))
+
+
+def _print_row(cells: Sequence[str]) -> None:
+    widths = (11, 31, 28, 8, 7, 7, 16, 16, 9, 0)
+    print(" ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip(), flush=True)

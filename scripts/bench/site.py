@@ -1,0 +1,96 @@
+"""Where a measurement takes place: a file system of its own, made for it and taken away afterwards."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.sizes import Sizes
+
+KINDS = ("ext4", "tmpfs", "xfs", "btrfs")
+MAKE = {
+    # nothing is left to be initialised in the background while somebody is measured
+    "ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
+}
+
+
+def run(*words: str | Path, cwd: Path | None = None) -> None:
+    """Run a command whose output nobody wants; RuntimeError with what it said if it fails."""
+    line = [str(word) for word in words]
+    done = subprocess.run(line, cwd=cwd, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"{' '.join(line[:4])}: {said or f'exit code {done.returncode}'}")
+
+
+@dataclass
+class Site:
+    """A file system that layers, uppers and plain directories lie on, and a place for what is prepared outside it."""
+
+    kind: str
+    root: Path
+    assets: Path
+    sizes: Sizes
+    made: set[str] = field(default_factory=set)  # the contents that are there already
+
+    def layers(self, content: str) -> Path:
+        """Return the directory that holds the layers of one content."""
+        return self.root / content
+
+    def sync(self) -> None:
+        """Write out what is dirty on this file system, so that no run pays for the one before."""
+        run("sync", "-f", self.root)
+
+
+@contextmanager
+def site(kind: str, gigabytes: int, place: Path, sizes: Sizes) -> Iterator[Site]:
+    """Give a fresh file system of a kind: on an image in `place`, mounted by loop; a tmpfs has no image.
+
+    `kind` may also be a directory: then its file system is used as it is.
+    """
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(_directory(place)))
+        root = scratch / "site"
+        root.mkdir()
+        if kind == "tmpfs":
+            run("mount", "-t", "tmpfs", "-o", f"size={gigabytes}g", "tmpfs", root)
+            stack.callback(run, "umount", root)
+        elif kind in KINDS:
+            _make_image(kind, scratch / "image", gigabytes)
+            run("mount", "-o", "loop", scratch / "image", root)
+            stack.callback(run, "umount", root)
+        else:
+            root = Path(stack.enter_context(_directory(Path(kind))))
+        (scratch / "assets").mkdir()
+        yield Site(kind, root, scratch / "assets", sizes)
+
+
+@contextmanager
+def _directory(place: Path) -> Iterator[str]:
+    """Give a temporary directory; what is still mounted below it at the end was left by a failure."""
+    path = tempfile.mkdtemp(prefix="overlayfs-bench.", dir=place)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def _make_image(kind: str, image: Path, gigabytes: int) -> None:
+    with open(image, "wb") as file:
+        os.truncate(file.fileno(), gigabytes << 30)
+    run(*MAKE[kind], image)
+
+
+def drop_caches() -> bool:
+    """Make the kernel forget clean pages, names and inodes; False where that is not allowed."""
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
