@@ -38,6 +38,10 @@ class Summary(Protocol):
     def entries(self) -> Sized:
         """All entries."""
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Which marks that count on layers below are in it: "redirect", "metacopy"."""
+
     def write(self, fd: int) -> None:
         """Write the manifest to an open, empty file."""
 
@@ -94,6 +98,14 @@ class Layer:
 def layer_path(layer_id: str) -> bytes:
     """Return where a layer lies, counted from the store."""
     return layout.LAYERS + b"/" + layer_id.encode()
+
+
+def _index_places(record: LayerRecord) -> Iterator[tuple[bytes, bytes]]:
+    """Yield room and name of the index files of a layer."""
+    for room, digest in ((layout.DIGESTS, record.digest), (layout.DIFFS, record.diff_id)):
+        name = layout.digest_file(digest) if digest is not None else None
+        if name is not None:
+            yield room, name
 
 
 class Layers:
@@ -154,37 +166,52 @@ class Layers:
             return {}
         by_id = (self.get(each) for each in self.ids() if each.startswith(start))
         digests = (name.decode() for name in self.place.names(layout.DIGESTS) if name.startswith(start.encode()))
-        by_digest = (self._indexed(layout.DIGESTS, f"sha256:{each}") for each in digests)
+        by_digest = (layer for each in digests for layer in self._indexed(layout.DIGESTS, f"sha256:{each}"))
         return {layer.id: layer for layer in (*by_id, *by_digest) if layer is not None}
 
-    def by_digest(self, digest: str) -> Layer | None:
-        """Return the layer with this content, kept from now on, or None."""
-        return self._kept_layer(self._indexed(layout.DIGESTS, digest))
+    def by_digest(self, digest: str, below: tuple[str, ...] | None = None) -> Layer | None:
+        """Return a layer with this content, kept from now on, or None; with `below`, one that counts on those."""
+        return self._first_kept(self._indexed(layout.DIGESTS, digest), below)
 
     def by_diff_id(self, diff_id: str) -> Layer | None:
-        """Return the layer that this canonical tar makes, kept from now on, or None."""
-        return self._kept_layer(self._indexed(layout.DIFFS, diff_id))
+        """Return a layer that this canonical tar makes, kept from now on, or None."""
+        return self._first_kept(self._indexed(layout.DIFFS, diff_id), None)
 
-    def _indexed(self, room: bytes, digest: str) -> Layer | None:
-        """Ask an index, and the record whether it is right: an index may be old."""
-        name = layout.digest_file(digest)
+    def _indexed(self, room: bytes, digest: str) -> Iterator[Layer]:
+        """Ask an index, and each record whether it is right: an index may be old."""
+        for layer_id in self._index_lines(room, layout.digest_file(digest)):
+            layer = self.get(layer_id) if layout.is_id(layer_id) else None
+            if layer is not None and digest == (
+                layer.record.digest if room == layout.DIGESTS else layer.record.diff_id
+            ):
+                yield layer
+
+    def _index_lines(self, room: bytes, name: bytes | None) -> list[str]:
         try:
-            layer_id = self.place.read(self.place.rooms[room], name).decode() if name else ""
+            return [] if name is None else os.fsdecode(self.place.read(self.place.rooms[room], name)).split()
         except FileNotFoundError:
-            return None
-        layer = self.get(layer_id) if layout.is_id(layer_id) else None
-        if layer is None:
-            return None
-        return layer if digest == (layer.record.digest if room == layout.DIGESTS else layer.record.diff_id) else None
+            return []
 
-    def _kept_layer(self, layer: Layer | None) -> Layer | None:
-        if layer is None or layer.id in self._kept:
-            return layer
+    def _first_kept(self, found: Iterator[Layer], below: tuple[str, ...] | None) -> Layer | None:
+        fitting = (layer for layer in found if below is None or layer.record.below == below)
+        return next((layer for layer in fitting if self._keep(layer)), None)
+
+    def _keep(self, layer: Layer) -> bool:
+        """Hold a layer from now on; False when it is gone, or under repair and so does not count yet."""
+        if layer.id in self._kept:
+            return True
         try:
-            self.retain(layer.id, layer.hold())
-        except UserError:
-            return None
-        return layer
+            hold = locks.hold(self.place.root, layer_path(layer.id), shared=True)
+        except FileNotFoundError:
+            return False
+        if hold is None:
+            return False
+        self.retain(layer.id, hold)
+        return True
+
+    def unfinished(self) -> Iterator[Layer]:
+        """Yield the layers whose manifest is still to come."""
+        return (layer for layer in self.all() if layer.record.state == "hashing")
 
     # --- making ----------------------------------------------------------------------------------------
 
@@ -200,8 +227,7 @@ class Layers:
 
     def equal(self, digest: str | None, below: tuple[str, ...]) -> Layer | None:
         """Return the layer that stands for this content, kept; marks that count on layers below must mean the same."""
-        found = self.by_digest(digest) if digest is not None else None
-        return found if found is not None and found.record.below == below else None
+        return None if digest is None else self.by_digest(digest, below)
 
     def write_record(self, record: LayerRecord) -> Layer:
         """Replace the record of a layer and enter it into the indexes. The store's lock must be held."""
@@ -217,10 +243,22 @@ class Layers:
         """Enter a layer into the indexes, unless another one stands for it."""
         if record.same_as is not None:
             return
-        for room, digest in ((layout.DIGESTS, record.digest), (layout.DIFFS, record.diff_id)):
-            name = layout.digest_file(digest) if digest is not None else None
-            if name is not None:
-                self.place.write(self.place.rooms[room], name, record.id.encode())
+        for room, name in _index_places(record):
+            others = [line for line in self._index_lines(room, name) if line != record.id and self.get(line)]
+            self._write_index(room, name, [*others, record.id])
+
+    def leave_index(self, record: LayerRecord) -> None:
+        """Remove what the indexes say of a layer that is gone."""
+        for room, name in _index_places(record):
+            lines = [line for line in self._index_lines(room, name) if line != record.id]
+            if lines:
+                self._write_index(room, name, lines)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    sysio.unlink_at(self.place.rooms[room], name)
+
+    def _write_index(self, room: bytes, name: bytes, ids: list[str]) -> None:
+        self.place.write(self.place.rooms[room], name, "\n".join(ids).encode() + b"\n")
 
     def note_diff_id(self, layer: Layer, diff_id: str) -> Layer:
         """Remember the sha256 of a layer's canonical tar, which somebody has worked out."""
@@ -241,7 +279,7 @@ class StagedLayer:
         with self._place.adding():
             sysio.mkdir_at(self._place.rooms[layout.STAGING], self._name, 0o700)
             self._directory = self._place.open(layout.STAGING + b"/" + self._name)
-            self._hold = locks.make(self._directory)
+            self._hold = locks.make(self._directory, shared=True)
         sysio.mkdir_at(self._directory, layout.TREE, 0o755)
         self.tree_fd = sysio.open_child(self._directory, layout.TREE, _DIRECTORY)
 
@@ -272,15 +310,18 @@ class StagedLayer:
         author: str = "",
         message: str = "",
         diff_id: str | None = None,
-        flags: tuple[str, ...] = (),
+        flags: tuple[str, ...] | None = None,
         below: tuple[str, ...] = (),
         created: str | None = None,
     ) -> Layer:
         """Make the layer a part of the store, durably, and return it: an equal one instead where there is one.
 
-        Without a manifest its state is "hashing" until `LayerStore.finish`. The layer is kept from gc until the store
-        is closed or an image or workspace names it.
+        Without a manifest its state is "hashing" until `LayerStore.finish`. `flags` None means those of the manifest;
+        `below` are the layers that they count on, and is dropped where there are none. The layer is kept from gc until
+        the store is closed or an image names it.
         """
+        if flags is None:
+            flags = () if manifest is None else manifest.flags
         record = LayerRecord(
             id=self.id,
             state="hashing" if manifest is None else "complete",
@@ -292,7 +333,7 @@ class StagedLayer:
             size=0 if manifest is None else manifest.size,
             entries=0 if manifest is None else len(manifest.entries),
             flags=flags,
-            below=below,
+            below=below if flags or manifest is None else (),
         )
         sysio.syncfs(self.tree_fd)
         with self._layers.publishing():

@@ -1,9 +1,9 @@
 """Locks of a store: flock(2) on small files, gone with the process that holds them.
 
-Order: the store's lock first, then a workspace's, then a layer's. The store's lock is held for moments only: shared by
-who adds a reference (puts an image, makes a workspace, stages a layer), exclusively by who takes something away. A
-layer's lock is held shared as long as somebody reads the layer or is about to refer to it, exclusively by repair and by
-gc; a workspace's exclusively while it is mounted, committed or removed.
+The store's lock is held for moments only: shared by who adds something (puts an image, makes a workspace, stages a
+layer), exclusively by who takes something away. A layer's lock is held shared as long as somebody reads the layer or is
+about to refer to it, exclusively by repair and by gc; a workspace's exclusively while it is mounted, committed or
+removed. Nobody who holds the store's lock waits for one of the others: gc passes by what it cannot have at once.
 
 A lock file may be renamed away between opening and locking it, so a holder looks again.
 """
@@ -50,10 +50,10 @@ def waiting(dirfd: int, name: bytes, *, shared: bool) -> Iterator[None]:
         sysio.close(fd)
 
 
-def make(dirfd: int) -> Hold:
-    """Make the lock file in a directory that nobody else looks at yet, and hold it shared."""
+def make(dirfd: int, *, shared: bool) -> Hold:
+    """Make the lock file in a directory that nobody else looks at yet, and hold it."""
     fd = sysio.open_child(dirfd, layout.LOCK, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    sysio.try_share(fd)
+    sysio.wait_lock(fd, shared)
     return Hold(fd)
 
 

@@ -9,22 +9,45 @@
 Failures that a person can mend are `UserError` with one sentence.
 """
 
+import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from typing import Self
 
+from overlayfs import sysio
+from overlayfs.errors import UserError, oserror
+from overlayfs.store import finish, layout
+from overlayfs.store.adoption import Adopter, Adoption
+from overlayfs.store.gc import Collector, Garbage
 from overlayfs.store.images import Images
-from overlayfs.store.layers import Layer, Layers, StagedLayer
+from overlayfs.store.layers import Layer, Layers, StagedLayer, Summary
+from overlayfs.store.locks import Hold
 from overlayfs.store.place import Place
 from overlayfs.store.records import ImageRecord
+from overlayfs.store.workspaces import Workspace, Workspaces
 
 
 class LayerStore:
-    """One open store; `create` makes an empty one where there is none. Opening does not look at the layers."""
+    """One open store; `create` makes an empty one where there is none.
+
+    Opening does not look at the layers. It finishes what killed processes began to adopt, and takes away ephemeral
+    workspaces whose mount is gone.
+    """
 
     def __init__(self, path: bytes, create: bool = True) -> None:
         self.place = Place(path, create)
         self._layers = Layers(self.place)
         self._images = Images(self.place, self._layers)
+        self._workspaces = Workspaces(self.place, self._layers, self._images)
+        self._adopter = Adopter(self.place, self._layers, self._images, self._workspaces)
+        self._collector = Collector(self.place, self._layers, self._images, self._workspaces)
+        try:
+            self._adopter.recover()
+            self._collector.drop_ephemeral()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def path(self) -> bytes:
@@ -68,6 +91,88 @@ class LayerStore:
         """Remember the sha256 of a layer's canonical tar, which somebody has worked out."""
         return self._layers.note_diff_id(layer, diff_id)
 
+    def begin_adoption(
+        self,
+        *,
+        author: str = "",
+        message: str = "",
+        flags: tuple[str, ...] = (),
+        below: tuple[str, ...] = (),
+        created: str | None = None,
+        workspace: str | None = None,
+        image: ImageRecord | None = None,
+        like: int | None = None,
+    ) -> Adoption:
+        """Prepare that a tree becomes a layer by one rename; `overlayfs.store.adoption` says how to go on.
+
+        `workspace`, whose lock the caller holds, will have the layer on top of its stack and a fresh upper that looks
+        like the open directory `like`; `image` is put with the layer on top of the `layers` it has.
+        """
+        return self._adopter.begin(
+            author=author,
+            message=message,
+            flags=flags,
+            below=below,
+            created=created,
+            workspace=workspace,
+            image=image,
+            like=like,
+        )
+
+    def adopt(
+        self,
+        tree: bytes,
+        *,
+        author: str = "",
+        message: str = "",
+        flags: tuple[str, ...] = (),
+        below: tuple[str, ...] = (),
+        created: str | None = None,
+        workspace: str | None = None,
+        image: ImageRecord | None = None,
+    ) -> Layer:
+        """Make the directory `tree`, which nobody changes, a layer by renaming it; its state is "hashing".
+
+        Arguments as in `begin_adoption`. The layer is kept from gc as after `StagedLayer.publish`. OSError EXDEV when
+        the tree is not on the store's file system; nothing has happened then.
+        """
+        parent, name = os.path.split(os.path.abspath(tree))
+        with contextlib.ExitStack() as closing:
+            dirfd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            closing.callback(sysio.close, dirfd)
+            root = sysio.open_child(dirfd, name, os.O_RDONLY | os.O_DIRECTORY)
+            closing.callback(sysio.close, root)
+            self._check_same_file_system(root, tree)
+            sysio.syncfs(root)
+            adoption = self.begin_adoption(
+                author=author,
+                message=message,
+                flags=flags,
+                below=below,
+                created=created,
+                workspace=workspace,
+                image=image,
+                like=root,
+            )
+            with adoption:
+                adoption.take(dirfd, name)
+                return adoption.settle()
+
+    def _check_same_file_system(self, fd: int, path: bytes) -> None:
+        if sysio.stat_at(fd, b"").st_dev != sysio.stat_at(self.place.root, b"").st_dev:
+            raise oserror(errno.EXDEV, path)
+
+    def finish(self, layer: Layer, manifest: Summary, flags: tuple[str, ...] | None = None) -> Layer:
+        """Make a layer complete whose state is "hashing"; `flags` None means those of the manifest.
+
+        Returns the layer that images use from now on: an equal one that was there before, or the layer itself.
+        """
+        return finish.finish(self._layers, self._images, layer.id, manifest, flags)
+
+    def unfinished(self) -> Iterator[Layer]:
+        """Yield the layers that still have to be hashed."""
+        return self._layers.unfinished()
+
     # --- images ----------------------------------------------------------------------------------------
 
     def image(self, name: str) -> ImageRecord:
@@ -89,3 +194,76 @@ class LayerStore:
     def remove_image(self, name: str) -> None:
         """Take a name away; the layers stay until gc. UserError if there is none."""
         self._images.remove(name)
+
+    def stack_of(self, given: str) -> tuple[Layer, ...]:
+        """Return the layers, top first, that a workspace, an image or a layer with what it needs below stands for.
+
+        A name that is both a workspace's and an image's means the workspace; NAME:latest is the image.
+        """
+        return tuple(map(self._present, self._ids_of(given)))
+
+    def _ids_of(self, given: str) -> tuple[str, ...]:
+        workspace = self.find_workspace(given)
+        if workspace is not None:
+            return workspace.record.layers
+        image = self.find_image(given)
+        if image is not None:
+            return image.layers
+        try:
+            layer = self.layer(given)
+        except UserError:
+            raise UserError(
+                f"{given} is no workspace, image or layer of the store; `overlayfs images` lists what is there"
+            ) from None
+        return (layer.id, *layer.record.below)
+
+    def _present(self, layer_id: str) -> Layer:
+        layer = self._layers.get(layer_id)
+        if layer is None:
+            raise UserError(f"layer {layer_id} is missing from the store; import or pull the image again")
+        return layer
+
+    def find_image(self, given: str) -> ImageRecord | None:
+        """Return the image NAME[:TAG], None if there is none or it cannot be a name."""
+        try:
+            return self._images.get(given)
+        except UserError:
+            return None
+
+    # --- workspaces ------------------------------------------------------------------------------------
+
+    def workspace(self, name: str) -> Workspace:
+        """Return the workspace with a name; UserError if there is none."""
+        return self._workspaces.find(name)
+
+    def find_workspace(self, given: str) -> Workspace | None:
+        """Return the workspace with a name, None if there is none."""
+        return self._workspaces.get(given)
+
+    def workspaces(self) -> Iterator[Workspace]:
+        """Yield every workspace, by name."""
+        return self._workspaces.all()
+
+    def new_workspace(self, image: str, name: str | None = None) -> Workspace:
+        """Make a workspace for an image and return it, free to be mounted; UserError when there is one of that name."""
+        record = self.image(image)
+        workspace, hold = self._workspaces.create(record, name or self._workspaces.free_name(record.name), False)
+        hold.release()
+        return workspace
+
+    def claim_workspace(self, image: str, name: str | None = None, ephemeral: bool = False) -> tuple[Workspace, Hold]:
+        """Return a workspace of an image, made or, when `name` exists, resumed, and its lock, now the caller's.
+
+        An `ephemeral` one goes as soon as nobody holds its lock. UserError when it is mounted or another image's.
+        """
+        return self._workspaces.claim(image, name, ephemeral)
+
+    def remove_workspace(self, name: str) -> None:
+        """Take a workspace away with all that was changed in it; UserError while it is mounted."""
+        self._workspaces.remove(layout.workspace_name(name))
+
+    # --- taking away -----------------------------------------------------------------------------------
+
+    def gc(self, dry_run: bool = False) -> list[Garbage]:
+        """Take away what nothing refers to and nobody uses, and return it; with `dry_run` only return it."""
+        return self._collector.collect(dry_run)
