@@ -1,0 +1,192 @@
+"""Workspaces: uppers kept by name; their trees become layers by one rename."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from overlayfs.errors import UserError
+from overlayfs.store.records import ImageRecord, now
+from overlayfs.store.store import LayerStore
+from tests.store.samples import add_image, add_layer, fill, finish, open_store, there
+from tests.support.disks import disk
+
+root = pytest.mark.root
+
+
+def test_a_workspace_is_made_kept_and_removed(store: LayerStore, place: Path) -> None:
+    image = add_image(store, "site", {"a": "1"}, {"b": "2"})
+    made = store.new_workspace("site", "mine")
+    assert (made.record.image, made.record.layers, made.record.ephemeral) == ("site:latest", image.layers, False)
+    with open_store(place) as other:
+        assert [each.record for each in other.workspaces()] == [made.record]
+        assert [layer.id for layer in other.stack_of("mine")] == list(image.layers)
+        with pytest.raises(UserError, match="there is a workspace mine already"):
+            other.new_workspace("site", "mine")
+        other.remove_workspace("mine")
+        with pytest.raises(UserError, match="there is no workspace mine"):
+            store.workspace("mine")
+    assert there(place)["workspaces"] == there(place)["trash"] == []
+
+
+@root
+def test_a_fresh_upper_looks_like_the_top_of_its_image(store: LayerStore) -> None:
+    with store.new_layer() as staged:
+        os.chown(staged.tree_fd, 5, 6)
+        os.chmod(staged.tree_fd, 0o1751)
+        os.setxattr(staged.tree_fd, "user.kept", b"value")
+        os.setxattr(staged.tree_fd, "trusted.overlay.opaque", b"y")
+        os.utime(staged.tree_fd, ns=(1, 2))
+        layer = staged.publish(manifest=None)
+    store.put_image(ImageRecord(name="site", layers=(layer.id,), created=now()))
+    upper = store.new_workspace("site", "mine").upper_path
+    found = os.stat(upper)
+    assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid, found.st_mtime_ns) == (0o1751, 5, 6, 2)
+    assert os.listxattr(upper) == ["user.kept"]
+
+
+def test_a_claimed_workspace_is_the_claimers(store: LayerStore, place: Path) -> None:
+    add_image(store, "site", {"a": "1"})
+    add_image(store, "other", {"a": "2"})
+    workspace, hold = store.claim_workspace("site", "mine")
+    with open_store(place) as other:
+        with hold:
+            other.workspace("mine")
+            assert other.workspace("mine").hold() is None
+            assert other.gc() == []
+        again, held = other.claim_workspace("site", "mine")
+        assert again.record == workspace.record
+        held.release()
+        with pytest.raises(UserError, match="belongs to site:latest, not to other:latest"):
+            other.claim_workspace("other", "mine")
+        with pytest.raises(UserError, match="leave --ephemeral out"):
+            other.claim_workspace("site", "mine", ephemeral=True)
+        with pytest.raises(UserError, match="there is no image nothing:latest"):
+            other.claim_workspace("nothing", "mine")
+        with pytest.raises(UserError, match="is not a workspace name"):
+            other.claim_workspace("site", "../mine")
+
+
+def test_a_name_is_made(store: LayerStore) -> None:
+    add_image(store, "registry.example/team/site:v1", {"a": "1"})
+    one, first = store.claim_workspace("registry.example/team/site:v1")
+    two, second = store.claim_workspace("registry.example/team/site:v1")
+    with first, second:
+        assert one.name.startswith("site-")
+        assert one.name != two.name
+
+
+def test_an_ephemeral_one_goes_when_nobody_holds_it(store: LayerStore, place: Path) -> None:
+    add_image(store, "site", {"a": "1"})
+    workspace, hold = store.claim_workspace("site", ephemeral=True)
+    with hold, open_store(place) as other:
+        assert other.gc(dry_run=True) == []
+        assert [each.name for each in other.workspaces()] == [workspace.name]
+    assert [(each.kind, each.name) for each in store.gc(dry_run=True)] == [("workspace", workspace.name)]
+    with open_store(place) as other:
+        assert list(other.workspaces()) == []
+    assert there(place)["workspaces"] == there(place)["trash"] == []
+
+
+def test_adopting_moves_the_tree_and_renews_the_workspace(store: LayerStore, place: Path) -> None:
+    image = add_image(store, "site", {"a": "1"})
+    workspace = store.new_workspace("site", "mine")
+    fill(workspace.upper_path, {"b": "22"})
+    before = os.stat(workspace.upper_path)
+    record = ImageRecord(name="site:2", layers=image.layers, created=now())
+    layer = store.adopt(
+        workspace.upper_path, workspace="mine", image=record, author="me", message="b", below=image.layers
+    )
+    assert os.stat(layer.tree_path).st_ino == before.st_ino
+    assert Path(os.fsdecode(layer.tree_path), "b").read_text() == "22"
+    assert store.workspace("mine").record.layers == store.image("site:2").layers == (layer.id, *image.layers)
+    assert store.workspace("mine").record.image == "site:2"
+    assert os.listdir(workspace.upper_path) == []
+    assert sorted(os.listdir(os.fsdecode(workspace.path))) == ["lock", "record", "upper", "work"]
+    assert there(place)["intents"] == []
+    done = finish(store, layer)
+    assert (done.id, done.record.message, done.record.below) == (layer.id, "b", ())
+
+
+def test_adopting_from_elsewhere(store: LayerStore, place: Path) -> None:
+    fill(os.fsencode(place / "tree"), {"b": "2"})
+    layer = store.adopt(os.fsencode(place / "tree"), message="alone")
+    assert not (place / "tree").exists()
+    assert store.layer(layer.id).record.message == "alone"
+
+
+@root
+def test_another_file_system_is_refused(store: LayerStore, place: Path) -> None:
+    with disk("tmpfs", place / "disk") as other:
+        fill(os.fsencode(other / "tree"), {"b": "2"})
+        with pytest.raises(OSError, match="tree") as caught:
+            store.adopt(os.fsencode(other / "tree"))
+        assert caught.value.errno == errno.EXDEV
+        assert (other / "tree" / "b").read_text() == "2"
+    assert there(place)["layers"] == there(place)["intents"] == []
+
+
+def test_what_was_prepared_and_not_taken_is_undone(store: LayerStore, place: Path) -> None:
+    image = add_image(store, "site", {"a": "1"})
+    workspace = store.new_workspace("site", "mine")
+    fill(workspace.upper_path, {"b": "2"})
+    like = os.open(workspace.upper_path, os.O_RDONLY)
+    before = there(place)
+    record = ImageRecord(name="site:2", layers=image.layers, created=now())
+    with store.begin_adoption(workspace="mine", image=record, like=like) as adoption:
+        assert os.path.isdir(adoption.next_upper)
+        assert os.path.isdir(adoption.next_work)
+        assert [layer.id for layer in store.layers()] == list(image.layers)
+        assert store.gc() == []
+    os.close(like)
+    assert there(place) == before
+    assert sorted(os.listdir(os.fsdecode(workspace.path))) == ["lock", "record", "upper", "work"]
+    assert Path(os.fsdecode(workspace.upper_path), "b").read_text() == "2"
+
+
+def test_an_image_of_missing_layers_begins_nothing(store: LayerStore, place: Path) -> None:
+    before = there(place)
+    record = ImageRecord(name="site:2", layers=("0" * 32,), created=now())
+    with pytest.raises(UserError, match="is not in the store"):
+        store.begin_adoption(image=record)
+    assert there(place) == before
+
+
+def test_garbage(store: LayerStore, place: Path) -> None:
+    """Whatever a dry run names goes, and nothing else; what is referred to stays."""
+    kept = add_image(store, "site", {"a": "1"})
+    used = add_layer(store, {"a": "used by a workspace"})
+    store.put_image(ImageRecord(name="old", layers=(used.id,), created=now()))
+    store.new_workspace("old", "mine")
+    store.remove_image("old")
+    lost = add_layer(store, {"a": "12345", "b": "678"})
+    store.close()
+    base = place / "store"
+    (base / "layers" / ("0" * 32)).mkdir()
+    (base / "staging" / "left").mkdir()
+    (base / "staging" / "left" / "data").write_text("123")
+    (base / "staging" / "file-left").write_text("12")
+    (base / "trash" / "left").mkdir()
+    (base / "workspaces" / "half").mkdir()
+    with open_store(place) as other:
+        told = other.gc(dry_run=True)
+        assert {(each.kind, each.name) for each in told} == {
+            ("layer", lost.id),
+            ("layer", "0" * 32),
+            ("staging", "left"),
+            ("staging", "file-left"),
+            ("trash", "left"),
+            ("workspace", "half"),
+        }
+        assert there(place)["trash"] == ["left"]
+        sizes = {(each.kind, each.name): each.size for each in told}
+        assert (sizes["staging", "left"], sizes["staging", "file-left"], sizes["trash", "left"]) == (3, 2, 0)
+        assert sizes["layer", lost.id] > 8
+        assert other.gc() == told
+        assert other.gc() == []
+        assert sorted(layer.id for layer in other.layers()) == sorted((*kept.layers, used.id))
+        assert other.by_digest(lost.record.digest or "") is None
+    assert there(place)["staging"] == there(place)["trash"] == []
+    assert len(there(place)["digests"]) == 2
