@@ -1,7 +1,7 @@
 """What a registry wants to see before it answers: nothing, a password, or a token that another server gives out.
 
-The flow is that of the distribution project's token specification.  A password goes to the registry itself (Basic) or to
-the token server that the registry names (Bearer); a token goes to the registry alone.
+The flow is that of the distribution project's token specification.  A password goes to the registry itself (Basic) or
+to the token server that the registry names (Bearer); a token goes to the registry alone.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class Login:
             return token.header
 
     def answer(self, reply: Reply, sent: str | None, scopes: Scopes) -> None:
-        """Find what a 401 asks for, so that `header` gives it. Raises `UserError` if there is nothing better to send."""
+        """Find what a 401 asks for, so that `header` gives it. Raises `UserError` if there is nothing else to send."""
         offered = list(challenges(reply.listed("WWW-Authenticate")))
         with self._lock:
             if sent != self._present(scopes):
@@ -121,7 +121,7 @@ class Login:
             return self._wire.request("POST", realm, headers=kind, body=urllib.parse.urlencode(form).encode())
         query = urllib.parse.urlencode([*wanted, *(("scope", scope) for scope in scopes)])
         joint = "&" if urllib.parse.urlsplit(realm).query else "?"
-        return self._wire.request("GET", f"{realm}{joint}{query}", secret=credential and credential.basic)
+        return self._wire.request("GET", f"{realm}{joint}{query}", secret=credential.basic if credential else None)
 
     def _denied(self, realm: str, credential: Credential | None) -> str:
         if credential is None:

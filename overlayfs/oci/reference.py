@@ -102,14 +102,12 @@ def _split_registry(text: str, name: str) -> tuple[str, str]:
     if not _REGISTRY.fullmatch(registry):
         raise UsageError(f"{text}: {registry} is not the HOST[:PORT] of a registry")
     if not _REPOSITORY.fullmatch(repository):
-        raise UsageError(
-            f"{text}: a repository is lower-case words and digits, parted by '/', '.', '_' or '-'"
-        )
+        raise UsageError(f"{text}: a repository is lower-case words and digits, parted by '/', '.', '_' or '-'")
     if registry in DOCKER_HUB:
         registry, repository = DOCKER_HUB[0], repository if "/" in repository else f"library/{repository}"
     if len(registry) + 1 + len(repository) > LONGEST_NAME:
         raise UsageError(f"{text}: registry and repository are longer than {LONGEST_NAME} characters")
-    return registry, repository
+    return registry.lower(), repository
 
 
 def _looks_like_host(word: str) -> bool:

@@ -14,7 +14,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import urllib3
 from urllib3.exceptions import (
@@ -65,7 +65,7 @@ class Pace:
         self._jitter = jitter
 
     def pause(self, attempt: int, asked: float = 0.0) -> None:
-        """Wait after attempt `attempt` (from 0): twice as long each time, half of it random, `asked` seconds at least."""
+        """Wait after attempt `attempt` (from 0): each time twice as long, half of it random; at least `asked` s."""
         backoff: float = min(self._longest, self._first * 2**attempt)
         self._wait(max(asked, backoff * (0.5 + 0.5 * self._jitter())))
         self.check()
@@ -269,9 +269,17 @@ class Wire:
             reply.cut()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; answers that nobody has read go with them."""
+        for reply in tuple(self._open):
+            reply.close()
         for manager in self._managers.values():
             manager.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Unreachable(Broken):

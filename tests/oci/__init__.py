@@ -1,0 +1,1 @@
+"""Images as others know them, checked with the programs of others."""
