@@ -22,10 +22,9 @@ from overlayfs.store.adoption import Adopter, Adoption
 from overlayfs.store.gc import Collector, Garbage
 from overlayfs.store.images import Images
 from overlayfs.store.layers import Layer, Layers, StagedLayer, Summary
-from overlayfs.store.locks import Hold
 from overlayfs.store.place import Place
 from overlayfs.store.records import ImageRecord
-from overlayfs.store.workspaces import Workspace, Workspaces
+from overlayfs.store.workspaces import Claim, Workspace, Workspaces
 
 
 class LayerStore:
@@ -247,16 +246,21 @@ class LayerStore:
     def new_workspace(self, image: str, name: str | None = None) -> Workspace:
         """Make a workspace for an image and return it, free to be mounted; UserError when there is one of that name."""
         record = self.image(image)
-        workspace, hold = self._workspaces.create(record, name or self._workspaces.free_name(record.name), False)
-        hold.release()
-        return workspace
+        made = self._workspaces.create(record, name or self._workspaces.free_name(record.name), ephemeral=False)
+        made.hold.release()
+        return made.workspace
 
-    def claim_workspace(self, image: str, name: str | None = None, ephemeral: bool = False) -> tuple[Workspace, Hold]:
-        """Return a workspace of an image, made or, when `name` exists, resumed, and its lock, now the caller's.
+    def claim_workspace(self, image: str, name: str | None = None, ephemeral: bool = False) -> Claim:
+        """Return a workspace of an image, made or, when `name` exists, resumed; its lock is the caller's.
 
         An `ephemeral` one goes as soon as nobody holds its lock. UserError when it is mounted or another image's.
         """
         return self._workspaces.claim(image, name, ephemeral)
+
+    def drop_claimed(self, name: str) -> None:
+        """Take away a workspace whose lock the caller holds."""
+        self._workspaces.discard(name)
+        self.place.empty_trash()
 
     def remove_workspace(self, name: str) -> None:
         """Take a workspace away with all that was changed in it; UserError while it is mounted."""

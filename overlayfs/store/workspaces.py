@@ -7,6 +7,7 @@ so an ephemeral one, which goes when nobody holds it, lives from the start as lo
 import os
 import secrets
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -20,6 +21,15 @@ from overlayfs.store.place import Place
 from overlayfs.store.records import ImageRecord, WorkspaceRecord
 
 _LEAVING = 5.0  # seconds to wait for a daemon whose mount has just ended
+
+
+class WorkspaceInUse(UserError):  # noqa: N818 - it names a state, and reads so where it is caught
+    """Somebody else holds a workspace, most likely as its mount."""
+
+    def __init__(self, path: bytes, name: str) -> None:
+        self.path = path
+        self.name = name
+        super().__init__(f"workspace {name} is mounted; unmount it first (`overlayfs mounts` tells where)")
 
 
 class Workspace:
@@ -66,11 +76,19 @@ class Workspace:
             raise UserError(f"workspace {self.name} is not there any more; `overlayfs workspaces` lists them") from None
 
     def demand(self) -> Hold:
-        """Do the same; UserError when somebody else uses it."""
+        """Do the same; WorkspaceInUse when somebody else uses it, and goes on doing so."""
         hold = self.hold(_LEAVING)
         if hold is None:
-            raise UserError(f"workspace {self.name} is mounted; unmount it first (`overlayfs mounts` tells where)")
+            raise WorkspaceInUse(self.path, self.name)
         return hold
+
+
+class Claim(NamedTuple):
+    """A workspace that is the caller's until `hold` is released; `new` when it was not there before."""
+
+    workspace: Workspace
+    hold: Hold
+    new: bool
 
 
 def workspace_path(name: str) -> bytes:
@@ -112,8 +130,8 @@ class Workspaces:
 
     # --- making and resuming ---------------------------------------------------------------------------
 
-    def claim(self, image: str, name: str | None, ephemeral: bool) -> tuple[Workspace, Hold]:
-        """Return a workspace for a mount of an image, new or resumed by its name, and its lock.
+    def claim(self, image: str, name: str | None, ephemeral: bool) -> Claim:
+        """Return a workspace for a mount of an image, new or resumed by its name.
 
         UserError when it is mounted, or belongs to another image.
         """
@@ -123,7 +141,7 @@ class Workspaces:
             return self.create(record, name or self.free_name(record.name), ephemeral)
         hold = known.demand()
         try:
-            return self._resumed(known.name, record, ephemeral), hold
+            return Claim(self._resumed(known.name, record, ephemeral), hold, new=False)
         except BaseException:
             hold.release()
             raise
@@ -147,7 +165,7 @@ class Workspaces:
             pass
         return name
 
-    def create(self, image: ImageRecord, name: str, ephemeral: bool) -> tuple[Workspace, Hold]:
+    def create(self, image: ImageRecord, name: str, ephemeral: bool) -> Claim:
         """Make a workspace and hold it; UserError when there is one of that name."""
         record = WorkspaceRecord(
             name=layout.workspace_name(name),
@@ -158,7 +176,7 @@ class Workspaces:
         )
         with self._place.adding():
             hold = self._stage(record)
-        return Workspace(self._place, record), hold
+        return Claim(Workspace(self._place, record), hold, new=True)
 
     def _stage(self, record: WorkspaceRecord) -> Hold:
         staging = self._place.rooms[layout.STAGING]
@@ -228,6 +246,6 @@ class Workspaces:
         self._place.empty_trash()
 
     def discard(self, name: str) -> None:
-        """Take away a workspace whose lock is held."""
+        """Take away a workspace whose lock is held; what was in it is deleted by `Place.empty_trash`."""
         with self._place.removing():
             self._place.discard(layout.WORKSPACES, layout.file_name(name))

@@ -50,15 +50,16 @@ def test_a_fresh_upper_looks_like_the_top_of_its_image(store: LayerStore) -> Non
 def test_a_claimed_workspace_is_the_claimers(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"a": "1"})
     add_image(store, "other", {"a": "2"})
-    workspace, hold = store.claim_workspace("site", "mine")
+    workspace, hold, _ = store.claim_workspace("site", "mine")
     with open_store(place) as other:
         with hold:
             other.workspace("mine")
             assert other.workspace("mine").hold() is None
             assert other.gc() == []
-        again, held = other.claim_workspace("site", "mine")
+        again, held, new = other.claim_workspace("site", "mine")
         assert again.record == workspace.record
         held.release()
+        assert not new
         with pytest.raises(UserError, match="belongs to site:latest, not to other:latest"):
             other.claim_workspace("other", "mine")
         with pytest.raises(UserError, match="leave --ephemeral out"):
@@ -71,8 +72,8 @@ def test_a_claimed_workspace_is_the_claimers(store: LayerStore, place: Path) -> 
 
 def test_a_name_is_made(store: LayerStore) -> None:
     add_image(store, "registry.example/team/site:v1", {"a": "1"})
-    one, first = store.claim_workspace("registry.example/team/site:v1")
-    two, second = store.claim_workspace("registry.example/team/site:v1")
+    one, first, _ = store.claim_workspace("registry.example/team/site:v1")
+    two, second, _ = store.claim_workspace("registry.example/team/site:v1")
     with first, second:
         assert one.name.startswith("site-")
         assert one.name != two.name
@@ -80,7 +81,7 @@ def test_a_name_is_made(store: LayerStore) -> None:
 
 def test_an_ephemeral_one_goes_when_nobody_holds_it(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"a": "1"})
-    workspace, hold = store.claim_workspace("site", ephemeral=True)
+    workspace, hold, _ = store.claim_workspace("site", ephemeral=True)
     with hold, open_store(place) as other:
         assert other.gc(dry_run=True) == []
         assert [each.name for each in other.workspaces()] == [workspace.name]
