@@ -23,8 +23,8 @@ from overlayfs.errors import UserError
 from overlayfs.store import scan
 from overlayfs.store.entries import FLAGS, Entry, Type
 from overlayfs.store.scan import Progress
+from overlayfs.tree.copyup import copy_data
 
-NAME = b"manifest"
 _HEADER = b"overlayfs manifest 1\n"
 _LENGTH = struct.Struct("<I")
 _ARRAY = struct.Struct(">BI")  # msgpack "array 32": always this form, so that there is one way to write a block
@@ -56,7 +56,7 @@ class _Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Totals(NamedTuple):
-    """What a manifest sums up to; the fields are what `Manifest` has under `count`, `size` and `flags`."""
+    """What a manifest sums up to; `size` and `flags` as `Manifest` has them."""
 
     entries: int
     size: int
@@ -77,9 +77,9 @@ class Manifest:
         self._digest: str | None = None
 
     @classmethod
-    def open(cls, dirfd: int, name: bytes = NAME, where: str = "the manifest") -> Self:
-        """Open a manifest file; `where` is its name in sentences. FileNotFoundError when there is none."""
-        return cls(sysio.open_child(dirfd, name, os.O_RDONLY), where)
+    def open(cls, fd: int, where: str = "the manifest") -> Self:
+        """Take over an open manifest file; `where` is its name in sentences."""
+        return cls(fd, where)
 
     @classmethod
     def build(
@@ -123,11 +123,6 @@ class Manifest:
         return self._digest
 
     @property
-    def count(self) -> int:
-        """How many entries there are, the root included."""
-        return self.totals.entries
-
-    @property
     def size(self) -> int:
         """Bytes of regular files, hard links once."""
         return self.totals.size
@@ -141,38 +136,24 @@ class Manifest:
     def totals(self) -> Totals:
         """The sums; a manifest that was opened is read once for them."""
         if self._totals is None:
-            self._totals = _sum(self.entries())
+            self._totals = _sum(self.read())
         return self._totals
 
-    def entries(self) -> Iterator[Entry]:
+    @property
+    def entries(self) -> "Entries":
+        """All entries, in order; each iteration begins at the first."""
+        return Entries(self)
+
+    def read(self) -> Iterator[Entry]:
         """Yield all entries from the first; `Damaged` where the file is not as it was written."""
         try:
             yield from _decode(self._blocks())
         except (msgspec.DecodeError, ValueError) as error:
             raise Damaged(f"{self._where} is damaged: {error}") from None
 
-    def write(self, dirfd: int, name: bytes = NAME) -> None:
-        """Put the manifest at a place, complete and durable, or not at all."""
-        temporary = name + b".tmp"
-        with contextlib.suppress(FileNotFoundError):
-            sysio.unlink_at(dirfd, temporary)
-        self._link(dirfd, temporary)
-        sysio.rename_at(dirfd, temporary, dirfd, name)
-        with contextlib.suppress(FileNotFoundError):  # rename(2) leaves both names if they are one file already
-            sysio.unlink_at(dirfd, temporary)
-        _sync_directory(dirfd)
-
-    def _link(self, dirfd: int, name: bytes) -> None:
-        try:
-            sysio.fsync(self._fd)
-            sysio.link_at(self._fd, b"", dirfd, name)
-        except OSError:  # another file system, or a file that was never unnamed
-            fd = sysio.open_child(dirfd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                sysio.copy_data(self._fd, fd, sysio.stat_at(self._fd, b"").st_size)
-                sysio.fsync(fd)
-            finally:
-                sysio.close(fd)
+    def write(self, fd: int) -> None:
+        """Write the manifest to an open, empty file."""
+        copy_data(self._fd, fd)
 
     def _pieces(self) -> Iterator[bytes]:
         offset = 0
@@ -193,20 +174,25 @@ class Manifest:
             offset += _LENGTH.size + length
 
 
+class Entries:
+    """The entries of a manifest, to be iterated and counted."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self._manifest.read()
+
+    def __len__(self) -> int:
+        return self._manifest.totals.entries
+
+
 def _unnamed(place: int | None) -> int:
     if place is not None:
         with contextlib.suppress(OSError):  # a file system without O_TMPFILE
             return sysio.open_child(place, b"", _UNNAMED, 0o600)
     with tempfile.TemporaryFile() as stream:
         return os.dup(stream.fileno())
-
-
-def _sync_directory(dirfd: int) -> None:
-    fd = sysio.open_child(dirfd, b"", os.O_RDONLY | os.O_DIRECTORY)  # `dirfd` may be opened with O_PATH
-    try:
-        sysio.fsync(fd)
-    finally:
-        sysio.close(fd)
 
 
 # --- writing -----------------------------------------------------------------------------------------------
