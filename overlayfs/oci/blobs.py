@@ -1,0 +1,188 @@
+"""Layers as blobs: a stored layer as a compressed tar with its digests, and a stored layer from such a blob."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from overlayfs.oci import compression, media
+from overlayfs.oci.compression import Compression, Compressor, Expanded
+from overlayfs.oci.entry import BadArchive
+from overlayfs.oci.layertar import Progress, source_date_epoch, tar_pieces, unpack_tar
+from overlayfs.oci.pack import Item, Losses, layer_items
+from overlayfs.oci.streams import PIECE, Ahead, Hashed, Peeked, Read
+from overlayfs.store.layers import Layer, StagedLayer
+from overlayfs.store.manifest import Manifest
+from overlayfs.store.store import LayerStore
+
+Sink = Callable[[bytes], object]
+Notice = Callable[[str], None]
+"""Told, in a sentence, what is left out."""
+
+
+class BadDigest(BadArchive):
+    """A blob is not what its digest, its size or the configuration of its image say."""
+
+
+class LayerBlob(NamedTuple):
+    """A compressed layer: sha256 and size of the blob, sha256 of the plain tar in it."""
+
+    digest: str
+    size: int
+    diff_id: str
+    media_type: str
+
+    def descriptor(self) -> media.Descriptor:
+        """Return the descriptor by which a manifest points to it."""
+        return media.Descriptor(self.media_type, self.digest, self.size)
+
+
+def ignore(_: str) -> None:
+    """Take a notice and say nothing."""
+
+
+# --- from the store ------------------------------------------------------------------------------------------
+
+
+def write_blob(
+    store: LayerStore,
+    layer: Layer,
+    sink: Sink,
+    kind: Compression = Compression.GZIP,
+    progress: Progress | None = None,
+    notice: Notice = ignore,
+) -> LayerBlob:
+    """Give the canonical tar of a layer, compressed, to `sink`, in pieces of about 1 MiB and from this thread.
+
+    The same layer gives the same tar, whatever the store, the machine and the time. Marks that count on layers below
+    are resolved over the stack that the layer's record names.
+    """
+    losses = Losses()
+    with ExitStack() as undo:
+        below = [store.layer(each) for each in layer.record.below]
+        for each in (layer, *below):
+            undo.enter_context(each.hold())
+        items = _layer_items(layer.tree_path, [each.tree_path for each in below], losses)
+        blob = stream_blob(items, sink, kind, progress)
+    for sentence in losses.sentences():
+        notice(f"layer {layer.id[:12]}: {sentence}")
+    return blob
+
+
+def _layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Iterator[Item]:
+    with layer_items(tree, below, losses) as items:
+        yield from items
+
+
+def stream_blob(items: Iterator[Item], sink: Sink, kind: Compression, progress: Progress | None = None) -> LayerBlob:
+    """Give the tar of items, compressed, to `sink`. The items are asked for in another thread."""
+    squeeze = compression.compressor(kind)
+    plain, packed = _Tally(), _Tally()
+    with ExitStack() as undo:
+        undo.callback(squeeze.close)
+        tar = undo.enter_context(Ahead(tar_pieces(items, source_date_epoch()), "tar"))
+        blob = undo.enter_context(Ahead(_squeezed(tar, plain, squeeze), "compress"))
+        for piece in blob:
+            packed.add(piece)
+            sink(piece)
+            if progress is not None:
+                progress(plain.size)
+    return LayerBlob(packed.digest, packed.size, plain.digest, kind.media_type)
+
+
+class _Tally(Hashed):
+    """Digest and length of what is pushed, not pulled."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: b"")
+
+    def add(self, data: bytes) -> None:
+        self._hash.update(data)
+        self.size += len(data)
+
+
+def _squeezed(tar: Ahead, plain: _Tally, squeeze: Compressor) -> Iterator[bytes]:
+    for piece in tar:
+        plain.add(piece)
+        yield from filter(None, squeeze.feed(piece))
+    yield from filter(None, squeeze.finish())
+
+
+# --- into the store ------------------------------------------------------------------------------------------
+
+
+def read_blob(
+    store: LayerStore,
+    source: Read,
+    *,
+    descriptor: media.Descriptor | None = None,
+    diff_id: str | None = None,
+    author: str = "",
+    message: str = "",
+    created: str | None = None,
+    what: str = "the layer",
+    progress: Progress | None = None,
+    notice: Notice = ignore,
+) -> Layer:
+    """Make a layer of the store from a blob, plain or compressed; return it, or the equal one that is there already.
+
+    `source(n)` is called from a thread; it returns some bytes, ``b""`` at the end. Digest and size are checked against
+    `descriptor`, the plain tar against `diff_id`. BadArchive, with `what` it is, when it is refused: nothing stays.
+    """
+    try:
+        with store.new_layer() as staged:
+            found = _unpack_blob(source, staged, descriptor, diff_id, progress, notice)
+            return publish(staged, author=author, message=message, created=created, diff_id=found)
+    except BadArchive as error:
+        raise type(error)(f"{what} is refused: {error}") from error
+
+
+def publish(staged: StagedLayer, *, diff_id: str | None, author: str, message: str, created: str | None) -> Layer:
+    """Make a filled tree a part of the store, with its manifest."""
+    with Manifest.build(staged.tree_fd) as manifest:
+        return staged.publish(manifest=manifest, author=author, message=message, created=created, diff_id=diff_id)
+
+
+def _unpack_blob(
+    source: Read,
+    staged: StagedLayer,
+    descriptor: media.Descriptor | None,
+    diff_id: str | None,
+    progress: Progress | None,
+    notice: Notice,
+) -> str:
+    """Fill a staged layer, check all digests, and return the diff id."""
+    blob = Hashed(source if descriptor is None else _limited(source, descriptor.size))
+    with ExitStack() as undo:
+        plain = Hashed(_expanded(blob, undo))
+        tar = undo.enter_context(Ahead(plain.pieces(), "expand"))
+        unpacker = unpack_tar(tar.read, staged.tree_fd, progress)
+    if descriptor is not None and (blob.digest, blob.size) != (descriptor.digest, descriptor.size):
+        raise BadDigest(f"it is {blob.digest} with {blob.size} bytes, and was told to be {descriptor.digest}")
+    if diff_id is not None and plain.digest != diff_id:
+        raise BadDigest(f"its content is {plain.digest}, and the image's configuration says {diff_id}")
+    if unpacker.dropped:
+        notice(f"{unpacker.dropped} extended attributes were left out: only root can set them")
+    return plain.digest
+
+
+def _limited(source: Read, size: int) -> Read:
+    """Return a stream that refuses to be longer than it was told to be."""
+    left = size
+
+    def read(most: int) -> bytes:
+        nonlocal left
+        data = source(most)
+        left -= len(data)
+        if left < 0:
+            raise BadDigest(f"it is longer than the {size} bytes that were told")
+        return data
+
+    return read
+
+
+def _expanded(blob: Hashed, undo: ExitStack) -> Read:
+    peeked = Peeked(blob.read)
+    kind = compression.recognise(peeked.peek(compression.LONGEST_MAGIC))
+    if kind is Compression.NONE:
+        return peeked.read
+    return Expanded(undo.enter_context(Ahead(iter(lambda: peeked.read(PIECE), b""), "read")).read, kind).read

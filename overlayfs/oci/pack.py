@@ -1,0 +1,334 @@
+"""What a layer, or the tree that a stack shows, is as entries of an archive: in one order, in one form.
+
+A directory comes first, then its opaque mark, then the deletions in it, then what it holds, names sorted as bytes. The
+first name of a hard-linked file carries the data. Deletions have neither owner nor time, for a layer is the same layer
+whoever has deleted something in it, and when.
+
+Archives know neither redirect nor metacopy. A layer with these marks is resolved over the layers it was made on: a
+directory that was moved is written in full at its new place, and a file gets its data from below.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+from overlayfs import sysio
+from overlayfs.errors import UserError, oserror
+from overlayfs.format import opaque, override, whiteout, xattrs
+from overlayfs.format.opaque import Opacity
+from overlayfs.format.xattrs import Mode
+from overlayfs.fs.config import StackConfig
+from overlayfs.fs.nodes import Dir, File, LowerFile, Node
+from overlayfs.fs.overlay import Overlay
+from overlayfs.oci.entry import Entry, Kind, shown
+from overlayfs.tree.dirfds import DirFds, default_capacity
+from overlayfs.tree.layer import Layer, join
+from overlayfs.tree.stats import AnyStat
+from overlayfs.union.resolve import Kind as Held
+
+_KINDS = {
+    stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.DIRECTORY, stat.S_IFLNK: Kind.SYMLINK, stat.S_IFIFO: Kind.FIFO,
+    stat.S_IFCHR: Kind.CHARACTER, stat.S_IFBLK: Kind.BLOCK,
+}  # fmt: skip
+_LOCAL = frozenset((b"security.selinux", b"system.nfs4_acl"))
+_MARKED = frozenset(xattrs.prefix(mode) + suffix for mode in Mode for suffix in (xattrs.REDIRECT, xattrs.METACOPY))
+
+Open = Callable[[], int]
+
+
+class Item(NamedTuple):
+    """An entry and, for a file with data, the function that opens it for reading; the caller closes it."""
+
+    entry: Entry
+    open: Open | None = None
+
+
+class Losses:
+    """What an archive cannot carry: how many sockets, and how many attributes without a value or with a `=`."""
+
+    def __init__(self) -> None:
+        self.sockets = 0
+        self.attributes = 0
+
+    def sentences(self) -> list[str]:
+        """Return a sentence for each kind of loss."""
+        facts = (
+            (self.sockets, "sockets were left out: archives have no form for them"),
+            (self.attributes, "extended attributes were left out: they have no value, or = in their name"),
+        )
+        return [f"{count} {text}" for count, text in facts if count]
+
+
+@contextmanager
+def layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Iterator[Iterator[Item]]:
+    """Give the entries of the layer at `tree`. `below`: the stack it was made on, top first, where its marks need one.
+
+    The iterator must be used inside the context.
+    """
+    with ExitStack() as undo:
+        if not below:
+            yield _Plain(tree, losses, undo).items()
+        else:
+            yield _Resolved(tree, below, losses, undo).items()
+
+
+@contextmanager
+def merged_items(stack: Sequence[bytes], losses: Losses) -> Iterator[Iterator[Item]]:
+    """Give the entries of the tree that a stack shows, top first; no deletions. Use it inside the context."""
+    overlay = Overlay(StackConfig(lower=tuple(stack)))
+    try:
+        yield _Merged(overlay, losses).items()
+    finally:
+        overlay.close()
+
+
+class _Describer:
+    """Makes entries of real objects, and joins the names of hard-linked files."""
+
+    def __init__(self, losses: Losses) -> None:
+        self._losses = losses
+        self._linked: dict[tuple[int, int], list[bytes | int]] = {}
+
+    def item(
+        self, path: bytes, layer: Layer, dirfd: int, name: bytes, found: AnyStat, data: Open | None
+    ) -> Item | None:
+        """Return the entry of an object; None for one that archives cannot hold."""
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode))
+        if kind is None:
+            self._losses.sockets += 1
+            return None
+        first = self._first_name(path, kind, found)
+        entry = Entry(
+            path,
+            kind,
+            stat.S_IMODE(found.st_mode),
+            found.st_uid,
+            found.st_gid,
+            found.st_mtime_ns,
+        )
+        if first is not None:
+            return Item(entry._replace(kind=Kind.HARDLINK, target=first))
+        entry = entry._replace(xattrs=self._xattrs(layer, dirfd, name))
+        if kind is Kind.FILE:
+            return Item(entry._replace(size=found.st_size), data)
+        if kind is Kind.SYMLINK:
+            return Item(entry._replace(target=sysio.readlink_at(dirfd, name)))
+        if kind in (Kind.CHARACTER, Kind.BLOCK):
+            return Item(entry._replace(device=(os.major(found.st_rdev), os.minor(found.st_rdev))))
+        return Item(entry)
+
+    def _first_name(self, path: bytes, kind: Kind, found: AnyStat) -> bytes | None:
+        """Return the name under which a file was described before; only those with names to come are remembered."""
+        if kind is Kind.DIRECTORY or found.st_nlink < 2:
+            return None
+        key = (found.st_dev, found.st_ino)
+        known = self._linked.setdefault(key, [path, found.st_nlink])
+        first, left = known
+        assert isinstance(first, bytes) and isinstance(left, int)
+        known[1] = left - 1
+        if left == 1:
+            del self._linked[key]
+        return None if left == found.st_nlink else first
+
+    def _xattrs(self, layer: Layer, dirfd: int, name: bytes) -> dict[bytes, bytes]:
+        found: dict[bytes, bytes] = {}
+        for stored in sysio.listxattr_at(dirfd, name):
+            attribute = _shown_name(stored, layer.override is not None)
+            if attribute is None or attribute in _LOCAL:
+                continue
+            value = sysio.getxattr_at(dirfd, name, stored)
+            if value and b"=" not in attribute:
+                found[attribute] = value
+            else:
+                self._losses.attributes += 1
+        return found
+
+
+def _shown_name(stored: bytes, overridden: bool) -> bytes | None:
+    covered = override.uncovered_name(stored) if overridden else None
+    return covered or xattrs.shown_name(stored, overridden)
+
+
+def _deletion(path: bytes, name: bytes) -> Item:
+    return Item(Entry(join(path, whiteout.name_for(name)), Kind.FILE, 0))
+
+
+def _opaque_mark(path: bytes) -> Item:
+    return Item(Entry(join(path, whiteout.OPAQUE_MARK), Kind.FILE, 0))
+
+
+class _Plain:
+    """A layer as it lies."""
+
+    def __init__(self, tree: bytes, losses: Losses, undo: ExitStack) -> None:
+        root = os.open(tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        undo.callback(sysio.close, root)
+        dirfds = DirFds(default_capacity())
+        undo.callback(dirfds.close)
+        mode = Mode.TRUSTED if os.geteuid() == 0 else Mode.USER
+        self._layer = Layer(0, root, dirfds, mode, lowest=False)
+        self._describer = _Describer(losses)
+
+    def items(self) -> Iterator[Item]:
+        yield from self._item(b"", b"", self._layer.stat(b"", b""))
+        if self._layer.marks(b"", b"", self._layer.stat(b"", b"")).opaque or has_opaque_root(self._layer.root):
+            yield _opaque_mark(b"")
+        pending = [self._inside(b"")]
+        while pending:
+            found = next(pending[-1], None)
+            if found is None:
+                pending.pop()
+            elif isinstance(found, Item):
+                yield found
+            else:
+                pending.append(self._inside(found))
+
+    def _inside(self, path: bytes) -> Iterator[Item | bytes]:
+        """Yield the items of a directory, and after each directory in it that one's path."""
+        held = {name: self._layer.probe(path, name) for name in sorted(self._layer.names(path))}
+        for name, entry in held.items():
+            if entry.kind is Held.WHITEOUT:
+                yield _deletion(path, name)
+        for name, entry in held.items():
+            if entry.stat is None or entry.kind in (Held.WHITEOUT, Held.ABSENT):
+                continue
+            yield from self._item(path, name, entry.stat)
+            if stat.S_ISDIR(entry.stat.st_mode):
+                if self._layer.marks(path, name, entry.stat).opaque:
+                    yield _opaque_mark(join(path, name))
+                yield join(path, name)
+
+    def _item(self, path: bytes, name: bytes, found: AnyStat) -> Iterator[Item]:
+        dirfd = self._layer.dirfd(path)
+        if not _MARKED.isdisjoint(sysio.listxattr_at(dirfd, name)):
+            raise UserError(f"{shown(join(path, name))} counts on layers below, and nothing says which they are")
+        item = self._describer.item(
+            join(path, name), self._layer, dirfd, name, found, lambda: self._layer.open_file(path, name)
+        )
+        if item is not None:
+            yield item
+
+
+class _Merged:
+    """The tree that a read-only overlay shows."""
+
+    def __init__(self, overlay: Overlay, losses: Losses) -> None:
+        self.overlay = overlay
+        self._describer = _Describer(losses)
+
+    def items(self) -> Iterator[Item]:
+        root = self.overlay.root
+        yield from self.item(b"", root)
+        yield from self.below(b"", root)
+
+    def below(self, path: bytes, node: Node) -> Iterator[Item]:
+        """Yield all that is in a directory."""
+        pending = [self._inside(path, node)]
+        while pending:
+            found = next(pending[-1], None)
+            if found is None:
+                pending.pop()
+                continue
+            path, child = found
+            yield from self.item(path, child)
+            if isinstance(child, Dir):
+                pending.append(self._inside(path, child))
+
+    def _inside(self, path: bytes, node: Node) -> Iterator[tuple[bytes, Node]]:
+        for name in sorted(self.overlay.list_names(node)):
+            yield join(path, name), self.overlay.lookup(node, name)
+
+    def item(self, path: bytes, node: Node) -> Iterator[Item]:
+        """Yield the item of one node, none for what archives cannot hold."""
+        if isinstance(node, Dir):
+            layer, place = node.lower[0]
+            item = self._describer.item(path, layer, layer.dirfd(place), b"", layer.stat(place, b""), None)
+        else:
+            assert isinstance(node, File) and node.lower is not None
+            layer, place, name = node.lower
+            found = layer.stat(place, name)
+            data = node.data or node.lower
+            item = self._describer.item(path, layer, layer.dirfd(place), name, found, lambda: _open(data))
+        if item is not None:
+            yield item
+
+
+def _open(place: LowerFile) -> int:
+    if not place.name:
+        raise oserror(errno.EIO, place.path)
+    return place.layer.open_file(place.path, place.name)
+
+
+class _Resolved:
+    """A layer with redirects and metadata-only copies, seen over the stack that it was made on."""
+
+    def __init__(self, tree: bytes, below: Sequence[bytes], losses: Losses, undo: ExitStack) -> None:
+        self._view = Overlay(StackConfig(lower=(tree, *below)))
+        undo.callback(self._view.close)
+        self._beneath = Overlay(StackConfig(lower=tuple(below)))
+        undo.callback(self._beneath.close)
+        self._merged = _Merged(self._view, losses)
+        self._layer = self._view.root.lower[0].layer
+
+    def items(self) -> Iterator[Item]:
+        root = self._view.root
+        yield from self._merged.item(b"", root)
+        if has_opaque_root(self._layer.root):
+            yield _opaque_mark(b"")
+        pending = [self._inside(b"", root, self._beneath.root)]
+        while pending:
+            found = next(pending[-1], None)
+            if found is None:
+                pending.pop()
+            elif isinstance(found, Item):
+                yield found
+            else:
+                pending.append(found)
+
+    def _inside(self, path: bytes, node: Dir, beneath: Node | None) -> Iterator["Item | Iterator[Item]"]:
+        """Yield the items of a directory that has not moved. `beneath`: what the layers below show at its path."""
+        held = {name: self._layer.probe(path, name) for name in sorted(self._layer.names(path))}
+        for name, entry in held.items():
+            if entry.kind is Held.WHITEOUT:
+                yield _deletion(path, name)
+        for name, entry in held.items():
+            if entry.stat is None or entry.kind in (Held.WHITEOUT, Held.ABSENT):
+                continue
+            child = self._view.lookup(node, name)
+            yield from self._merged.item(join(path, name), child)
+            if isinstance(child, Dir):
+                yield from self._directory(path, name, child, entry.stat, self._seen_beneath(beneath, name))
+
+    def _directory(
+        self, parent: bytes, name: bytes, node: Dir, found: AnyStat, beneath: Node | None
+    ) -> Iterator["Item | Iterator[Item]"]:
+        path = join(parent, name)
+        marks = self._layer.marks(parent, name, found)
+        moved = marks.redirect is not None
+        covers = (marks.opaque or moved) and isinstance(beneath, Dir)
+        if covers:
+            yield _opaque_mark(path)
+        if moved:
+            yield self._merged.below(path, node)
+        else:
+            yield self._inside(path, node, None if marks.opaque else beneath)  # type: ignore[misc]
+
+    def _seen_beneath(self, beneath: Node | None, name: bytes) -> Node | None:
+        if not isinstance(beneath, Dir):
+            return None
+        try:
+            return self._beneath.lookup(beneath, name)
+        except FileNotFoundError:
+            return None
+
+
+def has_opaque_root(root: int) -> bool:
+    """Return whether the root of a layer carries the mark that cuts off all layers below.
+
+    No mount looks at it there: an image ends with such a layer instead (`image.lowest_first`).
+    """
+    values = (sysio.find_xattr(root, b"", xattrs.prefix(mode) + xattrs.OPAQUE) for mode in Mode)
+    return any(opaque.decode(value) is Opacity.OPAQUE for value in values)

@@ -1,0 +1,136 @@
+"""Writing tar archives: one way for each entry, so that the same layer is the same bytes wherever and whenever.
+
+ustar where it can say everything, else a PAX header before it with its records sorted. Owners are numbers, user and
+group names are empty, there is no access time. Times keep their nanoseconds; `SOURCE_DATE_EPOCH` clamps later ones.
+
+Sources: POSIX pax(1); formats, section 10, "Writing"; reproducible-builds.org, "SOURCE_DATE_EPOCH".
+"""
+
+import struct
+from collections.abc import Iterator
+
+from overlayfs.oci.entry import Entry, Kind
+from overlayfs.oci.tarread import BLOCK
+
+END = bytes(2 * BLOCK)
+
+_HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
+_LARGEST_OCTAL_SIZE = 8**11 - 1
+_LARGEST_OCTAL_ID = 8**7 - 1
+_NANO = 1_000_000_000
+_FLAGS = {
+    Kind.FILE: b"0", Kind.HARDLINK: b"1", Kind.SYMLINK: b"2", Kind.CHARACTER: b"3", Kind.BLOCK: b"4",
+    Kind.DIRECTORY: b"5", Kind.FIFO: b"6",
+}  # fmt: skip
+
+
+def padding(size: int) -> bytes:
+    """Return the zeros that follow `size` bytes of data."""
+    return bytes(-size % BLOCK)
+
+
+def header(entry: Entry) -> bytes:
+    """Return all that stands before an entry's data. Extents have no form here: holes are zeros."""
+    name = (entry.path or b".") + b"/" if entry.kind is Kind.DIRECTORY else entry.path
+    records = dict(_records(entry, name))
+    ustar = _ustar(entry, name, records)
+    return _pax(entry.path, records) + ustar if records else ustar
+
+
+def _records(entry: Entry, name: bytes) -> Iterator[tuple[bytes, bytes]]:
+    if _split(name) is None or not _is_plain(name):
+        yield b"path", name
+    if len(entry.target) > 100 or not _is_plain(entry.target):
+        yield b"linkpath", entry.target
+    if entry.size > _LARGEST_OCTAL_SIZE:
+        yield b"size", b"%d" % entry.size
+    for key, number in ((b"uid", entry.uid), (b"gid", entry.gid)):
+        if number > _LARGEST_OCTAL_ID:
+            yield key, b"%d" % number
+    if entry.mtime_ns % _NANO or not 0 <= entry.mtime_ns // _NANO <= _LARGEST_OCTAL_SIZE:
+        yield b"mtime", time_text(entry.mtime_ns)
+    for key, value in entry.xattrs.items():
+        yield b"SCHILY.xattr." + key, value
+
+
+def _is_plain(name: bytes) -> bool:
+    """Return whether ustar may hold a name: other bytes than ASCII mean what the reader likes there."""
+    return name.isascii() or not _is_utf8(name)
+
+
+def _is_utf8(name: bytes) -> bool:
+    # PAX is UTF-8 by definition; a name that is not is kept as it is in the field that promises nothing.
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _split(name: bytes) -> tuple[bytes, bytes] | None:
+    """Return prefix and name fields, or None where a name does not fit."""
+    if len(name) <= 100:
+        return b"", name
+    cut = name.find(b"/", len(name) - 101, min(156, len(name) - 1))
+    return (name[:cut], name[cut + 1 :]) if cut > 0 else None
+
+
+def time_text(nanoseconds: int) -> bytes:
+    """Return a time as PAX writes it: decimal seconds, a fraction only where there is one."""
+    sign = b"-" if nanoseconds < 0 else b""
+    seconds, fraction = divmod(abs(nanoseconds), _NANO)
+    text = b"%b%d.%09d" % (sign, seconds, fraction)
+    return text.rstrip(b"0").rstrip(b".")
+
+
+def _ustar(entry: Entry, name: bytes, records: dict[bytes, bytes]) -> bytes:
+    prefix, field = _split(name) or (b"", name[:100])
+    major, minor = entry.device
+    return _sealed(
+        field,
+        entry.mode & 0o7777,
+        min(entry.uid, _LARGEST_OCTAL_ID),
+        min(entry.gid, _LARGEST_OCTAL_ID),
+        0 if b"size" in records else entry.size,
+        min(max(entry.mtime_ns // _NANO, 0), _LARGEST_OCTAL_SIZE),
+        _FLAGS[entry.kind],
+        entry.target[:100],
+        major,
+        minor,
+        prefix,
+    )
+
+
+def _sealed(
+    name: bytes,
+    mode: int,
+    uid: int,
+    gid: int,
+    size: int,
+    seconds: int,
+    flag: bytes,
+    target: bytes,
+    major: int,
+    minor: int,
+    prefix: bytes,
+) -> bytes:
+    block = _HEADER.pack(
+        name, b"%07o" % mode, b"%07o" % uid, b"%07o" % gid, b"%011o" % size, b"%011o" % seconds, b" " * 8, flag,
+        target, b"ustar\x0000", b"", b"", b"%07o" % major, b"%07o" % minor, prefix,
+    )  # fmt: skip
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def _pax(path: bytes, records: dict[bytes, bytes]) -> bytes:
+    data = b"".join(_record(key, records[key]) for key in sorted(records))
+    name = b"PaxHeaders/" + (path.rsplit(b"/", 1)[-1] or b".")[:80]
+    return _sealed(name, 0o644, 0, 0, len(data), 0, b"x", b"", 0, 0, b"") + data + padding(len(data))
+
+
+def _record(key: bytes, value: bytes) -> bytes:
+    """Return ``LENGTH KEY=VALUE\\n``, the length counting its own digits."""
+    rest = len(key) + len(value) + 3
+    length = rest + len(str(rest))
+    if len(str(length)) > len(str(rest)):
+        length = rest + len(str(length))
+    return b"%d %b=%b\n" % (length, key, value)
