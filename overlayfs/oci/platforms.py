@@ -1,0 +1,68 @@
+"""Which of an image's several forms is for this machine: platforms in the words of Go and OCI.
+
+Source: image-spec ``image-index.md`` (`platform`); the order among variants is that of containerd's ``platforms``.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+
+from overlayfs.errors import UsageError, UserError
+from overlayfs.oci.media import Descriptor, Index, Platform
+
+_MACHINES = {
+    "x86_64": ("amd64", ""), "aarch64": ("arm64", "v8"), "armv8l": ("arm", "v7"), "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"), "armv5tel": ("arm", "v5"), "i386": ("386", ""), "i686": ("386", ""),
+    "ppc64le": ("ppc64le", ""), "s390x": ("s390x", ""), "riscv64": ("riscv64", ""), "loongarch64": ("loong64", ""),
+}  # fmt: skip
+_ALIASES = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "armhf": "arm", "i386": "386"}
+_WORD = re.compile(r"[a-z0-9_.-]+", re.ASCII)
+
+
+def host() -> Platform:
+    """Return the platform of this machine."""
+    machine = os.uname().machine
+    architecture, variant = _MACHINES.get(machine, (machine, ""))
+    return Platform(architecture, "linux", variant)
+
+
+def parse(text: str) -> Platform:
+    """Return the platform OS/ARCHITECTURE[/VARIANT], or ARCHITECTURE alone for Linux. Raises `UsageError`."""
+    words = text.lower().split("/")
+    if len(words) == 1:
+        words = ["linux", *words]
+    if len(words) > 3 or not all(_WORD.fullmatch(word) for word in words):
+        raise UsageError(f"{text!r} is no platform; write OS/ARCHITECTURE[/VARIANT], as in linux/arm64")
+    return Platform(_ALIASES.get(words[1], words[1]), words[0], words[2] if len(words) == 3 else "")
+
+
+def fits(wanted: Platform, found: Platform) -> bool:
+    """Whether an image for `found` is one for `wanted`; a variant that either leaves open is no reason against it."""
+    return (found.os, found.architecture) == (wanted.os, wanted.architecture) and (
+        not wanted.variant or not found.variant or found.variant in _variants(wanted)
+    )
+
+
+def _variants(wanted: Platform) -> Sequence[str]:
+    """What runs on `wanted`, best first: an ARM runs what older ones run."""
+    if wanted.architecture == "arm" and wanted.variant in ("v5", "v6", "v7", "v8"):
+        return [f"v{number}" for number in range(int(wanted.variant[1]), 4, -1)]
+    return [wanted.variant]
+
+
+def choose(index: Index, wanted: Platform, what: str) -> Descriptor:
+    """Return the entry of an index for a platform. Raises `UserError`, which lists what there is."""
+    fitting = [each for each in index.manifests if each.platform is not None and fits(wanted, each.platform)]
+    if fitting:
+        return min(fitting, key=lambda each: _rank(wanted, each.platform or Platform()))
+    if len(index.manifests) == 1 and index.manifests[0].platform is None:
+        return index.manifests[0]
+    offered = dict.fromkeys(str(each.platform) for each in index.manifests if each.platform is not None)
+    listed = ", ".join(list(offered)[:20]) or "none that says so"
+    raise UserError(f"{what} is not for {wanted}; it has {listed}: choose one with --platform")
+
+
+def _rank(wanted: Platform, found: Platform) -> int:
+    """The exact variant first, then older ones, then those that leave it open."""
+    variants = list(_variants(wanted))
+    return variants.index(found.variant) if found.variant in variants else len(variants)
