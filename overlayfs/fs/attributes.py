@@ -38,7 +38,10 @@ class Attributes(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What a setattr changes; None keeps. `mode` is permission bits."""
+    """What a setattr changes; None keeps. `mode` is permission bits, times may be `sysio.NOW`.
+
+    strip: a new size takes set-id bits and capabilities away, for the caller is not privileged to keep them.
+    """
 
     mode: int | None = None
     uid: int | None = None
@@ -46,6 +49,7 @@ class Changes(NamedTuple):
     size: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    strip: bool = False
 
 
 class Located(NamedTuple):
@@ -64,7 +68,7 @@ class AttributeVerbs:
         self._lookup = lookup
         self._owners = Ownership(stack.config)
         layers = (*stack.lower, stack.upper) if stack.upper is not None else stack.lower
-        self._overrides = any(layer.override is not None for layer in layers)
+        self.overrides = any(layer.override is not None for layer in layers)
 
     # --- where -----------------------------------------------------------------------------------------
 
@@ -163,6 +167,8 @@ class AttributeVerbs:
         """
         if changes.size is not None:
             self.truncate(node, changes.size, writer)
+            if changes.strip:
+                self.strip_set_id(node)
         if changes.uid is not None or changes.gid is not None:
             self._chown(node, changes)
         _, dirfd, name = self.locate(node)
@@ -256,7 +262,7 @@ class AttributeVerbs:
 
     def _writable(self, name: bytes) -> bytes:
         _ = self.upper
-        return xattrs.stored_name(name, self._overrides)
+        return xattrs.stored_name(name, self.overrides)
 
     def _require_acl(self, name: bytes) -> None:
         if self._stack.config.noacl and name.startswith(_ACL_PREFIX):

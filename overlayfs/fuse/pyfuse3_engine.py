@@ -23,6 +23,7 @@ from overlayfs.fs.attributes import Attributes, Changes
 from overlayfs.fs.lifting import Need
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Dir, Node
+from overlayfs.fuse import needs
 from overlayfs.fuse.engine import Engine, MountSettings, reply_errno
 from overlayfs.fuse.stderr import captured_stderr
 
@@ -284,14 +285,8 @@ class _Requests(pyfuse3.Operations):
         """Remove a name of a non-directory."""
         async with self._gate.change():
             parent = self._node(parent_inode)
-            await self._lift_all(lambda: self._needs_of_unlink(parent, name))
+            await self._lift_all(lambda: needs.of_unlink(self._overlay, parent, name))
             self._overlay.unlink(parent, name)
-
-    def _needs_of_unlink(self, parent: Node, name: bytes) -> Iterator[tuple[Node, Need]]:
-        node = self._overlay.lookup(parent, name)
-        yield parent, Need.META
-        if (need := self._overlay.needs_of_unlink(node)) is not None:
-            yield node, need
 
     @_request("RMDIR")
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -312,26 +307,8 @@ class _Requests(pyfuse3.Operations):
         """Rename; the overlay refuses flags other than NOREPLACE and EXCHANGE."""
         async with self._gate.change():
             old, new = self._node(parent_inode_old), self._node(parent_inode_new)
-            await self._lift_all(lambda: self._needs_of_rename(old, name_old, new, name_new, flags))
+            await self._lift_all(lambda: needs.of_rename(self._overlay, old, name_old, new, name_new, flags))
             self._overlay.rename(old, name_old, new, name_new, flags)
-
-    def _needs_of_rename(
-        self, old: Node, name: bytes, new: Node, new_name: bytes, flags: int
-    ) -> Iterator[tuple[Node, Need]]:
-        source = self._overlay.lookup(old, name)
-        yield new, Need.META
-        yield from self._overlay.needs_of_rename(source)
-        yield from self._needs_of_target(new, new_name, flags)
-
-    def _needs_of_target(self, parent: Node, name: bytes, flags: int) -> Iterator[tuple[Node, Need]]:
-        try:
-            target = self._overlay.lookup(parent, name)
-        except FileNotFoundError:
-            return
-        if flags & pyfuse3.RENAME_EXCHANGE:
-            yield from self._overlay.needs_of_rename(target)
-        elif not flags and (need := self._overlay.needs_of_unlink(target)) is not None:
-            yield target, need
 
     async def _parent(self, number: int) -> Node:
         """Return the directory `number`, ready to be changed."""

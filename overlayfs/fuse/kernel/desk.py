@@ -1,0 +1,270 @@
+"""What all handlers of requests need: nodes by the kernel's numbers, replies, and a way to answer later.
+
+A handler is called on the loop and returns its reply, complete with header, or None when there is none or when it
+comes later. What may wait (a closed gate, a copy-up, a disk) becomes a task; until then a handler is atomic.
+"""
+
+import errno
+import logging
+import stat
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeAlias, TypeVar
+
+import trio
+
+from overlayfs.errors import oserror
+from overlayfs.fs.attributes import Attributes
+from overlayfs.fs.lifting import Need
+from overlayfs.fs.names import Caller
+from overlayfs.fs.nodes import Dir, Node
+from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.engine import Engine, MountSettings, reply_errno
+from overlayfs.fuse.kernel.connection import Connection
+from overlayfs.fuse.kernel.identities import Identities
+from overlayfs.fuse.kernel.openings import Openings
+from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Op
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+Reply: TypeAlias = bytes | tuple[bytes, bytes] | None
+Handler: TypeAlias = Callable[["Request"], Reply]
+Wanted: TypeAlias = Callable[[], Iterable[tuple[Node, Need]]]
+
+KINDS = {op.value: op.name for op in Op}
+
+_OUT = LAYOUTS["out_header"]
+_ENTRY = LAYOUTS["entry_reply"]
+_ATTR = LAYOUTS["attr_reply"]
+_BILLION = 1_000_000_000
+
+
+class Request:
+    """One request: the header's fields, and the body, which lies in the receive buffer until the handler returns."""
+
+    __slots__ = ("body", "gid", "nodeid", "op", "pid", "uid", "unique")
+
+    def __init__(self, op: int, unique: int, nodeid: int, uid: int, gid: int, pid: int, body: memoryview) -> None:
+        self.op = op
+        self.unique = unique
+        self.nodeid = nodeid
+        self.uid = uid
+        self.gid = gid
+        self.pid = pid
+        self.body = body
+
+    def caller(self, umask: int = 0) -> Caller:
+        """Return who asks."""
+        return Caller(self.uid, self.gid, umask)
+
+    def name(self, start: int = 0) -> bytes:
+        """Return the one name that the body ends with, without its NUL; EINVAL for none."""
+        raw = bytes(self.body[start:])
+        if raw[-1:] != b"\0" or raw.count(b"\0") != 1:
+            raise oserror(errno.EINVAL)
+        return raw[:-1]
+
+    def two_names(self, start: int = 0) -> tuple[bytes, bytes]:
+        """Return the two names that the body ends with; EINVAL for fewer."""
+        first, between, rest = bytes(self.body[start:]).partition(b"\0")
+        if not between or rest[-1:] != b"\0" or rest.count(b"\0") != 1:
+            raise oserror(errno.EINVAL)
+        return first, rest[:-1]
+
+
+class Desk:
+    """Shared by the handlers of one mount. `features` are what the handshake agreed on."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        connection: Connection,
+        openings: Openings,
+        settings: MountSettings,
+        features: Init,
+        send: Callable[[bytes], None],
+    ) -> None:
+        self.overlay: Overlay = engine.overlay
+        self.policy = engine.policy
+        self.connection = connection
+        self.openings = openings
+        self.settings = settings
+        self.features = features
+        self.counters: Counter[str] = engine.counters
+        self.identities = Identities(engine.overlay.nodes)
+        self.threads = engine.threads
+        self.waiting: dict[int, trio.CancelScope] = {}  # by the unique number of a request that is answered later
+        self.nursery: trio.Nursery | None = None  # set while serving
+        self._send = send
+        self._masks = bool(features & Init.DONT_MASK)
+        self._gate = engine.gate
+        self._lift_all = engine.lifter.lift_all
+        self._entry_time = _split(engine.policy.entry)
+        self._attr_time = _split(engine.policy.attributes)
+        self._absent = _absent_entry(engine.policy.negative)
+
+    # --- nodes -----------------------------------------------------------------------------------------
+
+    def node(self, nodeid: int) -> Node:
+        """Return the node that the kernel knows by a number; ESTALE for none."""
+        return self.identities.node(nodeid)
+
+    def masked(self, parent: Node, mode: int, umask: int) -> int:
+        """Return the mode of an object to be made, where the umask is ours to apply."""
+        return self.overlay.masked(parent, mode, umask) if self._masks else mode
+
+    # --- replies ---------------------------------------------------------------------------------------
+
+    def done(self, request: Request, body: bytes = b"") -> bytes:
+        """Return a reply with this body."""
+        return _OUT.pack(_OUT.size + len(body), 0, request.unique) + body
+
+    def entry(self, request: Request, node: Node) -> bytes:
+        """Return the reply that makes the kernel know a node: from now on it holds one look-up more."""
+        found = self.overlay.attributes(node)
+        number = self.identities.remember(node)
+        return _ENTRY.pack(_ENTRY.size, 0, request.unique, *self.entry_fields(number, found))
+
+    def entry_fields(self, number: int, found: Attributes) -> tuple[int, ...]:
+        """Return the fields of an entry_out."""
+        entry_s, entry_ns = self._entry_time
+        attr_s, attr_ns = self._attr_time
+        return (number, 0, entry_s, attr_s, entry_ns, attr_ns, *attr_fields(found))
+
+    def absent(self, request: Request) -> bytes:
+        """Return the reply that makes the kernel remember that a name does not exist."""
+        return self.done(request, self._absent)
+
+    def attributes(self, request: Request, found: Attributes) -> bytes:
+        """Return the reply that carries attributes."""
+        seconds, nanoseconds = self._attr_time
+        return _ATTR.pack(_ATTR.size, 0, request.unique, seconds, nanoseconds, 0, *attr_fields(found))
+
+    def error(self, request: Request, error: Exception) -> bytes:
+        """Return the reply to a request that failed."""
+        code = reply_errno(error, KINDS.get(request.op, str(request.op)))
+        return _OUT.pack(_OUT.size, -code, request.unique)
+
+    def refused(self, request: Request, code: int) -> bytes:
+        """Return the reply with an errno that is meant as it stands, ENOSYS too."""
+        return _OUT.pack(_OUT.size, -code, request.unique)
+
+    # --- now or later ----------------------------------------------------------------------------------
+
+    def is_ready(self, node: Node, need: Need) -> bool:
+        """Return whether a change of one node can be made at once."""
+        return not self._gate.closed and self.overlay.next_lift(node, need) is None
+
+    def change(self, request: Request, wanted: Wanted, act: Callable[[], Reply]) -> Reply:
+        """Return what `act` returns once every node is where it is wanted: now if it can be, else later.
+
+        `act` runs on the loop without a wait and must not use the request's body.
+        """
+        if not self._gate.closed and self._lifted_now(wanted):
+            return act()
+        self.later(request, lambda: self._change_later(wanted, act))
+        return None
+
+    def _lifted_now(self, wanted: Wanted) -> bool:
+        """Lift what takes no data along; return whether nothing is missing any more."""
+        complete = False
+        while not complete:
+            complete = True
+            for node, need in wanted():
+                step = self.overlay.next_lift(node, need)
+                if step is None:
+                    continue
+                if step.heavy or step.node.lifting:
+                    return False
+                step.run()
+                complete = False
+                break
+        return True
+
+    async def _change_later(self, wanted: Wanted, act: Callable[[], Reply]) -> Reply:
+        async with self._gate.change():
+            await self._lift_all(wanted)
+            return act()
+
+    def later(self, request: Request, answer: Callable[[], Awaitable[Reply]]) -> None:
+        """Let a task find the answer; the kernel may interrupt it while it waits. Returns the reply for now: none."""
+        assert self.nursery is not None
+        scope = self.waiting[request.unique] = trio.CancelScope()
+        self.nursery.start_soon(self._answer, request, answer, scope)
+
+    async def _answer(self, request: Request, answer: Callable[[], Awaitable[Reply]], scope: trio.CancelScope) -> None:
+        reply: Reply = self.refused(request, errno.EINTR)
+        try:
+            with scope:
+                reply = await answer()
+        except Exception as error:
+            reply = self.error(request, error)
+        finally:
+            del self.waiting[request.unique]
+        if reply is not None:
+            self._send(reply if isinstance(reply, bytes) else b"".join(reply))
+
+    def in_thread(self, request: Request, call: Callable[[], R], reply: Callable[[R], Reply]) -> None:
+        """Let a thread find the answer: `reply` is made of what `call` returns. Returns the reply for now: none."""
+
+        async def answer() -> Reply:
+            return reply(await self.threads.run(call))
+
+        self.later(request, answer)
+
+    def change_in_thread(
+        self, request: Request, wanted: Wanted, prepare: Callable[[], Callable[[], R]], reply: Callable[[R], Reply]
+    ) -> None:
+        """Let a thread make the call that is prepared once every node is where it is wanted. Returns no reply yet."""
+
+        async def answer() -> Reply:
+            async with self._gate.change():
+                await self._lift_all(wanted)
+                return reply(await self.threads.run(prepare()))
+
+        self.later(request, answer)
+
+
+def attr_fields(found: Attributes) -> tuple[int, ...]:
+    """Return the fields of an attr."""
+    ino, mode, nlink, uid, gid, rdev, size, blksize, blocks, atime, mtime, ctime = found
+    return (
+        ino, size, blocks,
+        atime // _BILLION, mtime // _BILLION, ctime // _BILLION,
+        atime % _BILLION, mtime % _BILLION, ctime % _BILLION,
+        mode, nlink, uid, gid, encode_device(rdev), blksize, 0,
+    )  # fmt: skip
+
+
+def encode_device(device: int) -> int:
+    """Return a device number as the kernel writes it in 32 bits (new_encode_dev in linux/kdev_t.h)."""
+    if not device:
+        return 0
+    major, minor = device >> 8 & 0xFFF | device >> 32 & ~0xFFF, device & 0xFF | device >> 12 & ~0xFF
+    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
+
+
+def decode_device(device: int) -> int:
+    """Return such a number as makedev(3) makes it."""
+    major, minor = device >> 8 & 0xFFF, device & 0xFF | device >> 12 & 0xFFF00
+    return minor & 0xFF | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12 | (major & ~0xFFF) << 32
+
+
+def file_type(mode: int) -> int:
+    """Return the type of an object as listings carry it (DT_* of readdir(3))."""
+    return stat.S_IFMT(mode) >> 12
+
+
+def parent_of(node: Node) -> Node | None:
+    """Return the directory above a directory, None above the root."""
+    return node.parent if isinstance(node, Dir) else None
+
+
+def _split(seconds: float) -> tuple[int, int]:
+    return divmod(int(seconds * _BILLION), _BILLION)
+
+
+def _absent_entry(seconds: float) -> bytes:
+    whole, part = _split(seconds)
+    return LAYOUTS["entry_out"].encode(entry_valid=whole, entry_valid_nsec=part)

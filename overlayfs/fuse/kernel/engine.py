@@ -1,0 +1,259 @@
+"""The loop: requests in, replies out, on the descriptor of /dev/fuse itself.
+
+One task of the trio loop drains the descriptor without a wait between two requests, looks a little longer when it is
+empty (spin.py), and only then waits for it as every task waits. So handlers, tasks that answer later and the control
+socket share one thread and need no locks (design, D9), and a busy mount pays for the scheduler once per idle moment,
+not once per request.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+
+import trio
+
+from overlayfs.errors import MountError, oserror
+from overlayfs.fs.nodes import Node
+from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.engine import Engine, MountSettings
+from overlayfs.fuse.kernel.connection import Attacher, Attachment, Backings, Connection
+from overlayfs.fuse.kernel.desk import KINDS, Desk, Handler, Request
+from overlayfs.fuse.kernel.files import FileRequests
+from overlayfs.fuse.kernel.handshake import MAX_WRITE, Agreement, TooOldError, Wishes, agree
+from overlayfs.fuse.kernel.listings import ListingRequests
+from overlayfs.fuse.kernel.names import NameRequests
+from overlayfs.fuse.kernel.nodes import NodeRequests
+from overlayfs.fuse.kernel.openings import Io, Openings
+from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, MAJOR, OUT_HEADER, Init, Op
+from overlayfs.fuse.kernel.spin import Spin
+from overlayfs.fuse.policy import CachingPolicy
+
+log = logging.getLogger(__name__)
+
+_BUFFER = MAX_WRITE + 8192  # the largest request: data, header, and room that the kernel insists on
+_TURN = 64  # requests that are answered before other tasks have their turn
+_AGAIN = (errno.EINTR, errno.ENOENT)  # a signal; a request that was interrupted before it was read
+_NOBODY = (errno.ENOENT, errno.ENODEV)  # the caller, or the mount, has gone: nobody waits for this reply
+
+
+class KernelEngine(Engine):
+    """Serves an overlay by the protocol of the kernel."""
+
+    name = "kernel"
+
+    def __init__(
+        self, overlay: Overlay, policy: CachingPolicy, attacher: Attacher, io: Io = Io.AUTO, spin: float | None = None
+    ) -> None:
+        super().__init__(overlay, policy)
+        self._attacher = attacher
+        self._io = io
+        self._spin = Spin(spin)
+        self._buffer = bytearray(_BUFFER)
+        self._into = [self._buffer]
+        self._view = memoryview(self._buffer)
+        self._handlers: dict[int, Handler] = {}
+        self._attachment: Attachment | None = None
+        self._scope = trio.CancelScope()
+        self._ended = False
+        self._files: FileRequests | None = None
+
+    # --- the life of a mount ---------------------------------------------------------------------------
+
+    def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
+        """Mount; requests wait until `serve` reads them."""
+        self._settings = settings
+        self._attachment = self._attacher(mountpoint, settings)
+        self._fd = self._attachment.fd
+        self._connection = Connection(self._fd)
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Answer requests until the mount is gone or `stop` is called."""
+        await self._shake_hands()
+        ready()
+        async with trio.open_nursery() as nursery:
+            self._desk.nursery = nursery
+            with self._scope:
+                await self._serve()
+            nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """Make `serve` return."""
+        self._scope.cancel()
+
+    def detach(self) -> None:
+        """Unmount if still mounted, and close the connection."""
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
+
+    def prepare_write_out(self) -> Callable[[], None]:
+        """Return the call that has the kernel write out and drop the pages of every file that may be dirty."""
+        numbers = self._desk.openings.cached()
+        connection = self._connection
+
+        def write_out() -> None:
+            for number in numbers:
+                with suppress(OSError):
+                    connection.drop_pages(number)
+
+        return write_out
+
+    def nodes_written_past_us(self) -> set[Node]:
+        """Return the nodes whose files in the upper clients may write without our seeing it."""
+        return set() if self._files is None else self._files.nodes_written_past_us()
+
+    # --- the handshake ---------------------------------------------------------------------------------
+
+    async def _shake_hands(self) -> None:
+        """Answer INIT, which is the first request; MountError for a kernel that is too old."""
+        while not self._handlers:
+            await trio.lowlevel.wait_readable(self._fd)
+            length = self._receive()
+            if length:
+                self._answer_init(self._request(length))
+
+    def _answer_init(self, request: Request) -> None:
+        if request.op != Op.INIT:
+            self._send(OUT_HEADER.pack(OUT_HEADER.size, -errno.EIO, request.unique))
+            return
+        offer = LAYOUTS["init_in"].decode(bytes(request.body).ljust(LAYOUTS["init_in"].size, b"\0"))
+        if offer["major"] > MAJOR:
+            self._send(_complete(request, LAYOUTS["init_out"].encode(major=MAJOR)))  # it asks again in our words
+            return
+        try:
+            agreement = agree(offer, self._wishes())
+        except TooOldError as error:
+            self._send(OUT_HEADER.pack(OUT_HEADER.size, -errno.EPROTO, request.unique))
+            raise MountError(f"the kernel is too old for this engine ({error}); mount with engine=pyfuse3") from None
+        self._build(agreement)
+        self._send(_complete(request, agreement.reply))
+
+    def _wishes(self) -> Wishes:
+        return Wishes(
+            acl=self._settings.acl,
+            writeback=self.policy.writeback,
+            passthrough=self._may_pass_through(),
+            trusting=self.policy.keep_cache,
+            read_only=self.overlay.read_only,
+        )
+
+    def _may_pass_through(self) -> bool:
+        """Return whether files may be read and written past us: not where the real mode is not the one that counts."""
+        return self._io is not Io.CACHED and self.policy.keep_cache and not self.overlay.overrides
+
+    def _build(self, agreement: Agreement) -> None:
+        passes = bool(agreement.features & Init.PASSTHROUGH)
+        backings = Backings(self._fd) if passes else None
+        openings = Openings(self._connection, backings, self._io, self.policy.keep_cache)
+        self._desk = Desk(self, self._connection, openings, self._settings, agreement.features, self._send)
+        self._files = files = FileRequests(self._desk)
+        groups = (NameRequests(self._desk, files.forget), NodeRequests(self._desk), ListingRequests(self._desk), files)
+        for group in groups:
+            self._handlers.update(group.handlers)
+        log.debug("FUSE 7.%d: %s", agreement.minor, agreement.features)
+
+    # --- the loop --------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        spin, clock = self._spin, self._spin.clock
+        while not self._ended:
+            if self._drain() or (spin.seconds and not self._desk.waiting and self._look(spin.seconds)):
+                await trio.lowlevel.checkpoint()
+                continue
+            began = clock()
+            await trio.lowlevel.wait_readable(self._fd)
+            spin.waited(clock() - began)
+
+    def _drain(self) -> bool:
+        """Answer what is there, but not for ever; return whether there may be more."""
+        for _ in range(_TURN):
+            length = self._receive()
+            if length is None:
+                return False
+            if length:
+                self._handle(self._request(length))
+        return True
+
+    def _look(self, seconds: float) -> bool:
+        """Look for a request for some time; return whether one came."""
+        clock = self._spin.clock
+        end = clock() + seconds
+        while not self._ended and clock() < end:
+            length = self._receive()
+            if length:
+                self._handle(self._request(length))
+                return True
+        return False
+
+    def _receive(self) -> int | None:
+        """Return the length of a request that was read, 0 for one that is not worth a word, None for none."""
+        try:
+            return os.readv(self._fd, self._into)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno in _AGAIN:
+                return 0
+            if error.errno == errno.ENODEV:
+                self._ended = True
+                return None
+            raise
+
+    def _request(self, length: int) -> Request:
+        size, op, unique, nodeid, uid, gid, pid, _, _ = IN_HEADER.unpack_from(self._buffer)
+        if size != length:
+            raise oserror(errno.EPROTO)
+        return Request(op, unique, nodeid, uid, gid, pid, self._view[IN_HEADER.size : length])
+
+    def _handle(self, request: Request) -> None:
+        """Answer one request; whatever a handler raises becomes an errno, and the mount lives on."""
+        kind = KINDS.get(request.op)
+        handler = self._handlers.get(request.op)
+        if kind is not None:
+            self.counters[kind] += 1
+        if handler is None:
+            self._send(self._desk.refused(request, errno.ENOSYS))
+            return
+        if self._settings.allow_root and self._is_foreign(request):
+            self._send(self._desk.refused(request, errno.EACCES))
+            return
+        try:
+            reply = handler(request)
+        except Exception as error:
+            reply = None if request.op in _UNANSWERED else self._desk.error(request, error)
+        if reply is not None:
+            self._send(reply)
+
+    def _is_foreign(self, request: Request) -> bool:
+        """Return whether `allow_root` keeps the caller out; what is open already was opened by somebody who may."""
+        return request.uid not in (0, os.geteuid()) and request.op not in _OF_OPEN_FILES
+
+    def _send(self, reply: bytes | tuple[bytes, bytes]) -> None:
+        """Write a reply whole; nobody may be waiting for it any more."""
+        while True:
+            try:
+                if isinstance(reply, bytes):
+                    os.write(self._fd, reply)
+                else:
+                    os.writev(self._fd, reply)
+                return
+            except OSError as error:
+                if error.errno in _NOBODY:
+                    return
+                if error.errno != errno.EINTR:
+                    raise
+
+
+_UNANSWERED = (Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT)
+_OF_OPEN_FILES = frozenset(
+    {
+        *(Op.READ, Op.WRITE, Op.FSYNC, Op.RELEASE, Op.READDIRPLUS, Op.FSYNCDIR, Op.RELEASEDIR, Op.FLUSH),
+        *(*_UNANSWERED, Op.DESTROY),
+    }
+)
+
+
+def _complete(request: Request, body: bytes) -> bytes:
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, request.unique) + body

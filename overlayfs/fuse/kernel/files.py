@@ -1,0 +1,322 @@
+"""Requests about open files: opening, data, durability, space."""
+
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+from overlayfs.errors import oserror
+from overlayfs.fs.lifting import Need
+from overlayfs.fs.names import Caller
+from overlayfs.fs.nodes import File, Node
+from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.kernel.desk import Desk, Handler, Reply, Request
+from overlayfs.fuse.kernel.openings import ReplacedError, Target
+from overlayfs.fuse.kernel.protocol import (
+    FSYNC_FDATASYNC,
+    LAYOUTS,
+    OPEN_KILL_SUIDGID,
+    WRITE_KILL_SUIDGID,
+    Init,
+    Op,
+)
+
+_OPEN = LAYOUTS["open_in"]
+_OPEN_REPLY = LAYOUTS["open_reply"]
+_CREATE = LAYOUTS["create_in"]
+_READ = LAYOUTS["read_in"]
+_WRITE = LAYOUTS["write_in"]
+_WRITTEN = LAYOUTS["write_out"]
+_RELEASE = LAYOUTS["release_in"]
+_FSYNC = LAYOUTS["fsync_in"]
+_FALLOCATE = LAYOUTS["fallocate_in"]
+_LSEEK = LAYOUTS["lseek_in"]
+_COPY = LAYOUTS["copy_file_range_in"]
+_LONG = LAYOUTS["copy_file_range_out"]
+_OUT = LAYOUTS["out_header"]
+
+_QUICK = 1 << 20  # bytes that are copied at once; more goes to a thread
+_UNOPENED = 512  # files that a read-only mount keeps open for reads without an open
+
+
+class _Opened:
+    """One open file: its node, the number that the kernel opened, and whether its data goes past us."""
+
+    __slots__ = ("node", "nodeid", "through")
+
+    def __init__(self, node: Node, nodeid: int, through: bool) -> None:
+        self.node = node
+        self.nodeid = nodeid
+        self.through = through
+
+
+class FileRequests:
+    """The handlers."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._overlay = desk.overlay
+        self._openings = desk.openings
+        self._kills = bool(desk.features & Init.HANDLE_KILLPRIV_V2)  # set-id bits are ours to drop
+        self._opened: dict[int, _Opened] = {}
+        self._unopened = _Unopened(desk.overlay)
+        self.handlers: dict[int, Handler] = {
+            Op.OPEN: self.open,
+            Op.CREATE: self.create,
+            Op.TMPFILE: self.tmpfile,
+            Op.READ: self.read,
+            Op.WRITE: self.write,
+            Op.RELEASE: self.release,
+            Op.FLUSH: self.flush,
+            Op.FSYNC: self.fsync,
+            Op.FALLOCATE: self.fallocate,
+            Op.LSEEK: self.lseek,
+            Op.COPY_FILE_RANGE: self.copy_file_range,
+            Op.COPY_FILE_RANGE_64: self.copy_file_range_64,
+        }
+
+    def forget(self, nodeid: int) -> None:
+        """The kernel has let a number go."""
+        self._openings.forget(nodeid)
+        self._unopened.forget(nodeid)
+
+    # --- opening ---------------------------------------------------------------------------------------
+
+    def open(self, request: Request) -> Reply:
+        """Open a file; O_TRUNC arrives here and no SETATTR follows. Without an upper nobody needs to open."""
+        if self._overlay.read_only and self._desk.features & Init.NO_OPEN_SUPPORT:
+            return self._desk.refused(request, errno.ENOSYS)
+        flags, open_flags = _OPEN.unpack_from(request.body)
+        node = self._desk.node(request.nodeid)
+        need = self._overlay.needs_of_open(node, flags)
+        if need is None:
+            return self._open(request, node, flags, False)
+        strip = bool(open_flags & OPEN_KILL_SUIDGID) if self._kills else request.uid != 0
+        lifts = self._overlay.next_lift(node, need) is not None
+        return self._desk.change(
+            request,
+            lambda: ((node, need),),
+            lambda: self._open(request, node, flags, strip, changed=lifts or bool(flags & os.O_TRUNC)),
+        )
+
+    def _open(self, request: Request, node: Node, flags: int, strip: bool, changed: bool = False) -> Reply:
+        handle = self._overlay.open(node, self._desk.policy.backing_flags(flags), request.caller(), strip)
+        try:
+            reply_flags, backing = self._way(request.nodeid, node, handle, flags)
+        except ReplacedError:
+            self._overlay.release(handle)
+            raise self._stale(request.nodeid, node) from None
+        if changed:
+            self._desk.connection.forget_attributes(request.nodeid)
+        return _OPEN_REPLY.pack(_OPEN_REPLY.size, 0, request.unique, handle, reply_flags, backing)
+
+    def _way(self, nodeid: int, node: Node, handle: int, flags: int) -> tuple[int, int]:
+        """Decide how an open file is read and written; return flags and backing id for the reply."""
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        fd = self._overlay.descriptor(handle, writes)
+        found = os.fstat(fd)
+        through, reply_flags, backing = self._openings.open(
+            Target(nodeid, fd, _has_own_data(node), writes, found.st_size, found.st_mode, bool(flags & os.O_DIRECT))
+        )
+        self._opened[handle] = _Opened(node, nodeid, through)
+        return reply_flags, backing
+
+    def _stale(self, nodeid: int, node: Node) -> OSError:
+        """Return the error that makes the kernel look the name up again; never twice for one number.
+
+        Who opens by /proc/self/fd has no name to look up: the second time it is told that the file is busy.
+        """
+        if self._desk.identities.number(node) != nodeid:
+            return oserror(errno.EBUSY)
+        self._desk.identities.renew(node)
+        return oserror(errno.ESTALE)
+
+    def create(self, request: Request) -> Reply:
+        """Make and open a file."""
+        flags, mode, umask, _ = _CREATE.unpack_from(request.body)
+        name, parent = request.name(_CREATE.size), self._desk.node(request.nodeid)
+
+        def act() -> Reply:
+            asked = self._desk.policy.backing_flags(flags)
+            masked = self._desk.masked(parent, mode, umask)
+            node, handle = self._overlay.create(parent, name, masked, asked, request.caller(umask))
+            return self._created(request, node, handle, flags)
+
+        return self._desk.change(request, lambda: self._needs_of_create(parent, name, flags), act)
+
+    def _needs_of_create(self, parent: Node, name: bytes, flags: int) -> Iterator[tuple[Node, Need]]:
+        yield parent, Need.META
+        existing = self._overlay.find(parent, name)
+        if existing is not None and (need := self._overlay.needs_of_open(existing, flags)) is not None:
+            yield existing, need
+
+    def tmpfile(self, request: Request) -> Reply:
+        """Make and open a file without a name."""
+        flags, mode, umask, _ = _CREATE.unpack_from(request.body)
+        parent = self._desk.node(request.nodeid)
+
+        def act() -> Reply:
+            masked = self._desk.masked(parent, mode, umask)
+            node, handle = self._overlay.create_unnamed(parent, masked, request.caller(umask))
+            return self._created(request, node, handle, flags)
+
+        return self._desk.change(request, lambda: ((parent, Need.META),), act)
+
+    def _created(self, request: Request, node: Node, handle: int, flags: int) -> Reply:
+        try:
+            entry = self._desk.entry(request, node)
+            reply_flags, backing = self._way(self._desk.identities.number(node), node, handle, flags)
+        except BaseException:
+            self._overlay.release(handle)
+            raise
+        opened = LAYOUTS["open_out"].pack(handle, reply_flags, backing)
+        return self._desk.done(request, entry[_OUT.size :] + opened)
+
+    def release(self, request: Request) -> Reply:
+        """Forget an open file."""
+        handle, *_ = _RELEASE.unpack_from(request.body)
+        opened = self._opened.pop(handle, None)
+        if opened is not None:  # a read-only mount has nothing open
+            self._overlay.release(handle)
+            self._openings.close(opened.nodeid, opened.through)
+        return self._desk.done(request)
+
+    def flush(self, request: Request) -> Reply:
+        """Decline for good: writes have gone through when they are answered, so close has nothing to add.
+
+        The kernel takes this one ENOSYS as an answer for the life of the mount and still writes dirty
+        mapped pages at close, which saves a round trip for each close.
+        """
+        return self._desk.refused(request, errno.ENOSYS)
+
+    def nodes_written_past_us(self) -> set[Node]:
+        """Return the nodes in the upper that somebody has open past us."""
+        return {opened.node for opened in self._opened.values() if opened.through and opened.node.in_upper}
+
+    # --- data ------------------------------------------------------------------------------------------
+
+    def read(self, request: Request) -> Reply:
+        """Read what is in memory at once, the rest in a thread."""
+        handle, offset, size, *_ = _READ.unpack_from(request.body)
+        if not handle:
+            handle = self._unopened.handle(request.nodeid, self._desk.node(request.nodeid))
+        try:
+            return self._data(request, self._overlay.read(handle, offset, size, nowait=True))
+        except BlockingIOError:
+            pass
+        call = self._overlay.prepare_read(handle, offset, size)
+        self._desk.in_thread(request, call, lambda data: self._data(request, data))
+        return None
+
+    @staticmethod
+    def _data(request: Request, data: bytes) -> Reply:
+        return _OUT.pack(_OUT.size + len(data), 0, request.unique), data
+
+    def write(self, request: Request) -> Reply:
+        """Write to a file that its open has lifted; after a commit the node may have to be lifted again."""
+        handle, offset, size, flags, *_ = _WRITE.unpack_from(request.body)
+        data = request.body[_WRITE.size : _WRITE.size + size]
+        node, strip = self._node_of(handle), bool(flags & WRITE_KILL_SUIDGID) and self._kills
+        if self._desk.is_ready(node, Need.DATA):
+            return self._write(request, node, handle, offset, data, strip)
+        kept = bytes(data)  # the buffer takes the next request
+        return self._desk.change(
+            request, lambda: ((node, Need.DATA),), lambda: self._write(request, node, handle, offset, kept, strip)
+        )
+
+    def _write(
+        self, request: Request, node: Node, handle: int, offset: int, data: bytes | memoryview, strip: bool
+    ) -> Reply:
+        written = self._overlay.write(handle, offset, data)
+        if strip:
+            self._overlay.strip_set_id(node)
+            self._desk.connection.forget_attributes(request.nodeid)
+        return self._desk.done(request, _WRITTEN.pack(written, 0))
+
+    def _node_of(self, handle: int) -> Node:
+        opened = self._opened.get(handle)
+        if opened is None:
+            raise oserror(errno.EBADF)
+        return opened.node
+
+    def fsync(self, request: Request) -> Reply:
+        """Answer when the file is durable, its name included."""
+        handle, flags, _ = _FSYNC.unpack_from(request.body)
+        call = self._overlay.prepare_fsync(handle, bool(flags & FSYNC_FDATASYNC))
+        self._desk.in_thread(request, call, lambda _: self._desk.done(request))
+        return None
+
+    # --- space -----------------------------------------------------------------------------------------
+
+    def fallocate(self, request: Request) -> Reply:
+        """Allocate, punch, zero, collapse or insert, as the upper's file system can."""
+        handle, offset, length, mode, _ = _FALLOCATE.unpack_from(request.body)
+        node = self._node_of(handle)
+
+        def act() -> Reply:
+            self._overlay.space.allocate(handle, mode, offset, length)
+            return self._desk.done(request)
+
+        return self._desk.change(request, lambda: ((node, Need.DATA),), act)
+
+    def lseek(self, request: Request) -> Reply:
+        """Find data or a hole."""
+        handle, offset, whence, _ = _LSEEK.unpack_from(request.body)
+        if not handle:
+            handle = self._unopened.handle(request.nodeid, self._desk.node(request.nodeid))
+        return self._desk.done(request, LAYOUTS["lseek_out"].pack(self._overlay.space.seek(handle, offset, whence)))
+
+    def copy_file_range(self, request: Request) -> Reply:
+        """Copy between two open files; the length of what was copied is a 32-bit number here."""
+        return self._copy(request, most=1 << 30, wide=False)
+
+    def copy_file_range_64(self, request: Request) -> Reply:
+        """Copy between two open files."""
+        return self._copy(request, most=1 << 40, wide=True)
+
+    def _copy(self, request: Request, most: int, wide: bool) -> Reply:
+        source, offset, _, target, target_offset, length, _ = _COPY.unpack_from(request.body)
+        node, length = self._node_of(target), min(length, most)
+
+        def wanted() -> tuple[tuple[Node, Need]]:
+            return ((node, Need.DATA),)
+
+        def reply(copied: int) -> Reply:
+            return self._desk.done(request, _LONG.pack(copied) if wide else _WRITTEN.pack(copied, 0))
+
+        def prepare() -> Callable[[], int]:
+            return self._overlay.space.prepare_copy(source, offset, target, target_offset, length)
+
+        if length <= _QUICK:
+            return self._desk.change(request, wanted, lambda: reply(prepare()()))
+        self._desk.change_in_thread(request, wanted, prepare, reply)
+        return None
+
+
+class _Unopened:
+    """Files of a read-only mount that are read without having been opened; the least recently read are closed."""
+
+    def __init__(self, overlay: Overlay) -> None:
+        self._overlay = overlay
+        self._handles: OrderedDict[int, int] = OrderedDict()
+
+    def handle(self, nodeid: int, node: Node) -> int:
+        """Return a handle for a node."""
+        handle = self._handles.pop(nodeid, None)
+        if handle is None:
+            handle = self._overlay.open(node, os.O_RDONLY, Caller(0, 0))
+        self._handles[nodeid] = handle
+        if len(self._handles) > _UNOPENED:
+            self._overlay.release(self._handles.popitem(last=False)[1])
+        return handle
+
+    def forget(self, nodeid: int) -> None:
+        """Close a file that the kernel has forgotten."""
+        handle = self._handles.pop(nodeid, None)
+        if handle is not None:
+            self._overlay.release(handle)
+
+
+def _has_own_data(node: Node) -> bool:
+    """Return whether the data of a node lies in the upper."""
+    return node.in_upper and not (isinstance(node, File) and node.data is not None)

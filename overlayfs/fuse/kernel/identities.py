@@ -1,0 +1,75 @@
+"""Nodes by the numbers that the kernel knows them by.
+
+That number is the node's own, until a node must be known by a new one: an inode of the kernel cannot change the file
+that is read past us, so after copy-up a new inode takes the place of the old one (docs/engine.md). Both lead to the
+same node, with the same st_ino.
+"""
+
+import errno
+import itertools
+
+from overlayfs.errors import oserror
+from overlayfs.fs.nodes import Node, NodeTable
+
+_FIRST = 1 << 63  # no node has such a number
+
+
+class Identities:
+    """Counts what the kernel holds of each number, the nodes' own and the further ones."""
+
+    def __init__(self, nodes: NodeTable) -> None:
+        self._nodes = nodes
+        self._further: dict[int, Node] = {}
+        self._held: dict[int, int] = {}  # look-ups by further number
+        self._current: dict[int, int] = {}  # own number -> the further one that new look-ups get
+        self._spare = itertools.count(_FIRST)
+
+    def node(self, nodeid: int) -> Node:
+        """Return the node behind a number; ESTALE for none."""
+        try:
+            return self._nodes.get(nodeid)
+        except KeyError:
+            pass
+        node = self._further.get(nodeid)
+        if node is None:
+            raise oserror(errno.ESTALE)
+        return node
+
+    def number(self, node: Node) -> int:
+        """Return the number by which the kernel is to know a node from now on."""
+        return self._current.get(node.number, node.number)
+
+    def remember(self, node: Node) -> int:
+        """Count a look-up of a node and return its number."""
+        self._nodes.remember(node)
+        if not self._current:
+            return node.number
+        number = self.number(node)
+        if number != node.number:
+            self._held[number] += 1
+        return number
+
+    def forget(self, nodeid: int, count: int) -> bool:
+        """Take back look-ups; return whether the kernel has let the number go."""
+        if nodeid in self._further:
+            return self._forget_further(nodeid, count)
+        self._nodes.forget(nodeid, count)
+        return not self._nodes.is_held(nodeid)
+
+    def _forget_further(self, nodeid: int, count: int) -> bool:
+        node = self._further[nodeid]
+        self._held[nodeid] -= count
+        gone = self._held[nodeid] <= 0
+        if gone:
+            del self._further[nodeid], self._held[nodeid]
+            if self._current.get(node.number) == nodeid:
+                del self._current[node.number]
+        self._nodes.forget(node.number, count)
+        return gone
+
+    def renew(self, node: Node) -> None:
+        """Let the next look-up of a node give it a new number."""
+        number = next(self._spare)
+        self._further[number] = node
+        self._held[number] = 0
+        self._current[node.number] = number

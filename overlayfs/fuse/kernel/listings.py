@@ -1,0 +1,77 @@
+"""Requests about directories as such: listing them, making their names durable."""
+
+import errno
+import stat
+
+from overlayfs.errors import oserror
+from overlayfs.fs.nodes import Dir, Node
+from overlayfs.fuse.kernel.desk import Desk, Handler, Reply, Request, file_type
+from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Op, padded
+
+_READ = LAYOUTS["read_in"]
+_ENTRY = LAYOUTS["direntplus"]
+_NO_NODE = bytes(LAYOUTS["entry_out"].size)
+_DIRENT = LAYOUTS["dirent"]
+
+DOTS = 2  # positions up to here belong to "." and ".."
+
+
+class ListingRequests:
+    """The handlers."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._overlay = desk.overlay
+        self.handlers: dict[int, Handler] = {
+            Op.OPENDIR: self.opendir,
+            Op.READDIRPLUS: self.readdirplus,
+            Op.RELEASEDIR: self.releasedir,
+            Op.FSYNCDIR: self.fsyncdir,
+        }
+
+    def opendir(self, request: Request) -> Reply:
+        """Decline for good where listings stay true: the kernel then keeps them, and asks by node."""
+        if self._desk.policy.keep_cache and self._desk.features & Init.NO_OPENDIR_SUPPORT:
+            return self._desk.refused(request, errno.ENOSYS)
+        self._overlay.release_dir(self._overlay.open_dir(self._desk.node(request.nodeid)))
+        return self._desk.done(request, LAYOUTS["open_out"].encode())
+
+    def releasedir(self, request: Request) -> Reply:
+        """There is nothing to give back."""
+        return self._desk.done(request)
+
+    def readdirplus(self, request: Request) -> Reply:
+        """Fill one reply with entries and their attributes, each of which counts as a look-up."""
+        _, position, size, *_ = _READ.unpack_from(request.body)
+        node = self._desk.node(request.nodeid)
+        if not isinstance(node, Dir):
+            raise oserror(errno.ENOTDIR)
+        reply = bytearray()
+        if position < DOTS:
+            self._add_dots(reply, node, position)
+        for name, child, onward in self._overlay.read_dir_at(node, max(position - DOTS, 0)):
+            record = self._record(name, child, onward + DOTS)
+            if len(reply) + len(record) > size:
+                break
+            reply += record
+            self._desk.identities.remember(child)
+        return self._desk.done(request, bytes(reply))
+
+    def _record(self, name: bytes, child: Node, onward: int) -> bytes:
+        found = self._overlay.attributes(child)
+        fields = self._desk.entry_fields(self._desk.identities.number(child), found)
+        return _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
+
+    def _add_dots(self, reply: bytearray, node: Dir, position: int) -> None:
+        """Add "." and ".."; the kernel takes only their numbers and counts no look-up for them."""
+        above = node.parent if node.parent is not None else node
+        for onward, (name, number) in enumerate(((b".", node.number), (b"..", above.number)), 1):
+            if onward > position:
+                entry = _DIRENT.pack(number, onward, len(name), file_type(stat.S_IFDIR))
+                reply += _NO_NODE + entry + padded(name)
+
+    def fsyncdir(self, request: Request) -> Reply:
+        """Answer when the directory and the chain above it are durable."""
+        call = self._overlay.prepare_fsync_dir_at(self._desk.node(request.nodeid))
+        self._desk.in_thread(request, call, lambda _: self._desk.done(request))
+        return None

@@ -1,0 +1,145 @@
+"""Requests about names: look-up and forgetting, and every change of which names exist."""
+
+from collections.abc import Callable
+
+from overlayfs.fs.lifting import Need
+from overlayfs.fs.nodes import Node
+from overlayfs.fuse import needs
+from overlayfs.fuse.kernel.desk import Desk, Handler, Reply, Request, decode_device
+from overlayfs.fuse.kernel.protocol import LAYOUTS, Op
+
+_FORGET = LAYOUTS["forget_in"]
+_BATCH = LAYOUTS["batch_forget_in"]
+_ONE = LAYOUTS["forget_one"]
+_MKNOD = LAYOUTS["mknod_in"]
+_MKDIR = LAYOUTS["mkdir_in"]
+_RENAME = LAYOUTS["rename_in"]
+_RENAME2 = LAYOUTS["rename2_in"]
+_LINK = LAYOUTS["link_in"]
+
+
+class NameRequests:
+    """The handlers. `forgotten` is called with each number that the kernel has let go."""
+
+    def __init__(self, desk: Desk, forgotten: Callable[[int], None]) -> None:
+        self._desk = desk
+        self._overlay = desk.overlay
+        self._forgotten = forgotten
+        self.handlers: dict[int, Handler] = {
+            Op.LOOKUP: self.lookup,
+            Op.FORGET: self.forget,
+            Op.BATCH_FORGET: self.batch_forget,
+            Op.MKDIR: self.mkdir,
+            Op.MKNOD: self.mknod,
+            Op.SYMLINK: self.symlink,
+            Op.LINK: self.link,
+            Op.UNLINK: self.unlink,
+            Op.RMDIR: self.rmdir,
+            Op.RENAME: self.rename,
+            Op.RENAME2: self.rename2,
+        }
+
+    def lookup(self, request: Request) -> Reply:
+        """Answer with the node under a name, or with an absence that may be remembered."""
+        node = self._overlay.find(self._desk.node(request.nodeid), request.name())
+        return self._desk.absent(request) if node is None else self._desk.entry(request, node)
+
+    def forget(self, request: Request) -> Reply:
+        """Take back look-ups of one node."""
+        (count,) = _FORGET.unpack_from(request.body)
+        self._forget(request.nodeid, count)
+        return None
+
+    def batch_forget(self, request: Request) -> Reply:
+        """Take back look-ups of several nodes."""
+        count, _ = _BATCH.unpack_from(request.body)
+        for nodeid, lookups in _ONE.iter_unpack(request.body[_BATCH.size : _BATCH.size + count * _ONE.size]):
+            self._forget(nodeid, lookups)
+        return None
+
+    def _forget(self, nodeid: int, count: int) -> None:
+        if self._desk.identities.forget(nodeid, count):
+            self._forgotten(nodeid)
+
+    # --- making ----------------------------------------------------------------------------------------
+
+    def mkdir(self, request: Request) -> Reply:
+        """Make a directory."""
+        mode, umask = _MKDIR.unpack_from(request.body)
+        name, caller = request.name(_MKDIR.size), request.caller(umask)
+        parent, masked = self._desk.node(request.nodeid), self._desk.masked
+        return self._make(
+            request, parent, lambda: self._overlay.mkdir(parent, name, masked(parent, mode, umask), caller)
+        )
+
+    def mknod(self, request: Request) -> Reply:
+        """Make a device, FIFO, socket or plain file."""
+        mode, rdev, umask, _ = _MKNOD.unpack_from(request.body)
+        name, caller = request.name(_MKNOD.size), request.caller(umask)
+        parent, masked, device = self._desk.node(request.nodeid), self._desk.masked, decode_device(rdev)
+        return self._make(
+            request, parent, lambda: self._overlay.mknod(parent, name, masked(parent, mode, umask), device, caller)
+        )
+
+    def symlink(self, request: Request) -> Reply:
+        """Make a symbolic link."""
+        name, target = request.two_names()
+        parent, caller = self._desk.node(request.nodeid), request.caller()
+        return self._make(request, parent, lambda: self._overlay.symlink(parent, name, target, caller))
+
+    def _make(self, request: Request, parent: Node, make: Callable[[], Node]) -> Reply:
+        return self._desk.change(request, lambda: ((parent, Need.META),), lambda: self._desk.entry(request, make()))
+
+    def link(self, request: Request) -> Reply:
+        """Give a node one more name."""
+        (old,) = _LINK.unpack_from(request.body)
+        node, parent, name = self._desk.node(old), self._desk.node(request.nodeid), request.name(_LINK.size)
+        return self._desk.change(
+            request,
+            lambda: ((node, Need.META), (parent, Need.META)),
+            lambda: self._desk.entry(request, self._overlay.link(node, parent, name)),
+        )
+
+    # --- removing and moving ---------------------------------------------------------------------------
+
+    def unlink(self, request: Request) -> Reply:
+        """Remove a name of a non-directory."""
+        parent, name = self._desk.node(request.nodeid), request.name()
+
+        def act() -> Reply:
+            self._overlay.unlink(parent, name)
+            return self._desk.done(request)
+
+        return self._desk.change(request, lambda: needs.of_unlink(self._overlay, parent, name), act)
+
+    def rmdir(self, request: Request) -> Reply:
+        """Remove an empty directory."""
+        parent, name = self._desk.node(request.nodeid), request.name()
+
+        def act() -> Reply:
+            self._overlay.rmdir(parent, name)
+            return self._desk.done(request)
+
+        return self._desk.change(request, lambda: ((parent, Need.META),), act)
+
+    def rename(self, request: Request) -> Reply:
+        """Move a name, over what is there."""
+        (new,) = _RENAME.unpack_from(request.body)
+        return self._rename(request, new, 0, _RENAME.size)
+
+    def rename2(self, request: Request) -> Reply:
+        """Move a name as `flags` say; the overlay refuses those that it does not know."""
+        new, flags, _ = _RENAME2.unpack_from(request.body)
+        return self._rename(request, new, flags, _RENAME2.size)
+
+    def _rename(self, request: Request, new: int, flags: int, start: int) -> Reply:
+        name, new_name = request.two_names(start)
+        parent, new_parent = self._desk.node(request.nodeid), self._desk.node(new)
+
+        def act() -> Reply:
+            self._overlay.rename(parent, name, new_parent, new_name, flags)
+            return self._desk.done(request)
+
+        return self._desk.change(
+            request, lambda: needs.of_rename(self._overlay, parent, name, new_parent, new_name, flags), act
+        )

@@ -1,0 +1,144 @@
+"""Making a FUSE mount without libfuse: mount(2) where allowed, fusermount3 otherwise."""
+
+import array
+import contextlib
+import ctypes
+import os
+import socket
+import stat
+import subprocess
+
+from overlayfs.errors import MountError
+from overlayfs.fuse.engine import MountSettings
+from overlayfs.mount.detach import detach
+from overlayfs.mount.mountinfo import mounted_on
+
+_DEVICE = "/dev/fuse"
+_COMMFD = "_FUSE_COMMFD"  # how fusermount3 learns where to send the descriptor
+_FUSERMOUNT = "fusermount3"
+
+# mount(2)
+_RDONLY = 1
+_NOSUID = 2
+_NODEV = 4
+_NOEXEC = 8
+_SYNCHRONOUS = 16
+_DIRSYNC = 128
+_NOATIME = 1024
+_NODIRATIME = 2048
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+
+
+class FuseMount:
+    """A mount that this process serves, with its descriptor of /dev/fuse, non-blocking."""
+
+    def __init__(self, fd: int, mountpoint: bytes) -> None:
+        self.fd = fd
+        self._mountpoint = mountpoint
+        found = mounted_on(mountpoint)
+        self._device = found.device if found is not None else None
+
+    def detach(self) -> None:
+        """Unmount if our mount is still there, and close the connection."""
+        found = mounted_on(self._mountpoint)
+        if found is not None and found.device == self._device:
+            with contextlib.suppress(MountError):  # closing the connection ends it as well
+                detach(self._mountpoint, lazy=True)
+        os.close(self.fd)
+
+
+def attach(mountpoint: bytes, settings: MountSettings) -> FuseMount:
+    """Mount at a directory; MountError with the reason."""
+    fd = _mount(mountpoint, settings) if os.geteuid() == 0 else _fusermount(mountpoint, settings)
+    os.set_blocking(fd, False)
+    return FuseMount(fd, mountpoint)
+
+
+def _mount(mountpoint: bytes, settings: MountSettings) -> int:
+    fd = _open_device()
+    data = b",".join(
+        (
+            b"fd=%d,rootmode=%o,user_id=%d,group_id=%d" % (fd, stat.S_IFDIR, os.geteuid(), os.getegid()),
+            b"default_permissions",
+            *([b"allow_other"] if settings.allow_other or settings.allow_root else []),
+            *settings.context,
+        )
+    )
+    kind = b"fuse." + settings.subtype
+    if _libc.mount(settings.source, mountpoint, kind, _flags(settings), data) < 0:
+        code = ctypes.get_errno()
+        os.close(fd)
+        raise MountError(f"cannot mount at {os.fsdecode(mountpoint)}: {os.strerror(code)}")
+    return fd
+
+
+def _open_device() -> int:
+    try:
+        return os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise MountError(f"cannot open {_DEVICE}: {error.strerror}; is the module fuse loaded?") from None
+
+
+def _flags(settings: MountSettings) -> int:
+    chosen = (
+        (settings.read_only, _RDONLY),
+        (not settings.suid, _NOSUID),
+        (not settings.dev, _NODEV),
+        (not settings.exec, _NOEXEC),
+        (settings.sync, _SYNCHRONOUS),
+        (settings.dirsync, _DIRSYNC),
+        (not settings.atime, _NOATIME),
+        (not settings.diratime, _NODIRATIME),
+    )
+    return sum(flag for wanted, flag in chosen if wanted)
+
+
+def _fusermount(mountpoint: bytes, settings: MountSettings) -> int:
+    """Let fusermount3, which may mount, do it; it sends the descriptor over a socket (mount.fuse3(8))."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command: list[str | bytes] = [_FUSERMOUNT, "-o", b",".join(_words(settings)), "--", mountpoint]
+        environment = {**os.environ, _COMMFD: str(theirs.fileno())}
+        try:
+            done = subprocess.run(
+                command, env=environment, pass_fds=[theirs.fileno()], capture_output=True, check=False
+            )
+        except FileNotFoundError:
+            raise MountError(f"{_FUSERMOUNT} is missing; install the package fuse3") from None
+        if done.returncode != 0:
+            reason = done.stderr.decode(errors="replace").strip().removeprefix(f"{_FUSERMOUNT}: ")
+            raise MountError(f"cannot mount at {os.fsdecode(mountpoint)}: {reason}")
+        return _received(ours)
+
+
+def _words(settings: MountSettings) -> list[bytes]:
+    chosen = (
+        (settings.read_only, b"ro"),
+        (not settings.exec, b"noexec"),
+        (settings.sync, b"sync"),
+        (settings.dirsync, b"dirsync"),
+        (not settings.atime, b"noatime"),
+        (settings.allow_other or settings.allow_root, b"allow_other"),
+        (True, b"nosuid"),
+        (True, b"nodev"),
+        (True, b"default_permissions"),
+    )
+    named = (b"fsname=" + _escaped(settings.source), b"subtype=" + _escaped(settings.subtype))
+    return [word for wanted, word in chosen if wanted] + [*named, *map(_escaped, settings.context)]
+
+
+def _escaped(text: bytes) -> bytes:
+    return text.replace(b"\\", b"\\\\").replace(b",", b"\\,")
+
+
+def _received(ours: socket.socket) -> int:
+    descriptors = array.array("i")
+    _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(descriptors.itemsize))
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(data[: descriptors.itemsize])
+            os.set_inheritable(descriptors[0], False)
+            return descriptors[0]
+    raise MountError(f"{_FUSERMOUNT} sent no descriptor")
