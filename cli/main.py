@@ -11,7 +11,7 @@ from overlayfs_cli.version import VERSION
 
 PROGRAM = "overlayfs"
 DEBUG_VARIABLE = "OVERLAYFS_DEBUG"  # set: an unexpected error ends with its traceback
-COMMANDS = ("mount", "umount", "mounts", "commit", "diff", "why", "stats")  # in the order of --help
+COMMANDS = ("mount", "umount", "mounts", "commit", "diff", "why", "stats", "bench")  # in the order of --help
 INTERRUPTED = 130
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from bench import acceptance, catalogue, machine, results, runner, site, sizes
+from bench import acceptance, catalogue, results, runner, site, sizes
 from overlayfs_cli.benchmark import contenders as who
+from overlayfs_cli.benchmark import machine
 from overlayfs_cli.benchmark.contenders import Contender
 
 DESCRIPTION = "Measure our mount beside a plain directory, kernel overlayfs and other FUSE overlays."

@@ -82,3 +82,9 @@ def commit() -> str:
 def now() -> str:
     """Return the time, in UTC, as RFC 3339 has it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def filesystem(place: Path) -> str:
+    """Return the type of the file system that a directory lies on."""
+    words = ("findmnt", "-n", "-o", "FSTYPE", "-T", str(place))
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
