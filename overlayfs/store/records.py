@@ -2,13 +2,14 @@
 
 Values are frozen; a change is a new value that replaces the file in one step. Times are RFC 3339 in UTC. Members that
 a later version of this format adds are skipped by this one; a change that would mislead it gets another format number
-(`layout.FORMAT`).
+(`layout.FORMAT`). Each document ends with the member "check", the xxh3-128 of the bytes before it.
 """
 
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 import msgspec
+import xxhash
 
 from overlayfs.errors import UserError
 
@@ -93,16 +94,26 @@ Kept = TypeVar("Kept", LayerRecord, ImageRecord, WorkspaceRecord, Intent)
 
 
 def encode(record: LayerRecord | ImageRecord | WorkspaceRecord | Intent) -> bytes:
-    """Return the document of a record, ready to be a file."""
-    return msgspec.json.encode(record) + b"\n"
+    """Return the document of a record, ready to be a file; its last member is the check of all that stands before."""
+    return _checked(msgspec.json.encode(record).removesuffix(b"}"))
 
 
 def decode(document: bytes, kind: type[Kept], where: str) -> Kept:
     """Return the record in a document; UserError, which names `where`, for one that is damaged."""
     try:
+        if document != _checked(document.rpartition(_CHECK)[0]):
+            raise msgspec.DecodeError("its check does not fit")
         return msgspec.json.decode(document, type=kind)
     except msgspec.DecodeError as error:
         raise UserError(f"{where} is damaged: {error}; restore it from a copy, or remove it") from None
+
+
+_CHECK = b',"check":"'
+
+
+def _checked(members: bytes) -> bytes:
+    # A flipped bit may leave a document that is good JSON and says something else.
+    return members + _CHECK + xxhash.xxh3_128_hexdigest(members).encode() + b'"}\n'
 
 
 def now() -> str:
