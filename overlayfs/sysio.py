@@ -375,17 +375,23 @@ def chown_at(dirfd: int, name: bytes, uid: int, gid: int) -> None:
         os.chown(_through_proc(dirfd, b""), uid, gid)
 
 
+NOW = 1 << 62
+"""As a time: the clock of the file system, which lags behind `time.time_ns` and may not run ahead of other files'."""
+
+_UTIME_NOW = (1 << 30) - 1
 _UTIME_OMIT = (1 << 30) - 2
 
 
 def _timespec(nanoseconds: int | None) -> _Timespec:
     if nanoseconds is None:
         return _Timespec(0, _UTIME_OMIT)
+    if nanoseconds == NOW:
+        return _Timespec(0, _UTIME_NOW)
     return _Timespec(*divmod(nanoseconds, 1_000_000_000))
 
 
 def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
-    """Set the times of the object itself, in nanoseconds since 1970; None keeps one."""
+    """Set the times of the object itself, in nanoseconds since 1970 or NOW; None keeps one."""
     _changing("utimens_at")
     times = (_Timespec * 2)(_timespec(atime_ns), _timespec(mtime_ns))
     flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
@@ -687,6 +693,11 @@ def fs_type(fd: int) -> int:
 def fs_id(fd: int) -> int:
     """Return ``f_fsid`` of statfs(2), 64 bits: equal for two descriptors of one file system (btrfs: subvolume)."""
     return int.from_bytes(_statfs(fd)[_FSID_AT : _FSID_AT + 8], "little")
+
+
+def access_mode(fd: int) -> int:
+    """Return how a file was opened: O_RDONLY, O_WRONLY or O_RDWR."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
 
 
 def try_lock(fd: int) -> bool:

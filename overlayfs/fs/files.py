@@ -8,6 +8,7 @@ import errno
 import itertools
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -69,6 +70,7 @@ class Files:
         self._lookup = lookup
         self._attributes = attributes
         self._handles: dict[int, FileHandle | DirHandle] = {}
+        self.barrier: SyncBarrier | None = None
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -141,10 +143,24 @@ class Files:
         """Read up to `size` bytes; BlockingIOError with `nowait` when a disk must be waited for."""
         return sysio.read_at(self.readable(number), offset, size, nowait)
 
+    def prepare_read(self, number: int, offset: int, size: int) -> Callable[[], bytes]:
+        """Return the call that reads, from a descriptor of its own; any thread may make it."""
+        fd = os.dup(self.readable(number))
+
+        def read() -> bytes:
+            try:
+                return sysio.read_at(fd, offset, size)
+            finally:
+                sysio.close(fd)
+
+        return read
+
     def readable(self, number: int) -> int:
         """Return the descriptor that a handle's reads go to, borrowed."""
         node = self.file(number).node
         fd = node.reader if node.reader is not None else node.writer
+        if fd is None:
+            fd = node.reader  # a commit has made a reader of the writer, between our two looks in a thread
         if fd is None:
             raise oserror(errno.EBADF)
         return fd
@@ -152,11 +168,34 @@ class Files:
     def writable(self, number: int) -> int:
         """Return the descriptor that a handle's writes go to, borrowed; EBADF for a handle that only reads."""
         handle = self.file(number)
-        if not handle.writes or handle.node.writer is None:
+        if not handle.writes:
             raise oserror(errno.EBADF)
-        return handle.node.writer
+        node = handle.node
+        if node.writer is None:  # a commit has made a layer's file of what it wrote to
+            if not node.in_upper or node.data is not None:
+                raise oserror(errno.EBADF)
+            node.writer = self._reopen_writer(node)
+        return node.writer
 
-    def write(self, number: int, offset: int, data: bytes) -> int:
+    def _reopen_writer(self, node: File) -> int:
+        # Whoever opened it was allowed to: a mode that would not let us do so again does not count.
+        try:
+            return self._open_writer(node)
+        except PermissionError:
+            _, dirfd, name = self._attributes.locate(node)
+            mode = stat.S_IMODE(sysio.stat_at(dirfd, name).st_mode)
+            sysio.chmod_at(dirfd, name, mode | stat.S_IRUSR | stat.S_IWUSR)
+            try:
+                return self._open_writer(node)
+            finally:
+                sysio.chmod_at(dirfd, name, mode)
+
+    def is_stranded(self, number: int) -> bool:
+        """Return whether a handle may write but its file must be lifted first: a commit came after it was opened."""
+        handle = self.file(number)
+        return handle.writes and not handle.node.in_upper
+
+    def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
         """Write all of `data`; EBADF for a handle that only reads."""
         fd = self.writable(number)
         self._lookup.fresh = None
@@ -193,12 +232,14 @@ class Files:
         A failed fsync is reported by every later one of the node until its last handle goes (reliability, C3).
         """
         node = self.file(number).node
-        if not node.in_upper or self._stack.config.volatile:
+        if self._stack.config.volatile or not (node.in_upper or self.barrier or node.sync_error):
             return _nothing
         sync = sysio.fdatasync if datasync else sysio.fsync
-        fd = os.dup(fd) if (fd := node.writer if node.writer is not None else node.reader) is not None else None
+        own = node.writer if node.writer is not None else node.reader
+        fd = os.dup(own) if own is not None and node.in_upper else None
         parents = [item for parent, _ in node.names for item in self._unsynced(parent)]
-        return lambda: _sync_file(node, fd, sync, parents)
+        barrier = self.barrier
+        return lambda: _sync_file(node, fd, sync, parents, barrier)
 
     def prepare_fsyncdir(self, number: int) -> Callable[[], None]:
         """Return the call that makes the names in a directory durable, and those that lead to it."""
@@ -206,11 +247,12 @@ class Files:
 
     def prepare_fsync_of(self, node: Dir) -> Callable[[], None]:
         """Return the same call for a directory that has no handle."""
-        if not node.in_upper or self._stack.config.volatile:
+        if self._stack.config.volatile or not (node.in_upper or self.barrier):
             return _nothing
         node.changed += 1  # asked for explicitly: always done
         parents = self._unsynced(node)
-        return lambda: _sync_directories(parents)
+        barrier = self.barrier
+        return lambda: _sync_directories(parents, barrier)
 
     def _unsynced(self, directory: Dir | None) -> list["_Unsynced"]:
         found = []
@@ -257,10 +299,37 @@ def _nothing() -> None:
     """There is nothing to make durable."""
 
 
-def _sync_file(node: File, fd: int | None, sync: Callable[[int], None], parents: list[_Unsynced]) -> None:
+class SyncBarrier:
+    """What every fsync waits for while a commit is not durable yet: until then no new change can be, either."""
+
+    def __init__(self) -> None:
+        self._finished = threading.Event()
+        self._errno = 0
+
+    def finish(self, error: OSError | None = None) -> None:
+        """Let those who wait go on, or fail with the error that the commit met."""
+        self._errno = 0 if error is None else error.errno or errno.EIO
+        self._finished.set()
+
+    def wait(self) -> None:
+        """Wait. In any thread but the one that calls `finish`."""
+        self._finished.wait()
+        if self._errno:
+            raise oserror(self._errno)
+
+
+def _sync_file(
+    node: File,
+    fd: int | None,
+    sync: Callable[[int], None],
+    parents: list[_Unsynced],
+    barrier: SyncBarrier | None,
+) -> None:
     try:
         if node.sync_error:
             raise oserror(node.sync_error)
+        if barrier is not None:
+            barrier.wait()
         if fd is not None:
             sync(fd)
     except OSError as error:
@@ -271,11 +340,13 @@ def _sync_file(node: File, fd: int | None, sync: Callable[[int], None], parents:
     finally:
         if fd is not None:
             sysio.close(fd)
-    _sync_directories(parents)
+    _sync_directories(parents, None)
 
 
-def _sync_directories(parents: list[_Unsynced]) -> None:
+def _sync_directories(parents: list[_Unsynced], barrier: SyncBarrier | None) -> None:
     try:
+        if barrier is not None:
+            barrier.wait()
         for node, changed, fd in parents:
             sysio.fsync(fd)
             node.synced = changed

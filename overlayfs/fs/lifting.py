@@ -163,6 +163,23 @@ class Lifting:
                 node.nlink_delta += 1
             node.index = None
 
+    def origin_without_metacopy(self, upper: Upper, pin: int) -> Origin | None:
+        """Return the origin that a metadata-only file gets with its data, None where it keeps the one it has.
+
+        Without data it names the object right below, as the kernel wants; a file with data, the first of the chain.
+        An indexed one is found by its origin, which stays.
+        """
+        marks = upper.marks_at(pin, b"")
+        first = None if marks.nlink is not None else self.lookup.lasting_origin(marks)
+        return None if first == marks.origin else first
+
+    @staticmethod
+    def renew_origin(upper: Upper, dirfd: int, name: bytes, first: Origin | None) -> None:
+        """Write such an origin, None for nothing to write."""
+        if first is not None:
+            with suppress(OSError):  # only the number after the next mount depends on it
+                upper.set_mark(dirfd, name, xattrs.ORIGIN, origin.encode(first))
+
     def parent_times_kept(self, parent: Dir) -> "_TimesKept":
         """Return a context in which changes of names do not move a directory's times: lifting is invisible."""
         return _TimesKept(self.attributes, parent)
@@ -397,6 +414,7 @@ class _Fill(LiftStep):
         self._upper = upper
         self._data = data
         self._open: list[int] = []
+        self._origin: Origin | None = None
 
     def begin(self) -> None:
         self.node.lifting = True
@@ -404,6 +422,7 @@ class _Fill(LiftStep):
         retry = self._lifting.stack.dirfds.retry
         pin = retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
         self._open.append(pin)
+        self._origin = self._lifting.origin_without_metacopy(self._upper, pin)
         self._open.append(retry(lambda: sysio.open_child(pin, b"", os.O_RDWR)))
         self._open.append(self._data.layer.open_file(self._data.path, self._data.name))
 
@@ -416,6 +435,7 @@ class _Fill(LiftStep):
             if self.node.reader is not None:
                 _swap_reader(self.node, sysio.open_child(self._open[0], b"", os.O_RDONLY))
             self.node.data = None
+            self._lifting.renew_origin(self._upper, self._open[0], b"", self._origin)
         finally:
             self.abort()
 
@@ -440,7 +460,9 @@ class _Cut(LiftStep):
         try:
             # Cut first: with the mark gone and the size still there a crash would show zeros.
             sysio.truncate_fd(fd, 0)
+            first = self._lifting.origin_without_metacopy(self._upper, fd)
             self._upper.drop_mark(dirfd, name, xattrs.METACOPY)
+            self._lifting.renew_origin(self._upper, dirfd, name, first)
             if self.node.reader is not None:
                 _swap_reader(self.node, open_readable(self._lifting.stack.dirfds, fd, b"", keep_atime=False))
             self.node.data = None

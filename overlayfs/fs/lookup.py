@@ -19,7 +19,7 @@ from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, LowerFile, Node, NodeTabl
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import NO_MARKS, Entry, Layer, Marks, join
 from overlayfs.tree.stats import AnyStat
-from overlayfs.union.merge import merge
+from overlayfs.union.merge import fold, merge
 from overlayfs.union.plans import Spot
 from overlayfs.union.resolve import Kind
 
@@ -315,9 +315,10 @@ class Lookup:
             return
         if (entry.st_dev, entry.st_ino) == (found.st_dev, found.st_ino):
             node.index = name
-            node.nlink_delta = self._nlink_delta(marks, found)
+            node.nlink_delta = self.nlink_delta(marks, found)
 
-    def _nlink_delta(self, marks: Marks, found: AnyStat) -> int:
+    def nlink_delta(self, marks: Marks, found: AnyStat) -> int:
+        """Return what the union's link count of an indexed file is beyond that of the upper file itself."""
         decoded = nlink.decode(marks.nlink) if marks.nlink is not None else None
         if decoded is None:
             return -1  # the entry of the index itself
@@ -378,7 +379,7 @@ class Lookup:
             self._nodes.add_key(node, (entry.st_dev, entry.st_ino))
             marks = upper.index_marks(name)
             node.index = name
-            node.nlink_delta = self._nlink_delta(marks, entry)
+            node.nlink_delta = self.nlink_delta(marks, entry)
             if marks.metacopy:
                 node.data = place
         return node
@@ -429,10 +430,20 @@ class Lookup:
         return node.upper_names
 
     def _lower_listing(self, node: Dir, only_if_cheap: bool) -> dict[bytes, tuple[int, ...]] | None:
+        if node.sealed:
+            self._unseal(node)
         if node.below is None and (not only_if_cheap or self._is_worth_listing(node)):
             node.below = merge(part.layer.names(part.path) for part in node.lower)
             self._keep(node)
         return node.below
+
+    def _unseal(self, node: Dir) -> None:
+        """Merge what former uppers hold into the listing of what lies below them."""
+        for listing in reversed(node.sealed):
+            if node.below is not None:
+                node.below = fold(listing, node.below)
+        node.sealed = ()
+        self._keep(node)
 
     def _is_worth_listing(self, node: Dir) -> bool:
         # One part: a probe costs one stat, as a listing's entry would. Huge: see _HUGE.
@@ -448,6 +459,7 @@ class Lookup:
         while self._kept_names > _KEPT_NAMES and len(self._kept) > 1:
             _, (oldest, count) = self._kept.popitem(last=False)
             oldest.below = oldest.upper_names = None
+            oldest.sealed = ()
             self._kept_names -= count
 
 

@@ -57,12 +57,13 @@ class Dir(Node):
 
     below: the merged names of the lower parts, index of the parts that make up each; they never change, so this is
     built at most once. upper_names: the kinds the upper holds, kept in step with our own changes. Both are None until
-    somebody needs them. changed and synced count changes of names in the upper and what of them has been synced.
+    somebody needs them. sealed: what former uppers hold, the newest first, that `below` does not count yet.
+    changed and synced count changes of names in the upper and what of them has been synced.
     """
 
     __slots__ = (
         "barred", "below", "changed", "children", "impure", "lower", "name", "opaque",
-        "parent", "path_cache", "removed", "synced", "upper_names",
+        "parent", "path_cache", "removed", "sealed", "synced", "upper_names",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +80,7 @@ class Dir(Node):
         self.children: dict[bytes, Node] = {}
         self.below: dict[bytes, tuple[int, ...]] | None = None
         self.upper_names: dict[bytes, Kind] | None = None
+        self.sealed: tuple[dict[bytes, Kind], ...] = ()
         self.changed = 0
         self.synced = 0
         self.path_cache: tuple[int, bytes] = (-1, b"")
@@ -92,6 +94,15 @@ class Dir(Node):
             self.upper_names.pop(name, None)
         else:
             self.upper_names[name] = kind
+
+    def seal(self) -> None:
+        """Note that the upper is about to become the first of the lower parts; its listing is merged when needed."""
+        if not self.lower:
+            self.below, self.sealed = {}, ()
+        if self.below is None or self.upper_names is None:
+            self.below, self.sealed = None, ()
+        else:
+            self.sealed = (self.upper_names, *self.sealed)
 
     def is_below(self, other: "Dir") -> bool:
         """Return whether this directory is `other` or lies in it."""
@@ -206,6 +217,11 @@ class NodeTable:
         if node is not None and number != ROOT_NUMBER:
             node.lookups -= count
             self._rest(node)
+
+    def is_held(self, number: int) -> bool:
+        """Return whether the kernel counts look-ups of a number."""
+        node = self._by_number.get(number)
+        return node is not None and node.lookups > 0
 
     def released(self, node: Node) -> None:
         """A handle of the node has been closed: it may rest now."""

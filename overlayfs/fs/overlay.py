@@ -21,11 +21,12 @@ from overlayfs.fs.changes import Change, changes
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.cursors import Cursors
 from overlayfs.fs.explain import Holder, explain
-from overlayfs.fs.files import Child, Files, need_of_open
+from overlayfs.fs.files import Child, Files, SyncBarrier, need_of_open
 from overlayfs.fs.lifting import Lifting, LiftStep, Need
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.names import Caller, Names
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable
+from overlayfs.fs.reseat import Reseat, holds_changes
 from overlayfs.fs.space import Space
 from overlayfs.fs.stack import Stack
 
@@ -46,7 +47,6 @@ class Overlay:
         self._files = Files(self._stack, self.nodes, self._lookup, self._attributes)
         self._cursors = Cursors(self._lookup)
         self.space = Space(self._attributes, self._lookup, self._files)
-        self.config = config
         self.root = self._lookup.root
 
     @property
@@ -55,9 +55,19 @@ class Overlay:
         return self._stack.upper is None
 
     @property
+    def config(self) -> StackConfig:
+        """The stack as it is now: a commit adds a layer."""
+        return self._stack.config
+
+    @property
     def notices(self) -> list[str]:
         """Sentences about features that are off, and why."""
         return self._stack.notices
+
+    @property
+    def overrides(self) -> bool:
+        """Whether a layer keeps owners and modes in attributes: then those of the real files say nothing."""
+        return self._attributes.overrides
 
     @property
     def open_handles(self) -> int:
@@ -126,6 +136,10 @@ class Overlay:
         self._attributes.change(node, changes, self._files.writer_of(fh))
         return self._attributes.attributes(node)
 
+    def check_xattr(self, name: bytes) -> None:
+        """Raise what a change of an extended attribute with this name would raise for its name alone."""
+        self._attributes.check_xattr(name)
+
     def setxattr(self, node: Node, name: bytes, value: bytes, flags: int = 0) -> None:
         """Set an extended attribute; `flags` as in setxattr(2)."""
         self._attributes.check_xattr(name)
@@ -191,19 +205,37 @@ class Overlay:
 
     # --- files -----------------------------------------------------------------------------------------
 
-    def open(self, node: Node, flags: int, caller: Caller) -> int:
-        """Open a regular file and return a handle; `flags` as in open(2)."""
+    def open(self, node: Node, flags: int, caller: Caller, strip: bool | None = None) -> int:
+        """Open a regular file and return a handle; `flags` as in open(2).
+
+        `strip` says whether O_TRUNC takes set-id bits and capabilities away, where somebody knows better than that
+        root keeps them.
+        """
         need = need_of_open(node, flags)
         if need is not None:
             self._lifting.lift(node, need)
-        return self._files.open(node, flags, strip=caller.uid != 0)
+        return self._files.open(node, flags, strip=caller.uid != 0 if strip is None else strip)
+
+    def descriptor(self, fh: int, writes: bool) -> int:
+        """Return the real descriptor behind a handle, borrowed: the one for writing, or the one for reading."""
+        return self._files.writable(fh) if writes else self._files.readable(fh)
+
+    def strip_set_id(self, node: Node) -> None:
+        """Clear the set-id bits and capabilities of a file in the upper, as a write by anybody but root does."""
+        self._attributes.strip_set_id(node)
 
     def read(self, fh: int, offset: int, size: int, nowait: bool = False) -> bytes:
         """Read up to `size` bytes. With `nowait`, BlockingIOError when a disk must be waited for. Any thread may."""
         return self._files.read(fh, offset, size, nowait)
 
-    def write(self, fh: int, offset: int, data: bytes) -> int:
+    def prepare_read(self, fh: int, offset: int, size: int) -> Callable[[], bytes]:
+        """Return the call that reads up to `size` bytes; any thread may make it, and the handle may go meanwhile."""
+        return self._files.prepare_read(fh, offset, size)
+
+    def write(self, fh: int, offset: int, data: bytes | memoryview) -> int:
         """Write all of `data` at `offset` and return its length."""
+        if self._files.is_stranded(fh):
+            self._lifting.lift(self._files.file(fh).node, Need.DATA)
         return self._files.write(fh, offset, data)
 
     def flush(self, fh: int) -> None:
@@ -337,6 +369,28 @@ class Overlay:
         """Return the visible names in a directory."""
         directory = _directory(node)
         return [n for n in self._lookup.listing(directory) if self._lookup.lookup(directory, n) is not None]
+
+    # --- for a commit that moves the upper ---------------------------------------------------------------
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the upper holds anything, or its root shows other attributes than the layers below."""
+        return holds_changes(self._stack)
+
+    def prepare_reseat(self) -> Reseat:
+        """Return what lets the upper become a layer while the tree, its handles and its numbers live on."""
+        return Reseat(self._stack, self.nodes, self._lookup, self._attributes, self._lifting)
+
+    def hold_syncs(self) -> SyncBarrier:
+        """Let every fsync from now on wait until the barrier that is returned is finished, and given back."""
+        self._files.barrier = SyncBarrier()
+        return self._files.barrier
+
+    def release_syncs(self, barrier: SyncBarrier, error: OSError | None = None) -> None:
+        """Let those who wait go on; with `error` they fail."""
+        barrier.finish(error)
+        if self._files.barrier is barrier:
+            self._files.barrier = None
 
     # --- views -----------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The stack of one overlay: its layers opened, its upper locked, its features settled."""
 
+import dataclasses
 import os
 from contextlib import ExitStack
 
@@ -41,15 +42,18 @@ class Stack:
                 mode = self.upper.mode
             self._settle(config, mode)
             self.mode = mode
-            read_mode = mode or config.xattr_mode or (Mode.TRUSTED if os.geteuid() == 0 else Mode.USER)
-            self.lower = self._make_layers(roots, read_mode)
+            self._read_mode = mode or config.xattr_mode or (Mode.TRUSTED if os.geteuid() == 0 else Mode.USER)
+            self.lower = self._make_layers(roots, self._read_mode)
             self._undo = undo.pop_all()
         self.reference = (self.upper or self.lower[0]).filesystem
 
     def _open_upper(self, config: StackConfig, path: bytes, roots: list[int], undo: ExitStack) -> Upper:
         if config.work is None:
             raise MountError("an upper directory needs a work directory on the same file system: give workdir")
-        root = _held(open_directory(path, "upper"), undo)
+        root = open_directory(path, "upper")
+        holder = _Holder(root)
+        undo.callback(holder.close)
+        self._upper_root = holder
         work = WorkDir.open(config.work)
         undo.callback(lambda: work.close(clean=self.clean))
         self.clean = False
@@ -95,6 +99,29 @@ class Stack:
         own = () if self.upper is None else (self.upper.root, self.upper.work.root)
         return self.config.hidden | {_identity(fd) for fd in own}
 
+    # --- another upper ---------------------------------------------------------------------------------
+
+    def open_seat(self, path: bytes) -> "Seat":
+        """Open and lock an empty directory that is to be the next upper, on the file system of this one."""
+        assert self.upper is not None
+        return Seat(self, self.upper, path)
+
+    def take(self, seat: "Seat", path: bytes) -> Layer:
+        """Let the upper of a seat be the upper, and the former upper the top layer, which lies at `path` now."""
+        former = self.upper
+        assert former is not None
+        for layer in self.lower:
+            layer.index += 1
+        top = Layer(1, seat.former_root, self.dirfds, self._read_mode, lowest=False)
+        self._undo.callback(sysio.close, seat.former_root)
+        self.upper, self.lower = seat.upper, (top, *self.lower)
+        self.config = dataclasses.replace(self.config, lower=(path, *self.config.lower))
+        for layer in self.lower:
+            layer.hidden = self.hidden
+        self.dirfds.forget_root(former.root)
+        self._upper_root.exchange(seat.upper.root)
+        return top
+
     def number(self, filesystem: FileSystem, inode: int) -> int:
         """Return the overlay's number for an inode."""
         return filesystem.number(inode, self.reference) if self.config.xino else inode
@@ -112,6 +139,48 @@ class Stack:
         """Close everything; `clean`: the upper is synced, so a volatile mark may go. The locks go last."""
         self.clean = clean
         self._undo.close()
+
+
+class Seat:
+    """An upper in waiting, and a descriptor through which the present one is read as a layer."""
+
+    def __init__(self, stack: Stack, upper: Upper, path: bytes) -> None:
+        self._present = upper
+        root = open_directory(path, "upper")
+        with ExitStack() as undo:
+            undo.callback(sysio.close, root)
+            lock(root, "upper", path, stack.config.lock_wait)
+            self.upper = Upper(root, stack.dirfds, upper.features, upper.work, upper.volatile, upper.override)
+            clone = sysio.clone_mount(upper.root)
+            # Not a duplicate: that would keep the lock, which is for uppers.
+            again = os.O_RDONLY | os.O_DIRECTORY
+            self.former_root = sysio.open_child(upper.root, b"", again) if clone is None else clone
+            undo.pop_all()
+
+    def dress(self) -> None:
+        """Give the root of the next upper what the present one has: owner, mode, attributes, times."""
+        self.upper.dress_root(self._present)
+
+    def close(self) -> None:
+        """Give both descriptors back: the seat is not taken."""
+        sysio.close(self.former_root)
+        sysio.close(self.upper.root)
+
+
+class _Holder:
+    """Owns a descriptor that may be exchanged for another one."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def exchange(self, fd: int) -> None:
+        """Close the one and own the other."""
+        old, self._fd = self._fd, fd
+        sysio.close(old)
+
+    def close(self) -> None:
+        """Close what is owned."""
+        sysio.close(self._fd)
 
 
 def _choose(asked: bool | None, default: bool, possible: bool) -> bool:

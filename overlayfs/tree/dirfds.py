@@ -68,6 +68,11 @@ class DirFds:
         for key in [key for key in self._open if key[0] == root and (key[1] == path or key[1].startswith(below))]:
             sysio.close(self._open.pop(key))
 
+    def forget_root(self, root: int) -> None:
+        """Close all directories of one layer."""
+        for key in [key for key in self._open if key[0] == root]:
+            sysio.close(self._open.pop(key))
+
     def close(self) -> None:
         """Close all of them."""
         while self._open:

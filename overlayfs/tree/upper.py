@@ -151,6 +151,16 @@ class Upper(Layer):
         shown = Override(os.geteuid(), os.getegid(), stat.S_IMODE(mode), stat.S_IFMT(mode), rdev)
         sysio.setxattr_at(dirfd, name, self.override, override.encode(shown))
 
+    def dress_root(self, source: Layer) -> None:
+        """Give the root owner, mode, attributes and times of another layer's root, without its marks."""
+        found = source.stat_at(source.root, b"")
+        self.set_owner(self.root, b"", found.st_uid, found.st_gid)
+        for attribute in sysio.listxattr_at(source.root, b""):
+            if not xattrs.is_private(attribute, source.override is not None):
+                sysio.setxattr_at(self.root, b"", attribute, sysio.getxattr_at(source.root, b"", attribute))
+        self.set_mode(self.root, b"", stat.S_IMODE(found.st_mode))
+        sysio.utimens_at(self.root, b"", found.st_atime_ns, found.st_mtime_ns)
+
     # --- creating --------------------------------------------------------------------------------------
 
     def create(self, place: Place, how: Create, make: Maker, dress: Maker | None) -> None:

@@ -26,3 +26,21 @@ def merge(listings: Iterable[Mapping[bytes, Kind]]) -> dict[bytes, tuple[int, ..
             if kind is not Kind.DIR:
                 decided.add(name)
     return {name: tuple(positions) for name, positions in visible.items()}
+
+
+def fold(top: Mapping[bytes, Kind], below: Mapping[bytes, tuple[int, ...]]) -> dict[bytes, tuple[int, ...]]:
+    """Return what `merge` would make of one more listing over those that `below` was made of.
+
+    The names are the same and in the same order. Where `top` holds a directory, positions of a file below it may
+    follow, for `below` does not tell one from a directory: who walks down the positions stops at it.
+    """
+    found: dict[bytes, tuple[int, ...]] = {}
+    for name, kind in top.items():
+        if kind is Kind.DIR:
+            found[name] = (0, *(position + 1 for position in below.get(name, ())))
+        elif kind not in (Kind.WHITEOUT, Kind.ABSENT):
+            found[name] = (0,)
+    for name, positions in below.items():
+        if top.get(name, Kind.ABSENT) is Kind.ABSENT:
+            found[name] = tuple(position + 1 for position in positions)
+    return found

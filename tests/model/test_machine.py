@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 
 from tests.model.reference import Folder, Item, Model, Shown, Thing, put
 from tests.support.drivers import Handle, Stack, driver_class
+from tests.support.drivers.overlay import FsDriver
 from tests.support.outcome import name_of
 from tests.support.requirements import need_root
 from tests.support.spec import Dir, File, Link, Short, Special, Symlink, Whiteout, flatten
@@ -340,6 +341,14 @@ class Life(RuleBasedStateMachine):
         self.forget_open_files()
         self.tree.rotate()
         self.numbers = {}
+        self.check_tree()
+
+    @precondition(lambda self: len(self.tree.stack.lower) < 8)
+    @rule()
+    def commit_live(self) -> None:
+        """The upper becomes a layer under open files: nothing that anybody can see changes."""
+        assert isinstance(self.tree, FsDriver)
+        self.tree.reseat()
         self.check_tree()
 
     def forget_open_files(self) -> None:

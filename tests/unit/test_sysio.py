@@ -702,6 +702,7 @@ CHANGING_BY_DESCRIPTOR: dict[str, Callable[[int], object]] = {
     "set_file_attributes": lambda fd: sysio.set_file_attributes(fd, FS_IOC_SETFLAGS, bytes(4)),
 }
 READING = {
+    "access_mode",
     "open_beneath",
     "open_child",
     "close",

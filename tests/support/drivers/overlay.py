@@ -306,6 +306,21 @@ class FsDriver(Tree):
     def commit(self, layer: os.PathLike[str]) -> None:
         commit_mounted(self.overlay, os.fsencode(layer))
 
+    def reseat(self) -> None:
+        """Make the upper a layer and go on with a fresh one, handles and numbers included, as a live commit does."""
+        stack = self.stack
+        assert stack.upper is not None
+        layer, upcoming = stack.next_layer(), stack.base / "u.next"
+        upcoming.mkdir()
+        upper = os.fsencode(stack.upper)
+
+        def move() -> None:
+            os.rename(upper, layer)
+            os.rename(upcoming, upper)
+
+        self.overlay.prepare_reseat().switch(os.fsencode(upcoming), os.fsencode(layer), move)
+        stack.lengthen(layer)
+
     def run_as(self, user: User, act: Callable[[], T]) -> T:
         raw = self.raw
         assert isinstance(raw, FsRaw)

@@ -52,6 +52,11 @@ class Stack:
         self.work = self._layer("w", {})
         self.prints = self._prints()
 
+    def lengthen(self, layer: Path) -> None:
+        """Take note that the upper has become a layer while the stack was in use."""
+        self.lower.insert(0, layer)
+        self.prints = self._prints()
+
     def check(self) -> None:
         """No lower layer has changed, not even in an access time; nothing is left in the work directory."""
         assert self._prints() == self.prints, "a lower layer was changed"

@@ -1,0 +1,277 @@
+"""A change of seats: the upper becomes the top layer, an empty one takes its place, and the tree stays what it is.
+
+Numbers, handles, descriptors and listings go on; only where things lie changes. First `settle`, in small steps with
+other verbs between them: what only the index of the work directory knows becomes names in the upper, since a layer has
+no index. Then `switch`, while nothing changes: one rename by the caller, which is the commit point, and a walk over the
+live nodes. Nothing that may fail comes after the rename.
+
+A file that is open for writing keeps its descriptor for reading only: it belongs to a layer now, so the next write
+lifts the file and opens the copy (`Files.writable`). A file or directory without a name stays what it was, writable
+through its descriptor: it is part of no layer.
+"""
+
+import errno
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from overlayfs import sysio
+from overlayfs.errors import oserror
+from overlayfs.format import origin, xattrs
+from overlayfs.fs.attributes import AttributeVerbs
+from overlayfs.fs.lifting import Lifting
+from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.nodes import Dir, File, LowerFile, Node, NodeTable, Part
+from overlayfs.fs.stack import Stack
+from overlayfs.tree.layer import Layer
+from overlayfs.union.resolve import Kind
+
+_SEARCHES = 3  # before the rest is left to `switch`: each is good only if no directory moves meanwhile
+
+
+class Reseat:
+    """One change of seats of one overlay. On the loop."""
+
+    def __init__(
+        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs, lifting: Lifting
+    ) -> None:
+        self._stack = stack
+        self._nodes = nodes
+        self._lookup = lookup
+        self._attributes = attributes
+        self._lifting = lifting
+        self._nameless: set[int] = set()  # numbers of unlinked files whose other names lie outside the tree
+
+    # --- before ----------------------------------------------------------------------------------------
+
+    def settle(self) -> Iterator[None]:
+        """Make the upper independent of the index, a little further at each step; other verbs may run between steps."""
+        for entry in self._entries():
+            yield
+            self._join_known_names(entry)
+            if self._missing(entry) <= 0:
+                self._retire(entry)
+        for _ in range(_SEARCHES):
+            if self.is_settled():
+                return
+            yield from self._search()
+
+    def is_settled(self) -> bool:
+        """Return whether `switch` has nothing to search for."""
+        return not self._entries() and not self._strays()
+
+    def _entries(self) -> list[bytes]:
+        index = self._attributes.upper.work.index
+        return [] if index is None else [name for name, _ in sysio.list_dir(index)]
+
+    def _find(self, entry: bytes) -> tuple[File | None, int]:
+        """Return the live file that an entry stands for, and the descriptor of the index, borrowed."""
+        index = self._attributes.upper.work.index
+        assert index is not None
+        found = sysio.stat_at(index, entry)
+        return self._nodes.by_key((found.st_dev, found.st_ino)), index
+
+    def _missing(self, entry: bytes) -> int:
+        """Return how many names an indexed file has in the union beyond those in the upper."""
+        upper = self._attributes.upper
+        assert upper.work.index is not None
+        # The delta is relative to the upper's link count, which counts the entry of the index as well.
+        return self._lookup.nlink_delta(upper.index_marks(entry), sysio.stat_at(upper.work.index, entry)) + 1
+
+    def _join_known_names(self, entry: bytes) -> None:
+        node, _ = self._find(entry)
+        if node is not None:
+            self._join(node)
+
+    def _join(self, node: File) -> None:
+        """Give an indexed file in the upper every name that is known of it."""
+        if node.index is None or not node.in_upper:
+            return
+        for (parent, name), in_upper in list(node.names.items()):
+            if not in_upper:
+                with _unless_busy():
+                    self._lifting.lift_name(parent, name, node)
+
+    def _retire(self, entry: bytes) -> None:
+        """Drop an entry that joins nothing any more. The file keeps the origin that says what number it has."""
+        node, index = self._find(entry)
+        upper = self._attributes.upper
+        marks = upper.index_marks(entry)
+        first = self._lookup.lasting_origin(marks)
+        if first is not None and not marks.metacopy:
+            upper.set_mark(index, entry, xattrs.ORIGIN, origin.encode(first))
+            upper.drop_mark(index, entry, xattrs.NLINK)
+        sysio.unlink_at(index, entry)
+        if node is not None:
+            node.index = None
+            node.nlink_delta += 1
+
+    # --- what nobody has looked up -----------------------------------------------------------------------
+
+    def _strays(self) -> list[File]:
+        """Return the unlinked open files that have other names, which nobody has looked up yet."""
+        unnamed = (node for node in self._nodes if isinstance(node, File) and node.orphan is not None)
+        return [node for node in unnamed if node.number not in self._nameless and self._has_unknown_names(node)]
+
+    def _has_unknown_names(self, node: File) -> bool:
+        if node.names or node.orphan is None:
+            return False
+        return sysio.stat_at(node.orphan, b"").st_nlink - (node.index is not None) > 0
+
+    def _search(self) -> Iterator[None]:
+        """Look at every name of the tree once: each joins the node that it belongs to."""
+        epoch, entries, strays = self._nodes.epoch, self._entries(), self._strays()
+        for directory, name in self._walk(all_names=bool(strays)):
+            yield
+            with suppress(OSError):  # a name that cannot be looked up cannot be joined either
+                node = self._lookup.lookup(directory, name)
+                if isinstance(node, File):
+                    self._join(node)
+        if epoch == self._nodes.epoch:
+            # Whatever names they lack lie outside of these layers.
+            self._nameless.update(node.number for node in strays if self._has_unknown_names(node))
+            for entry in set(entries).intersection(self._entries()):
+                self._retire(entry)
+
+    def _walk(self, all_names: bool) -> Iterator[tuple[Dir, bytes]]:
+        """Yield every name of the tree that is no directory's; those that the upper holds only if asked for."""
+        pending = [self._lookup.root]
+        try:
+            while pending:
+                directory = pending.pop()
+                try:
+                    yield from self._inside(directory, pending, all_names)
+                finally:
+                    self._nodes.forget(directory.number, 1)
+        finally:
+            for directory in pending:
+                self._nodes.forget(directory.number, 1)
+
+    def _inside(self, directory: Dir, pending: list[Dir], all_names: bool) -> Iterator[tuple[Dir, bytes]]:
+        for name in self._listing(directory):
+            in_upper = (directory.upper_names or {}).get(name)
+            if in_upper is Kind.FILE and not all_names:
+                continue
+            child = self._child(directory, name)
+            if isinstance(child, Dir):
+                self._nodes.remember(child)
+                pending.append(child)
+            else:
+                yield directory, name
+
+    def _listing(self, directory: Dir) -> list[bytes]:
+        with suppress(OSError):
+            return self._lookup.listing(directory)
+        return []
+
+    def _child(self, directory: Dir, name: bytes) -> Node | None:
+        with suppress(OSError):
+            return self._lookup.lookup(directory, name)
+        return None
+
+    # --- the change ------------------------------------------------------------------------------------
+
+    def switch(self, next_upper: bytes, layer: bytes, move: Callable[[], None]) -> None:
+        """Let the upper become the directory `layer`, and the empty directory `next_upper` the upper.
+
+        `move` carries that out on the disk: when it returns both are in their places, and when it raises neither is,
+        and nothing has changed here. No change may run meanwhile: EBUSY when a node is being lifted. Both directories
+        are on the upper's file system.
+        """
+        for _ in self.settle():
+            pass
+        if any(node.lifting for node in self._nodes):
+            raise oserror(errno.EBUSY)
+        seat = self._stack.open_seat(next_upper)
+        try:
+            seat.dress()
+            move()
+        except BaseException:
+            seat.close()
+            raise
+        former = self._stack.take(seat, layer)
+        with _no_collection():
+            self._move_nodes(former)
+        self._lookup.fresh = None
+
+    def _move_nodes(self, layer: Layer) -> None:
+        path = self._lookup.path
+        for node in self._nodes:
+            if not node.in_upper:
+                continue
+            if isinstance(node, File):
+                _move_file(node, layer, path)
+            elif isinstance(node, Dir) and not node.removed:
+                _move_dir(node, Part(layer, path(node)), is_root=node is self._lookup.root)
+
+
+def holds_changes(stack: Stack) -> bool:
+    """Return whether the upper holds any name, or its root shows what the top layer's root does not."""
+    if stack.upper is None:
+        return False
+    return bool(sysio.list_dir(stack.upper.root)) or _facts(stack.upper) != _facts(stack.lower[0])
+
+
+def _facts(layer: Layer) -> tuple[object, ...]:
+    found, overridden = layer.stat_at(layer.root, b""), layer.override is not None
+    shown = {name for name in sysio.listxattr_at(layer.root, b"") if not xattrs.is_private(name, overridden)}
+    values = {name: sysio.getxattr_at(layer.root, b"", name) for name in shown}
+    return found.st_mode, found.st_uid, found.st_gid, values
+
+
+def _move_file(node: File, layer: Layer, path: Callable[[Dir], bytes]) -> None:
+    home = next((place for place, in_upper in node.names.items() if in_upper), None)
+    if home is None:
+        return  # without a name: the layer does not hold it
+    if node.orphan is not None:
+        sysio.close(node.orphan)
+        node.orphan = None
+    node.lower = LowerFile(layer, path(home[0]), home[1])
+    node.in_upper = False
+    node.names = dict.fromkeys(node.names, False)
+    if node.writer is not None:
+        _retire_writer(node, node.writer)
+
+
+def _retire_writer(node: File, writer: int) -> None:
+    # The reader is there before the writer goes: another thread may be looking for either.
+    if node.reader is None and sysio.access_mode(writer) == os.O_RDWR:
+        node.reader = writer
+    else:
+        node.retired += (writer,)
+    node.writer = None
+
+
+def _move_dir(node: Dir, part: Part, is_root: bool) -> None:
+    node.seal()
+    node.lower = (part, *node.lower)
+    node.in_upper = is_root
+    node.upper_names = {} if is_root else None
+    node.opaque = node.impure = False
+    node.synced = node.changed
+    if node.orphan is not None:
+        sysio.close(node.orphan)
+        node.orphan = None
+
+
+@contextmanager
+def _unless_busy() -> Iterator[None]:
+    """Leave a node alone that is being lifted by another task: it is there again at the next step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the collector from looking at all nodes in the middle of making many small tuples."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
