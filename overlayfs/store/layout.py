@@ -43,6 +43,11 @@ _WORKSPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LONGEST = 255  # of a file name, in bytes
 
 
+def head() -> bytes:
+    """Return the content of the file that makes a directory a store."""
+    return b'{"format": %d}\n' % FORMAT
+
+
 def new_id() -> str:
     """Return the id of a layer that is being born: 32 hex digits that nobody else has."""
     return secrets.token_hex(16)

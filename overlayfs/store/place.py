@@ -75,7 +75,7 @@ class Place:
         sysio.close(sysio.open_child(self.root, layout.LOCK, os.O_RDONLY | os.O_CREAT, 0o600))
         self.rooms[layout.STAGING] = staging = sysio.open_child(self.root, layout.STAGING, _DIRECTORY)
         try:
-            self.write(self.root, layout.HEAD, json.dumps({"format": layout.FORMAT}).encode() + b"\n")
+            self.write(self.root, layout.HEAD, layout.head())
         finally:
             sysio.close(staging)
             del self.rooms[layout.STAGING]

@@ -1,0 +1,329 @@
+"""Verification: everything that is in a store against what was written down when it was made.
+
+Each part vouches for the next. A record carries its own check and holds the sha256 of the manifest; the manifest holds
+type, attributes and the xxh3-128 of the content of every entry. So a flipped bit is found wherever it is, and what
+differs has a path. A manifest that is damaged itself is made again from the tree: if it then has the digest that the
+record names, the tree is proved whole.
+
+xxh3 finds accidents; against an adversary who can write to the store only the sha256 of a manifest counts that
+somebody else has kept.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+from overlayfs import sysio
+from overlayfs.errors import UserError
+from overlayfs.store import layout, records, scan
+from overlayfs.store.entries import Entry, Type, order
+from overlayfs.store.layers import Layer, Layers, layer_path
+from overlayfs.store.manifest import Damaged, Manifest
+from overlayfs.store.place import Place
+from overlayfs.store.records import ImageRecord, LayerRecord, WorkspaceRecord
+from overlayfs.store.scan import Progress, Scanned
+
+DAMAGED, MISSING, EXTRA, UNREADABLE = "damaged", "missing", "extra", "unreadable"
+RECORD, MANIFEST, INDEX = "record", "manifest", "index"
+
+
+class Problem(NamedTuple):
+    """One thing that is not as it was written down.
+
+    kind: "damaged", "missing", "extra" or "unreadable" for the entry `path` of a layer's tree (``b""``: its root);
+    "manifest" or "record" for these files of a layer, "index" when a layer is not found by its digest. For an image or
+    workspace "record", or "missing" for a layer that it names: `layer` is empty then and `path` is the record's.
+    differs: what is not as it was, in words; empty where the kind says all.
+    """
+
+    layer: str
+    path: bytes
+    kind: str
+    differs: tuple[str, ...] = ()
+
+
+class Checked(NamedTuple):
+    """What one verification read and found. `unfinished`: the layers that have no manifest to be held against yet."""
+
+    layers: int
+    entries: int
+    size: int
+    unfinished: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+# --- one tree ----------------------------------------------------------------------------------------------
+
+
+def compare(manifest: Manifest, found: Iterator[Scanned]) -> Iterator[tuple[str, Entry, tuple[str, ...]]]:
+    """Yield (kind, entry, what differs) for every entry of a tree that is not as the manifest has it.
+
+    The entry is the manifest's, or the tree's for what is extra. `Damaged` when the manifest cannot be read.
+    """
+    broken: set[bytes] = set()  # first names of files whose content is not as it was: their other names follow
+    blind = None  # a directory that cannot be listed: nothing is known of what is in it
+    for expected, scanned in _pair(iter(manifest.entries), found):
+        if scanned is None:
+            assert expected is not None
+            if blind is None or not _is_in(expected.path, blind):
+                yield MISSING, expected, ()
+        elif expected is None:
+            yield EXTRA, scanned.entry, ()
+        elif scanned.error is not None:
+            blind = expected.path if expected.type is Type.DIR else blind
+            yield UNREADABLE, expected, (_reason(scanned.error),)
+        else:
+            differs = _differences(expected, scanned.entry, broken)
+            if differs:
+                yield DAMAGED, expected, differs
+
+
+def _pair(expected: Iterator[Entry], found: Iterator[Scanned]) -> Iterator[tuple[Entry | None, Scanned | None]]:
+    """Merge two streams in the order of manifests."""
+    left, right = next(expected, None), next(found, None)
+    while left is not None or right is not None:
+        before = right is None or (left is not None and order(left.path) < order(right.entry.path))
+        if before:
+            yield left, None
+            left = next(expected, None)
+        elif left is None or right is None or left.path != right.entry.path:
+            yield None, right
+            right = next(found, None)
+        else:
+            yield left, right
+            left, right = next(expected, None), next(found, None)
+
+
+def _is_in(path: bytes, directory: bytes) -> bool:
+    return path != directory and (not directory or path.startswith(directory + b"/"))
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or errno.errorcode.get(error.errno or 0, "error")
+
+
+def _differences(expected: Entry, found: Entry, broken: set[bytes]) -> tuple[str, ...]:
+    if expected == found:
+        return ("content",) if expected.link in broken and expected.link is not None else ()
+    if expected.type is not found.type:
+        return (f"is a {_word(found.type)} instead of a {_word(expected.type)}",)
+    differs = tuple(_attributes(expected, found))
+    if _content_differs(expected, found, broken):
+        broken.add(expected.path)
+        differs = ("content", *differs)
+    return differs
+
+
+def _content_differs(expected: Entry, found: Entry, broken: set[bytes]) -> bool:
+    if expected.link is not None:
+        return expected.link in broken
+    return expected.type is Type.FILE and (expected.xxh3 != found.xxh3 or expected.size != found.size)
+
+
+def _attributes(expected: Entry, found: Entry) -> Iterator[str]:
+    if expected.mode != found.mode:
+        yield f"mode {found.mode:04o} instead of {expected.mode:04o}"
+    if (expected.uid, expected.gid) != (found.uid, found.gid):
+        yield f"owner {found.uid}:{found.gid} instead of {expected.uid}:{expected.gid}"
+    if expected.size != found.size:
+        yield f"size {found.size} instead of {expected.size}"
+    if expected.mtime_ns != found.mtime_ns:
+        yield "modification time"
+    if expected.rdev != found.rdev:
+        yield f"device {_device(found.rdev)} instead of {_device(expected.rdev)}"
+    if expected.target != found.target:
+        yield "target"
+    if expected.link != found.link:
+        yield "hard link"
+    for name in sorted({name for name, _ in set(expected.xattrs) ^ set(found.xattrs)}):
+        yield f"attribute {os.fsdecode(name)}"
+
+
+_WORDS = {
+    Type.FILE: "file", Type.DIR: "directory", Type.SYMLINK: "symbolic link", Type.FIFO: "FIFO", Type.SOCKET: "socket",
+    Type.CHAR: "character device", Type.BLOCK: "block device", Type.WHITEOUT: "whiteout",
+}  # fmt: skip
+
+
+def _word(kind: Type) -> str:
+    return _WORDS[kind]
+
+
+def _device(rdev: int) -> str:
+    return f"{os.major(rdev)}:{os.minor(rdev)}"
+
+
+# --- one layer ---------------------------------------------------------------------------------------------
+
+
+class LayerCheck:
+    """The verification of one layer, which the caller holds. `entries` and `size` count what has been read."""
+
+    def __init__(self, layer: Layer, threads: int | None = None, progress: Progress | None = None) -> None:
+        self._layer = layer
+        self._threads = threads
+        self._progress = progress
+        self.entries = 0
+        self.size = 0
+
+    def run(self) -> Iterator[Problem]:
+        """Yield what is wrong with manifest and tree."""
+        tree = self._layer.tree_fd()
+        try:
+            with self._open_manifest() as manifest:
+                yield from self._check(tree, manifest)
+        except (FileNotFoundError, NotADirectoryError):
+            yield Problem(self._layer.id, b"", MANIFEST, ("missing",))
+            yield from self._prove(tree)
+        finally:
+            sysio.close(tree)
+
+    def _open_manifest(self) -> Manifest:
+        return Manifest.open(self._layer.manifest_fd(), f"the manifest of layer {self._layer.id}")
+
+    def _check(self, tree: int, manifest: Manifest) -> Iterator[Problem]:
+        if manifest.digest != self._layer.record.digest:
+            yield Problem(self._layer.id, b"", MANIFEST, ("content",))
+            yield from self._prove(tree)
+            return
+        for kind, entry, differs in compare(manifest, self._read(tree)):
+            yield Problem(self._layer.id, entry.path, kind, differs)
+
+    def _read(self, tree: int) -> Iterator[Scanned]:
+        for scanned in scan.scan(tree, self._threads, self._report):
+            self.entries += 1
+            if scanned.entry.xxh3 is not None:
+                self.size += scanned.entry.size
+            yield scanned
+
+    def _report(self, entries: int, size: int) -> None:
+        if self._progress is not None:
+            self._progress(entries, size)
+
+    def _prove(self, tree: int) -> Iterator[Problem]:
+        """Without a manifest: the one made from the tree has the digest of the record, or something has changed."""
+        try:
+            with Manifest.of(map(scan.required, self._read(tree))) as made:
+                if made.digest != self._layer.record.digest:
+                    yield Problem(self._layer.id, b"", DAMAGED, ("something in it; the manifest cannot say what",))
+        except OSError as error:
+            yield Problem(self._layer.id, error.filename or b"", UNREADABLE, (_reason(error),))
+
+
+Named = TypeVar("Named", ImageRecord, WorkspaceRecord)
+
+
+# --- a store -----------------------------------------------------------------------------------------------
+
+
+def verify(
+    place: Place, ids: tuple[str, ...] | None, threads: int | None = None, progress: Progress | None = None
+) -> Checked:
+    """Verify these layers, or with None the whole store: all layers, images and workspaces.
+
+    `progress` is told entries and bytes of all layers together. A layer that is being repaired is waited for.
+    """
+    layers = Layers(place)
+    check = _StoreCheck(layers, threads, progress)
+    for layer_id in tuple(layers.ids()) if ids is None else ids:
+        check.layer(layer_id, wanted=ids is not None)
+    if ids is None:
+        check.names()
+    return check.result()
+
+
+class _StoreCheck:
+    """Adds up the verifications of many layers."""
+
+    def __init__(self, layers: Layers, threads: int | None, progress: Progress | None) -> None:
+        self._layers = layers
+        self._threads = threads
+        self._progress = progress
+        self._problems: list[Problem] = []
+        self._unfinished: list[str] = []
+        self._count = 0
+        self._entries = 0
+        self._size = 0
+
+    def result(self) -> Checked:
+        """Return what was found so far."""
+        return Checked(self._count, self._entries, self._size, tuple(self._unfinished), tuple(self._problems))
+
+    def layer(self, layer_id: str, wanted: bool) -> None:
+        """Verify one layer; one that is not there is a problem only if it is `wanted`."""
+        try:
+            layer = self._layers.get(layer_id)
+        except UserError:
+            self._problems.append(Problem(layer_id, b"", RECORD, ("content",)))
+            return
+        if layer is None:
+            if wanted:
+                self._problems.append(Problem(layer_id, b"", MISSING))
+            return
+        if layer.id != layer_id:
+            self._problems.append(Problem(layer_id, b"", RECORD, ("it is another layer's",)))
+            return
+        with layer.hold():
+            self._held(layer)
+
+    def _held(self, layer: Layer) -> None:
+        if layer.record.state == "hashing":
+            self._unfinished.append(layer.id)
+            return
+        check = LayerCheck(layer, self._threads, self._shift)
+        try:
+            self._problems.extend(check.run())
+        except Damaged:  # its sha256 is right and it cannot be read: it was written so
+            self._problems.append(Problem(layer.id, b"", MANIFEST, ("content",)))
+        if not self._is_indexed(layer.record):
+            self._problems.append(Problem(layer.id, b"", INDEX))
+        self._count += 1
+        self._entries += check.entries
+        self._size += check.size
+
+    def _shift(self, entries: int, size: int) -> None:
+        if self._progress is not None:
+            self._progress(self._entries + entries, self._size + size)
+
+    def _is_indexed(self, record: LayerRecord) -> bool:
+        """Return whether a layer is found by its content, unless another one stands for it."""
+        if record.same_as is not None:
+            return True
+        wanted = ((layout.DIGESTS, record.digest), (layout.DIFFS, record.diff_id))
+        return all(record.id in self._index(room, digest) for room, digest in wanted if digest is not None)
+
+    def _index(self, room: bytes, digest: str) -> list[str]:
+        place, name = self._layers.place, layout.digest_file(digest)
+        try:
+            *lines, end = [] if name is None else os.fsdecode(place.read(place.rooms[room], name)).split("\n")
+        except (FileNotFoundError, ValueError):
+            return []
+        return [] if end else lines
+
+    # --- images and workspaces -------------------------------------------------------------------------
+
+    def names(self) -> None:
+        """Verify that every image and workspace can be read and has its layers."""
+        place = self._layers.place
+        if place.read(place.root, layout.HEAD) != layout.head():
+            self._problems.append(Problem("", layout.HEAD, RECORD, ("content",)))
+        for file in place.names(layout.IMAGES):
+            self._named(layout.IMAGES + b"/" + file, ImageRecord)
+        for file in place.names(layout.WORKSPACES):
+            self._named(layout.WORKSPACES + b"/" + file + b"/" + layout.RECORD, WorkspaceRecord)
+
+    def _named(self, path: bytes, kind: type[Named]) -> None:
+        place = self._layers.place
+        try:
+            record = records.decode(place.read(place.root, path), kind, place.shown(path))
+        except FileNotFoundError:  # it went meanwhile, or is still being made
+            return
+        except UserError:
+            self._problems.append(Problem("", path, RECORD, ("content",)))
+            return
+        if layout.file_name(record.name) not in path.split(b"/"):
+            self._problems.append(Problem("", path, RECORD, ("it is another one's",)))
+        for layer_id in record.layers:
+            if not place.exists(layer_path(layer_id) + b"/" + layout.RECORD):
+                self._problems.append(Problem("", path, MISSING, (f"layer {layer_id}",)))
