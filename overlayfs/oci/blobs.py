@@ -1,14 +1,15 @@
 """Layers as blobs: a stored layer as a compressed tar with its digests, and a stored layer from such a blob."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from overlayfs.oci import compression, media
 from overlayfs.oci.compression import Compression, Compressor, Expanded
 from overlayfs.oci.entry import BadArchive
-from overlayfs.oci.layertar import Progress, source_date_epoch, tar_pieces, unpack_tar
-from overlayfs.oci.pack import Item, Losses, layer_items
+from overlayfs.oci.layertar import Progress, source_date_epoch, tar_pieces, unpack_items, unpack_tar
+from overlayfs.oci.pack import Item, Losses, layer_items, merged_items
 from overlayfs.oci.streams import PIECE, Ahead, Hashed, Peeked, Read
 from overlayfs.store.layers import Layer, StagedLayer
 from overlayfs.store.manifest import Manifest
@@ -63,6 +64,8 @@ def write_blob(
             undo.enter_context(each.hold())
         items = _layer_items(layer.tree_path, [each.tree_path for each in below], losses)
         blob = stream_blob(items, sink, kind, progress)
+    if layer.record.diff_id is None and source_date_epoch() is None:
+        store.note_diff_id(layer, blob.diff_id)  # whoever brings the same tar brings the same layer
     for sentence in losses.sentences():
         notice(f"layer {layer.id[:12]}: {sentence}")
     return blob
@@ -128,18 +131,68 @@ def read_blob(
     `source(n)` is called from a thread; it returns some bytes, ``b""`` at the end. Digest and size are checked against
     `descriptor`, the plain tar against `diff_id`. BadArchive, with `what` it is, when it is refused: nothing stays.
     """
-    try:
-        with store.new_layer() as staged:
+    details = LayerDetails(author, message, created)
+    with prepared_blob(store, source, descriptor, diff_id, details, what, progress, notice) as prepared:
+        return prepared.publish()
+
+
+class LayerDetails(NamedTuple):
+    """What a layer's record says of its making; `created` None: now."""
+
+    author: str = ""
+    message: str = ""
+    created: str | None = None
+
+
+class Prepared:
+    """A layer that is complete but for becoming a part of the store. Leaving its context without that discards it."""
+
+    def __init__(self, staged: StagedLayer, manifest: Manifest, diff_id: str | None, details: LayerDetails) -> None:
+        self._staged = staged
+        self._manifest = manifest
+        self._details = details
+        self.diff_id = diff_id
+
+    def publish(self) -> Layer:
+        """Make it a part of the store and return it, or the equal layer that is there already."""
+        return self._staged.publish(manifest=self._manifest, diff_id=self.diff_id, **self._details._asdict())
+
+
+@contextmanager
+def prepared_blob(
+    store: LayerStore,
+    source: Read,
+    descriptor: media.Descriptor | None,
+    diff_id: str | None,
+    details: LayerDetails,
+    what: str,
+    progress: Progress | None = None,
+    notice: Notice = ignore,
+) -> Iterator[Prepared]:
+    """Give a layer made of a blob, as `read_blob` describes it."""
+    with store.new_layer() as staged:
+        try:
             found = _unpack_blob(source, staged, descriptor, diff_id, progress, notice)
-            return publish(staged, author=author, message=message, created=created, diff_id=found)
-    except BadArchive as error:
-        raise type(error)(f"{what} is refused: {error}") from error
+        except BadArchive as error:
+            raise type(error)(f"{what} is refused: {error}") from error
+        with Manifest.build(staged.tree_fd) as manifest:
+            yield Prepared(staged, manifest, found, details)
 
 
-def publish(staged: StagedLayer, *, diff_id: str | None, author: str, message: str, created: str | None) -> Layer:
-    """Make a filled tree a part of the store, with its manifest."""
-    with Manifest.build(staged.tree_fd) as manifest:
-        return staged.publish(manifest=manifest, author=author, message=message, created=created, diff_id=diff_id)
+@contextmanager
+def prepared_tree(
+    store: LayerStore, tree: bytes, details: LayerDetails, progress: Progress | None = None, notice: Notice = ignore
+) -> Iterator[Prepared]:
+    """Give a layer that holds a copy of what a directory shows, the store itself left out if it lies inside."""
+    losses = Losses()
+    found = os.stat(store.path)
+    with store.new_layer() as staged:
+        with merged_items((tree,), losses, frozenset(((found.st_dev, found.st_ino),))) as items:
+            unpacker = unpack_items(items, staged.tree_fd, progress)
+        for sentence in (*losses.sentences(), *unpacker.sentences()):
+            notice(sentence)
+        with Manifest.build(staged.tree_fd) as manifest:
+            yield Prepared(staged, manifest, None, details)
 
 
 def _unpack_blob(
@@ -160,8 +213,8 @@ def _unpack_blob(
         raise BadDigest(f"it is {blob.digest} with {blob.size} bytes, and was told to be {descriptor.digest}")
     if diff_id is not None and plain.digest != diff_id:
         raise BadDigest(f"its content is {plain.digest}, and the image's configuration says {diff_id}")
-    if unpacker.dropped:
-        notice(f"{unpacker.dropped} extended attributes were left out: only root can set them")
+    for sentence in unpacker.sentences():
+        notice(sentence)
     return plain.digest
 
 

@@ -8,10 +8,11 @@ from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci import tarwrite
 from overlayfs.oci.entry import Entry, shown
-from overlayfs.oci.pack import Item
+from overlayfs.oci.pack import Item, Open
 from overlayfs.oci.streams import PIECE, Read
 from overlayfs.oci.tarread import BLOCK, TarReader
 from overlayfs.oci.unpack import Unpacker, write_pieces
+from overlayfs.tree.copyup import copy_data
 
 _TOGETHER = 256 * 1024  # bytes of headers and small files that go on as one piece
 _ZEROS = bytes(PIECE)
@@ -84,6 +85,33 @@ def unpack_tar(read: Read, root: int, progress: Progress | None = None, merged: 
     finally:
         unpacker.close()
     return unpacker
+
+
+def unpack_items(items: Iterable[Item], root: int, progress: Progress | None = None, merged: bool = False) -> Unpacker:
+    """Make copies of items in the empty directory `root`: data shared where the file systems can, holes kept.
+
+    Returns the unpacker, closed: it knows what could not be kept.
+    """
+    unpacker = Unpacker(root, merged)
+    done = 0
+    try:
+        for entry, opener in items:
+            unpacker.add(entry, None if opener is None else functools.partial(_copy, opener))
+            done += entry.size
+            if progress is not None:
+                progress(done)
+        unpacker.finish()
+    finally:
+        unpacker.close()
+    return unpacker
+
+
+def _copy(opener: Open, target: int) -> None:
+    source = opener()
+    try:
+        copy_data(source, target)
+    finally:
+        sysio.close(source)
 
 
 def _fill(reader: TarReader, entry: Entry, progress: Progress | None, fd: int) -> None:

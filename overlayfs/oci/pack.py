@@ -76,9 +76,14 @@ def layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Iterator
 
 
 @contextmanager
-def merged_items(stack: Sequence[bytes], losses: Losses) -> Iterator[Iterator[Item]]:
-    """Give the entries of the tree that a stack shows, top first; no deletions. Use it inside the context."""
-    overlay = Overlay(StackConfig(lower=tuple(stack)))
+def merged_items(
+    stack: Sequence[bytes], losses: Losses, hidden: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Iterator[Item]]:
+    """Give the entries of the tree that a stack shows, top first; no deletions. Use it inside the context.
+
+    `hidden`: directories, by (st_dev, st_ino), that are left out.
+    """
+    overlay = Overlay(StackConfig(lower=tuple(stack), hidden=hidden))
     try:
         yield _Merged(overlay, losses).items()
     finally:

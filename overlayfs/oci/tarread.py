@@ -38,13 +38,16 @@ _KINDS = {
 }  # fmt: skip
 
 Read = Callable[[int], bytes]
+Leap = Callable[[int], object]
+"""Moves a stream that can on by that many bytes, unread; the end of the file may be passed."""
 
 
 class Input:
     """A stream of bytes that counts; `read(n)` gives up to n bytes, ``b""`` at the end."""
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: Read, leap: Leap | None = None) -> None:
         self._read = read
+        self._leap = leap
         self._chunk = memoryview(b"")
         self.position = 0
 
@@ -90,6 +93,12 @@ class Input:
 
     def skip(self, size: int) -> None:
         """Go past `size` bytes."""
+        if self._leap is not None and size > len(self._chunk):
+            size -= len(self._chunk)
+            self.position += len(self._chunk) + size
+            self._chunk = memoryview(b"")
+            self._leap(size)
+            return
         for _ in self.pieces(size):
             pass
 
@@ -132,8 +141,8 @@ class TarReader:
     stored: how many bytes of data the last entry has in the archive.
     """
 
-    def __init__(self, read: Read) -> None:
-        self._input = Input(read)
+    def __init__(self, read: Read, leap: Leap | None = None) -> None:
+        self._input = Input(read, leap)
         self._unread = 0
         self._padding = 0
         self.stored = 0

@@ -108,6 +108,11 @@ class Unpacker:
             self._top.close()
             self._top.fd = -1
 
+    def sentences(self) -> list[str]:
+        """Return a sentence for each kind of thing that was left out."""
+        what = "extended attributes were left out: only root can set them"
+        return [f"{self.dropped} {what}"] if self.dropped else []
+
     def _add(self, entry: Entry, fill: Fill | None) -> None:
         if not entry.path:
             self._dress_directory(self._top, entry)
