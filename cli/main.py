@@ -11,7 +11,12 @@ from overlayfs_cli.version import VERSION
 
 PROGRAM = "overlayfs"
 DEBUG_VARIABLE = "OVERLAYFS_DEBUG"  # set: an unexpected error ends with its traceback
-COMMANDS = ("mount", "umount", "mounts", "commit", "diff", "why", "stats", "bench")  # in the order of --help
+COMMANDS = (  # in the order of --help
+    *("mount", "umount", "mounts", "commit", "diff", "why", "stats"),
+    *("push", "pull"),
+    *("images", "layers", "workspaces", "log", "tag", "rm", "gc"),
+    "bench",
+)
 INTERRUPTED = 130
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -1,47 +1,58 @@
-"""`overlayfs mount`: a stack of plain directories becomes a mount."""
+"""`overlayfs mount`: a stack of plain directories, or an image of the store, becomes a mount."""
 
+import dataclasses
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import click
 
 from overlayfs.errors import UsageError
 from overlayfs.mount.options import Draft, MountOptions
-from overlayfs_cli import arguments
+from overlayfs_cli import arguments, storage
 from overlayfs_cli.command import command
 from overlayfs_cli.main import complain
 from overlayfs_cli.workplace import work_beside
 
 
 @command(
-    "Mount a stack of directories.",
+    "Mount a stack of directories, or an image.",
     """
     overlayfs mount -o lowerdir=/layers/top:/layers/base,upperdir=/data/up,workdir=/data/work /mnt
     overlayfs mount --lower /layers/top --lower /layers/base --upper /data/up /mnt
     overlayfs mount --lower /layers/top --lower /layers/base /mnt     # read-only
+    overlayfs mount site:v1 /mnt --name draft                         # from the store; draft is kept
+    overlayfs mount site:v1 /mnt --ephemeral                          # changes go with the mount
     """,
 )
-@click.argument("mountpoint", metavar="MNT", type=arguments.path)
+@click.argument("places", metavar="[IMAGE] MNT", nargs=-1, required=True)
 @click.option("-o", "options", metavar="OPTS", multiple=True, type=arguments.text, help="Options, as for mount(8).")
 @click.option("--lower", metavar="DIR", multiple=True, type=arguments.path, help="A layer; the first one lies on top.")
 @click.option("--upper", metavar="DIR", type=arguments.path, help="Where changes go; if left out, nothing can change.")
 @click.option(
     "--work", metavar="DIR", type=arguments.path, help="Scratch directory on the upper's file system [UPPER.work]."
 )
+@click.option("--name", "workspace", metavar="WORKSPACE", help="Where the store keeps the changes [a new name].")
+@click.option("--ephemeral", is_flag=True, help="Do not keep the changes.")
+@storage.option
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("-d", "--debug", is_flag=True, help="Log to standard error; implies -f.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not say which features are off.")
 def mount(
-    mountpoint: bytes,
+    places: tuple[str, ...],
     options: tuple[bytes, ...],
     lower: tuple[bytes, ...],
     upper: bytes | None,
     work: bytes | None,
+    workspace: str | None,
+    ephemeral: bool,
+    store: bytes | None,
     foreground: bool,
     debug: bool,
     quiet: bool,
 ) -> None:
-    """Mount a stack of directories at MNT and return when it answers."""
+    """Mount a stack of directories, or IMAGE, at MNT and return when it answers."""
+    image, mountpoint = _split(places)
     draft = Draft(mount={"allow_other": os.geteuid() == 0})
     for text in options:
         draft.read(text)
@@ -52,11 +63,55 @@ def mount(
     notify = _silent if quiet else _note
     for name in draft.idle:
         notify(f"option {name} has no effect here")
+    if image is not None:
+        _refuse_directories(draft)
+        _start_image(draft, _Wish(image, workspace, ephemeral, store), mountpoint, notify)
+        return
+    if workspace is not None or ephemeral or store is not None:
+        raise UsageError("--name, --ephemeral and --store belong to a mount of an image; see 'overlayfs mount --help'")
     if draft.upper is None or draft.work is not None:
         _start(draft.build(), mountpoint, notify)
         return
     with work_beside(draft.upper) as draft.work:
         _start(draft.build(), mountpoint, notify)
+
+
+class _Wish(NamedTuple):
+    """What is asked of the store for a mount of an image."""
+
+    image: str
+    workspace: str | None
+    ephemeral: bool
+    store: bytes | None
+
+
+def _split(places: tuple[str, ...]) -> tuple[str | None, bytes]:
+    """Tell `IMAGE MNT` from `MNT` by their number."""
+    if len(places) > 2:
+        raise UsageError(f"too many arguments: {' '.join(places[2:])}; see 'overlayfs mount --help'")
+    *image, mountpoint = places
+    return (image[0] if image else None), arguments.path(mountpoint)
+
+
+def _refuse_directories(draft: Draft) -> None:
+    if draft.lower or draft.upper or draft.work:
+        raise UsageError("an image brings its own layers, upper and work directory; leave yours out")
+
+
+def _start_image(draft: Draft, wish: _Wish, mountpoint: bytes, notify: Callable[[str], None]) -> None:
+    """Mount an image, and print the name of its workspace if that was made up here."""
+    from overlayfs.mount import lodging
+
+    create = wish.store is None and storage.VARIABLE not in os.environ
+    with lodging.claimed(storage.path(wish.store), wish.image, wish.workspace, wish.ephemeral, create) as claimed:
+        draft.lower, draft.upper, draft.work = list(claimed.lower), claimed.upper, claimed.work
+        options = dataclasses.replace(draft.build(), lodging=claimed.lodging)
+        told = wish.workspace is not None or wish.ephemeral
+        if not told and options.foreground:
+            click.echo(claimed.lodging.workspace)
+        _start(options, mountpoint, notify)
+        if not told and not options.foreground:
+            click.echo(claimed.lodging.workspace)
 
 
 def _start(options: MountOptions, mountpoint: bytes, notify: Callable[[str], None]) -> None:

@@ -1,16 +1,17 @@
 """`overlayfs mounts`: what is mounted."""
 
+import os
 from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import output
+from overlayfs_cli import output, storage
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
     from overlayfs.mount.table import Mount
 
-HEADINGS = ("MOUNTPOINT", "ENGINE", "PID", "UPPER", "LAYERS")
+HEADINGS = ("MOUNTPOINT", "ENGINE", "PID", "IMAGE", "WORKSPACE", "UPPER", "LAYERS")
 LAYERS_SHOWN = 3
 
 
@@ -40,12 +41,17 @@ def mounts(as_json: bool, quiet: bool) -> None:
 def _row(mount: "Mount") -> tuple[str, ...]:
     upper = "-" if mount.upper is None else output.path_text(mount.upper)
     pid = "-" if mount.pid is None else str(mount.pid)
-    return (output.path_text(mount.mountpoint), mount.engine or "-", pid, upper, _layers(mount.lower))
+    image, workspace = mount.image or "-", mount.workspace or "-"
+    return (output.path_text(mount.mountpoint), mount.engine or "-", pid, image, workspace, upper, _layers(mount))
 
 
-def _layers(lower: tuple[bytes, ...]) -> str:
-    shown = ":".join(map(output.path_text, lower[:LAYERS_SHOWN]))
-    hidden = len(lower) - LAYERS_SHOWN
+def _layers(mount: "Mount") -> str:
+    """Name a few layers: by path, those of a store by the start of their ids."""
+    named = [output.path_text(path) for path in mount.lower[:LAYERS_SHOWN]]
+    if mount.store is not None:
+        named = [storage.short(os.path.basename(os.path.dirname(path))) for path in named]
+    shown = ":".join(named)
+    hidden = len(mount.lower) - LAYERS_SHOWN
     return f"{shown} and {hidden} more" if hidden > 0 else shown or "-"
 
 
@@ -60,4 +66,7 @@ def _document(mount: "Mount") -> dict[str, object]:
         "upper": output.json_text(mount.upper),
         "work": output.json_text(mount.work),
         "notices": list(mount.notices),
+        "image": mount.image,
+        "workspace": mount.workspace,
+        "store": output.json_text(mount.store),
     }

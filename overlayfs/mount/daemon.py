@@ -1,6 +1,6 @@
 """The daemon of one mount, from opening the stack to letting it go.
 
-This module pulls in trio and pyfuse3, so the process that waits for the mount never loads it. The order of
+This module pulls in trio and the engine, so the process that waits for the mount never loads it. The order of
 the end matters: unmount first, so that nothing changes any more, then sync and unlock the upper, then remove
 the record: who sees no record finds the upper free.
 """
@@ -19,14 +19,12 @@ import trio
 from overlayfs import Overlay
 from overlayfs.errors import InUse, MountError
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.fuse.policy import caching
-from overlayfs.fuse.pyfuse3_engine import Pyfuse3Engine
 from overlayfs.mount import log as logs
-from overlayfs.mount import records, stale, table
+from overlayfs.mount import engines, records, stale, table
 from overlayfs.mount.detach import detach
 from overlayfs.mount.mountinfo import KernelMount, mounted_on
 from overlayfs.mount.mountsync import sync_mount
-from overlayfs.mount.options import MountOptions
+from overlayfs.mount.options import Lodging, MountOptions
 from overlayfs.mount.records import Record
 from overlayfs.mount.server import Control
 
@@ -47,15 +45,23 @@ def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
     _prepare_process(options)
     with contextlib.ExitStack() as stack:
         stack.callback(records.remove, os.getpid())
+        if options.lodging is not None:
+            stack.enter_context(_held(options.lodging))
         overlay = _open(options)
         stack.callback(_close, overlay)
-        engine = Pyfuse3Engine(overlay, caching(options.timeout, options.writeback))
+        engine = engines.build(options, overlay)
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the loop can turn them into an unmount
         engine.attach(mountpoint, _settings(options, overlay))
         stack.callback(_clear_remains, mountpoint)
         stack.callback(engine.detach)
         os.chdir("/")
         _serve(_Life(options, mountpoint, engine, tell))
+
+
+def _held(used: Lodging) -> contextlib.AbstractContextManager[None]:
+    from overlayfs.mount import lodging  # a mount of plain directories does without the store
+
+    return lodging.held(used)
 
 
 def _prepare_process(options: MountOptions) -> None:
@@ -107,6 +113,14 @@ def _settings(options: MountOptions, overlay: Overlay) -> MountSettings:
         acl=options.xattrs and not options.stack.noacl,
         xattrs=options.xattrs,
     )
+
+
+def _lodging_words(options: MountOptions) -> dict[str, str]:
+    """Return what the record says of a mount of an image."""
+    used = options.lodging
+    if used is None:
+        return {}
+    return {"image": used.image, "workspace": used.workspace, "store": os.fsdecode(used.store)}
 
 
 def _serve(life: "_Life") -> None:
@@ -181,6 +195,7 @@ class _Life:
             work=None if stack.work is None else os.fsdecode(stack.work),
             engine=self._engine.name,
             notices=tuple(self._engine.overlay.notices),
+            **_lodging_words(self._options),
         )
 
     async def _obey_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

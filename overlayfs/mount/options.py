@@ -15,7 +15,23 @@ from overlayfs.format.xattrs import Mode
 from overlayfs.fs.config import IdRange, StackConfig
 from overlayfs.mount import optstring
 
+LONGEST_SPIN = 1000  # microseconds; a sleep and a wake-up cost a tenth of that
 HIGHEST_ID = 2**32 - 2  # (uid_t) -1 means "no change" in chown(2) and can own nothing
+
+
+@dataclass(frozen=True)
+class Lodging:
+    """What a mount of an image uses: `store` is the store's directory, `layers` ids, top first.
+
+    `lock` is an open descriptor that carries the lock of the workspace.
+    """
+
+    store: bytes
+    image: str
+    workspace: str
+    ephemeral: bool
+    layers: tuple[str, ...]
+    lock: int
 
 
 @dataclass(frozen=True)
@@ -23,8 +39,10 @@ class MountOptions:
     """One mount, completely: the stack, what the kernel is told, how the daemon runs.
 
     `timeout` is in seconds and bounds how long the kernel keeps names and attributes (None: the engine's own choice).
+    `lodging` is set for a mount of an image, whose stack lies in a store.
     `xattrs` False means that every request about extended attributes is answered EOPNOTSUPP. `context` holds SELinux
-    options as `name=value`, unquoted. `source` is what the first column of /proc/self/mounts shows.
+    options as `name=value`, unquoted. `source` is what the first column of /proc/self/mounts shows. `engine` is auto,
+    kernel or pyfuse3, `io` is auto, passthrough or cached, `spin` is in seconds (None: as long as it turns out to pay).
     """
 
     stack: StackConfig
@@ -42,9 +60,13 @@ class MountOptions:
     context: tuple[bytes, ...] = ()
     timeout: float | None = None
     writeback: bool = False
+    engine: str = "auto"
+    io: str = "auto"
+    spin: float | None = None
     xattrs: bool = True
     foreground: bool = False
     debug: bool = False
+    lodging: Lodging | None = None
 
 
 @dataclass
@@ -175,6 +197,14 @@ def _seconds(name: str, value: bytes | None) -> _Change:
     return {"timeout": seconds}
 
 
+def _spin(name: str, value: bytes | None) -> _Change:
+    if value == b"auto":
+        return {"spin": None}
+    if value is None or not value.isdigit() or int(value) > LONGEST_SPIN:
+        raise _wrong(name, value, f"auto or a number of microseconds up to {LONGEST_SPIN}")
+    return {"spin": int(value) / 1e6}
+
+
 def _id_map(key: str) -> _Reader:
     return lambda name, value: {key: _id_ranges(name, value)}
 
@@ -294,6 +324,9 @@ _MOUNT: dict[str, _Reader] = {
     "dirsync": _fixed(dirsync=True),
     "fsname": _source,
     "timeout": _seconds,
+    "engine": _choice("engine", {name.encode(): name for name in ("auto", "kernel", "pyfuse3")}),
+    "io": _choice("io", {name.encode(): name for name in ("auto", "passthrough", "cached")}),
+    "spin": _spin,
     "writeback": _switch("writeback"),
     "noxattrs": _switch("xattrs", inverted=True),
     "debug": _fixed(debug=True, foreground=True),

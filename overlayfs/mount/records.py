@@ -18,7 +18,8 @@ from pathlib import Path
 class Record:
     """What a daemon says about its mount.
 
-    `device` is the major:minor of mountinfo, `started` the start of the process in clock ticks since boot.
+    `device` is the major:minor of mountinfo, `started` the start of the process in clock ticks since boot. `image`,
+    `workspace` and `store` are set for a mount of an image.
     """
 
     pid: int
@@ -31,6 +32,9 @@ class Record:
     work: str | None
     engine: str
     notices: tuple[str, ...] = ()
+    image: str | None = None
+    workspace: str | None = None
+    store: str | None = None
 
     @property
     def alive(self) -> bool:

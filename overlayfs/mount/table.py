@@ -2,11 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from overlayfs.errors import InUse, MountError, UserError
 from overlayfs.mount import records
 from overlayfs.mount.mountinfo import TYPE, KernelMount, kernel_mounts
 from overlayfs.mount.records import Record
+
+if TYPE_CHECKING:
+    from overlayfs.store.workspaces import WorkspaceInUse
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,9 @@ class Mount:
     pid: int | None = None
     engine: str | None = None
     notices: tuple[str, ...] = ()
+    image: str | None = None
+    workspace: str | None = None
+    store: bytes | None = None
 
 
 def mounts() -> list[Mount]:
@@ -49,6 +56,17 @@ def with_holder(error: InUse) -> MountError:
             return MountError(
                 f"{error.what} {os.fsdecode(error.path)} is in use by the mount at {where} (pid {error.pid}); "
                 "unmount it first"
+            )
+    return error
+
+
+def with_mount(error: "WorkspaceInUse") -> UserError:
+    """Return the same for a workspace of a store."""
+    for mount in mounts():
+        if mount.upper is not None and os.path.dirname(mount.upper) == error.path:
+            where = os.fsdecode(mount.mountpoint)
+            return UserError(
+                f"workspace {error.name} is in use by the mount at {where} (pid {mount.pid}); unmount it first"
             )
     return error
 
@@ -82,4 +100,7 @@ def _joined(mount: KernelMount, record: Record | None) -> Mount:
         pid=record.pid,
         engine=record.engine,
         notices=record.notices,
+        image=record.image,
+        workspace=record.workspace,
+        store=None if record.store is None else os.fsencode(record.store),
     )

@@ -18,7 +18,7 @@ from overlayfs.store.images import Images
 from overlayfs.store.layers import Layers
 from overlayfs.store.place import Place
 from overlayfs.store.records import Intent, LayerRecord
-from overlayfs.store.workspaces import Workspaces
+from overlayfs.store.workspaces import Workspace, Workspaces
 from overlayfs.tree.layer import join
 
 
@@ -57,15 +57,22 @@ class Collector:
 
     def drop_ephemeral(self) -> None:
         """Take away the ephemeral workspaces whose mount is gone."""
-        ephemeral = [workspace for workspace in self._workspaces.all() if workspace.record.ephemeral]
-        for workspace in ephemeral:
-            with contextlib.suppress(UserError, FileNotFoundError):
-                hold = workspace.hold()
-                if hold is not None:
-                    with hold:
-                        self._workspaces.discard(workspace.name)
-        if ephemeral:
+        dropped = False
+        for name in self._place.names(layout.WORKSPACES):
+            with contextlib.suppress(UserError, FileNotFoundError):  # damaged, or gone meanwhile
+                workspace = self._workspaces.read(name)
+                if workspace is not None and workspace.record.ephemeral:
+                    dropped |= self._drop(workspace)
+        if dropped:
             self._place.empty_trash()
+
+    def _drop(self, workspace: Workspace) -> bool:
+        hold = workspace.hold()
+        if hold is None:
+            return False
+        with hold:
+            self._workspaces.discard(workspace.name)
+        return True
 
     # --- deciding --------------------------------------------------------------------------------------
 

@@ -229,6 +229,25 @@ class LayerStore:
         except UserError:
             return None
 
+    def size_of(self, layer_id: str) -> int:
+        """Return the bytes of a layer's files as its record knows them; 0 when it is gone or still being hashed."""
+        layer = self._layers.get(layer_id)
+        return 0 if layer is None else layer.record.size
+
+    def remove(self, given: str) -> None:
+        """Take an image or a workspace away; UserError when a name could mean both, or neither."""
+        workspace, image = self.find_workspace(given), self.find_image(given)
+        if workspace is not None and image is not None:
+            raise UserError(
+                f"{given} is an image and a workspace; write {image.name} for the image, or use --workspace"
+            )
+        if workspace is not None:
+            self.remove_workspace(given)
+        elif image is not None:
+            self.remove_image(image.name)
+        else:
+            raise UserError(f"there is no image and no workspace {given}; `overlayfs images` lists what is there")
+
     # --- workspaces ------------------------------------------------------------------------------------
 
     def workspace(self, name: str) -> Workspace:
@@ -270,4 +289,5 @@ class LayerStore:
 
     def gc(self, dry_run: bool = False) -> list[Garbage]:
         """Take away what nothing refers to and nobody uses, and return it; with `dry_run` only return it."""
+        self._adopter.recover(strict=True)
         return self._collector.collect(dry_run)

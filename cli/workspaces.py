@@ -1,0 +1,70 @@
+"""`overlayfs workspaces`: the uppers that the store keeps."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from overlayfs_cli import output, storage
+from overlayfs_cli.command import command
+
+if TYPE_CHECKING:
+    from overlayfs.store.workspaces import Workspace
+
+HEADINGS = ("WORKSPACE", "IMAGE", "CREATED", "KEPT", "MOUNTED")
+
+
+@command(
+    "List the workspaces of the store.",
+    """
+    overlayfs workspaces
+    overlayfs workspaces --json
+    """,
+)
+@storage.option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the names alone.")
+def workspaces(store: bytes | None, as_json: bool, quiet: bool) -> None:
+    """List workspaces, the images they belong to, and where they are mounted."""
+    with storage.opened(store) as opened:
+        found = list(opened.workspaces())
+    if quiet:
+        for workspace in found:
+            click.echo(workspace.name)
+        return
+    mounted = _mount_points()
+    documents = [_document(workspace, mounted.get(workspace.upper_path)) for workspace in found]
+    if as_json:
+        output.show_json({"workspaces": documents})
+    else:
+        output.show_table(HEADINGS, [_row(each, mounted.get(each.upper_path)) for each in found])
+
+
+def _mount_points() -> dict[bytes, bytes]:
+    """Return the mount points by upper."""
+    from overlayfs.mount import table
+
+    return {mount.upper: mount.mountpoint for mount in table.mounts() if mount.upper is not None}
+
+
+def _document(workspace: "Workspace", mountpoint: bytes | None) -> dict[str, object]:
+    record = workspace.record
+    return {
+        "name": record.name,
+        "image": record.image,
+        "layers": list(record.layers),
+        "created": record.created,
+        "ephemeral": record.ephemeral,
+        "mountpoint": output.json_text(mountpoint),
+        "path": output.json_text(workspace.path),
+    }
+
+
+def _row(workspace: "Workspace", mountpoint: bytes | None) -> tuple[str, ...]:
+    record = workspace.record
+    return (
+        record.name,
+        record.image,
+        storage.time_text(record.created),
+        "no" if record.ephemeral else "yes",
+        "-" if mountpoint is None else output.path_text(mountpoint),
+    )

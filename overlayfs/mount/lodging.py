@@ -1,0 +1,106 @@
+"""What a mount of an image has from the store: layers that stay, and a workspace that is its alone.
+
+The process that the user waits for claims the workspace; its lock goes to the daemon with the descriptor, so there is
+no moment in which nobody holds it. The daemon holds it, and the locks of the layers, until the overlay is closed.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from overlayfs.errors import MountError, UsageError, UserError
+from overlayfs.mount import table
+from overlayfs.mount.options import Lodging
+from overlayfs.store.locks import Hold
+from overlayfs.store.store import LayerStore
+from overlayfs.store.workspaces import Claim, WorkspaceInUse
+
+log = logging.getLogger(__name__)
+
+
+class Claimed(NamedTuple):
+    """A claimed workspace and the directories of its stack."""
+
+    lodging: Lodging
+    lower: tuple[bytes, ...]
+    upper: bytes
+    work: bytes
+
+
+@contextlib.contextmanager
+def claimed(store: bytes, image: str, name: str | None, ephemeral: bool, create: bool) -> Iterator[Claimed]:
+    """Claim a workspace of an image for a mount. When the context fails, a new workspace goes and an old one stays.
+
+    MountError when it cannot be had.
+    """
+    with _opened(store, create) as opened:
+        claim = _claim(opened, image, name, ephemeral)
+        try:
+            found = _found(opened, claim)
+        except BaseException:
+            claim.hold.release()
+            raise
+    with claim.hold:
+        try:
+            yield found
+        except BaseException:
+            if claim.new:
+                _drop(found.lodging)
+            raise
+
+
+@contextlib.contextmanager
+def _opened(store: bytes, create: bool) -> Iterator[LayerStore]:
+    try:
+        with LayerStore(store, create) as opened:
+            yield opened
+    except UsageError:
+        raise
+    except UserError as error:
+        raise MountError(str(error)) from None
+
+
+def _claim(store: LayerStore, image: str, name: str | None, ephemeral: bool) -> Claim:
+    try:
+        return store.claim_workspace(image, name, ephemeral)
+    except WorkspaceInUse as error:
+        raise table.with_mount(error) from None
+
+
+def _found(store: LayerStore, claim: Claim) -> Claimed:
+    workspace = claim.workspace
+    record = workspace.record
+    used = Lodging(
+        store=store.path,
+        image=record.image,
+        workspace=record.name,
+        ephemeral=record.ephemeral,
+        layers=record.layers,
+        lock=claim.hold.fd,
+    )
+    lower = tuple(layer.tree_path for layer in store.stack_of(record.name))
+    return Claimed(used, lower, workspace.upper_path, workspace.work_path)
+
+
+@contextlib.contextmanager
+def held(lodging: Lodging) -> Iterator[None]:
+    """Hold the workspace and the layers, in the daemon; at the end an ephemeral workspace goes."""
+    with contextlib.ExitStack() as holds:
+        holds.enter_context(Hold(os.dup(lodging.lock)))  # the same lock: the other descriptor of it is closed soon
+        with _opened(lodging.store, create=False) as store:
+            for layer_id in lodging.layers:
+                holds.enter_context(store.layer(layer_id).hold())
+        yield
+        if lodging.ephemeral:
+            _drop(lodging)
+
+
+def _drop(lodging: Lodging) -> None:
+    """Take the workspace away; what fails here is done by the next who opens the store."""
+    try:
+        with LayerStore(lodging.store, create=False) as store:
+            store.drop_claimed(lodging.workspace)
+    except (OSError, UserError) as error:
+        log.warning("workspace %s is left behind: %s", lodging.workspace, error)
