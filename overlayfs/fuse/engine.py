@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.gate import Gate
 from overlayfs.fuse.lift import Lifter, Threads
@@ -60,7 +61,7 @@ class Engine(ABC):
         self.gate = Gate()
         self.locks = KeyedLocks()
         self.threads = Threads()
-        self.lifter = Lifter(overlay, self.locks, self.threads)
+        self.lifter = Lifter(overlay, self.locks, self.threads, self.gate)
 
     @abstractmethod
     def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
@@ -79,6 +80,10 @@ class Engine(ABC):
 
         syncfs(2) on the mount starts that, but since kernel 6.16 or so it no longer waits for a FUSE daemon.
         """
+
+    def nodes_written_past_us(self) -> set[Node]:
+        """Return the nodes whose files in the upper clients may write without our seeing it: a commit refuses then."""
+        return set()
 
     @abstractmethod
     def stop(self) -> None:

@@ -13,6 +13,7 @@ import trio
 from overlayfs.fs.lifting import LiftStep, Need
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.gate import Gate
 from overlayfs.fuse.locks import KeyedLocks
 
 P = ParamSpec("P")
@@ -33,18 +34,31 @@ class Threads:
 class Lifter:
     """Lifts nodes of one overlay."""
 
-    def __init__(self, overlay: Overlay, locks: KeyedLocks, threads: Threads) -> None:
+    def __init__(self, overlay: Overlay, locks: KeyedLocks, threads: Threads, gate: Gate) -> None:
         self._overlay = overlay
         self._locks = locks
         self._threads = threads
+        self._gate = gate
 
     async def lift(self, node: Node, need: Need) -> None:
-        """Return when `node` is in the upper as far as `need` says; OSError of the layer, nothing changed."""
+        """Return when `node` is in the upper as far as `need` says; OSError of the layer, nothing changed.
+
+        The caller is inside the gate, and may be led outside and in again on the way.
+        """
         while step := self._overlay.next_lift(node, need):
-            async with self._locks.hold(step.node.number):
-                current = self._overlay.next_lift(node, need)
-                if current is not None and current.node is step.node:
-                    await self._carry_out(current)
+            if step.heavy:
+                async with self._gate.heavy() as stepped_out:
+                    if not stepped_out:
+                        await self._take(step, node, need)
+            else:
+                await self._take(step, node, need)
+
+    async def _take(self, step: LiftStep, node: Node, need: Need) -> None:
+        """Take the next step under the lock of its node, if it is still the next one then."""
+        async with self._locks.hold(step.node.number):
+            current = self._overlay.next_lift(node, need)
+            if current is not None and current.node is step.node:
+                await self._carry_out(current)
 
     async def lift_all(self, wanted: Callable[[], Iterable[tuple[Node, Need]]]) -> None:
         """Return when one pass over `wanted()` finds nothing to lift.

@@ -96,3 +96,70 @@ def test_a_failed_change_leaves_the_gate() -> None:
         await gate.close()
 
     trio.run(main)
+
+
+async def _copy(gate: Gate, order: list[str], finish: trio.Event) -> None:
+    async with gate.change(), gate.heavy() as stepped_out:
+        order.append("copying again" if stepped_out else "copying")
+        await finish.wait()
+    order.append("copied")
+
+
+def test_a_closer_lets_copies_end_before_it_holds_anybody() -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        gate, finish = Gate(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_copy, gate, order, finish)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(_close, gate, order)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not gate.closed
+            await _late(gate, order)
+            finish.set()
+            await trio.testing.wait_all_tasks_blocked()
+            assert order == ["copying", "late change", "copied", "closed"]
+            gate.open()
+
+    trio.run(main)
+
+
+def test_a_copy_that_would_begin_meanwhile_waits_outside() -> None:
+    """A change that waited for the closer while the closer waited for it would be the end."""
+    order: list[str] = []
+
+    async def main() -> None:
+        gate, first, second = Gate(), trio.Event(), trio.Event()
+        second.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_copy, gate, order, first)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(_close, gate, order)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(_copy, gate, order, second)
+            await trio.testing.wait_all_tasks_blocked()
+            first.set()
+            await trio.testing.wait_all_tasks_blocked()
+            assert order == ["copying", "copied", "closed"]
+            gate.open()
+        assert order[3:] == ["copying again", "copied"]
+        await gate.close()
+
+    trio.run(main)
+
+
+def test_giving_up_outside_leaves_no_change_behind() -> None:
+    async def main() -> None:
+        gate, first = Gate(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_copy, gate, [], first)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(gate.close)
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.move_on_after(0):
+                await _copy(gate, [], first)
+            first.set()
+        assert gate.closed
+
+    trio.run(main)

@@ -220,8 +220,11 @@ class Desk:
 
         async def answer() -> Reply:
             async with self._gate.change():
-                await self._lift_all(wanted)
-                return reply(await self.threads.run(prepare()))
+                while True:
+                    await self._lift_all(wanted)
+                    async with self._gate.heavy() as stepped_out:
+                        if not stepped_out:
+                            return reply(await self.threads.run(prepare()))
 
         self.later(request, answer)
 
