@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import leftovers, processes, requirements
 
-DRIVER_NAMES = ("plain", "fs", "fuse", "kernel")
+DRIVER_NAMES = ("plain", "fs", "fuse", "pyfuse3", "kernel")
 # Drivers that only some tests ask for, and the one that they go with
 VARIANTS = {"command": "fuse"}
 
@@ -42,9 +42,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _drivers(metafunc: pytest.Metafunc) -> list[object]:
     chosen = metafunc.config.getoption("--drivers").split(",")
     marker = next(iter(metafunc.definition.iter_markers("on")), None)
-    wanted = DRIVER_NAMES if marker is None else marker.args
+    wanted = DRIVER_NAMES if marker is None else _both_engines(marker.args)
     known = {item.args[0]: item.kwargs["reason"] for item in metafunc.definition.iter_markers("deviates")}
     return [pytest.param(name, marks=_marks(name, known)) for name in wanted if VARIANTS.get(name, name) in chosen]
+
+
+def _both_engines(names: tuple[str, ...]) -> tuple[str, ...]:
+    """What holds for our mount holds for both engines."""
+    return tuple(each for name in names for each in ((name, "pyfuse3") if name == "fuse" else (name,)))
 
 
 def _marks(name: str, known: dict[str, str]) -> list[pytest.MarkDecorator]:

@@ -251,7 +251,7 @@ def test_a_default_acl_is_inherited(stack: StackMaker, where: str) -> None:
 
 
 @pytest.mark.on("plain", "fuse", "kernel")
-@pytest.mark.deviates("fuse", reason="this FUSE protocol applies the umask before we hear of it (documented limit)")
+@pytest.mark.deviates("pyfuse3", reason="libfuse's handshake applies the umask before we hear of it (documented limit)")
 def test_a_default_acl_goes_before_the_umask(stack: StackMaker) -> None:
     tree = stack({"d": Dir({}, mode=0o777, xattrs={DEFAULT: DEFAULT_ACL})})
     tree.run_as(User(0, 0, umask=0o077), lambda: tree.create("d/f", b"", mode=0o666))

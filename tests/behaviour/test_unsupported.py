@@ -1,4 +1,4 @@
-"""What the protocol of our mount cannot carry: refused in the way that programs expect."""
+"""What the portable engine cannot carry: refused in the way that programs expect."""
 
 import ctypes
 import fcntl
@@ -12,7 +12,7 @@ from tests.support.outcome import errno_of
 from tests.support.spec import File
 from tests.support.stacks import StackMaker
 
-pytestmark = pytest.mark.on("fuse")
+pytestmark = pytest.mark.on("pyfuse3")
 
 FICLONE, FS_IOC_GETFLAGS, PUNCH_HOLE_KEEP_SIZE = 0x40049409, 0x80086601, 3
 

@@ -236,4 +236,4 @@ def _time(valid: int, given: Attr, now: Attr, seconds: int, nanoseconds: int) ->
         return sysio.NOW
     if not valid & given:
         return None
-    return (seconds if seconds < 1 << 63 else seconds - (1 << 64)) * _BILLION + nanoseconds
+    return seconds * _BILLION + nanoseconds

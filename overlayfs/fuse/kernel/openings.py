@@ -183,5 +183,5 @@ class Openings:
 
 
 def _keeps_set_id(mode: int) -> bool:
-    """Return whether the file has bits that root's writes keep, and that writes past us would drop."""
-    return bool(mode & stat.S_ISUID) or mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP
+    """Return whether the file has bits that some writers keep, and that writes past us would drop for all."""
+    return bool(mode & (stat.S_ISUID | stat.S_ISGID))

@@ -1,8 +1,9 @@
 """The FUSE protocol: numbers and structures of linux/fuse.h, up to version 7.45. Pure.
 
 A structure is one row of a table: its fields as `name:code` with the codes of the struct module, little-endian and
-naturally aligned; fields named `_` are padding. Requests carry a header (`IN_HEADER`), then the structure of their
-kind, then names or data; replies carry `OUT_HEADER` and what the kind prescribes.
+naturally aligned; fields named `_` are padding. Times are signed, whatever the header says: the kernel takes them so.
+Requests carry a header (`IN_HEADER`), then the structure of their kind, then names or data; replies carry `OUT_HEADER`
+and what the kind prescribes.
 """
 
 import errno
@@ -162,7 +163,7 @@ class Layout(Struct):
 
 
 _ATTR = (
-    "ino:Q size:Q blocks:Q atime:Q mtime:Q ctime:Q atimensec:I mtimensec:I ctimensec:I"
+    "ino:Q size:Q blocks:Q atime:q mtime:q ctime:q atimensec:I mtimensec:I ctimensec:I"
     " mode:I nlink:I uid:I gid:I rdev:I blksize:I flags:I"
 )
 _ENTRY = "nodeid:Q generation:Q entry_valid:Q attr_valid:Q entry_valid_nsec:I attr_valid_nsec:I " + _ATTR
@@ -189,7 +190,7 @@ LAYOUTS: dict[str, Layout] = {
         "batch_forget_in": "count:I _:I",
         "forget_one": "nodeid:Q nlookup:Q",
         "getattr_in": "getattr_flags:I _:I fh:Q",
-        "setattr_in": "valid:I _:I fh:Q size:Q lock_owner:Q atime:Q mtime:Q ctime:Q"
+        "setattr_in": "valid:I _:I fh:Q size:Q lock_owner:Q atime:q mtime:q ctime:q"
         " atimensec:I mtimensec:I ctimensec:I mode:I _:I uid:I gid:I _:I",
         "mknod_in": "mode:I rdev:I umask:I _:I",
         "mkdir_in": "mode:I umask:I",

@@ -1,13 +1,13 @@
 """One interface over a plain directory, `fs/` without a mount, our mount, and the kernel's overlayfs."""
 
 from tests.support.drivers.base import Path, Tree
-from tests.support.drivers.mounts import CommandMount, FuseMount, KernelOverlay, PlainDirectory
+from tests.support.drivers.mounts import CommandMount, FuseMount, KernelOverlay, PlainDirectory, Pyfuse3Mount
 from tests.support.drivers.raw import Handle, Raw, Stat
 from tests.support.drivers.stack import Stack
 
 __all__ = [
-    "CommandMount", "FuseMount", "Handle", "KernelOverlay", "Path", "PlainDirectory", "Raw", "Stack", "Stat",
-    "Tree", "driver_class",
+    "CommandMount", "FuseMount", "Handle", "KernelOverlay", "Path", "PlainDirectory", "Pyfuse3Mount", "Raw", "Stack",
+    "Stat", "Tree", "driver_class",
 ]  # fmt: skip
 
 
@@ -17,5 +17,5 @@ def driver_class(name: str) -> type[Tree]:
         from tests.support.drivers.overlay import FsDriver
 
         return FsDriver
-    mounts: list[type[Tree]] = [PlainDirectory, FuseMount, CommandMount, KernelOverlay]
+    mounts: list[type[Tree]] = [PlainDirectory, FuseMount, Pyfuse3Mount, CommandMount, KernelOverlay]
     return next(kind for kind in mounts if kind.name == name)

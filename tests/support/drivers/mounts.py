@@ -111,6 +111,13 @@ class FuseMount(Tree):
         run(COMMAND, "commit", str(self.stack.mountpoint), "--to", str(layer))
 
 
+class Pyfuse3Mount(FuseMount):
+    """The same, served by the portable engine."""
+
+    name = "pyfuse3"
+    engine = "pyfuse3"
+
+
 class CommandMount(FuseMount):
     """The same mount as people ask for it: it talks, and is nosuid and nodev unless asked."""
 
