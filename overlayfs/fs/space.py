@@ -45,17 +45,24 @@ class Space:
             raise oserror(errno.EINVAL)
         return sysio.seek_data(self._files.readable(number), offset, whence)
 
-    def prepare_allocate(self, number: int, mode: int, offset: int, length: int) -> Callable[[], None]:
-        """Return the call that does fallocate(2) on a file open for writing; any thread may make it."""
-        fd = self._files.writable(number)
+    def allocate(self, number: int, mode: int, offset: int, length: int) -> None:
+        """Do fallocate(2) on a file open for writing: all modes that the upper's file system has."""
         self._lookup.fresh = None
-        return lambda: sysio.fallocate(fd, mode, offset, length)
+        sysio.fallocate(self._files.writable(number), mode, offset, length)
 
     def prepare_copy(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Callable[[], int]:
         """Return the call that copies a range between two open files and returns its length; any thread may make it."""
-        read_from, write_to = self._files.readable(source), self._files.writable(target)
         self._lookup.fresh = None
-        return lambda: sysio.copy_range(read_from, offset, write_to, target_offset, length)
+        read_from, write_to = os.dup(self._files.readable(source)), os.dup(self._files.writable(target))
+
+        def copy() -> int:
+            try:
+                return sysio.copy_range(read_from, offset, write_to, target_offset, length)
+            finally:
+                sysio.close(read_from)
+                sysio.close(write_to)
+
+        return copy
 
     def birth(self, node: Node) -> int | None:
         """Return when the real object was made, in nanoseconds since 1970, None where nobody knows."""
