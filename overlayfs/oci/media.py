@@ -6,6 +6,7 @@ A document is at most `LARGEST_DOCUMENT` bytes; what is deeper than msgspec goes
 once (CVE-2021-41190) is refused as `BadDocument`, a `UserError`.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ FULL_NAME = "io.containerd.image.name"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
-class BadDocument(UserError):
+class BadDocument(UserError):  # noqa: N818 - it names a state, and reads so where it is caught
     """A manifest, an index or a configuration that cannot be used; `str()` says what is wrong with it."""
 
 
@@ -151,6 +152,11 @@ def check_digest(text: str) -> str:
     if _DIGEST.fullmatch(text) is None:
         raise BadDocument(f"{text[:80]!r} is not a sha256 digest")
     return text
+
+
+def digest_of(data: bytes) -> str:
+    """Return the digest of a document's bytes."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 Document = TypeVar("Document")

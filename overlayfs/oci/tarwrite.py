@@ -37,6 +37,19 @@ def header(entry: Entry) -> bytes:
     return _pax(entry.path, records) + ustar if records else ustar
 
 
+def file_header(name: bytes, size: int, mode: int = 0o644) -> bytes:
+    """Return the header of a member of an archive of files: one block whatever the size, so that it can come late.
+
+    A size beyond what octal digits hold is written in base 256, which every reader of our time knows.
+    """
+    block = bytearray(header(Entry(name, Kind.FILE, mode, size=min(size, _LARGEST_OCTAL_SIZE))))
+    if size > _LARGEST_OCTAL_SIZE:
+        block[124:136] = (1 << 95 | size).to_bytes(12, "big")
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
 def _records(entry: Entry, name: bytes) -> Iterator[tuple[bytes, bytes]]:
     if _split(name) is None or not _is_plain(name):
         yield b"path", name

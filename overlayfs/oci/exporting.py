@@ -1,0 +1,429 @@
+"""Export: an image of the store as a layout, an archive, one tar or a directory; in place when it is complete."""
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import msgspec
+
+from overlayfs import sysio
+from overlayfs.errors import UserError
+from overlayfs.oci import image, media, tarwrite
+from overlayfs.oci.blobs import LayerBlob, Notice, Sink, ignore, stream_blob, write_blob
+from overlayfs.oci.compression import Compression
+from overlayfs.oci.entry import Entry, Kind
+from overlayfs.oci.layertar import unpack_items
+from overlayfs.oci.media import Descriptor, DockerSaved, ImageConfig, Index, Manifest
+from overlayfs.oci.pack import Item, Losses, merged_items
+from overlayfs.oci.streams import PIECE
+from overlayfs.oci.tarread import BLOCK
+from overlayfs.store import layout
+from overlayfs.store.layers import Layer
+from overlayfs.store.records import ImageRecord
+from overlayfs.store.store import LayerStore
+from overlayfs.tree.layer import join
+from overlayfs.tree.workdir import remove_tree
+
+STANDARD_OUTPUT = b"-"
+_STAGING = b".overlayfs-export-"
+_BLOBS = b"blobs/sha256"
+
+Name = Callable[[LayerBlob], bytes]
+Write = Callable[[Sink], LayerBlob]
+
+Report = Callable[[int, int, int], None]
+"""Called with which layer is being written, of how many, and how many bytes of its tar there have been."""
+
+
+class Format(Enum):
+    """What an export makes."""
+
+    OCI = "oci"
+    OCI_ARCHIVE = "oci-archive"
+    DOCKER_ARCHIVE = "docker-archive"
+    TAR = "tar"
+    DIRECTORY = "dir"
+
+
+_COMPRESSED = frozenset((Format.OCI, Format.OCI_ARCHIVE))
+_DIRECTORIES = frozenset((Format.OCI, Format.DIRECTORY))
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export. `compression` None: gzip in layouts, none elsewhere. `report` and `notice` are told things."""
+
+    format: Format
+    compression: Compression | None = None
+    report: Report | None = None
+    notice: Notice = field(default=ignore)
+
+    @property
+    def packing(self) -> Compression:
+        """How layers, or the one tar, are compressed."""
+        usual = Compression.GZIP if self.format in _COMPRESSED else Compression.NONE
+        return self.compression or usual
+
+    def progress(self, layer: int, layers: int) -> Callable[[int], None] | None:
+        """Return what is told the bytes of one layer."""
+        report = self.report
+        return None if report is None else lambda done: report(layer, layers, done)
+
+
+def export_image(store: LayerStore, name: str, destination: bytes, options: ExportOptions) -> None:
+    """Write the image NAME[:TAG] to a new file or directory, to a pipe or device, or to standard output (``-``).
+
+    The same image gives the same bytes. UserError with a sentence when it cannot be; then nothing stays.
+    """
+    record = store.image(name)
+    with ExitStack() as undo:
+        layers = [store.layer(each) for each in reversed(record.layers)]
+        for layer in layers:
+            undo.enter_context(layer.hold())
+        _Export(store, record, layers, options, undo).run(destination)
+
+
+class _Layout(Protocol):
+    """Where the parts of an image are put."""
+
+    def blob(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
+        """Put what `write` writes into a folder, under the name that follows from what it was."""
+
+    def put(self, name: bytes, data: bytes) -> None:
+        """Put a document."""
+
+
+class _Export:
+    """One export; `layers` lowest first."""
+
+    def __init__(
+        self, store: LayerStore, record: ImageRecord, layers: list[Layer], options: ExportOptions, undo: ExitStack
+    ) -> None:
+        self._store = store
+        self._record = record
+        self._layers = layers
+        self._options = options
+        self._undo = undo
+
+    def run(self, destination: bytes) -> None:
+        if self._options.format in _DIRECTORIES:
+            with _new_directory(destination) as fd:
+                self._fill_directory(fd)
+            return
+        with _new_file(destination, self._store, self._undo) as target:
+            self._fill_file(target)
+
+    def _fill_directory(self, fd: int) -> None:
+        if self._options.format is Format.OCI:
+            self._write_layout(_DirectoryLayout(fd))
+            return
+        losses = Losses()
+        with merged_items(self._stack(), losses) as items:
+            unpacker = unpack_items(items, fd, self._options.progress(1, 1), merged=True)
+        self._tell(losses.sentences() + unpacker.sentences())
+
+    def _fill_file(self, target: "_Target") -> None:
+        if self._options.format is Format.TAR:
+            self._write_tar(target.write)
+            return
+        archive = _Archive(target)
+        if self._options.format is Format.OCI_ARCHIVE:
+            self._write_layout(archive)
+        else:
+            self._write_docker(archive)
+        archive.finish()
+
+    def _stack(self) -> list[bytes]:
+        return [layer.tree_path for layer in reversed(self._layers)]
+
+    def _tell(self, sentences: list[str]) -> None:
+        for sentence in sentences:
+            self._options.notice(sentence)
+
+    # --- formats ---------------------------------------------------------------------------------------
+
+    def _write_tar(self, sink: Sink) -> None:
+        losses = Losses()
+
+        def items() -> Iterator[Item]:
+            with merged_items(self._stack(), losses) as found:
+                yield from found
+
+        stream_blob(items(), sink, self._options.packing, self._options.progress(1, 1))
+        self._tell(losses.sentences())
+
+    def _write_layout(self, target: _Layout) -> None:
+        target.put(b"oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
+        blobs = self._write_layers(target, _BLOBS, _oci_name)
+        config = self._config(blobs)
+        manifest = Manifest(
+            2,
+            self._put_blob(target, config, media.OCI_CONFIG),
+            tuple(blob.descriptor() for blob in blobs),
+            media.OCI_MANIFEST,
+            media.annotations_of(self._record.annotations),
+        )
+        found = self._put_blob(target, manifest, media.OCI_MANIFEST)
+        tag = self._record.name.rpartition(":")[2]
+        named = msgspec.structs.replace(
+            found,
+            annotations={media.REF_NAME: tag, media.FULL_NAME: self._record.name},
+            platform=config.platform,
+        )
+        target.put(b"index.json", media.encode(Index(2, (named,), media.OCI_INDEX)))
+
+    def _write_docker(self, target: _Layout) -> None:
+        blobs = self._write_layers(target, b"", _docker_name)
+        data = media.encode(self._config(blobs))
+        config = _hex(media.digest_of(data)).decode() + ".json"
+        target.put(config.encode(), data)
+        layers = tuple(_docker_name(blob).decode() for blob in blobs)
+        target.put(b"manifest.json", msgspec.json.encode([DockerSaved(config, layers, (self._record.name,))]))
+
+    def _config(self, blobs: list[LayerBlob]) -> ImageConfig:
+        return image.config_of(self._record, [blob.diff_id for blob in blobs])
+
+    def _put_blob(self, target: _Layout, document: msgspec.Struct, media_type: str) -> Descriptor:
+        data = media.encode(document)
+        digest = media.digest_of(data)
+        target.put(join(_BLOBS, _hex(digest)), data)
+        return Descriptor(media_type, digest, len(data))
+
+    def _write_layers(self, target: _Layout, folder: bytes, name: Name) -> list[LayerBlob]:
+        """Write each layer once, however often it lies in the stack."""
+        written: dict[str, LayerBlob] = {}
+        for number, layer in enumerate(self._layers, 1):
+            if layer.id not in written:
+                written[layer.id] = target.blob(folder, name, self._layer_writer(layer, number))
+        return [written[layer.id] for layer in self._layers]
+
+    def _layer_writer(self, layer: Layer, number: int) -> Write:
+        options = self._options
+        progress = options.progress(number, len(self._layers))
+        return lambda sink: write_blob(self._store, layer, sink, options.packing, progress, options.notice)
+
+
+def _hex(digest: str) -> bytes:
+    return digest.removeprefix("sha256:").encode()
+
+
+def _oci_name(blob: LayerBlob) -> bytes:
+    return _hex(blob.digest)
+
+
+def _docker_name(blob: LayerBlob) -> bytes:
+    return _hex(blob.diff_id) + b".tar"
+
+
+# --- layouts -------------------------------------------------------------------------------------------------
+
+
+class _DirectoryLayout:
+    """A layout in an empty directory."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        sysio.mkdir_at(fd, b"blobs", 0o755)
+        inside = sysio.open_child(fd, b"blobs", os.O_PATH | os.O_DIRECTORY)
+        sysio.mkdir_at(inside, b"sha256", 0o755)
+        sysio.close(inside)
+
+    def blob(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
+        """Put what `write` writes into a folder, under the name that follows from what it was."""
+        fd = sysio.open_child(self._fd, b"blob.part", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            blob = write(_Target(fd, seekable=True).write)
+        finally:
+            sysio.close(fd)
+        self._move(b"blob.part", join(folder, name(blob)))
+        return blob
+
+    def put(self, name: bytes, data: bytes) -> None:
+        """Put a document."""
+        fd = sysio.open_child(self._fd, b"blob.part", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            sysio.write_at(fd, 0, data)
+        finally:
+            sysio.close(fd)
+        self._move(b"blob.part", name)
+
+    def _move(self, old: bytes, path: bytes) -> None:
+        parent, _, name = path.rpartition(b"/")
+        inside = sysio.open_beneath(self._fd, parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            sysio.rename_at(self._fd, old, inside, name)
+        finally:
+            sysio.close(inside)
+
+
+class _Target:
+    """A file that is written from its beginning. `seekable`: what was written can be changed."""
+
+    def __init__(self, fd: int, seekable: bool, spool: Callable[[], int] | None = None) -> None:
+        self.fd = fd
+        self.seekable = seekable
+        self.spool = spool
+        self.position = 0
+
+    def write(self, data: bytes) -> None:
+        """Write on."""
+        if self.seekable:
+            sysio.write_at(self.fd, self.position, data)
+        else:
+            _write_stream(self.fd, data)
+        self.position += len(data)
+
+
+def _write_stream(fd: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+
+
+class _Archive:
+    """A layout in one tar. The size of a blob is known at its end: the header is filled in, or it goes through a file."""
+
+    def __init__(self, target: _Target) -> None:
+        self._target = target
+        self._directories: set[bytes] = set()
+
+    def blob(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
+        """Put what `write` writes into a folder, under the name that follows from what it was."""
+        if not self._target.seekable:
+            return self._spooled(folder, name, write)
+        self._make_way(folder)
+        at = self._target.position
+        self._target.write(bytes(BLOCK))
+        blob = write(self._target.write)
+        self._target.write(tarwrite.padding(blob.size))
+        sysio.write_at(self._target.fd, at, tarwrite.file_header(join(folder, name(blob)), blob.size))
+        return blob
+
+    def _spooled(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
+        assert self._target.spool is not None
+        fd = self._target.spool()
+        try:
+            blob = write(_Target(fd, seekable=True).write)
+            self._make_way(folder)
+            self._target.write(tarwrite.file_header(join(folder, name(blob)), blob.size))
+            for at in range(0, blob.size, PIECE):
+                self._target.write(sysio.read_at(fd, at, min(PIECE, blob.size - at)))
+            self._target.write(tarwrite.padding(blob.size))
+        finally:
+            sysio.close(fd)
+        return blob
+
+    def put(self, name: bytes, data: bytes) -> None:
+        """Put a document."""
+        self._make_way(name.rpartition(b"/")[0])
+        self._target.write(tarwrite.file_header(name, len(data)) + data + tarwrite.padding(len(data)))
+
+    def _make_way(self, folder: bytes) -> None:
+        path = b""
+        for name in filter(None, folder.split(b"/")):
+            path = join(path, name)
+            if path not in self._directories:
+                self._directories.add(path)
+                self._target.write(tarwrite.header(Entry(path, Kind.DIRECTORY)))
+
+    def finish(self) -> None:
+        """Write the end mark."""
+        self._target.write(tarwrite.END)
+
+
+# --- places --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _new_directory(destination: bytes) -> Iterator[int]:
+    """Give an empty directory that gets its name when all has gone well."""
+    if destination == STANDARD_OUTPUT:
+        raise UserError("a directory cannot go to standard output; name one, or choose an archive with --format")
+    with _parent(destination) as (parent, name):
+        staging = _STAGING + secrets.token_hex(8).encode()
+        sysio.mkdir_at(parent, staging, 0o755)
+        try:
+            fd = sysio.open_child(parent, staging, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                yield fd
+                sysio.syncfs(fd)
+            finally:
+                sysio.close(fd)
+            _appear(parent, staging, name, destination)
+        except BaseException:
+            remove_tree(parent, staging)
+            raise
+
+
+@contextlib.contextmanager
+def _new_file(destination: bytes, store: LayerStore, undo: ExitStack) -> Iterator[_Target]:
+    """Give a file that gets its name when all has gone well, or the pipe or device that has it."""
+
+    def spool() -> int:
+        return sysio.open_child(store.place.rooms[layout.STAGING], b"", os.O_TMPFILE | os.O_RDWR, 0o600)
+
+    if destination == STANDARD_OUTPUT:
+        yield _Target(1, seekable=False, spool=spool)
+        return
+    if _is_stream(destination):
+        fd = os.open(destination, os.O_WRONLY | os.O_CLOEXEC)
+        undo.callback(sysio.close, fd)
+        yield _Target(fd, seekable=False, spool=spool)
+        return
+    with _parent(destination) as (parent, name), _staged_file(parent, name, destination) as fd:
+        yield _Target(fd, seekable=True)
+
+
+@contextlib.contextmanager
+def _staged_file(parent: int, name: bytes, destination: bytes) -> Iterator[int]:
+    staging = _STAGING + secrets.token_hex(8).encode()
+    fd = sysio.open_child(parent, staging, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        try:
+            yield fd
+            sysio.fsync(fd)
+        finally:
+            sysio.close(fd)
+        _appear(parent, staging, name, destination)
+    except BaseException:
+        sysio.unlink_at(parent, staging)
+        raise
+
+
+@contextlib.contextmanager
+def _parent(destination: bytes) -> Iterator[tuple[int, bytes]]:
+    """Give the directory that the destination is to be in, and its name there."""
+    parent, name = os.path.split(os.path.abspath(destination))
+    shown = os.fsdecode(destination)
+    if os.path.lexists(destination):
+        raise UserError(f"{shown} exists already; name a file or directory that does not")
+    try:
+        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(f"cannot write {shown}: {os.fsdecode(parent)}: {error.strerror}") from error
+    try:
+        yield fd, name
+    finally:
+        sysio.close(fd)
+
+
+def _appear(parent: int, staging: bytes, name: bytes, destination: bytes) -> None:
+    try:
+        sysio.rename_at(parent, staging, parent, name, sysio.RENAME_NOREPLACE)
+    except FileExistsError as error:
+        raise UserError(f"{os.fsdecode(destination)} exists already; name a file or directory that does not") from error
+    sysio.fsync(parent)
+
+
+def _is_stream(destination: bytes) -> bool:
+    try:
+        mode = os.stat(destination).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode)

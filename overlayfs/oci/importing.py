@@ -1,0 +1,252 @@
+"""Import: an image in the store from a directory, a layer, or an image in any of its forms, complete or not at all."""
+
+import errno
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from overlayfs import sysio
+from overlayfs.errors import UserError
+from overlayfs.oci import bundles, compression, image, platforms
+from overlayfs.oci.blobs import LayerDetails, Notice, Prepared, ignore, prepared_blob, prepared_tree
+from overlayfs.oci.bundles import Directory, Found, LayerSource
+from overlayfs.oci.compression import Compression, Expanded
+from overlayfs.oci.entry import BadArchive
+from overlayfs.oci.media import HistoryEntry, ImageConfig, Platform
+from overlayfs.oci.members import Members, stream_of
+from overlayfs.oci.streams import PIECE, Peeked, Read
+from overlayfs.oci.tarread import TarReader
+from overlayfs.store import layout
+from overlayfs.store.layers import Layer
+from overlayfs.store.records import ImageRecord, now
+from overlayfs.store.store import LayerStore
+
+STANDARD_INPUT = b"-"
+_LOOKED_AT = 64 * 1024
+# How the first member of an image in one file is called; anything else begins a layer.
+_IMAGE_MEMBER = re.compile(
+    rb"blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|(sha256:)?[0-9a-f]{64}(/.*|\.json|\.tar)?"
+)
+
+Report = Callable[[int, int, int], None]
+"""Called with which layer is being read, of how many, and how many bytes of it there have been."""
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the user says beside source and name. `platform` None: the host's. `report` and `notice` are told things."""
+
+    platform: Platform | None = None
+    author: str = ""
+    message: str = ""
+    report: Report | None = None
+    notice: Notice = field(default=ignore)
+
+    def progress(self, layer: int, layers: int) -> Callable[[int], None] | None:
+        """Return what is told the bytes of one layer."""
+        report = self.report
+        return None if report is None else lambda done: report(layer, layers, done)
+
+
+def import_image(store: LayerStore, source: bytes, name: str, options: ImportOptions | None = None) -> ImageRecord:
+    """Make an image of `source`: a path, ``PATH:NAME`` for one of several images in it, or ``-``; return its record.
+
+    Layers that the store has are not read again. UserError (BadArchive, BadDigest, BadDocument) with a sentence when it
+    is refused, and then nothing of it is in the store.
+    """
+    layout.image_name(name)  # before any work
+    return _Import(store, name, options or ImportOptions()).run(source)
+
+
+class _Import:
+    def __init__(self, store: LayerStore, name: str, options: ImportOptions) -> None:
+        self._store = store
+        self._name = name
+        self._options = options
+
+    def run(self, source: bytes) -> ImageRecord:
+        if source == STANDARD_INPUT:
+            return self._stream(0, "standard input", None)
+        path, reference = _split(source)
+        shown = os.fsdecode(path)
+        with _opened(path) as fd:
+            if os.path.isdir(path):
+                return self._directory(fd, path, reference, shown)
+            return self._stream(fd, shown, reference)
+
+    # --- directories -----------------------------------------------------------------------------------
+
+    def _directory(self, fd: int, path: bytes, reference: str | None, shown: str) -> ImageRecord:
+        files = Directory(fd)
+        try:
+            if bundles.is_layout(files):
+                return self._found(bundles.find(files, reference, self._options.platform, shown), shown)
+        finally:
+            files.close()
+        if reference is not None:
+            raise UserError(f"{shown} is not an image layout, so it has no image {reference}")
+        # By descriptor: what is imported is what was opened.
+        inside = b"/proc/self/fd/%d" % fd
+        progress = self._options.progress(1, 1)
+        with prepared_tree(self._store, inside, self._details(), progress, self._options.notice) as prepared:
+            return self._single(prepared, shown)
+
+    # --- streams ---------------------------------------------------------------------------------------
+
+    def _stream(self, fd: int, shown: str, reference: str | None) -> ImageRecord:
+        raw = Peeked(lambda size: os.read(fd, min(size, PIECE)))
+        try:
+            kind = compression.recognise(raw.peek(compression.LONGEST_MAGIC))
+            is_image = _may_be_image(raw.peek(_LOOKED_AT), kind)
+        except BadArchive as error:
+            raise type(error)(f"{shown} is refused: {error}") from error
+        if is_image or reference is not None:
+            return self._members(fd, kind, raw.read, shown, reference)
+        return self._layer(raw.read, shown)
+
+    def _members(self, fd: int, kind: Compression, raw: Read, shown: str, reference: str | None) -> ImageRecord:
+        with ExitStack() as undo:
+            if kind is not Compression.NONE or not _is_seekable(fd):
+                fd = self._spooled(Expanded(raw, kind).read, undo)
+            try:
+                files = Members(fd)
+            except BadArchive as error:
+                raise type(error)(f"{shown} is refused: {error}") from error
+            if bundles.is_layout(files) or bundles.is_docker(files):
+                return self._found(bundles.find(files, reference, self._options.platform, shown), shown)
+            if reference is not None:
+                raise UserError(f"{shown} is not an archive of images, so it has no image {reference}")
+            return self._layer(stream_of(fd, 0, sysio.stat_at(fd, b"").st_size), shown)
+
+    def _spooled(self, read: Read, undo: ExitStack) -> int:
+        """Return an unnamed file of the store with all of a stream that cannot be read twice."""
+        staging = self._store.place.rooms[layout.STAGING]
+        fd = sysio.open_child(staging, b"", os.O_TMPFILE | os.O_RDWR, 0o600)
+        undo.callback(sysio.close, fd)
+        at = 0
+        while data := read(PIECE):
+            at += sysio.write_at(fd, at, data)
+            if self._options.report is not None:
+                self._options.report(0, 0, at)
+        return fd
+
+    def _layer(self, read: Read, shown: str) -> ImageRecord:
+        with prepared_blob(
+            self._store,
+            read,
+            None,
+            None,
+            self._details(),
+            shown,
+            self._options.progress(1, 1),
+            self._options.notice,
+        ) as prepared:
+            return self._single(prepared, shown)
+
+    # --- images ----------------------------------------------------------------------------------------
+
+    def _details(self, step: HistoryEntry | None = None) -> LayerDetails:
+        if step is None:
+            return LayerDetails(self._options.author, self._options.message, None)
+        return LayerDetails(step.author, step.comment or step.created_by, step.created or None)
+
+    def _single(self, prepared: Prepared, shown: str) -> ImageRecord:
+        """Put the image of one layer that came without a configuration."""
+        time = now()
+        step = HistoryEntry(time, self._options.author, f"import {shown}", self._options.message)
+        platform = self._options.platform or platforms.host()
+        config = ImageConfig(
+            platform.architecture, platform.os, platform.variant, time, self._options.author, history=(step,)
+        )
+        return self._store.put_image(image.image_record(self._name, config, (prepared.publish(),)))
+
+    def _found(self, found: Found, shown: str) -> ImageRecord:
+        """Bring in the layers that are missing, publish them when all are there, then put the image."""
+        with ExitStack() as undo:
+            ready: dict[str, Layer | Prepared] = {}
+            for number, (layer, step) in enumerate(_with_steps(found), 1):
+                if layer.diff_id not in ready:
+                    there = self._store.by_diff_id(layer.diff_id)
+                    what = f"layer {number} of {shown}"
+                    ready[layer.diff_id] = there or undo.enter_context(self._prepared(layer, step, what, number, found))
+            layers = {each: one.publish() if isinstance(one, Prepared) else one for each, one in ready.items()}
+            stack = tuple(layers[layer.diff_id] for layer in found.layers)
+            return self._store.put_image(image.image_record(self._name, found.config, stack, found.annotations))
+
+    @contextmanager
+    def _prepared(
+        self, layer: LayerSource, step: HistoryEntry | None, what: str, number: int, found: Found
+    ) -> Iterator[Prepared]:
+        try:
+            read = layer.open()
+        except BadArchive as error:
+            raise type(error)(f"{what} is refused: {error}") from error
+        with prepared_blob(
+            self._store,
+            read,
+            layer.descriptor,
+            layer.diff_id,
+            self._details(step),
+            what,
+            self._options.progress(number, len(found.layers)),
+            self._options.notice,
+        ) as prepared:
+            yield prepared
+
+
+def _with_steps(found: Found) -> Iterator[tuple[LayerSource, HistoryEntry | None]]:
+    """Yield each layer with the step of the history that made it."""
+    steps = iter([step for step in found.config.history or () if not step.empty_layer])
+    for layer in found.layers:
+        yield layer, next(steps, None)
+
+
+def _split(source: bytes) -> tuple[bytes, str | None]:
+    """Return path and name of ``PATH[:NAME]``: the longest path that exists counts."""
+    if os.path.lexists(source):
+        return source, None
+    cut = len(source)
+    while (cut := source.rfind(b":", 0, cut)) > 0:
+        if os.path.lexists(source[:cut]):
+            return source[:cut], os.fsdecode(source[cut + 1 :])
+    return source, None
+
+
+@contextmanager
+def _opened(path: bytes) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        reason = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
+        raise UserError(f"{os.fsdecode(path)} {reason}") from error
+    try:
+        yield fd
+    finally:
+        sysio.close(fd)
+
+
+def _is_seekable(fd: int) -> bool:
+    try:
+        os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:
+        return False
+    return os.path.isfile(b"/proc/self/fd/%d" % fd)
+
+
+def _may_be_image(start: bytes, kind: Compression) -> bool:
+    """Return whether a stream that starts so is an image in one file; BadArchive when it is no archive at all."""
+    plain = Expanded(_reader(start), kind)
+    try:
+        first = next((entry for entry in TarReader(plain.read) if entry.path), None)
+    except BadArchive:
+        if len(start) < _LOOKED_AT:
+            raise
+        return False  # a first entry that is longer than what was looked at
+    return first is not None and _IMAGE_MEMBER.fullmatch(first.path) is not None
+
+
+def _reader(data: bytes) -> Read:
+    return io.BytesIO(data).read
