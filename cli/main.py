@@ -1,6 +1,7 @@
 """`overlayfs`: finds the command, runs it, and turns every failure into one sentence and an exit code."""
 
 import importlib
+import keyword
 import os
 
 import click
@@ -13,7 +14,7 @@ PROGRAM = "overlayfs"
 DEBUG_VARIABLE = "OVERLAYFS_DEBUG"  # set: an unexpected error ends with its traceback
 COMMANDS = (  # in the order of --help
     *("mount", "umount", "mounts", "commit", "diff", "why", "stats"),
-    *("push", "pull"),
+    *("import", "export", "push", "pull"),
     *("images", "layers", "workspaces", "log", "tag", "rm", "gc"),
     "bench",
 )
@@ -30,10 +31,11 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one command; its module and its function are named after it."""
+        """Import one command; its module and its function are named after it, a keyword with an underscore behind."""
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(f"overlayfs_cli.{cmd_name}"), cmd_name)
+        name = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command = getattr(importlib.import_module(f"overlayfs_cli.{name}"), name)
         assert isinstance(command, click.Command)
         return command
 

@@ -1,6 +1,7 @@
-"""Progress of long work: one line on standard error that is renewed in place, on a terminal and nowhere else."""
+"""Progress of long work: lines on standard error that are renewed in place, on a terminal and nowhere else."""
 
 import contextlib
+import shutil
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ PERIOD = 0.2  # seconds between two states of the line; shorter ones cannot be r
 PATIENCE = 0.5  # seconds of work that needs no line
 
 Show = Callable[[str], None]
+ShowLine = Callable[[str, str], None]
 
 
 @contextlib.contextmanager
@@ -25,6 +27,52 @@ def line(quiet: bool = False) -> Iterator[Show]:
         sys.stderr.flush()
 
 
+@contextlib.contextmanager
+def board(quiet: bool = False) -> Iterator[ShowLine]:
+    """Give a function, for any thread, that shows a text in the line of a key; all lines are wiped at the end."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda key, text: None
+        return
+    lines = _Board(time.monotonic())
+    try:
+        yield lines.show
+    finally:
+        lines.wipe()
+
+
+class _Board:
+    """Several lines, renewed together, no more than the terminal has: older ones give way."""
+
+    def __init__(self, start: float) -> None:
+        self._due = start + PATIENCE
+        self._texts: dict[str, str] = {}
+        self._drawn = 0
+        self._lock = threading.Lock()
+
+    def show(self, key: str, text: str) -> None:
+        with self._lock:
+            self._texts[key] = text
+            now = time.monotonic()
+            if now >= self._due:
+                self._due = now + PERIOD
+                self._draw()
+
+    def _draw(self) -> None:
+        columns, rows = shutil.get_terminal_size()
+        shown = [text[: columns - 1] for text in self._texts.values()][-max(1, rows - 1) :]
+        sys.stderr.write(self._up() + "".join(f"{text}\x1b[K\n" for text in shown) + "\x1b[J")
+        sys.stderr.flush()
+        self._drawn = len(shown)
+
+    def _up(self) -> str:
+        return f"\r\x1b[{self._drawn}A" if self._drawn else "\r"
+
+    def wipe(self) -> None:
+        with self._lock:
+            sys.stderr.write(self._up() + "\x1b[J")
+            sys.stderr.flush()
+
+
 def _renewed(start: float) -> Show:
     due = start + PATIENCE
 
@@ -38,6 +86,18 @@ def _renewed(start: float) -> Show:
         sys.stderr.flush()
 
     return show
+
+
+def layer_text(layer: int, layers: int, done: int) -> str:
+    """Return how far work on the layers of an image is; no layers: they are not known yet."""
+    where = f"layer {layer} of {layers}, " if layers else ""
+    return f"{where}{done >> 20} MiB"
+
+
+def note(sentence: str) -> None:
+    """Tell what is left out, on standard error, past a line of progress."""
+    wipe = "\r\x1b[K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{wipe}overlayfs: note: {sentence}\n")
 
 
 @contextlib.contextmanager

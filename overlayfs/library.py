@@ -9,8 +9,116 @@
 Each method loads what it needs when it is called.
 """
 
+from typing import TYPE_CHECKING
+
 from overlayfs.store.store import LayerStore
+
+if TYPE_CHECKING:
+    from overlayfs.oci.blobs import Notice
+    from overlayfs.oci.importing import Report
+    from overlayfs.oci.pull import Pulled
+    from overlayfs.oci.push import Pushed
+    from overlayfs.oci.transfer import OnStep
+    from overlayfs.store.records import ImageRecord
 
 
 class Store(LayerStore):
     """A store; `LayerStore` says what opening it means and what else it can do."""
+
+    def import_image(
+        self,
+        source: bytes,
+        name: str,
+        *,
+        platform: str | None = None,
+        author: str = "",
+        message: str = "",
+        report: "Report | None" = None,
+        notice: "Notice | None" = None,
+    ) -> "ImageRecord":
+        """Make `source` the image `name`: a directory, a layer tar, an OCI layout, an oci-archive or docker-archive.
+
+        ``PATH:NAME`` is one of several images in it, ``-`` standard input. `platform`: OS/ARCHITECTURE[/VARIANT], else
+        this machine's. `author` and `message` are for a layer without a history. `report` is told layer, layers and
+        bytes, `notice` in a sentence what could not be kept. UserError: nothing of it is in the store.
+        """
+        from overlayfs.oci import blobs, importing, platforms
+
+        wanted = None if platform is None else platforms.parse(platform)
+        options = importing.ImportOptions(wanted, author, message, report, notice or blobs.ignore)
+        return importing.import_image(self, source, name, options)
+
+    def export_image(
+        self,
+        name: str,
+        destination: bytes,
+        *,
+        format: str = "oci",  # noqa: A002 - the word of the command line
+        compression: str | None = None,
+        report: "Report | None" = None,
+        notice: "Notice | None" = None,
+    ) -> None:
+        """Write an image to a new file or directory, to a pipe, or to standard output (``-``).
+
+        `format`: oci, oci-archive, docker-archive, tar or dir. `compression`: gzip, zstd or none. The other arguments
+        are those of `import_image`. UserError: nothing is there.
+        """
+        from overlayfs.oci import blobs, exporting
+        from overlayfs.oci.compression import Compression
+
+        options = exporting.ExportOptions(
+            exporting.Format(format),
+            None if compression is None else Compression(compression),
+            report,
+            notice or blobs.ignore,
+        )
+        exporting.export_image(self, name, destination, options)
+
+    def pull(
+        self,
+        reference: str,
+        *,
+        name: str | None = None,
+        platform: str | None = None,
+        plain_http: bool = False,
+        ca: str | None = None,
+        on_step: "OnStep | None" = None,
+        notice: "Notice | None" = None,
+    ) -> "Pulled":
+        """Load the image behind REGISTRY/REPO[:TAG][@DIGEST] and call it `name`, or as it is called there.
+
+        `platform`: OS/ARCHITECTURE[/VARIANT], else this machine's. `plain_http`: no TLS, with this machine alone.
+        `ca`: a file of certificates to trust beside the system's. `on_step` is told how far each layer is, `notice`
+        in a sentence what could not be kept. UserError: nothing is named, and what was loaded serves the next pull.
+        """
+        from overlayfs.oci import blobs, platforms, pull, transfer, wire
+        from overlayfs.oci import reference as references
+
+        found = references.parse(reference)
+        wanted = None if platform is None else platforms.parse(platform)
+        chosen = name or references.image_name(found)
+        with wire.Wire(plain_http=plain_http, ca=ca) as line:
+            return pull.pull(
+                self, found, name=chosen, wire=line, platform=wanted,
+                on_step=on_step or transfer.unseen, notice=notice or blobs.ignore,
+            )  # fmt: skip
+
+    def push(
+        self,
+        name: str,
+        reference: str,
+        *,
+        plain_http: bool = False,
+        ca: str | None = None,
+        on_step: "OnStep | None" = None,
+        notice: "Notice | None" = None,
+    ) -> "Pushed":
+        """Send the image `name` to REGISTRY/REPO[:TAG]. The other arguments are those of `pull`."""
+        from overlayfs.oci import blobs, push, transfer, wire
+        from overlayfs.oci import reference as references
+
+        found = references.parse(reference)
+        with wire.Wire(plain_http=plain_http, ca=ca) as line:
+            return push.push(
+                self, name, found, wire=line, on_step=on_step or transfer.unseen, notice=notice or blobs.ignore
+            )

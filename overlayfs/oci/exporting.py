@@ -287,7 +287,10 @@ def _write_stream(fd: int, data: bytes) -> None:
 
 
 class _Archive:
-    """A layout in one tar. The size of a blob is known at its end: the header is filled in, or it goes through a file."""
+    """A layout in one tar. The size of a blob is known at its end, and its header comes first.
+
+    So the header is filled in, or the blob goes through a file.
+    """
 
     def __init__(self, target: _Target) -> None:
         self._target = target
