@@ -145,6 +145,17 @@ def _publish(parent_fd: int, name: bytes, destination: bytes) -> None:
     sysio.fsync(parent_fd)
 
 
+def copy_upper(overlay: Overlay, target: int, shown: bytes, progress: Progress | None = None) -> Committed:
+    """Copy the upper of an open overlay, while nothing changes it, into the open, empty directory `target`.
+
+    The copy needs no work directory and no data of layers below. `shown` is what sentences call the target.
+    """
+    if overlay.read_only:
+        raise UserError("there is no upper to commit: the mount is read-only")
+    overlay.sync()
+    return _fill(overlay, shown, target, progress)
+
+
 def _fill(overlay: Overlay, destination: bytes, staging: int, progress: Progress | None) -> Committed:
     view = Overlay(overlay.view_config())
     try:

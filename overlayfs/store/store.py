@@ -74,6 +74,14 @@ class LayerStore:
         """Return the layer with an id or digest that begins so; UserError for none and for several."""
         return self._layers.find(given)
 
+    def layer_of_tree(self, path: bytes) -> Layer:
+        """Return the layer whose tree is this directory; UserError when it belongs to none of this store."""
+        given = os.path.basename(os.path.dirname(os.path.realpath(path)))
+        layer = self._layers.get(os.fsdecode(given)) if layout.is_id(os.fsdecode(given)) else None
+        if layer is None or not os.path.samefile(layer.tree_path, path):
+            raise UserError(f"{os.fsdecode(path)} is not a layer of the store; import it first, and mount the image")
+        return layer
+
     def layers(self) -> Iterator[Layer]:
         """Yield every layer, by id."""
         return self._layers.all()
@@ -200,6 +208,10 @@ class LayerStore:
         A name that is both a workspace's and an image's means the workspace; NAME:latest is the image.
         """
         return tuple(map(self._present, self._ids_of(given)))
+
+    def stack_of_workspace(self, workspace: Workspace) -> tuple[Layer, ...]:
+        """Return the layers of a workspace, top first; UserError when one is missing."""
+        return tuple(map(self._present, workspace.record.layers))
 
     def _ids_of(self, given: str) -> tuple[str, ...]:
         workspace = self.find_workspace(given)
