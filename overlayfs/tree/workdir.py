@@ -22,6 +22,7 @@ _WORK = b"work"
 _INDEX = b"index"
 _INCOMPAT = b"incompat"
 _VOLATILE = b"volatile"
+_WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _ACLS = frozenset((acl.ACCESS, acl.DEFAULT))
 _POLL = 0.02  # seconds between two looks at a lock that is held: nothing tells when a flock becomes free in time
 
@@ -135,25 +136,45 @@ def drop_inherited_acls(dirfd: int, name: bytes, wanted: Iterable[bytes]) -> Non
 
 def remove_tree(dirfd: int, name: bytes) -> None:
     """Remove whatever has this name, directories with all that is in them, never following a link."""
+    if _unlink(dirfd, name):
+        return
+    # By path from here on: a tree may be deeper than the interpreter's stack, or than there are descriptors.
+    pending = [(name, False)]
+    while pending:
+        path, emptied = pending.pop()
+        parent, _, base = path.rpartition(b"/")
+        above = sysio.open_beneath(dirfd, parent, _WALK) if parent else dirfd
+        try:
+            if emptied:
+                sysio.rmdir_at(above, base)
+                continue
+            pending.append((path, True))
+            pending.extend((path + b"/" + child, False) for child in _empty(above, base))
+        finally:
+            if parent:
+                sysio.close(above)
+
+
+def _unlink(dirfd: int, name: bytes) -> bool:
+    """Remove a name; False when it is a directory's. It may be gone already."""
     try:
         sysio.unlink_at(dirfd, name)
-        return
     except FileNotFoundError:
-        return
+        pass
     except OSError as error:
         if error.errno not in (errno.EISDIR, errno.EPERM):
             raise
-    _empty(dirfd, name)
-    sysio.rmdir_at(dirfd, name)
+        return False
+    return True
 
 
-def _empty(dirfd: int, name: bytes) -> None:
+def _empty(dirfd: int, name: bytes) -> list[bytes]:
+    """Remove what is in a directory but for the directories in it, and return their names."""
     if sysio.stat_at(dirfd, name).st_mode & stat.S_IRWXU != stat.S_IRWXU:
         sysio.chmod_at(dirfd, name, 0o700)
     fd = sysio.open_child(dirfd, name, os.O_PATH | os.O_DIRECTORY)
     try:
-        for child, _ in sysio.list_dir(fd):
-            remove_tree(fd, child)
+        return [child for child, kind in sysio.list_dir(fd) if kind == stat.S_IFDIR or not _unlink(fd, child)]
     finally:
         sysio.close(fd)
 
