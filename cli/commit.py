@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 @command(
     "Make the changes in an upper a new layer.",
     """
-    overlayfs commit /mnt -t site:2 -m "Add the shop"     # a mount of an image goes on over the new layer
-    overlayfs commit /mnt --to /layers/new                # any mount: a copy, as a plain directory
+    overlayfs commit /mnt -t site:v2 -m "Add the shop"     # the mount goes on, over the new layer
+    overlayfs commit draft -t site:v2                      # a workspace that is not mounted
+    overlayfs commit /mnt --to /layers/new                 # a copy, as a plain directory
     overlayfs commit --upper /data/up --lower /layers/top --lower /layers/base --to /layers/new
     """,
 )
-@click.argument("mountpoint", metavar="[MNT]", required=False, type=arguments.path)
-@click.option("-t", "--tag", metavar="IMAGE", help="The image that the new layer becomes the top of.")
+@click.argument("target", metavar="[MNT|WORKSPACE]", required=False, type=arguments.path)
+@click.option("-t", "--tag", "image", metavar="IMAGE", help="The image that the new layer becomes the top of.")
 @click.option("-m", "--message", metavar="TEXT", default="", help="What the layer's record says of it.")
 @click.option("--author", metavar="NAME", help="Who made it [the user].")
 @click.option("--allow-empty", is_flag=True, help="Make a layer even if nothing has changed.")
@@ -40,11 +41,12 @@ if TYPE_CHECKING:
 @click.option("--upper", metavar="DIR", type=arguments.path, help="An upper that is not mounted.")
 @click.option("--lower", metavar="DIR", multiple=True, type=arguments.path, help="Its layers, top first.")
 @click.option("--work", metavar="DIR", type=arguments.path, help="Its work directory [UPPER.work].")
+@storage.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def commit(
-    mountpoint: bytes | None,
-    tag: str | None,
+    target: bytes | None,
+    image: str | None,
     message: str,
     author: str | None,
     allow_empty: bool,
@@ -53,46 +55,76 @@ def commit(
     upper: bytes | None,
     lower: tuple[bytes, ...],
     work: bytes | None,
+    store: bytes | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make the changes in MNT, or in an unmounted upper, a new layer, and print what it is called.
+    """Make the changes in MNT, or in an upper that is not mounted, a new layer, and print what it is called.
 
-    For a mount of an image that is its id in the store, as soon as it can be used; on a terminal its hashing is shown,
-    and goes on in the background when that is interrupted. With --to it is the path DIR of a copy.
+    A mount of an image and a workspace get it in the store, without a copy: its id is printed as soon as it can be
+    used. On a terminal the hashing that follows is shown; it goes on in the background when that is interrupted.
+    With --to it is a copy, and what is printed is the path DIR.
     """
-    if (mountpoint is None) == (upper is None):
-        raise UsageError("give either a mount point or --upper with its --lower; see 'overlayfs commit --help'")
-    if mountpoint is not None and (lower or work):
-        raise UsageError("--lower and --work describe an unmounted upper; leave them out with a mount point")
+    source = _Source(target, upper, lower, work)
+    _check(source)
     if destination is None:
-        _require_mount(mountpoint)
-        assert mountpoint is not None
-        made = _commit_image(mountpoint, tag, message, storage.author() if author is None else author, allow_empty)
-        _show_image(mountpoint, made, as_json, wait, quiet)
+        wish = _Wish(image, message, storage.author() if author is None else author, allow_empty, wait, store)
+        _into_store(source, wish, as_json, quiet)
         return
-    if tag is not None or message or author is not None or allow_empty or wait:
-        raise UsageError("-t, -m, --author, --allow-empty and --wait are about a store; leave them out with --to")
-    target = os.path.join(os.getcwdb(), destination)
-    if mountpoint is not None:
-        _show(_commit_mount(mountpoint, target, quiet), as_json)
-    elif upper is not None:
-        _show(_commit_upper(upper, work, lower, target, quiet), as_json)
+    if image is not None or message or author is not None or allow_empty or wait or store is not None:
+        raise UsageError(
+            "-t, -m, --author, --allow-empty, --wait and --store are about a store: leave out --to, or them"
+        )
+    place = os.path.join(os.getcwdb(), destination)
+    _show(_commit_mount(target, place, quiet) if target is not None else _commit_upper(source, place, quiet), as_json)
 
 
-def _require_mount(mountpoint: bytes | None) -> None:
-    if mountpoint is None:
-        raise UsageError("an unmounted upper becomes a plain directory; name it with --to")
+class _Source(NamedTuple):
+    """What is to be committed: a mount or a workspace, or an upper of the user's own."""
+
+    target: bytes | None
+    upper: bytes | None
+    lower: tuple[bytes, ...]
+    work: bytes | None
 
 
-def _commit_image(
-    mountpoint: bytes, tag: str | None, message: str, author: str, allow_empty: bool
-) -> dict[str, object]:
+class _Wish(NamedTuple):
+    """What is asked of the store."""
+
+    image: str | None
+    message: str
+    author: str
+    allow_empty: bool
+    wait: bool
+    store: bytes | None
+
+
+def _check(source: _Source) -> None:
+    if (source.target is None) == (source.upper is None):
+        raise UsageError("give either a mount point or --upper with its --lower; see 'overlayfs commit --help'")
+    if source.target is not None and (source.lower or source.work):
+        raise UsageError("--lower and --work describe an unmounted upper; leave them out with a mount point")
+    if source.upper is not None and not source.lower:
+        raise UsageError("--upper needs the layers it lies on; name them with --lower, top first")
+
+
+# --- a mounted image --------------------------------------------------------------------------------------
+
+
+def _commit_mounted_image(mountpoint: bytes, wish: _Wish, as_json: bool, quiet: bool) -> None:
     from overlayfs.mount import control
 
-    return dict(
-        control.request(mountpoint, "commit-image", image=tag, message=message, author=author, allow_empty=allow_empty)
+    made = dict(
+        control.request(
+            mountpoint,
+            "commit-image",
+            image=wish.image,
+            message=wish.message,
+            author=wish.author,
+            allow_empty=wish.allow_empty,
+        )
     )
+    _show_image(mountpoint, made, as_json, wish.wait, quiet)
 
 
 def _show_image(mountpoint: bytes, made: dict[str, object], as_json: bool, wait: bool, quiet: bool) -> None:
@@ -153,40 +185,53 @@ def _commit_mount(mountpoint: bytes, target: bytes, quiet: bool) -> dict[str, ob
     return {name: made[name] for name in ("layer", "entries", "size")}
 
 
-def _commit_upper(
-    upper: bytes, work: bytes | None, lower: tuple[bytes, ...], target: bytes, quiet: bool
-) -> dict[str, object]:
-    if not lower:
-        raise UsageError("--upper needs the layers it lies on; name them with --lower, top first")
+def _commit_upper(source: _Source, place: bytes, quiet: bool) -> dict[str, object]:
     from overlayfs.fs.config import StackConfig
     from overlayfs.store.commit import commit_unmounted
 
-    place = contextlib.nullcontext(work) if work else work_beside(upper)
-    with _no_mount_meant(), place as scratch, progress.line(quiet) as show:
+    assert source.upper is not None
+    scratch = contextlib.nullcontext(source.work) if source.work else work_beside(source.upper)
+    with _no_mount_meant(), scratch as work, progress.line(quiet) as show:
         told = commit_unmounted(
-            StackConfig(lower, upper, scratch),
-            target,
+            StackConfig(source.lower, source.upper, work),
+            place,
             lambda entries, size: show(f"{entries} entries, {size >> 20} MiB"),
         )
-    return {"layer": output.json_text(target), "entries": told.entries, "size": told.size}
+    return {"layer": output.json_text(place), "entries": told.entries, "size": told.size}
 
 
 # --- into the store ---------------------------------------------------------------------------------------
 
 
-def _into_store(source: _Source, wish: _Wish, quiet: bool) -> dict[str, object]:
+def _into_store(source: _Source, wish: _Wish, as_json: bool, quiet: bool) -> None:
+    if source.target is not None and _is_mount(source.target):
+        if wish.store is not None:
+            raise UsageError("a mount knows its store; leave --store out")
+        _commit_mounted_image(source.target, wish, as_json, quiet)
+        return
+    made = _commit_at_rest(source, wish, quiet)
+    if as_json:
+        output.show_json(made)
+    else:
+        click.echo(str(made["layer"]))
+
+
+def _is_mount(target: bytes) -> bool:
+    """Return whether a word names a mount, not a workspace: a workspace's name is no path."""
+    return b"/" in target or os.path.isdir(target)
+
+
+def _commit_at_rest(source: _Source, wish: _Wish, quiet: bool) -> dict[str, object]:
     from overlayfs.store.committing import Commit
     from overlayfs.store.records import printable
 
-    words = Commit(
-        image=wish.image, message=printable(wish.message), author=storage.author(), allow_empty=wish.allow_empty
-    )
+    words = Commit(image=wish.image, message=printable(wish.message), author=wish.author, allow_empty=wish.allow_empty)
     with storage.opened(wish.store) as store:
         if source.upper is not None:
             made = _copy_into_store(store, source, words, quiet)
         else:
             assert source.target is not None
-            made = _commit_workspace(store, source.target, words, quiet)
+            made = _commit_workspace(store, os.fsdecode(source.target), words, quiet)
         return _document(made, None if wish.image is None else store.image(wish.image).name)
 
 
@@ -220,8 +265,6 @@ def _copy_into_store(store: "Store", source: _Source, wish: "Commit", quiet: boo
     from overlayfs.fs.config import StackConfig
     from overlayfs.store import committing
 
-    if not source.lower:
-        raise UsageError("--upper needs the layers it lies on; name them with --lower, top first")
     if wish.image is None:
         raise UsageError("an upper of your own needs -t IMAGE: nothing else would name its layer in the store")
     assert source.upper is not None

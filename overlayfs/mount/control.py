@@ -19,7 +19,7 @@ def request(mountpoint: bytes, command: str, **arguments: Any) -> Any:
     """Return what the daemon of a mount answers to `command`; blocks. UserError with its sentence otherwise.
 
     `status`, `stats` and `sync` take no arguments, `diff` none, `why` a `path` within the mount, `commit` a
-    `destination` (absolute).
+    `destination` (absolute), `commit-image` what `mount.commits` says, `hashing` a `layer` that it has returned.
     """
     pid = table.find(mountpoint).pid
     shown = os.fsdecode(mountpoint)

@@ -6,27 +6,30 @@ the record: who sees no record finds the upper free.
 """
 
 import contextlib
-import dataclasses
 import gc
 import logging
 import os
 import resource
 import signal
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import trio
 
 from overlayfs import Overlay
 from overlayfs.errors import InUse, MountError
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.mount import log as logs
 from overlayfs.mount import engines, records, stale, table
+from overlayfs.mount import log as logs
 from overlayfs.mount.detach import detach
 from overlayfs.mount.mountinfo import KernelMount, mounted_on
 from overlayfs.mount.mountsync import sync_mount
 from overlayfs.mount.options import Lodging, MountOptions
 from overlayfs.mount.records import Record
 from overlayfs.mount.server import Control
+
+if TYPE_CHECKING:
+    from overlayfs.mount.commits import Commits
 
 log = logging.getLogger(__name__)
 
@@ -168,11 +171,18 @@ class _Life:
         await self._handshake.wait()
         await self._engine.threads.run(os.stat, self._mountpoint)
         record = self._record()
-        control = Control(self._engine, self._mountpoint, dataclasses.asdict(record))
+        control = Control(self._engine, self._mountpoint, record, self._commits())
         await self._publish(nursery, record, control)
         gc.collect()
         gc.freeze()  # what lives now lives as long as the daemon; the collector need not look at it again
         self._tell(record.notices)
+
+    def _commits(self) -> "Commits | None":
+        if self._options.lodging is None:
+            return None
+        from overlayfs.mount.commits import Commits
+
+        return Commits(self._engine, self._options.lodging)
 
     async def _publish(self, nursery: trio.Nursery, record: Record, control: Control) -> None:
         """Leave the record and listen; a mount without them works, only nobody can ask it."""

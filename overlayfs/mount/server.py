@@ -1,6 +1,7 @@
 """The daemon's side of the control socket."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -9,14 +10,19 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from overlayfs.errors import UserError
 from overlayfs.fuse.engine import Engine
+from overlayfs.mount import records
 from overlayfs.mount.mountsync import sync_mount
+from overlayfs.mount.records import Record
 from overlayfs.store.commit import commit_mounted
+
+if TYPE_CHECKING:
+    from overlayfs.mount.commits import Commits  # a mount of plain directories does without the store
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +36,12 @@ Answer = dict[str, Any]
 class Control:
     """Answers commands about one mount, for root and for the user who runs the daemon."""
 
-    def __init__(self, engine: Engine, mountpoint: bytes, status: Answer) -> None:
+    def __init__(self, engine: Engine, mountpoint: bytes, record: Record, commits: "Commits | None") -> None:
         self._engine = engine
         self._overlay = engine.overlay
         self._mountpoint = mountpoint
-        self._status = status
+        self._record = record
+        self._commits = commits  # None for a mount of plain directories
         self._began = time.monotonic()
         self._commands: dict[str, Callable[[Answer], Awaitable[Any]]] = {
             "status": self._tell_status,
@@ -43,6 +50,8 @@ class Control:
             "diff": self._diff,
             "why": self._why,
             "commit": self._commit,
+            "commit-image": self._commit_image,
+            "hashing": self._tell_hashing,
         }
 
     async def serve(
@@ -86,7 +95,7 @@ class Control:
         return await command(message)
 
     async def _tell_status(self, message: Answer) -> Answer:
-        return self._status
+        return dataclasses.asdict(self._record)
 
     async def _tell_stats(self, message: Answer) -> Answer:
         return {
@@ -123,6 +132,38 @@ class Control:
                 commit_mounted, self._overlay, destination, mountpoint=self._mountpoint
             )
         return {"layer": os.fsdecode(made.destination), "entries": made.entries, "size": made.size}
+
+    async def _commit_image(self, message: Answer) -> Answer:
+        """Commit into the store; the answer comes as soon as the layer is usable."""
+        if self._commits is None:
+            raise UserError("this is a mount of plain directories: its layers are in no store; commit it with --to DIR")
+        from overlayfs.store.committing import Commit
+        from overlayfs.store.records import printable
+
+        image = message.get("image")
+        wanted = Commit(
+            image=None if image is None else str(image),
+            message=printable(str(message.get("message", ""))),
+            author=printable(str(message.get("author", ""))),
+            allow_empty=bool(message.get("allow_empty", False)),
+        )
+        await self._write_out()
+        made = await self._commits.commit(wanted)
+        self._note_layers(made.image)
+        return {"layer": made.layer, "image": made.image, "held": made.held}
+
+    def _note_layers(self, image: str | None) -> None:
+        """Let the record of the mount tell of the new layer."""
+        lower = tuple(map(os.fsdecode, self._overlay.config.lower))
+        self._record = dataclasses.replace(self._record, lower=lower, image=image or self._record.image)
+        with contextlib.suppress(OSError):  # it only describes
+            records.write(self._record)
+
+    async def _tell_hashing(self, message: Answer) -> Answer:
+        if self._commits is None:
+            raise UserError("this is a mount of plain directories: it has nothing in a store")
+        found = self._commits.hashed(str(message.get("layer", "")))
+        return {"state": found.state, "entries": found.entries, "size": found.size, "told": found.told}
 
     async def _write_out(self) -> None:
         """Return when the kernel has handed over what was written through the mount."""

@@ -1,0 +1,195 @@
+"""Commits of a mounted image: the upper becomes a layer of the store, and the mount goes on with a fresh one.
+
+1. Dirty pages of the mount are written out, the adoption is prepared, the upper's file system is synced, and what only
+   the index of the work directory knows becomes names. All that while requests are served.
+2. The gate closes, and one call on the loop changes the seats: one rename on the disk, a walk over the live nodes.
+   Nothing in it waits for a disk to sync, whatever the upper's size. The gate opens.
+3. The file system is synced again, and the records follow; until then every fsync waits, so nothing that comes after
+   the commit is durable before the commit is. From here on the layer is usable. It is hashed by another process.
+
+Killed before the rename: the mount as it was. Killed after it: whoever opens the store next finds the intent and lets
+the records follow (overlayfs.store.adoption).
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import trio
+
+from overlayfs import sysio
+from overlayfs.errors import UserError
+from overlayfs.fs.files import SyncBarrier
+from overlayfs.fs.reseat import Reseat
+from overlayfs.fuse.engine import Engine
+from overlayfs.mount.options import Lodging
+from overlayfs.store import committing, hashing, layout
+from overlayfs.store.adoption import Adoption
+from overlayfs.store.committing import Commit
+from overlayfs.store.layers import Layer
+from overlayfs.store.records import ImageRecord
+from overlayfs.store.store import LayerStore
+from overlayfs.store.workspaces import Workspace
+
+_PIECE = 32  # steps of settling between which other requests have their turn
+_ATTEMPTS = 5  # to find the upper settled with the gate closed; the last one settles the rest there
+_CONSERVATIVE = ("metacopy", "redirect")  # what the layer may hold, until its manifest says what it does
+
+
+class Committed(NamedTuple):
+    """A new layer, the image that it is the top of, and for how many seconds changes had to wait."""
+
+    layer: str
+    image: str | None
+    held: float
+
+
+class Commits:
+    """All commits of one mounted image, one at a time."""
+
+    def __init__(self, engine: Engine, lodging: Lodging) -> None:
+        self._engine = engine
+        self._overlay = engine.overlay
+        self._lodging = lodging
+        self._turn = trio.Lock()
+        self._store: LayerStore | None = None  # keeps the new layers from gc as long as the daemon lives
+        self._hashing: dict[str, hashing.Hashing] = {}
+
+    async def commit(self, wanted: Commit) -> Committed:
+        """Make a layer of what was acknowledged until now; UserError with a sentence when there is none to make.
+
+        Dirty pages must have been written out.
+        """
+        async with self._turn:
+            if not wanted.allow_empty and not self._overlay.is_changed:
+                raise committing.NothingToCommit("the mount")
+            store = await self._opened()
+            made, held = await self._carry_out(store, wanted)
+            await self._begin_hashing(store, made)
+            return Committed(made.id, None if wanted.image is None else layout.image_name(wanted.image), held)
+
+    def hashed(self, layer_id: str) -> hashing.Hashed:
+        """Return how far the hashing of a layer is that was committed here."""
+        found = self._hashing.get(layer_id)
+        if found is None:
+            raise UserError(f"layer {layer_id} was not committed by this mount")
+        return found.look()
+
+    async def _opened(self) -> LayerStore:
+        if self._store is None:
+            self._store = await self._engine.threads.run(LayerStore, self._lodging.store, create=False)
+        return self._store
+
+    async def _begin_hashing(self, store: LayerStore, layer: Layer) -> None:
+        self._hashing[layer.id] = await self._engine.threads.run(hashing.Hashing, store.path, layer.id)
+
+    # --- one commit ------------------------------------------------------------------------------------
+
+    async def _carry_out(self, store: LayerStore, wanted: Commit) -> tuple[Layer, float]:
+        run = self._engine.threads.run
+        adoption, directory = await run(self._begin, store, wanted)
+        try:
+            with adoption:
+                await run(self._overlay.sync)
+                # From the rename on the mount and the records belong together: an unmount waits for both.
+                with trio.CancelScope(shield=True):
+                    barrier, held = await self._switch(store, adoption, directory)
+                    with self._released(barrier):
+                        await run(self._make_lasting, adoption)
+            return adoption.settle(), held
+        finally:
+            sysio.close(directory)
+
+    def _begin(self, store: LayerStore, wanted: Commit) -> tuple[Adoption, int]:
+        """Prepare the adoption; return it with an open descriptor of the workspace. In a thread."""
+        workspace = store.workspace(self._lodging.workspace)
+        layers = workspace.record.layers
+        adoption = store.begin_adoption(
+            author=wanted.author,
+            message=wanted.message,
+            flags=_CONSERVATIVE,
+            below=layers,
+            workspace=workspace.name,
+            image=self._image(store, workspace, wanted),
+            like=self._overlay.upper_root,
+        )
+        try:
+            directory = workspace.open()
+            # The mount keeps its work directory: what is staged there, and its locks, go on.
+            sysio.rmdir_at(directory, layout.NEXT_WORK)
+        except BaseException:
+            adoption.cancel()
+            raise
+        return adoption, directory
+
+    @staticmethod
+    def _image(store: LayerStore, workspace: Workspace, wanted: Commit) -> ImageRecord | None:
+        if wanted.image is None:
+            return None
+        base = committing.base_of(store, workspace.record.image, workspace.record.layers)
+        return committing.on_top(wanted.image, store.stack_of_workspace(workspace), base, wanted)
+
+    async def _switch(self, store: LayerStore, adoption: Adoption, directory: int) -> tuple[SyncBarrier, float]:
+        tree = os.path.join(store.path, layout.LAYERS, adoption.id.encode(), layout.TREE)
+        reseat = self._overlay.prepare_reseat()
+        for attempt in range(1, _ATTEMPTS + 1):
+            await self._settle(reseat)
+            await self._engine.gate.close()
+            began = time.monotonic()
+            try:
+                self._refuse_unseen_writers()
+                if attempt < _ATTEMPTS and not reseat.is_settled():
+                    continue
+                barrier = self._overlay.hold_syncs()
+                try:
+                    reseat.switch(adoption.next_upper, tree, lambda: adoption.take(directory, layout.UPPER))
+                except BaseException:
+                    self._overlay.release_syncs(barrier)
+                    raise
+                return barrier, time.monotonic() - began
+            finally:
+                self._engine.gate.open()
+        raise AssertionError("the last attempt settles what is left")
+
+    async def _settle(self, reseat: Reseat) -> None:
+        """Settle in small pieces, each a change of its own."""
+        steps = reseat.settle()
+        going_on = True
+        while going_on:
+            async with self._engine.gate.change():
+                going_on = _advance(steps)
+            await trio.lowlevel.checkpoint()
+
+    def _refuse_unseen_writers(self) -> None:
+        count = len(self._engine.nodes_written_past_us())
+        if count:
+            raise UserError(
+                f"{count} open files are read and written past the daemon (io=passthrough), so a commit could not "
+                "tell what it holds; close them, or mount with io=cached"
+            )
+
+    def _make_lasting(self, adoption: Adoption) -> None:
+        """Sync, then let the workspace and the image follow. In a thread."""
+        self._overlay.sync()
+        adoption.settle()
+
+    @contextmanager
+    def _released(self, barrier: SyncBarrier) -> Iterator[None]:
+        """Let waiting fsyncs go on at the end of the context, with the error that ends it if there is one."""
+        try:
+            yield
+        except OSError as error:
+            self._overlay.release_syncs(barrier, error)
+            raise
+        finally:
+            self._overlay.release_syncs(barrier)
+
+
+def _advance(steps: Iterator[Any]) -> bool:
+    """Take some steps; return whether there are more."""
+    return all(next(steps, _END) is not _END for _ in range(_PIECE))
+
+
+_END = object()
