@@ -35,6 +35,7 @@ _MOST_WAITING = 100_000  # deletions in directories that have not come yet
 _LARGE = 64 << 20  # bytes of a file for which it is worth asking how much room there is
 _SOLID = 64 * 1024
 _NOTHING = bytes(_SOLID)
+_SMALLEST_HOLE = 4096
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _DEFAULT_ACL = b"system.posix_acl_default"
 _LOCAL = frozenset((b"security.selinux", b"system.nfs4_acl"))
@@ -484,4 +485,6 @@ def write_solid(fd: int, offset: int, data: memoryview) -> int:
 
 def _is_zero(block: memoryview) -> bool:
     # Nearly every block is told from its edges.
-    return len(block) == _SOLID and not block[0] and not block[-1] and bytes(block) == _NOTHING
+    if len(block) < _SMALLEST_HOLE or block[0] or block[-1]:
+        return False
+    return bytes(block) == _NOTHING[: len(block)]
