@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import leftovers, processes, requirements
+from tests.support import engines, leftovers, processes, requirements
 
 DRIVER_NAMES = ("plain", "fs", "fuse", "pyfuse3", "kernel")
 # Drivers that only some tests ask for, and the one that they go with
@@ -19,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--drivers", default=",".join(DRIVER_NAMES), help="the drivers of the behaviour suite, with commas"
     )
+    parser.addoption(
+        "--engine", choices=engines.NAMES, help="the engine of every mount that names none (default: what users get)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "on(*drivers): run only on these drivers; elsewhere the operation makes no sense"
     )
     config.addinivalue_line("markers", "deviates(driver, reason): this driver is known to fail, and must fail, here")
+    config.addinivalue_line("markers", "engine(name): what only this engine does; a mount by another is not tried")
+    engines.choose(config.getoption("--engine"))
     processes.adopt()
 
 
@@ -36,13 +41,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of which `--drivers` left no variant are not tests of this run."""
-    items[:] = [item for item in items if "NOTSET" not in getattr(getattr(item, "callspec", None), "id", "")]
+    items[:] = [
+        item
+        for item in items
+        if "NOTSET" not in getattr(getattr(item, "callspec", None), "id", "") and _is_of_this_engine(item)
+    ]
+
+
+def _is_of_this_engine(item: pytest.Item) -> bool:
+    """Whether the engine of this run does what the test asks for; for tests with drivers `_drivers` has seen to it."""
+    marker = item.get_closest_marker("engine")
+    has_driver = "driver" in getattr(getattr(item, "callspec", None), "params", {})
+    return marker is None or has_driver or marker.args[0] == engines.current()
 
 
 def _drivers(metafunc: pytest.Metafunc) -> list[object]:
     chosen = metafunc.config.getoption("--drivers").split(",")
     marker = next(iter(metafunc.definition.iter_markers("on")), None)
-    wanted = DRIVER_NAMES if marker is None else _both_engines(marker.args)
+    names = DRIVER_NAMES if marker is None else _both_engines(marker.args)
+    wanted = [name for name in names if _is_served(name, metafunc)]
     known = {item.args[0]: item.kwargs["reason"] for item in metafunc.definition.iter_markers("deviates")}
     return [pytest.param(name, marks=_marks(name, known)) for name in wanted if VARIANTS.get(name, name) in chosen]
 
@@ -50,6 +67,15 @@ def _drivers(metafunc: pytest.Metafunc) -> list[object]:
 def _both_engines(names: tuple[str, ...]) -> tuple[str, ...]:
     """What holds for our mount holds for both engines."""
     return tuple(each for name in names for each in ((name, "pyfuse3") if name == "fuse" else (name,)))
+
+
+def _is_served(name: str, metafunc: pytest.Metafunc) -> bool:
+    """Whether a driver's mounts have the engine that the test names, and are not another driver's under `--engine`."""
+    engine = {"fuse": engines.current(), "command": engines.current(), "pyfuse3": engines.PYFUSE3}.get(name)
+    marker = next(iter(metafunc.definition.iter_markers("engine")), None)
+    if engine is None or (marker is not None and marker.args[0] != engine):
+        return engine is None
+    return engines.asked() is None or name != ("fuse" if engines.asked() == engines.PYFUSE3 else "pyfuse3")
 
 
 def _marks(name: str, known: dict[str, str]) -> list[pytest.MarkDecorator]:

@@ -34,26 +34,43 @@ _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctype
 class FuseMount:
     """A mount that this process serves, with its descriptor of /dev/fuse, non-blocking."""
 
-    def __init__(self, fd: int, mountpoint: bytes) -> None:
+    def __init__(self, fd: int, mountpoint: bytes, device: bytes | None) -> None:
         self.fd = fd
         self._mountpoint = mountpoint
-        found = mounted_on(mountpoint)
-        self._device = found.device if found is not None else None
+        self._device = device
 
     def detach(self) -> None:
         """Unmount if our mount is still there, and close the connection."""
+        try:
+            self._unmount()
+        except OSError:  # no descriptor is left to look through: ours is one
+            self.close()
+            self._unmount()
+        else:
+            self.close()
+
+    def _unmount(self) -> None:
         found = mounted_on(self._mountpoint)
         if found is not None and found.device == self._device:
             with contextlib.suppress(MountError):  # closing the connection ends it as well
                 detach(self._mountpoint, lazy=True)
+
+    def close(self) -> None:
+        """Close the connection; a mount that is still there is dead then."""
         os.close(self.fd)
 
 
 def attach(mountpoint: bytes, settings: MountSettings) -> FuseMount:
     """Mount at a directory; MountError with the reason."""
     fd = _mount(mountpoint, settings) if os.geteuid() == 0 else _fusermount(mountpoint, settings)
+    try:
+        found = mounted_on(mountpoint)
+    except OSError as error:  # no descriptor is left: then nothing could be served either
+        os.close(fd)
+        detach(mountpoint, lazy=True)
+        raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {error.strerror}") from None
     os.set_blocking(fd, False)
-    return FuseMount(fd, mountpoint)
+    return FuseMount(fd, mountpoint, None if found is None else found.device)
 
 
 def _mount(mountpoint: bytes, settings: MountSettings) -> int:
@@ -70,7 +87,7 @@ def _mount(mountpoint: bytes, settings: MountSettings) -> int:
     if _libc.mount(settings.source, mountpoint, kind, _flags(settings), data) < 0:
         code = ctypes.get_errno()
         os.close(fd)
-        raise MountError(f"cannot mount at {os.fsdecode(mountpoint)}: {os.strerror(code)}")
+        raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {os.strerror(code)}")
     return fd
 
 
@@ -109,7 +126,7 @@ def _fusermount(mountpoint: bytes, settings: MountSettings) -> int:
             raise MountError(f"{_FUSERMOUNT} is missing; install the package fuse3") from None
         if done.returncode != 0:
             reason = done.stderr.decode(errors="replace").strip().removeprefix(f"{_FUSERMOUNT}: ")
-            raise MountError(f"cannot mount at {os.fsdecode(mountpoint)}: {reason}")
+            raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {reason}")
         return _received(ours)
 
 

@@ -98,9 +98,9 @@ def test_mounts(job: Path) -> None:
     found = _found(job)
     assert found["lower"] == [f"{job}/a", f"{job}/b"]
     assert (found["upper"], found["work"], found["source"]) == (f"{job}/u", f"{job}/u.work", "overlayfs")
-    assert found["engine"] == "pyfuse3" and not found["read_only"] and os.path.exists(f"/proc/{found['pid']}")
+    assert found["engine"] == "kernel" and not found["read_only"] and os.path.exists(f"/proc/{found['pid']}")
     (line,) = [line for line in cli(job, "overlayfs mounts").out.splitlines() if line.startswith(f"{job}/m ")]
-    assert line.split() == [f"{job}/m", "pyfuse3", str(found["pid"]), f"{job}/u", f"{job}/a:{job}/b"]
+    assert line.split() == [f"{job}/m", "kernel", str(found["pid"]), "-", f"{job}/u", f"{job}/a:{job}/b"]
     assert f"{job}/m" in cli(job, "overlayfs mounts -q").out.splitlines()
 
 
@@ -150,8 +150,8 @@ def test_stats(job: Path) -> None:
     mount(job)
     (job / "m/new").write_text("new\n")
     document = json.loads(cli(job, "overlayfs stats m --json").out)
-    assert document["engine"] == "pyfuse3" and document["requests"]["CREATE"] == 1
-    assert cli(job, "overlayfs stats m").out.startswith("pyfuse3, up ")
+    assert document["engine"] == "kernel" and document["requests"]["CREATE"] == 1
+    assert cli(job, "overlayfs stats m").out.startswith("kernel, up ")
 
 
 def test_stats_watch_ends_by_interrupt(job: Path) -> None:

@@ -12,7 +12,7 @@ from typing import IO
 import pytest
 
 from tests.mounted.polling import until
-from tests.support import processes, syscalls
+from tests.support import engines, processes, syscalls
 from tests.support.requirements import need, need_root
 
 PROGRAM = str(Path(sys.executable).with_name("overlayfs"))
@@ -36,7 +36,7 @@ class Stack:
     def options(self) -> str:
         """The option string of the mount."""
         base = self.base
-        return f"lowerdir={base}/top:{base}/low,upperdir={self.upper},workdir={self.work}"
+        return engines.option(f"lowerdir={base}/top:{base}/low,upperdir={self.upper},workdir={self.work}")
 
     def command(self, *flags: str, options: str = "", point: Path | None = None) -> list[str]:
         """The words that mount it."""
@@ -86,8 +86,9 @@ class Mount:
         return self._watch(command, subprocess.PIPE, environment or {})
 
     def faulty(self, fault: Path, log: IO[str]) -> "Foreground":
-        """Mount in the foreground with verbs that fail as the file `fault` says."""
-        command = [sys.executable, "-m", "tests.mounted.faulty", str(fault), self.stack.options, str(self.point)]
+        """Mount in the foreground with verbs that fail as the file `fault` says; no data goes past them."""
+        options = f"{self.stack.options},io=cached"
+        command = [sys.executable, "-m", "tests.mounted.faulty", str(fault), options, str(self.point)]
         return self._watch(command, log, {})
 
     def _watch(self, command: list[str], errors: IO[str] | int, environment: dict[str, str]) -> "Foreground":

@@ -17,6 +17,7 @@ from typing import Any
 from overlayfs.errors import UserError
 from overlayfs.fs.nodes import NodeTable
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fs.space import Space
 from overlayfs.mount import life
 from overlayfs.mount.options import Draft
 
@@ -32,7 +33,8 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 def main(fault: str, options: str, mountpoint: str) -> int:
     """Mount until the end of the mount."""
-    for owner, name in (*((Overlay, name) for name in _verbs(Overlay)), (NodeTable, "forget"), (NodeTable, "remember")):
+    verbs = [(owner, name) for owner in (Overlay, Space) for name in _verbs(owner)]
+    for owner, name in (*verbs, (NodeTable, "forget"), (NodeTable, "remember")):
         setattr(owner, name, _failing(getattr(owner, name), name, Path(fault)))
     draft = Draft()
     draft.read(f"{options},debug".encode())

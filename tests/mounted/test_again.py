@@ -13,7 +13,7 @@ import pytest
 
 from tests.mounted.conftest import Mount
 from tests.mounted.polling import until
-from tests.support import processes, syscalls
+from tests.support import engines, processes, syscalls
 
 BIND = 4096
 
@@ -121,7 +121,7 @@ def test_an_upper_in_use_is_known_by_any_path(mount: Mount) -> None:
     syscalls.mount(os.fsencode(mount.stack.base), os.fsencode(alias), b"none", BIND, b"")
     before = processes.children()
     try:
-        options = f"lowerdir={mount.stack.base}/low,upperdir={alias}/u,workdir={alias}/w"
+        options = engines.option(f"lowerdir={mount.stack.base}/low,upperdir={alias}/u,workdir={alias}/w")
         command = [mount.stack.command()[0], "mount", "-o", options, str(_second_point(mount))]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     finally:

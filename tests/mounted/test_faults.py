@@ -1,13 +1,14 @@
 """No exception from any verb ends the daemon, switches a request off for good, or leaves a caller without an answer."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from tests.mounted.conftest import Mount
-from tests.support import syscalls
+from tests.support import engines, syscalls
 
 EXPECTED = {
     "EDQUOT": errno.EDQUOT,
@@ -74,15 +75,21 @@ def _on_open(path: Path, flags: int, act: Callable[[int], object]) -> Callable[[
 
 
 def _read_lower(scene: Scene) -> Act:
-    descriptor = scene.opened(scene.lower_file(), os.O_RDONLY)
+    descriptor = scene.opened(scene.lower_file(), os.O_RDONLY | os.O_DIRECT)  # never answered from memory
     return lambda: os.read(descriptor, 10)
 
 
 FILE, HERE = Path("file"), Path()
 
+FS_IOC_GETFLAGS = 0x80086601
+
+
+def _unnamed(scene: Scene) -> Act:
+    return lambda: scene.opened(scene.directory, os.O_TMPFILE | os.O_RDWR)
+
+
 # verb -> from a scene, the call that reaches it, everything before it done
-CALLS: dict[str, Callable[[Scene], Act]] = {
-    "lookup": lambda scene: lambda: os.lstat(scene.directory / "absent"),
+_BOTH: dict[str, Callable[[Scene], Act]] = {
     "attributes": lambda scene: lambda: os.lstat(scene.lower_file()),
     "remember": lambda scene: lambda: os.lstat(scene.lower_file()),
     "set_attributes": lambda scene: lambda: os.chmod(scene.file, 0o600),
@@ -105,10 +112,6 @@ CALLS: dict[str, Callable[[Scene], Act]] = {
     "write": _on_open(FILE, os.O_WRONLY, lambda descriptor: os.write(descriptor, b"x")),
     "prepare_fsync": _on_open(FILE, os.O_WRONLY, os.fsync),
     "release": lambda scene: _closing(scene.file),
-    "open_dir": lambda scene: lambda: os.listdir(scene.directory),
-    "read_dir": lambda scene: lambda: os.listdir(scene.directory),
-    "prepare_fsync_dir": _on_open(HERE, os.O_RDONLY, os.fsync),
-    "release_dir": lambda scene: _closing(scene.directory),
     "getxattr": lambda scene: lambda: os.getxattr(scene.file, "user.a"),
     "listxattr": lambda scene: lambda: os.listxattr(scene.file),
     "setxattr": lambda scene: lambda: os.setxattr(scene.file, "user.b", b"c"),
@@ -116,6 +119,32 @@ CALLS: dict[str, Callable[[Scene], Act]] = {
     "statfs": lambda scene: lambda: os.statvfs(scene.directory),
     "forget": lambda scene: lambda: os.unlink(scene.file),
 }
+_OWN: dict[str, dict[str, Callable[[Scene], Act]]] = {
+    engines.PYFUSE3: {
+        "lookup": lambda scene: lambda: os.lstat(scene.directory / "absent"),
+        "open_dir": lambda scene: lambda: os.listdir(scene.directory),
+        "read_dir": lambda scene: lambda: os.listdir(scene.directory),
+        "prepare_fsync_dir": _on_open(HERE, os.O_RDONLY, os.fsync),
+        "release_dir": lambda scene: _closing(scene.directory),
+    },
+    engines.KERNEL: {
+        "find": lambda scene: lambda: os.lstat(scene.directory / "absent"),
+        "read_dir_at": lambda scene: lambda: os.listdir(scene.directory),
+        "prepare_fsync_dir_at": _on_open(HERE, os.O_RDONLY, os.fsync),
+        "descriptor": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
+        "masked": lambda scene: lambda: os.mkdir(scene.directory / "new"),
+        "create_unnamed": _unnamed,
+        "seek": _on_open(FILE, os.O_RDONLY, lambda descriptor: os.lseek(descriptor, 0, os.SEEK_DATA)),
+        "allocate": _on_open(
+            FILE, os.O_RDWR, lambda descriptor: syscalls.fallocate(descriptor, syscalls.KEEP_SIZE, 0, 10)
+        ),
+        "read_flags": _on_open(
+            FILE, os.O_RDONLY, lambda descriptor: fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytearray(8))
+        ),
+    },
+}
+CALLS = _BOTH | _OWN[engines.current()]
+ABSENT = {"lookup", "find"}  # what they answer when nothing fails is ENOENT
 
 
 def _outcome(act: Act) -> int:
@@ -156,7 +185,7 @@ def _try_all(mount: Mount, fault: Path) -> list[str]:
             if found != (0 if verb in SILENT else code):
                 wrong.append(f"{verb} with {error}: {errno.errorcode.get(found, 'success')}")
             again = _outcome(prepare(scene.fresh()))  # the kernel must still ask
-            if again != (errno.ENOENT if verb == "lookup" else 0):
+            if again != (errno.ENOENT if verb in ABSENT else 0):
                 wrong.append(f"{verb} after {error}: {errno.errorcode.get(again, '')}")
             scene.close()
     return wrong

@@ -150,11 +150,12 @@ def test_a_refusal_is_one_sentence_and_leaves_nothing(
     assert _lines(mount.stack.point) == []
 
 
-def test_a_daemon_that_dies_at_once_is_an_error(mount: Mount) -> None:
-    """Descriptors run out before anything is mounted."""
+@pytest.mark.parametrize("descriptors", [10, 11, 12, 13, 14])
+def test_a_daemon_that_dies_at_once_is_an_error(mount: Mount, descriptors: int) -> None:
+    """Descriptors run out while the layers are opened, or just before or after the mount is made."""
     before = processes.children()
     done = subprocess.run(
-        ["sh", "-c", 'ulimit -n 12; exec "$@"', "sh", *mount.stack.command()],
+        ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *mount.stack.command()],
         capture_output=True,
         text=True,
         timeout=30,

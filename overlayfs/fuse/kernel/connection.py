@@ -24,6 +24,9 @@ class Attachment(Protocol):
     def detach(self) -> None:
         """Unmount if it is still there, and close the descriptor."""
 
+    def close(self) -> None:
+        """Only close the descriptor."""
+
 
 class Attacher(Protocol):
     """Makes a mount; MountError with the reason."""

@@ -84,9 +84,13 @@ class KernelEngine(Engine):
 
     def detach(self) -> None:
         """Unmount if still mounted, and close the connection."""
-        if self._attachment is not None:
+        if self._attachment is None:
+            return
+        if self._ended:  # nothing is mounted, or what was cut off, which those who ask why must find
+            self._attachment.close()
+        else:
             self._attachment.detach()
-            self._attachment = None
+        self._attachment = None
 
     def prepare_write_out(self) -> Callable[[], None]:
         """Return the call that has the kernel write out and drop the pages of every file that may be dirty."""

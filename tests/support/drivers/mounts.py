@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from tests.support import processes, syscalls
+from tests.support import engines, processes, syscalls
 from tests.support.builder import build
 from tests.support.drivers.base import Tree
 from tests.support.drivers.posix import PosixRaw
@@ -82,7 +82,7 @@ def run(*command: str) -> str:
 
 
 class FuseMount(Tree):
-    """The mount helper and its daemon, which becomes a child of the tests; `engine` None leaves the choice open."""
+    """The mount helper and its daemon, which becomes a child of the tests; `engine` None takes the one of the run."""
 
     name = "fuse"
     program: ClassVar[tuple[str, ...]] = (f"{COMMAND}-mount",)
@@ -90,8 +90,9 @@ class FuseMount(Tree):
 
     def _start(self) -> Raw:
         options = dict(self.options)
-        if self.engine is not None:
-            options["engine"] = self.engine
+        engine = self.engine or engines.asked()
+        if engine is not None:
+            options.setdefault("engine", engine)
         before = processes.children()
         try:
             self.messages = run(*self.program, "-o", option_string(self, options), str(self.stack.mountpoint))
