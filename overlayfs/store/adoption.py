@@ -44,11 +44,11 @@ class Adoption:
         self._adopter = adopter
         self._intent = intent
         self._hold = hold
-        self._directory = adopter.place.open(layer_path(intent.layer))
         self._taken_from: int | None = None
         self.settled = False
         if intent.workspace is not None and like is not None:
             adopter.prepare_workspace(intent.workspace, like)
+        self._directory = adopter.place.open(layer_path(intent.layer))
 
     @property
     def id(self) -> str:
@@ -155,11 +155,21 @@ class Adopter:
             name = layout.image_name(image.name)
             image = msgspec.structs.replace(image, name=name, layers=(record.id, *image.layers))
         intent = Intent(layer=record.id, workspace=workspace, image=image)
-        with self.place.adding():
-            self._check_layers(image)
-            hold = self._make_directory(record)
-            self.place.write(self.place.rooms[layout.INTENTS], record.id.encode(), records.encode(intent))
-        return Adoption(self, intent, hold, like)
+        with contextlib.ExitStack() as failing:
+            with self.place.adding():
+                self._check_layers(image)
+                hold = self._make_directory(record)
+                failing.callback(hold.release)
+                failing.callback(self._undo_begun, intent)
+                self.place.write(self.place.rooms[layout.INTENTS], record.id.encode(), records.encode(intent))
+            adoption = Adoption(self, intent, hold, like)
+            failing.pop_all()
+        return adoption
+
+    def _undo_begun(self, intent: Intent) -> None:
+        """Take back a beginning that failed; what fails here too is left for `recover` and gc."""
+        with contextlib.suppress(OSError):
+            self.undo(intent)
 
     def _check_layers(self, image: ImageRecord | None) -> None:
         for layer_id in () if image is None else image.layers[1:]:

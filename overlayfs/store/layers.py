@@ -276,12 +276,15 @@ class StagedLayer:
         self.id = layer_id
         self._name = layer_id.encode()
         self._published = False
-        with self._place.adding():
-            sysio.mkdir_at(self._place.rooms[layout.STAGING], self._name, 0o700)
-            self._directory = self._place.open(layout.STAGING + b"/" + self._name)
-            self._hold = locks.make(self._directory, shared=True)
-        sysio.mkdir_at(self._directory, layout.TREE, 0o755)
-        self.tree_fd = sysio.open_child(self._directory, layout.TREE, _DIRECTORY)
+        with contextlib.ExitStack() as failing:
+            with self._place.adding():
+                sysio.mkdir_at(self._place.rooms[layout.STAGING], self._name, 0o700)
+                self._directory = self._place.open(layout.STAGING + b"/" + self._name)
+                failing.callback(sysio.close, self._directory)
+                self._hold = failing.enter_context(locks.make(self._directory, shared=True))
+            sysio.mkdir_at(self._directory, layout.TREE, 0o755)
+            self.tree_fd = sysio.open_child(self._directory, layout.TREE, _DIRECTORY)
+            failing.pop_all()
 
     @property
     def tree_path(self) -> bytes:
@@ -294,10 +297,10 @@ class StagedLayer:
     def __exit__(self, *_: object) -> None:
         self._close()
         if not self._published:
-            with contextlib.suppress(FileNotFoundError):
+            with self._hold, contextlib.suppress(OSError):  # what cannot go now goes with the next gc
                 self._place.discard(layout.STAGING, self._name)
-            self._hold.release()
-            self._place.empty_trash()
+            with contextlib.suppress(OSError):
+                self._place.empty_trash()
 
     def _close(self) -> None:
         for fd in (self.tree_fd, self._directory):
