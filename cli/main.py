@@ -15,7 +15,7 @@ DEBUG_VARIABLE = "OVERLAYFS_DEBUG"  # set: an unexpected error ends with its tra
 COMMANDS = (  # in the order of --help
     *("mount", "umount", "mounts", "commit", "diff", "why", "stats"),
     *("import", "export", "push", "pull"),
-    *("images", "layers", "workspaces", "log", "tag", "rm", "gc"),
+    *("images", "layers", "workspaces", "log", "tag", "squash", "rm", "verify", "gc"),
     "bench",
 )
 INTERRUPTED = 130

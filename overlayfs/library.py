@@ -9,6 +9,7 @@
 Each method loads what it needs when it is called.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from overlayfs.store.store import LayerStore
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from overlayfs.oci.pull import Pulled
     from overlayfs.oci.push import Pushed
     from overlayfs.oci.transfer import OnStep
+    from overlayfs.store.compare import Change
     from overlayfs.store.records import ImageRecord
+    from overlayfs.store.scan import Progress
+    from overlayfs.store.verify import Checked
 
 
 class Store(LayerStore):
@@ -122,3 +126,50 @@ class Store(LayerStore):
             return push.push(
                 self, name, found, wire=line, on_step=on_step or transfer.unseen, notice=notice or blobs.ignore
             )
+
+    def squash(
+        self,
+        name: str,
+        target: str,
+        last: int | None = None,
+        *,
+        message: str = "",
+        author: str = "",
+        progress: "Progress | None" = None,
+        hashed: "Progress | None" = None,
+    ) -> "ImageRecord":
+        """Call the image `name`, with its `last` topmost layers (None: all) made one, `target`, and return that.
+
+        `progress` is told entries and bytes while the layer is written, `hashed` while it is read again. UserError:
+        nothing is left behind.
+        """
+        from overlayfs.store import squash
+
+        return squash.squash_image(
+            self, name, target, last, message=message, author=author, progress=progress, hashed=hashed
+        )
+
+    def verify(
+        self, given: str | None = None, *, threads: int | None = None, progress: "Progress | None" = None
+    ) -> "Checked":
+        """Read an image, a workspace's layers or a layer, None for the whole store, and say what is not as recorded.
+
+        `progress` is told entries and bytes. Problems are part of the result; UserError for what is not there at all.
+        """
+        from overlayfs.store import verify
+
+        return verify.verify(self.place, self._named(given), threads, progress)
+
+    def _named(self, given: str | None) -> tuple[str, ...] | None:
+        return None if given is None else self._ids_of(given)
+
+    def diff(self, before: str | None, after: str) -> "Iterator[Change]":
+        """Yield what leads from one image, workspace or layer to another; None is what `after` has below its top.
+
+        Changes of a workspace count as they are on the disk. UserError for what is not there or cannot be read.
+        """
+        from overlayfs.store import compare, trees
+
+        names = [after] if before is None else [before, after]
+        with trees.hold(self, *names):
+            yield from compare.compare(*trees.pair(self, before, after))

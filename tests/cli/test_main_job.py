@@ -119,8 +119,10 @@ def test_diff(job: Path) -> None:
     assert cli(job, "overlayfs diff m") == (0, "".join(f"{kind} {path}\n" for kind, path in CHANGES), "")
     document = json.loads(cli(job, "overlayfs diff m --json").out)
     assert document == {"changes": [{"kind": kind, "path": path} for kind, path in CHANGES]}
-    assert cli(job, "overlayfs diff m --stat").out == "1 added, 2 changed, 1 deleted\n"
-    assert json.loads(cli(job, "overlayfs diff m --stat --json").out) == {"added": 1, "changed": 2, "deleted": 1}
+    assert cli(job, "overlayfs diff m --stat").out == "1 added, 2 changed, 1 deleted; 12 B in, 15 B out\n"
+    assert json.loads(cli(job, "overlayfs diff m --stat --json").out) == {
+        "added": 1, "changed": 2, "deleted": 1, "bytes_in": 12, "bytes_out": 15
+    }  # fmt: skip
 
 
 def test_why(job: Path) -> None:

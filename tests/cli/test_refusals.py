@@ -49,7 +49,11 @@ WRONG_USAGE = [
     (("mount", "-o", "lowerdir=/a,timeout=x", "/m"), "option timeout=x is not a number of seconds"),
     (("umount",), "missing argument 'MNT...'; see 'overlayfs umount --help'"),
     (("mounts", "/m"), "got unexpected extra argument (/m); see 'overlayfs mounts --help'"),
-    (("commit", "/m"), "missing option '--to'; see 'overlayfs commit --help'"),
+    (
+        ("commit", "/m", "--to", "/d", "-t", "site"),
+        "-t, -m, --author, --allow-empty, --wait and --store mean a store; leave them out with --to",
+    ),
+    (("commit", "/m", "--store", "/s"), "a mount knows its store; leave --store out"),
     (
         ("commit", "--to", "/d"),
         "give either a mount point or --upper with its --lower; see 'overlayfs commit --help'",
@@ -66,7 +70,7 @@ WRONG_USAGE = [
         ("commit", "/m", "--lower", "/a", "--to", "/d"),
         "--lower and --work describe an unmounted upper; leave them out with a mount point",
     ),
-    (("diff",), "missing argument 'MNT'; see 'overlayfs diff --help'"),
+    (("diff",), "missing argument 'MNT|WORKSPACE|IMAGE'; see 'overlayfs diff --help'"),
     (("why", "/m"), "missing argument 'PATH'; see 'overlayfs why --help'"),
     (("stats",), "missing argument 'MNT'; see 'overlayfs stats --help'"),
 ]
@@ -88,6 +92,7 @@ NOT_MOUNTED = "{} is not a mount of overlayfs; see `overlayfs mounts`"
         (("why", "{}", "a"), 1),
         (("stats", "{}"), 1),
         (("commit", "{}", "--to", "/nowhere/new"), 1),
+        (("commit", "{}", "-t", "site"), 1),
     ],
 )
 def test_a_directory_that_is_no_mount(overlayfs: Run, tmp_path: Path, words: tuple[str, ...], code: int) -> None:

@@ -1,0 +1,48 @@
+"""`overlayfs squash`: several layers become one."""
+
+import click
+
+from overlayfs_cli import output, progress, storage
+from overlayfs_cli.command import command
+
+
+@command(
+    "Make one layer of the topmost layers of an image.",
+    """
+    overlayfs squash site -t site:small
+    overlayfs squash site -t site:small --last 2
+    """,
+)
+@click.argument("image", metavar="IMAGE")
+@click.option("-t", "--tag", "name", metavar="NAME", required=True, help="What the new image is called.")
+@click.option("--last", metavar="N", type=click.IntRange(min=1), help="Only the N topmost layers [all].")
+@click.option("-m", "--message", metavar="TEXT", default="", help="What the new layer is.")
+@storage.option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the layer's id alone, and no progress.")
+def squash(
+    image: str, name: str, last: int | None, message: str, store: bytes | None, as_json: bool, quiet: bool
+) -> None:
+    """Make one layer of the topmost layers of IMAGE, and an image NAME that shows the same tree; IMAGE stays.
+
+    Hard links, holes and attributes are kept. The new layer hides what the old ones hid, and needs none below it.
+    """
+    with storage.opened(store) as opened, progress.line(quiet) as show:
+        made = opened.squash(
+            image,
+            name,
+            last,
+            message=message,
+            author=storage.author(),
+            progress=lambda entries, size: show(f"{entries} entries, {storage.size_text(size)}"),
+            hashed=lambda entries, size: show(f"reading it again: {entries} entries, {storage.size_text(size)}"),
+        )
+        layer = opened.layer(made.layers[0])
+    if as_json:
+        record = layer.record
+        output.show_json({
+            "image": made.name, "layer": layer.id, "layers": list(made.layers),
+            "size": record.size, "entries": record.entries,
+        })  # fmt: skip
+    else:
+        click.echo(layer.id)

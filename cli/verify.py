@@ -1,0 +1,95 @@
+"""`overlayfs verify`: whether everything in the store is as it was when it was put there."""
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from overlayfs_cli import output, progress, storage
+from overlayfs_cli.command import command
+
+if TYPE_CHECKING:
+    from overlayfs import Store
+    from overlayfs.store.verify import Checked, Problem
+
+FILES = ("record", "manifest", "index")  # of the store itself: what is named is not a path of a tree
+
+
+@command(
+    "Read everything in the store again and name what is damaged.",
+    """
+    overlayfs verify
+    overlayfs verify site
+    """,
+)
+@click.argument("what", metavar="[IMAGE|LAYER]", required=False)
+@storage.option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong, and no progress.")
+@click.pass_context
+def verify(context: click.Context, what: str | None, store: bytes | None, as_json: bool, quiet: bool) -> None:
+    """Hold every file of an image, of a layer or of the whole store against what was recorded when it was made.
+
+    Each line names one thing that is damaged, missing, extra or unreadable, and what differs; the exit code is 1 then.
+    """
+    with storage.opened(store) as opened, progress.line(quiet) as show:
+        total = storage.size_text(_size_of(opened, what))
+        checked = opened.verify(
+            what, progress=lambda entries, size: show(f"{entries} entries, {storage.size_text(size)} of {total}")
+        )
+    if as_json:
+        output.show_json(_document(checked))
+    else:
+        _show(checked, quiet)
+    if checked.problems:
+        context.exit(1)
+
+
+def _size_of(store: "Store", what: str | None) -> int:
+    layers = store.layers() if what is None else iter(store.stack_of(what))
+    return sum(layer.record.size for layer in layers)
+
+
+def _document(checked: "Checked") -> dict[str, object]:
+    return {
+        "layers": checked.layers,
+        "entries": checked.entries,
+        "size": checked.size,
+        "unfinished": list(checked.unfinished),
+        "problems": [_problem(each) for each in checked.problems],
+    }
+
+
+def _problem(found: "Problem") -> dict[str, object]:
+    return {
+        "layer": found.layer or None,
+        "path": os.fsdecode(found.path if not found.layer else b"/" + found.path),
+        "kind": found.kind,
+        "differs": list(found.differs),
+    }
+
+
+def _show(checked: "Checked", quiet: bool) -> None:
+    for problem in checked.problems:
+        click.echo(_line(problem))
+    if quiet:
+        return
+    for layer_id in checked.unfinished:
+        click.echo(f"layer {storage.short(layer_id)} has not been hashed yet: nothing to hold it against", err=True)
+    if not checked.problems:
+        size = storage.size_text(checked.size)
+        click.echo(f"{checked.layers} layers, {checked.entries} entries, {size}: as recorded")
+
+
+def _line(problem: "Problem") -> str:
+    differs = f": {', '.join(problem.differs)}" if problem.differs else ""
+    if not problem.layer:
+        return f"{_word(problem.kind)} {output.path_text(problem.path)}{differs}"
+    where = f"layer {storage.short(problem.layer)}"
+    if problem.kind in FILES:
+        return f"{_word(problem.kind)} {where} {problem.kind}{differs}"
+    return f"{problem.kind} {where} {output.path_text(b'/' + problem.path)}{differs}"
+
+
+def _word(kind: str) -> str:
+    return "damaged" if kind in FILES else kind

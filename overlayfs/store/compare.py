@@ -1,0 +1,422 @@
+"""Comparison: what leads from one tree to another, each of them a stack of layers.
+
+Both are looked at as a mount would show them, so redirects, metadata-only copies, opaque directories and whiteouts
+count by what they do. What both have from the same layers is not looked into.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from overlayfs import sysio
+from overlayfs.errors import UserError
+from overlayfs.format import origin, xattrs
+from overlayfs.fs.config import StackConfig
+from overlayfs.fs.nodes import Dir, File, Key, Node
+from overlayfs.fs.overlay import Overlay
+from overlayfs.store.entries import travels
+from overlayfs.tree.layer import Layer, join
+
+ADDED, CHANGED, DELETED = "A", "C", "D"
+_BLOCK = 1 << 20
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+
+
+class Tree(NamedTuple):
+    """One of the two. `layers` are directories, top first; none at all is an empty tree.
+
+    plain: the positions of layers that are known to hold no redirects. link_index: for an upper on top, the directory
+    that joins hard links which were copied up under one of their names only.
+    """
+
+    layers: tuple[bytes, ...]
+    plain: frozenset[int] = frozenset()
+    link_index: bytes | None = None
+
+
+class Change(NamedTuple):
+    """kind: "A", "C" or "D". path: from the root, which is ``b""``. before, after: bytes of regular files.
+
+    Deleted is listed once, for the topmost name, and counts all that was in it.
+    """
+
+    kind: str
+    path: bytes
+    before: int = 0
+    after: int = 0
+
+
+Progress = Callable[[int], None]
+"""Told how many names have been compared so far."""
+
+
+def compare(before: Tree, after: Tree, progress: Progress | None = None) -> Iterator[Change]:
+    """Yield what leads from `before` to `after`, a directory before what is in it, names sorted as bytes.
+
+    Two things are equal when type, owner, mode, size, modification time, device, target, attributes, content and the
+    names that are hard links of each other are. A directory with a change in it is changed. Neither tree may change
+    meanwhile. UserError for what cannot be read.
+    """
+    with ExitStack() as closing:
+        sides = _Side(before), _Side(after)
+        for side in sides:
+            closing.callback(side.close)
+        try:
+            yield from _Comparison(*sides, progress).run()
+        except OSError as error:
+            raise UserError(f"cannot compare: {error.strerror}{_place(error)}") from error
+
+
+def measured(before: Tree, after: Tree, changes: Iterable[Change]) -> Iterator[Change]:
+    """Yield changes that somebody else has found, with their bytes; what is gone meanwhile counts none."""
+    with ExitStack() as closing:
+        sides = _Side(before), _Side(after)
+        for side in sides:
+            closing.callback(side.close)
+        comparison = _Comparison(*sides, None)
+        yield from map(comparison.measure, changes)
+
+
+def _place(error: OSError) -> str:
+    return f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, bytes) else ""
+
+
+# --- one tree ----------------------------------------------------------------------------------------------
+
+
+class _Object(NamedTuple):
+    """What counts of anything. `key` tells hard links; `places` what real objects hold it, None for a directory."""
+
+    kind: int
+    about: tuple[int, ...]
+    size: int
+    key: Key | None
+    places: tuple[Key, ...] | None
+
+
+class _Side:
+    """One tree, opened; its nodes are those of a read-only overlay of all layers."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._overlay = Overlay(StackConfig(lower=tree.layers)) if tree.layers else None
+        self._index = _open_index(tree.link_index)
+        self._plain = tree.plain
+        self._identities: dict[int, Key] = {}
+        self.root = self._overlay.root if self._overlay is not None else None
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self._overlay is not None:
+            self._overlay.close()
+        if self._index is not None:
+            sysio.close(self._index)
+
+    def names(self, node: Node | None) -> set[bytes]:
+        """Return the names in a directory; none in anything else."""
+        return set(self.overlay.list_names(node)) if isinstance(node, Dir) else set()
+
+    def child(self, node: Node | None, name: bytes) -> Node | None:
+        """Return what a directory shows under a name, None for nothing."""
+        try:
+            return self.overlay.lookup(node, name) if isinstance(node, Dir) else None
+        except FileNotFoundError:
+            return None
+
+    def resolve(self, path: bytes) -> Node | None:
+        """Return what lies at a path, None for nothing."""
+        node: Node | None = self.root
+        for name in filter(None, path.split(b"/")):
+            node = self.child(node, name)
+        return node
+
+    @property
+    def overlay(self) -> Overlay:
+        """The overlay of a tree that is not empty."""
+        assert self._overlay is not None
+        return self._overlay
+
+    # --- identity --------------------------------------------------------------------------------------
+
+    def parts(self, node: Dir) -> tuple[tuple[Key, bytes], ...]:
+        """Return what real directories make up a merged one, top first."""
+        return tuple((self._identity(part.layer), part.path) for part in node.lower)
+
+    def settled(self, node: Dir) -> bool:
+        """Return whether its real directories decide all that is in it: no redirect leads out, no index leads in."""
+        return self._index is None and all(part.layer.index in self._plain for part in node.lower)
+
+    def suffix(self, node: Dir) -> tuple[Key, ...] | None:
+        """Return the layers from a directory's topmost real one down, which decide all that is in it."""
+        if self._index is not None or self._overlay is None:
+            return None
+        return tuple(self._identity(part.layer) for part in self._overlay.root.lower[node.lower[0].layer.index :])
+
+    def _identity(self, layer: Layer) -> Key:
+        found = self._identities.get(layer.index)
+        if found is None:
+            about = sysio.stat_at(layer.root, b"")
+            found = self._identities[layer.index] = (about.st_dev, about.st_ino)
+        return found
+
+    # --- attributes and content ------------------------------------------------------------------------
+
+    def look(self, node: Node) -> _Object:
+        """Return what counts of a node, but for attributes and content."""
+        if isinstance(node, File):
+            joined = self._joined(node)
+            if joined is not None:
+                return self._look_joined(node, joined)
+        found = self.overlay.attributes(node)
+        about = (stat.S_IMODE(found.mode), found.uid, found.gid, found.mtime_ns, _rdev(found.mode, found.rdev))
+        kind = stat.S_IFMT(found.mode)
+        size = found.size if kind == stat.S_IFREG else 0
+        if not isinstance(node, File):
+            return _Object(kind, about, size, None, None)
+        return _Object(kind, about, size, node.keys[0] if found.nlink > 1 else None, self._places(node, node.keys[0]))
+
+    def _places(self, node: File, own: Key) -> tuple[Key, ...]:
+        if node.data is None or not node.data.name:
+            return (own,)
+        below = node.data.layer.stat(node.data.path, node.data.name)
+        return own, (below.st_dev, below.st_ino)
+
+    def _joined(self, node: File) -> bytes | None:
+        """Return the entry of the index that stands for a lower file, or None."""
+        if self._index is None or node.lower is None or node.lower.layer.index == 0:
+            return None
+        layer, path, name = node.lower
+        if layer.stat(path, name).st_nlink < 2:
+            return None
+        came_from = layer.filesystem.origin(sysio.file_handle(layer.dirfd(path), name))
+        entry = None if came_from is None else origin.index_name(came_from)
+        return entry if entry is not None and sysio.exists_at(self._index, entry) else None
+
+    def _look_joined(self, node: File, entry: bytes) -> _Object:
+        assert self._index is not None
+        found = sysio.stat_at(self._index, entry)
+        about = (
+            stat.S_IMODE(found.st_mode),
+            found.st_uid,
+            found.st_gid,
+            found.st_mtime_ns,
+            _rdev(found.st_mode, found.st_rdev),
+        )
+        kind, own = stat.S_IFMT(found.st_mode), (found.st_dev, found.st_ino)
+        size = found.st_size if kind == stat.S_IFREG else 0
+        return _Object(kind, about, size, own, (own,) if self._has_own_data(entry) else self._places(node, own))
+
+    def _has_own_data(self, entry: bytes) -> bool:
+        assert self._index is not None
+        return all(
+            sysio.find_xattr(self._index, entry, xattrs.prefix(mode) + xattrs.METACOPY) is None for mode in xattrs.Mode
+        )
+
+    def details(self, node: Node) -> tuple[bytes, dict[bytes, bytes]]:
+        """Return the target of a symbolic link, and the extended attributes."""
+        entry = self._joined(node) if isinstance(node, File) else None
+        if entry is not None:
+            return self._joined_details(node, entry)
+        target = self.overlay.readlink(node) if node.kind == stat.S_IFLNK else b""
+        names = filter(travels, self.overlay.listxattr(node))
+        return target, {name: self.overlay.getxattr(node, name) for name in names}
+
+    def _joined_details(self, node: Node, entry: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+        assert self._index is not None
+        target = sysio.readlink_at(self._index, entry) if node.kind == stat.S_IFLNK else b""
+        stored = {name: xattrs.shown_name(name) for name in sysio.listxattr_at(self._index, entry)}
+        shown = {name: known for name, known in stored.items() if known is not None and travels(known)}
+        return target, {known: sysio.getxattr_at(self._index, entry, name) for name, known in shown.items()}
+
+    def open(self, node: Node) -> int:
+        """Open the content of a regular file for reading."""
+        assert isinstance(node, File) and self._overlay is not None
+        entry = self._joined(node)
+        if entry is not None and self._index is not None and self._has_own_data(entry):
+            return sysio.open_child(self._index, entry, _READ)
+        place = node.data or node.lower
+        assert place is not None
+        return place.layer.open_file(place.path, place.name)
+
+
+def _rdev(mode: int, rdev: int) -> int:
+    return rdev if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
+
+
+def _open_index(path: bytes | None) -> int | None:
+    """Open the index of an upper; None where there is none, or nothing in it."""
+    if path is None or not os.path.isdir(path):
+        return None
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if sysio.list_dir(fd):
+        return fd
+    sysio.close(fd)
+    return None
+
+
+# --- both --------------------------------------------------------------------------------------------------
+
+
+class _Level(NamedTuple):
+    """A directory that is being compared; either node may be missing. `told` holds one flag: it has been yielded."""
+
+    path: bytes
+    before: Node | None
+    after: Node | None
+    names: Iterator[bytes]
+    told: list[bool]
+
+
+class _Comparison:
+    """One walk through both trees."""
+
+    def __init__(self, before: _Side, after: _Side, progress: Progress | None) -> None:
+        self._before = before
+        self._after = after
+        self._progress = progress
+        self._count = 0
+        # The first of the names that both trees have of an inode, by inode.
+        self._first: tuple[dict[Key, bytes], dict[Key, bytes]] = ({}, {})
+        self._counted: tuple[set[Key], set[Key]] = (set(), set())
+
+    def run(self) -> Iterator[Change]:
+        """Yield all changes."""
+        # Not recursive: a tree may be deeper than the interpreter's stack.
+        levels: list[_Level] = []
+        yield from self._enter(levels, b"", self._before.root, self._after.root)
+        while levels:
+            level = levels[-1]
+            name = next(level.names, None)
+            if name is None:
+                levels.pop()
+                continue
+            before, after = self._before.child(level.before, name), self._after.child(level.after, name)
+            yield from self._enter(levels, join(level.path, name), before, after)
+
+    def _enter(self, levels: list[_Level], path: bytes, before: Node | None, after: Node | None) -> Iterator[Change]:
+        """Compare one name, and go into what is below it."""
+        self._count += 1
+        if self._progress is not None and self._count % 64 == 0:
+            self._progress(self._count)
+        change = self._compare(path, before, after)
+        if change is not None:
+            yield from _announce(levels)
+            yield change
+        if isinstance(after, Dir) and not self._is_same_directory(before, after):
+            names = iter(sorted(self._names(before, after)))
+            levels.append(_Level(path, before, after, names, [change is not None or not path]))
+
+    def _names(self, before: Node | None, after: Dir) -> set[bytes]:
+        return self._after.names(after) | self._before.names(before)
+
+    def _is_same_directory(self, before: Node | None, after: Dir) -> bool:
+        """Return whether both trees have all of a directory from the same layers, and decided by them alone.
+
+        A redirect inside may lead to any layer further down, so either there is none, or those are the same too.
+        """
+        if not isinstance(before, Dir) or before.barred or after.barred:
+            return False
+        if self._before.parts(before) != self._after.parts(after):
+            return False
+        if self._before.settled(before) and self._after.settled(after):
+            return True
+        suffix = self._before.suffix(before)
+        return suffix is not None and suffix == self._after.suffix(after)
+
+    def _compare(self, path: bytes, before: Node | None, after: Node | None) -> Change | None:
+        if before is None and after is None:
+            return None
+        if after is None:
+            return Change(DELETED, path, before=self._size_of(before))
+        now = self._after.look(after)
+        if before is None:
+            return None if not path else Change(ADDED, path, after=self._once(1, now))
+        was = self._before.look(before)
+        linked_alike = self._is_linked_alike(path, was, now)
+        if linked_alike and self._is_same(before, was, after, now):
+            return None
+        return Change(CHANGED, path, self._removed(before, after), self._once(1, now))
+
+    def _is_linked_alike(self, path: bytes, was: _Object, now: _Object) -> bool:
+        """Return whether a name goes with the same other names in both trees, of the names that both have."""
+        firsts = []
+        for known, found in zip(self._first, (was, now), strict=True):
+            firsts.append(path if found.key is None else known.setdefault(found.key, path))
+        return firsts[0] == firsts[1]
+
+    def _is_same(self, before: Node, was: _Object, after: Node, now: _Object) -> bool:
+        if was.places is not None and was.places == now.places:
+            return True
+        if (was.kind, was.about, was.size) != (now.kind, now.about, now.size):
+            return False
+        if self._before.details(before) != self._after.details(after):
+            return False
+        return was.kind != stat.S_IFREG or self._is_same_content(before, after)
+
+    def _is_same_content(self, before: Node, after: Node) -> bool:
+        with ExitStack() as closing:
+            fds = [self._before.open(before)]
+            closing.callback(sysio.close, fds[0])
+            fds.append(self._after.open(after))
+            closing.callback(sysio.close, fds[1])
+            return _is_equal(*fds)
+
+    # --- sizes -----------------------------------------------------------------------------------------
+
+    def measure(self, change: Change) -> Change:
+        """Return a change with its bytes."""
+        was, now = self._before.resolve(change.path), self._after.resolve(change.path)
+        removed = 0
+        if change.kind != ADDED and was is not None:
+            removed = self._removed(was, now)
+        added = 0 if change.kind == DELETED or now is None else self._once(1, self._after.look(now))
+        return Change(change.kind, change.path, removed, added)
+
+    def _removed(self, before: Node, after: Node | None) -> int:
+        """Return the bytes that go with what stands for a path: all below it, unless it stays a directory."""
+        if isinstance(before, Dir) and not isinstance(after, Dir):
+            return self._size_of(before)
+        return self._once(0, self._before.look(before))
+
+    def _once(self, side: int, found: _Object) -> int:
+        """Return the size of a file, 0 for a second name of the same."""
+        if found.key is None:
+            return found.size
+        if found.key in self._counted[side]:
+            return 0
+        self._counted[side].add(found.key)
+        return found.size
+
+    def _size_of(self, node: Node | None) -> int:
+        """Return the bytes of all files at and below a node of the first tree."""
+        size, pending = 0, [node]
+        while pending:
+            found = pending.pop()
+            if found is None:
+                continue
+            size += self._once(0, self._before.look(found))
+            if isinstance(found, Dir):
+                pending.extend(self._before.child(found, name) for name in self._before.names(found))
+        return size
+
+
+def _announce(levels: list[_Level]) -> Iterator[Change]:
+    """Yield the directories above a change that have not been yielded: they are changed."""
+    for level in levels:
+        if not level.told[0]:
+            level.told[0] = True
+            yield Change(CHANGED, level.path)
+
+
+def _is_equal(one: int, other: int) -> bool:
+    buffers = bytearray(_BLOCK), bytearray(_BLOCK)
+    views = memoryview(buffers[0]), memoryview(buffers[1])
+    offset = 0
+    while count := sysio.read_into(one, views[0], offset):
+        # Short reads end a file here or are an accident; either way what is missing is asked for again.
+        got = sysio.read_at(other, offset, count)
+        if views[0][:count] != got:
+            return False
+        offset += count
+    return sysio.read_into(other, views[1][:1], offset) == 0
