@@ -173,8 +173,8 @@ class _Life:
         record = self._record()
         control = Control(self._engine, self._mountpoint, record, self._commits())
         await self._publish(nursery, record, control)
-        gc.collect()
-        gc.freeze()  # what lives now lives as long as the daemon; the collector need not look at it again
+        gc.freeze()  # what lives now lives as long as the daemon; a last look at it would cost more than it frees
+        gc.enable()
         self._tell(record.notices)
 
     def _commits(self) -> "Commits | None":
