@@ -84,7 +84,7 @@ def _become_daemon(options: MountOptions, mountpoint: bytes, report: int) -> NoR
     """Live as the daemon and leave without passing through the code of the process we were forked from."""
     code = 1
     gc.freeze()  # objects of the caller must not be collected here: they would close descriptors that are ours by then
-    gc.disable()  # the daemon turns it on when it is ready; it would look at every module that is loaded, and free nothing
+    gc.disable()  # until the mount is ready: it would look at every module that is loaded, and free nothing
     try:
         os.setsid()
         code = _live(options, mountpoint, report)
