@@ -5,7 +5,7 @@ BIN = $(VENV)/bin/
 SOURCES = overlayfs cli tests scripts/bench
 PYTEST = $(BIN)python -m pytest -q -n 2  # two processes: most tests wait for the disk or for a daemon
 
-.PHONY: setup demo fmt lint types test test-mounted check bench conformance clean
+.PHONY: setup demo fmt lint types test test-mounted test-together check bench conformance clean
 
 setup:          ## system packages and .venv
 	scripts/setup
@@ -29,6 +29,9 @@ test:           ## what needs no mount
 
 test-mounted:   ## what needs /dev/fuse and root
 	$(PYTEST) tests/mounted tests/cli tests/programs tests/behaviour --drivers fuse,kernel
+
+test-together:  ## eight processes on one store for a minute; needs root
+	OVERLAYFS_TEST_SECONDS=60 $(BIN)python -m pytest -q -s tests/store/test_together.py
 
 check: lint types  ## all that CI runs
 	$(PYTEST)

@@ -1,0 +1,196 @@
+"""Eight processes at once: commits, mounts, gc and rm leave a store that verifies, and nobody loses what he uses.
+
+OVERLAYFS_TEST_SECONDS=60 makes it the long one (`make test-together`).
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from overlayfs.errors import UserError
+from overlayfs.store import committing, verify
+from overlayfs.store.committing import Commit
+from overlayfs.store.store import LayerStore
+from tests.store.samples import add_image, fill
+from tests.support import leftovers, processes, syscalls
+from tests.support.requirements import need_root
+
+SECONDS = float(os.environ.get("OVERLAYFS_TEST_SECONDS", "8"))
+IMAGES = ("site:1", "site:2", "site:3", "other")
+EXPECTED = (  # what may be refused while others take away what one has just seen
+    "there is no image",
+    "is no workspace, image or layer",
+    "is not there any more",
+    "is not in the store",
+    "there is nothing to commit",
+    "there is a workspace",
+    "in use",
+    "is mounted",
+    "is missing from the store",
+    "belongs to",
+)
+
+
+class Player:
+    """One process: it does something over and over, and notes what it did."""
+
+    def __init__(self, place: Path, number: int) -> None:
+        self.place = place
+        self.number = number
+        self.random = random.Random(number)
+        self.counts: dict[str, int] = {}
+        self.store = LayerStore(os.fsencode(place / "store"))
+
+    def play(self, until: float) -> None:
+        """Go on until the time is over; what was not expected ends it."""
+        actions = (self.publish, self.publish, self.commit, self.read, self.tag, self.remove, self.collect)
+        while time.monotonic() < until:
+            action = self.random.choice(actions)
+            try:
+                action()
+                self.count(action.__name__)
+            except UserError as error:
+                if not any(sentence in str(error) for sentence in EXPECTED):
+                    raise
+                self.count("refused")
+        self.store.close()
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def publish(self) -> None:
+        """Make an image of a layer that others make too, and one of its own on top."""
+        shared = {"shared": str(self.random.randrange(4))}
+        own = {"own": f"{self.number} {self.random.random()}"}
+        add_image(self.store, self.random.choice(IMAGES), shared, own)
+
+    def commit(self) -> None:
+        """Make a workspace, change it, commit it, look whether everything is there, and remove it."""
+        name = f"w{self.number}-{self.random.randrange(1 << 30)}"
+        workspace = self.store.new_workspace(self.random.choice(IMAGES), name)
+        text = f"{name} was here"
+        fill(workspace.upper_path, {"committed": text})
+        layer = committing.commit_workspace(self.store, name, Commit(image=self.random.choice(IMAGES)))
+        committing.hash_layer(self.store, layer)
+        assert (Path(os.fsdecode(layer.tree_path)) / "committed").read_text() == text
+        assert self.store.stack_of(name)[0].id == layer.id
+        if self.random.random() < 0.8:
+            self.store.remove_workspace(name)
+
+    def read(self) -> None:
+        """Hold the layers of an image: each of them stays whole meanwhile."""
+        for layer in self.store.stack_of(self.random.choice(IMAGES)):
+            with layer.hold():
+                before = sorted(os.listdir(layer.tree_path))
+                assert before
+                time.sleep(self.random.random() / 50)
+                assert sorted(os.listdir(layer.tree_path)) == before
+
+    def tag(self) -> None:
+        self.store.tag(self.random.choice(IMAGES), self.random.choice(IMAGES))
+
+    def remove(self) -> None:
+        self.store.remove_image(self.random.choice(IMAGES))
+
+    def collect(self) -> None:
+        self.store.gc()
+
+
+class Mounter(Player):
+    """Mounts images by the program, looks, changes, and unmounts."""
+
+    def play(self, until: float) -> None:
+        point = self.place / f"m{self.number}"
+        point.mkdir()
+        program = Path(sys.executable).with_name("overlayfs")
+        while time.monotonic() < until:
+            words = [str(program), "mount", self.random.choice(IMAGES), str(point), "--ephemeral"]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                assert any(sentence in done.stderr for sentence in EXPECTED), done.stderr
+                self.count("refused")
+                continue
+            names = sorted(os.listdir(point))
+            assert names
+            (point / "mine").write_text(f"{self.number} {self.random.random()}")
+            assert sorted(os.listdir(point)) == sorted({*names, "mine"})
+            if self.random.random() < 0.5:
+                words = [str(program), "commit", str(point), "-t", self.random.choice(IMAGES), "--wait"]
+                subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
+                self.count("live commit")
+            subprocess.run([program, "umount", point], check=True)
+            self.count("mounted")
+        self.store.close()
+
+
+def _start(place: Path, number: int, until: float) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        player = (Mounter if number < 2 else Player)(place, number)
+        player.play(until)
+        (place / f"counts{number}").write_text(json.dumps(player.counts))
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+@pytest.fixture
+def shop(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with a store of four images."""
+    need_root()
+    monkeypatch.setenv("OVERLAYFS_STORE", str(place / "store"))
+    before = processes.children()
+    with LayerStore(os.fsencode(place / "store")) as store:
+        for name in IMAGES:
+            add_image(store, name, {"name": name})
+    yield place
+    for point in leftovers.mounts_below(place):
+        syscalls.umount(os.fsencode(point), 2)
+    processes.reap_since(before)
+
+
+@pytest.mark.timeout(SECONDS + 120)
+def test_eight_processes(shop: Path) -> None:
+    until = time.monotonic() + SECONDS
+    children = [_start(shop, number, until) for number in range(8)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * 8
+    counts: dict[str, int] = {}
+    for number in range(8):
+        for what, count in json.loads((shop / f"counts{number}").read_text()).items():
+            counts[what] = counts.get(what, 0) + count
+    assert {"publish", "commit", "read", "tag", "remove", "collect", "mounted", "live commit"} <= set(counts), counts
+    print(counts)
+    with LayerStore(os.fsencode(shop / "store")) as store:
+        _check(store, shop / "store")
+
+
+def _check(store: LayerStore, base: Path) -> None:
+    """Everything that is named is there and whole; everything else goes."""
+    dry = store.gc(dry_run=True)
+    assert store.gc() == dry
+    named = {layer for image in store.images() for layer in image.layers}
+    named |= {layer for workspace in store.workspaces() for layer in workspace.record.layers}
+    there = {layer.id for layer in store.layers()}
+    assert named == there == set(os.listdir(base / "layers"))
+    assert not any(workspace.record.ephemeral for workspace in store.workspaces())
+    for room in ("staging", "trash", "intents"):
+        assert list((base / room).iterdir()) == [], room
+    content = [layer.record.digest for layer in store.layers() if layer.record.same_as is None]
+    assert len(content) == len(set(content))
+    found = verify.verify(store.place, None)
+    assert (found.problems, found.unfinished) == ((), ())
