@@ -175,7 +175,7 @@ def _deflate(block: bytes, before: bytes, last: bool) -> bytes:
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # after a first byte of 50 to 5f; estargz and zstd:chunked begin or end so
-LONGEST_MAGIC = 4
+LONGEST_MAGIC = 5
 
 
 def recognise(start: bytes) -> Compression:
