@@ -64,6 +64,13 @@ def parse(text: str) -> Reference:
     return Reference(registry, repository, tag or (None if digest else DEFAULT_TAG), digest or None)
 
 
+def image_name(reference: Reference) -> str:
+    """Return what an image is called in a store unless its user says otherwise. Raises `UsageError` without a tag."""
+    if reference.tag is None:
+        raise UsageError(f"{reference}: a digest is no name; give the image one with -t")
+    return f"{reference.name}:{reference.tag}"
+
+
 def is_digest(text: str) -> bool:
     """Whether a text is a digest we know to check: sha256, in the only spelling that is allowed."""
     return _DIGEST.fullmatch(text) is not None

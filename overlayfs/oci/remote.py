@@ -102,7 +102,7 @@ def image_key(record: ImageRecord) -> str:
 
 
 def _write(store: LayerStore, layer_id: str, known: Remote) -> None:
-    with store.place.adding():
+    with contextlib.suppress(FileNotFoundError), store.place.adding():  # gone already: nothing to remember
         directory = store.place.open(layer_path(layer_id))
         try:
             store.place.write(directory, FILE, msgspec.json.encode(known) + b"\n")

@@ -19,6 +19,7 @@ from typing import NamedTuple, Self
 import urllib3
 from urllib3.exceptions import (
     HTTPError,
+    IncompleteRead,
     LocationParseError,
     NameResolutionError,
     NewConnectionError,
@@ -67,7 +68,11 @@ class Pace:
     def pause(self, attempt: int, asked: float = 0.0) -> None:
         """Wait after attempt `attempt` (from 0): each time twice as long, half of it random; at least `asked` s."""
         backoff: float = min(self._longest, self._first * 2**attempt)
-        self._wait(max(asked, backoff * (0.5 + 0.5 * self._jitter())))
+        self.rest(max(asked, backoff * (0.5 + 0.5 * self._jitter())))
+
+    def rest(self, seconds: float) -> None:
+        """Wait, unless the work is given up meanwhile."""
+        self._wait(seconds)
         self.check()
 
     def stop(self) -> None:
@@ -350,6 +355,8 @@ def _reason(error: Exception) -> str:
     seen: BaseException = error
     while inner := seen.__cause__ or (seen.__context__ if not seen.__suppress_context__ else None):
         seen = inner
+    if isinstance(seen, IncompleteRead):
+        return "the connection was closed"
     if isinstance(seen, OSError) and seen.strerror:
         return seen.strerror
     return printable(str(seen).rpartition(">: ")[2]) or type(seen).__name__

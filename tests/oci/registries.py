@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import queue
 import re
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import IO, NamedTuple, Self
 
 from tests.support import processes, requirements
 
@@ -55,22 +56,24 @@ def registry(place: Path, **settings: object) -> Iterator[str]:
     child = subprocess.Popen(
         ["docker-registry", "serve", place / "config.yml"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
+    assert child.stderr is not None
+    ports: queue.SimpleQueue[str] = queue.SimpleQueue()
+    reader = threading.Thread(target=_read_log, args=(child.stderr, ports))
+    reader.start()
     try:
-        assert child.stderr is not None
-        yield _port_of(iter(child.stderr.readline, ""))
+        yield ports.get(timeout=processes.LIMIT)
     finally:
         child.terminate()
-        processes.ends(child.pid)
-        child.communicate()
+        child.wait(processes.LIMIT)
+        reader.join()
+        child.stderr.close()
 
 
-def _port_of(log: Iterator[str]) -> str:
-    lines = []
+def _read_log(log: IO[str], ports: "queue.SimpleQueue[str]") -> None:
+    """Find the port, and read on to the end: a full pipe would stop the registry."""
     for line in log:
-        lines.append(line)
         if found := re.search(r"listening on (127\.0\.0\.1:[0-9]+)", line):
-            return found[1]
-    raise AssertionError("docker-registry did not start:\n" + "".join(lines))
+            ports.put(found[1])
 
 
 def with_password(place: Path) -> dict[str, object]:
@@ -179,6 +182,7 @@ class Proxy(Server):
     def __init__(self, upstream: str) -> None:
         super().__init__(self._answer)
         self._upstream = upstream
+        self.hidden = "$^"  # what of a path the registry does not get to see
         self._harm: list[tuple[str, str, Harm]] = []
         self._lock = threading.Lock()
 
@@ -215,7 +219,8 @@ class Proxy(Server):
     def _ask(self, request: Request) -> Answer:
         connection = http.client.HTTPConnection(self._upstream, timeout=20)
         try:
-            connection.request(request.command, request.path, request.body(), dict(request.headers.items()))
+            path = re.sub(self.hidden, "", request.path)
+            connection.request(request.command, path, request.body(), dict(request.headers.items()))
             reply = connection.getresponse()
             skipped = {"transfer-encoding", "connection", "date"}
             return Answer(reply.status, {k: v for k, v in reply.getheaders() if k.lower() not in skipped}, reply.read())

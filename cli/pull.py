@@ -1,0 +1,53 @@
+"""`overlayfs pull`: an image out of a registry."""
+
+import click
+
+from overlayfs_cli import output, registry, storage
+from overlayfs_cli.command import command
+
+
+@command(
+    "Load an image from a registry.",
+    """
+    overlayfs pull quay.io/team/site:v1
+    overlayfs pull docker.io/debian -t base --platform linux/arm64
+    overlayfs pull localhost:5000/site:v1 --plain-http
+    """,
+)
+@click.argument("reference", metavar="REGISTRY/REPO[:TAG][@DIGEST]")
+@click.option("-t", "--tag", "name", metavar="NAME", help="What to call the image here [what it is called there].")
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Of an image for several platforms [this machine's].")
+@registry.plain_http
+@registry.ca
+@storage.option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the digest alone; no progress on the terminal.")
+def pull(
+    reference: str,
+    name: str | None,
+    platform: str | None,
+    plain_http: bool,
+    ca: str | None,
+    store: bytes | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Load an image from a registry, layers that are not here yet alone, and print its name and its digest.
+
+    Logins are those of podman and docker. A pull that was cut short goes on where it stopped when it is run again.
+    """
+    with storage.opened(store, create=True) as opened, registry.lines(quiet) as on_step:
+        pulled = opened.pull(
+            reference, name=name, platform=platform, plain_http=plain_http, ca=ca, on_step=on_step,
+            notice=registry.note,
+        )  # fmt: skip
+    if as_json:
+        output.show_json(
+            {
+                "image": pulled.image.name,
+                "digest": pulled.digest,
+                "layers": [layer._asdict() for layer in reversed(pulled.layers)],
+            }
+        )
+    else:
+        click.echo(pulled.digest if quiet else f"{pulled.image.name} {pulled.digest}")

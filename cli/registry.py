@@ -1,0 +1,45 @@
+"""What push and pull have in common: how a registry is reached, and a line for each layer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from overlayfs_cli import progress, storage
+from overlayfs_cli.main import complain
+
+if TYPE_CHECKING:
+    from overlayfs.oci.transfer import OnStep, Step
+
+_KEY_SHOWN = 12
+
+plain_http: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
+    "--plain-http", is_flag=True, help="Do without TLS; for registries on this machine alone."
+)
+ca: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
+    "--ca", metavar="FILE", help="Trust the certificates in FILE, beside the system's."
+)
+
+
+def note(sentence: str) -> None:
+    """Say something that is no failure."""
+    complain(f"note: {sentence}")
+
+
+@contextmanager
+def lines(quiet: bool) -> Iterator["OnStep"]:
+    """Show a line for each layer on a terminal while it is on its way."""
+    with progress.board(quiet) as show:
+        yield lambda step: show(step.key, line(step))
+
+
+def line(step: "Step") -> str:
+    """Return the line of a layer: which one, what happens to it, how much of it is done."""
+    return f"{step.key.removeprefix('sha256:')[:_KEY_SHOWN]}  {step.doing:<12}  {_amount(step)}".rstrip()
+
+
+def _amount(step: "Step") -> str:
+    if not step.total:
+        return storage.size_text(step.done) if step.done else ""
+    return f"{100 * step.done // step.total:3}%  {storage.size_text(step.done)} of {storage.size_text(step.total)}"

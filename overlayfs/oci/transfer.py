@@ -1,0 +1,74 @@
+"""What push and pull have in common: several layers at once, and the word on how far each of them is."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple, TypeVar
+
+from overlayfs import sysio
+from overlayfs.oci.wire import PIECE, GivenUp, Pace, Wire
+
+AT_ONCE = 4  # layers; more connections to one registry gain nothing and annoy it
+
+Result = TypeVar("Result")
+
+
+class Step(NamedTuple):
+    """How far one layer is. `key` tells layers apart: the digest of the blob, or the id of the layer.
+
+    `done` and `total` are bytes; `total` is 0 where it is not known, both are 0 where nothing moves.
+    """
+
+    key: str
+    doing: str
+    done: int = 0
+    total: int = 0
+
+
+OnStep = Callable[[Step], None]
+"""Called from several threads."""
+
+
+def unseen(_: Step) -> None:
+    """Take a step and do nothing."""
+
+
+def together(wire: Wire, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Do all jobs, a few at a time, and return their results in order.
+
+    When one fails, or the user interrupts, the others are stopped, and it is raised when the last one has ended.
+    """
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="layer") as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            if not all(map(_succeeded, futures)):
+                wire.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+    _raise_first_failure(futures)
+    return [future.result() for future in futures]
+
+
+def _succeeded(future: Future[Result]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _raise_first_failure(futures: Sequence[Future[Result]]) -> None:
+    """A job that was given up is no reason for anything; some other one is."""
+    for future in futures:
+        error = None if future.cancelled() else future.exception()
+        if error is not None and not isinstance(error, GivenUp):
+            raise error
+
+
+def pieces_of(fd: int, size: int, pace: Pace, report: Callable[[int], None]) -> Iterator[bytes]:
+    """Give the first `size` bytes of a file."""
+    done = 0
+    while done < size:
+        pace.check()
+        piece = sysio.read_at(fd, done, min(PIECE, size - done))
+        if not piece:
+            raise EOFError(f"a file of {size} bytes ends at {done}")
+        done += len(piece)
+        yield piece
+        report(done)
