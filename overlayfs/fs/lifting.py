@@ -129,11 +129,24 @@ class Lifting:
     def link_name(self, node: File, parent: Dir, name: bytes) -> None:
         """Give an upper file the name that it has below: the union's link count stays."""
         place = self.lookup.path(parent), name
-        with self.one_name_less(node), self.parent_times_kept(parent):
+        with self.parent_times_kept(parent):
             located = self.attributes.locate(node)
+            self._count_from_lower(node, located)
             self.attributes.upper.link(located.dirfd, located.name, place, Create.IN_PLACE)
+        node.nlink_delta -= 1
         node.names[parent, name] = True
         parent.note(name, Kind.FILE)
+        with suppress(OSError):  # relative to the lower count it is as true
+            self.persist_nlink(node)
+
+    def _count_from_lower(self, node: File, located: Located) -> None:
+        """Write the union's link count relative to the lower file's, so that the upper's may change (ovl_link_up)."""
+        if node.index is None or node.lower is None:
+            return
+        layer, path, name = node.lower
+        union = located.layer.stat_at(located.dirfd, located.name).st_nlink + node.nlink_delta
+        value = nlink.encode("L", union - layer.stat(path, name).st_nlink)
+        self.attributes.upper.set_mark(located.dirfd, located.name, xattrs.NLINK, value)
 
     @contextmanager
     def one_name_less(self, node: File) -> Iterator[None]:

@@ -47,6 +47,7 @@ class Reseat:
 
     def settle(self) -> Iterator[None]:
         """Make the upper independent of the index, a little further at each step; other verbs may run between steps."""
+        self._attributes.upper.work.drop_unused_index()
         for entry in self._entries():
             yield
             self._join_known_names(entry)
@@ -94,18 +95,31 @@ class Reseat:
                     self._lifting.lift_name(parent, name, node)
 
     def _retire(self, entry: bytes) -> None:
-        """Drop an entry that joins nothing any more. The file keeps the origin that says what number it has."""
+        """Drop an entry that joins nothing any more, then the mark that counts from it.
+
+        In this order, since without its entry a file's own link count is taken, whatever the mark says.
+        """
         node, index = self._find(entry)
+        if node is not None and False in node.names.values():
+            return  # it is being lifted
+        pin = self._stack.dirfds.retry(lambda: sysio.open_child(index, entry, os.O_PATH))
+        try:
+            sysio.unlink_at(index, entry)
+            if node is not None:
+                node.index = None
+                node.nlink_delta += 1
+            self._settle_origin(pin)
+        finally:
+            sysio.close(pin)
+
+    def _settle_origin(self, pin: int) -> None:
+        """Let a file keep the origin that says what number it has, where nothing needs the one right below any more."""
         upper = self._attributes.upper
-        marks = upper.index_marks(entry)
+        marks = upper.marks_at(pin, b"")
         first = self._lookup.lasting_origin(marks)
         if first is not None and not marks.metacopy:
-            upper.set_mark(index, entry, xattrs.ORIGIN, origin.encode(first))
-            upper.drop_mark(index, entry, xattrs.NLINK)
-        sysio.unlink_at(index, entry)
-        if node is not None:
-            node.index = None
-            node.nlink_delta += 1
+            upper.set_mark(pin, b"", xattrs.ORIGIN, origin.encode(first))
+            upper.drop_mark(pin, b"", xattrs.NLINK)
 
     # --- what nobody has looked up -----------------------------------------------------------------------
 
@@ -124,10 +138,9 @@ class Reseat:
         epoch, entries, strays = self._nodes.epoch, self._entries(), self._strays()
         for directory, name in self._walk(all_names=bool(strays)):
             yield
-            with suppress(OSError):  # a name that cannot be looked up cannot be joined either
-                node = self._lookup.lookup(directory, name)
-                if isinstance(node, File):
-                    self._join(node)
+            node = self._child(directory, name)
+            if isinstance(node, File):
+                self._join(node)
         if epoch == self._nodes.epoch:
             # Whatever names they lack lie outside of these layers.
             self._nameless.update(node.number for node in strays if self._has_unknown_names(node))
@@ -166,7 +179,7 @@ class Reseat:
         return []
 
     def _child(self, directory: Dir, name: bytes) -> Node | None:
-        with suppress(OSError):
+        with suppress(OSError):  # a name that cannot be looked up cannot be joined either
             return self._lookup.lookup(directory, name)
         return None
 
@@ -181,8 +194,8 @@ class Reseat:
         """
         for _ in self.settle():
             pass
-        if any(node.lifting for node in self._nodes):
-            raise oserror(errno.EBUSY)
+        if self._entries() or any(node.lifting for node in self._nodes):
+            raise oserror(errno.EBUSY)  # what an entry leads to would be written to, in the layer
         seat = self._stack.open_seat(next_upper)
         try:
             seat.dress()

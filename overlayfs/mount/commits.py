@@ -13,9 +13,9 @@ the records follow (overlayfs.store.adoption).
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import trio
 
@@ -38,6 +38,16 @@ _ATTEMPTS = 5  # to find the upper settled with the gate closed; the last one se
 _CONSERVATIVE = ("metacopy", "redirect")  # what the layer may hold, until its manifest says what it does
 
 
+class Followed(Protocol):
+    """A hashing that has begun (`overlayfs.store.hashing.Hashing` is one)."""
+
+    def look(self) -> hashing.Hashed:
+        """Return how far it is; never waits."""
+
+
+Hasher = Callable[[bytes, str], Followed]
+
+
 class Committed(NamedTuple):
     """A new layer, the image that it is the top of, and for how many seconds changes had to wait."""
 
@@ -49,13 +59,14 @@ class Committed(NamedTuple):
 class Commits:
     """All commits of one mounted image, one at a time."""
 
-    def __init__(self, engine: Engine, lodging: Lodging) -> None:
+    def __init__(self, engine: Engine, lodging: Lodging, hasher: Hasher = hashing.Hashing) -> None:
         self._engine = engine
+        self._hasher = hasher
         self._overlay = engine.overlay
         self._lodging = lodging
         self._turn = trio.Lock()
         self._store: LayerStore | None = None  # keeps the new layers from gc as long as the daemon lives
-        self._hashing: dict[str, hashing.Hashing] = {}
+        self._hashing: dict[str, Followed] = {}
 
     async def commit(self, wanted: Commit) -> Committed:
         """Make a layer of what was acknowledged until now; UserError with a sentence when there is none to make.
@@ -77,13 +88,19 @@ class Commits:
             raise UserError(f"layer {layer_id} was not committed by this mount")
         return found.look()
 
+    def close(self) -> None:
+        """Let go of the store: the mount's own hold of its layers must be there no longer than the mount."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
     async def _opened(self) -> LayerStore:
         if self._store is None:
             self._store = await self._engine.threads.run(LayerStore, self._lodging.store, create=False)
         return self._store
 
     async def _begin_hashing(self, store: LayerStore, layer: Layer) -> None:
-        self._hashing[layer.id] = await self._engine.threads.run(hashing.Hashing, store.path, layer.id)
+        self._hashing[layer.id] = await self._engine.threads.run(self._hasher, store.path, layer.id)
 
     # --- one commit ------------------------------------------------------------------------------------
 

@@ -86,6 +86,11 @@ class WorkDir:
         finally:
             sysio.close(fd)
 
+    def drop_unused_index(self) -> None:
+        """Remove an index that is off: it speaks of an upper that is about to be exchanged."""
+        if self.index is None:
+            remove_tree(self.root, _INDEX)
+
     def mark_volatile(self) -> None:
         """Leave the mark of a mount that does not sync, before its first change (kernel: work/incompat/volatile)."""
         sysio.mkdir_at(self.fd, _INCOMPAT, 0o700)

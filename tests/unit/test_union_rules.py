@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlayfs.union.merge import merge
+from overlayfs.union.merge import fold, merge
 from overlayfs.union.resolve import Kind, resolve
 
 ABSENT, WHITEOUT, FILE, DIR, OPAQUE = Kind.ABSENT, Kind.WHITEOUT, Kind.FILE, Kind.DIR, Kind.OPAQUE
@@ -90,3 +90,24 @@ def test_five_hundred_layers() -> None:
     merged = merge([{b"common": DIR, b"own%d" % position: FILE} for position in range(500)])
     assert merged[b"common"] == tuple(range(500))
     assert len(merged) == 501
+
+
+def _fold_law(stack: list[dict[bytes, Kind]]) -> None:
+    """Folding one listing in tells of the same names in the same order, and what `merge` says is where it begins."""
+    whole = merge(stack)
+    folded = fold(stack[0], merge(stack[1:]))
+    assert list(folded) == list(whole)
+    for name, positions in whole.items():
+        assert folded[name][: len(positions)] == positions
+        assert len(folded[name]) == len(positions) or stack[0].get(name) is DIR
+
+
+def test_folding_agrees_with_merging_on_every_small_stack() -> None:
+    for depth in range(1, 5):
+        for kinds in product(Kind, repeat=depth):
+            _fold_law([{b"n": kind} for kind in kinds])
+
+
+@given(listings.filter(bool))
+def test_folding_agrees_with_merging(stack: list[dict[bytes, Kind]]) -> None:
+    _fold_law(stack)

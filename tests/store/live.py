@@ -1,0 +1,125 @@
+"""A workspace in use, without a mount: what a daemon does for a commit, on an engine that serves nobody."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import trio
+
+from overlayfs.fs.config import StackConfig
+from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.engine import Engine, MountSettings
+from overlayfs.fuse.policy import CachingPolicy
+from overlayfs.mount.commits import Commits, Committed
+from overlayfs.mount.options import Lodging
+from overlayfs.store.committing import Commit
+from overlayfs.store.hashing import Hashed
+from overlayfs.store.records import ImageRecord, now
+from overlayfs.store.store import LayerStore
+from overlayfs.store.workspaces import Workspace
+
+NAME, IMAGE = "w", "site:1"
+
+
+class Idle(Engine):
+    """No kernel and no requests: the tests call the overlay themselves."""
+
+    name = "idle"
+
+    def __init__(self, overlay: Overlay) -> None:
+        super().__init__(overlay, CachingPolicy())
+
+    def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
+        """There is nothing to mount."""
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """There is nothing to serve."""
+
+    def prepare_write_out(self) -> Callable[[], None]:
+        """There are no pages."""
+        return lambda: None
+
+    def stop(self) -> None:
+        """It does not run."""
+
+    def detach(self) -> None:
+        """It is not mounted."""
+
+
+class Unhashed:
+    """A hashing that never ends."""
+
+    def look(self) -> Hashed:
+        """Nothing is known."""
+        return Hashed("hashing")
+
+
+class Used:
+    """A workspace that is in use: its overlay, and commits of it."""
+
+    def __init__(self, store: LayerStore, workspace: Workspace, lock: int) -> None:
+        lower = tuple(layer.tree_path for layer in store.stack_of_workspace(workspace))
+        self.overlay = Overlay(
+            StackConfig(lower=lower, upper=workspace.upper_path, work=workspace.work_path, lock_wait=0.0)
+        )
+        self.engine = Idle(self.overlay)
+        record = workspace.record
+        lodging = Lodging(store.path, record.image, record.name, record.ephemeral, record.layers, lock)
+        self.unhashed: list[str] = []  # layers that a process of their own would hash
+        self.commits = Commits(self.engine, lodging, self._note)
+
+    def _note(self, store: bytes, layer_id: str) -> "Unhashed":
+        self.unhashed.append(layer_id)
+        return Unhashed()
+
+    def commit(self, image: str | None = None, allow_empty: bool = False, message: str = "") -> Committed:
+        """Commit as a daemon does."""
+        return trio.run(self.commits.commit, Commit(image=image, allow_empty=allow_empty, message=message))
+
+
+class Site:
+    """A store with an image of some directories."""
+
+    def __init__(self, place: Path, *layers: Path) -> None:
+        self.place = place
+        with self.open() as store:
+            adopted = [store.adopt(os.fsencode(layer)) for layer in layers]
+            ids = tuple(layer.id for layer in adopted)
+            store.put_image(ImageRecord(name=IMAGE, layers=ids, created=now()))
+
+    def open(self) -> LayerStore:
+        """Open the store, which finishes what was left unfinished."""
+        return LayerStore(os.fsencode(self.place / "store"))
+
+    @contextmanager
+    def used(self, image: str = IMAGE) -> Iterator[Used]:
+        """Use the workspace, which is made the first time; at the end all is let go."""
+        with ExitStack() as stack:
+            store = stack.enter_context(self.open())
+            claim = store.claim_workspace(image, NAME)
+            stack.enter_context(claim.hold)
+            used = Used(store, claim.workspace, claim.hold.fd)
+            stack.callback(used.commits.close)
+            stack.callback(used.overlay.close)
+            yield used
+
+    def layers(self) -> tuple[str, ...]:
+        """Return the stack of the workspace as its record has it."""
+        with self.open() as store:
+            return store.workspace(NAME).record.layers
+
+    @contextmanager
+    def image_view(self, image: str) -> Iterator[Overlay]:
+        """Show an image, read-only."""
+        with self.open() as store:
+            overlay = Overlay(StackConfig(lower=tuple(layer.tree_path for layer in store.stack_of(image))))
+            try:
+                yield overlay
+            finally:
+                overlay.close()
+
+    def remove(self) -> None:
+        """Delete it."""
+        shutil.rmtree(self.place)
