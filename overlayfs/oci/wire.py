@@ -79,9 +79,14 @@ class Pace:
         """End all waits."""
         self._stopped.set()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the work is given up."""
+        return self._stopped.is_set()
+
     def check(self) -> None:
         """Raise `GivenUp` after `stop`."""
-        if self._stopped.is_set():
+        if self.stopped:
             raise GivenUp
 
 
@@ -223,6 +228,9 @@ class Wire:
         with self._lock:
             self._open.add(reply)
             self._answered.add(host_of(url))
+        if self.pace.stopped:  # `stop` may have come before it could see this answer
+            reply.close()
+        self.pace.check()
         return reply
 
     def _failure(self, url: str, error: Exception) -> Exception:
