@@ -79,15 +79,19 @@ class Hashing:
             self._last = Hashed("hashing", int(words[1]), int(words[2]))
 
 
-def hash_layer(store: LayerStore, layer: Layer) -> Layer | None:
-    """Make an adopted layer complete, telling of it; None when another process is at it."""
+def hash_layer(store: LayerStore, layer: Layer, wait: bool = False) -> Layer | None:
+    """Make an adopted layer complete, telling of it. When another process is at it: None, or what it made if `wait`."""
     with contextlib.ExitStack() as held:
         tree = layer.tree_fd()
         held.callback(sysio.close, tree)
-        if not sysio.try_lock(tree):
+        if wait:
+            sysio.wait_lock(tree, shared=False)
+        elif not sysio.try_lock(tree):
             return None
 
-        finished = committing.hash_layer(store, layer, lambda entries, size: _tell(layer.id, entries, size))
+        finished = store.layer(layer.id)
+        if finished.record.state == "hashing":
+            finished = committing.hash_layer(store, layer, lambda entries, size: _tell(layer.id, entries, size))
         _tell(layer.id, finished.record.entries, finished.record.size)
         _tell(layer.id, "done", finished.record.digest)
         return finished
@@ -109,7 +113,7 @@ def hash_all(store: LayerStore, first: str | None = None) -> int:
     failed = 0
     for layer in _in_turn(store, first):
         try:
-            hash_layer(store, layer)
+            hash_layer(store, layer, wait=layer.id == first)
         except (OSError, UserError) as error:
             failed += 1
             _tell(layer.id, "failed", " ".join(str(error).split()))
