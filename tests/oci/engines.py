@@ -1,0 +1,100 @@
+"""The programs that others build and read images with, kept in a place of their own: podman, buildah, skopeo, umoci."""
+
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support import syscalls
+from tests.support.requirements import need_program, need_root
+
+_CONTAINERS = """
+[containers]
+default_ulimits = ["nofile=1024:20000", "nproc=1024:32768"]
+[engine]
+runtime = "{runtime}"
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+tmp_dir = "{base}/libpod"
+"""
+_STORAGE = """
+[storage]
+driver = "overlay"
+runroot = "{base}/run"
+graphroot = "{base}/graph"
+"""
+_RUNTIMES = ("runc", "crun")
+_LIMIT = 120
+
+
+class Engines:
+    """Runs the programs on a storage below `base`, which is theirs alone and goes with them."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        runtime = next((each for each in _RUNTIMES if Path(f"/usr/bin/{each}").exists()), _RUNTIMES[0])
+        self._write("containers.conf", _CONTAINERS.format(runtime=runtime, base=base))
+        self._write("storage.conf", _STORAGE.format(base=base))
+        self._write("policy.json", '{"default": [{"type": "insecureAcceptAnything"}]}')
+
+    def _write(self, name: str, text: str) -> None:
+        (self.base / name).write_text(text)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Where they look for their settings."""
+        own = {"CONTAINERS_CONF": "containers.conf", "CONTAINERS_STORAGE_CONF": "storage.conf"}
+        return {**os.environ, **{name: str(self.base / file) for name, file in own.items()}}
+
+    def run(self, *words: str | Path) -> str:
+        """Run a program; it must succeed. Returns what it prints."""
+        done = subprocess.run(
+            list(map(str, words)), env=self.environment, capture_output=True, text=True, timeout=_LIMIT, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{words}: exit {done.returncode}: {done.stderr}"
+        return done.stdout.strip()
+
+    def skopeo(self, source: str, destination: str) -> None:
+        """Copy an image from one form to another."""
+        self.run("skopeo", "copy", "-q", "--policy", self.base / "policy.json", source, destination)
+
+    @contextmanager
+    def container(self, image: str) -> Iterator[tuple[str, Path]]:
+        """Give a working container of buildah and the directory where it is mounted."""
+        name = self.run("buildah", "from", "--pull-never", image)
+        try:
+            yield name, Path(self.run("buildah", "mount", name))
+        finally:
+            self.run("buildah", "umount", name)
+            self.run("buildah", "rm", name)
+
+    @contextmanager
+    def mounted(self, image: str) -> Iterator[Path]:
+        """Give the directory where podman, that is the kernel, shows an image."""
+        point = Path(self.run("podman", "image", "mount", image))
+        try:
+            yield point
+        finally:
+            self.run("podman", "image", "umount", image)
+
+    def close(self) -> None:
+        """Take away all images and what podman has bound."""
+        self.run("podman", "rmi", "-a", "-f")
+        for point in (self.base / "graph" / "overlay", self.base / "graph"):
+            if os.path.ismount(point):
+                syscalls.umount(os.fsencode(point))
+
+
+@contextmanager
+def engines(base: Path) -> Iterator[Engines]:
+    """Give the programs, or skip aloud where one is missing."""
+    need_root()
+    need_program("podman", "buildah", "skopeo", "umoci")
+    base.mkdir()
+    found = Engines(base)
+    try:
+        yield found
+    finally:
+        found.close()

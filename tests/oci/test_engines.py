@@ -1,0 +1,219 @@
+"""Images of podman, buildah, skopeo and umoci, and ours in their hands: the same trees, byte for byte."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from overlayfs.oci.compression import Compression
+from overlayfs.oci.exporting import ExportOptions, Format, export_image
+from overlayfs.oci.importing import import_image
+from overlayfs.store.store import LayerStore
+from tests.oci import archives, samples
+from tests.oci.engines import Engines, engines
+from tests.support import syscalls
+from tests.support.builder import build
+from tests.support.dump import Dump, same
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def peers(scratch: Path) -> Iterator[Engines]:
+    """The programs, with the image localhost/two:1 of two layers."""
+    with engines(scratch / "engines") as found:
+        _build_base(found)
+        _build_top(found)
+        yield found
+
+
+def _build_base(peers: Engines) -> None:
+    with peers.container("scratch") as (name, root):
+        build(root, samples.BASE)
+        (root / "opq").mkdir()
+        (root / "opq" / "below").write_text("below")
+        (root / "several").mkdir()
+        for number in range(3):
+            os.link(root / "etc" / "motd", root / "several" / f"link{number}")
+        os.mkdir(root / ("n" * 200), 0o2711)
+        peers.run(
+            "buildah", "config", "--env", "A=b c", "--label", "l=1", "--entrypoint", '["/bin/su"]', "--cmd", "x",
+            "--user", "7:8", "--workingdir", "/etc", "--port", "80", name,
+        )  # fmt: skip
+        peers.run("buildah", "commit", "-q", name, "localhost/base:1")
+
+
+def _build_top(peers: Engines) -> None:
+    with peers.container("localhost/base:1") as (name, root):
+        (root / "bin" / "ping").unlink()
+        for directory in ("opq", "lib"):
+            shutil.rmtree(root / directory)
+            (root / directory).mkdir()
+        (root / "opq" / "new").write_text("new")
+        shutil.rmtree(root / "old")
+        (root / "pipe").unlink()
+        (root / "pipe").mkdir()
+        (root / "etc" / "motd").chmod(0o4711)
+        (root / "several" / "link0").unlink()
+        os.setxattr(root / "bin" / "su", "security.capability", samples.CAPABILITY)
+        peers.run("buildah", "commit", "-q", name, "localhost/two:1")
+
+
+@pytest.fixture
+def shown(peers: Engines) -> Dump:
+    """What podman shows of the image."""
+    with peers.mounted("localhost/two:1") as point:
+        return _filled(archives.picture(point))
+
+
+def _filled(found: Dump) -> Dump:
+    """A tree that had its holes filled on the way: we make them again."""
+    return {path: entry._replace(sparse=False) for path, entry in samples.unlinked(found).items()}
+
+
+FORMS = {
+    "oci-archive": ("podman", "save", "-q", "--format", "oci-archive", "-o"),
+    "docker-archive": ("podman", "save", "-q", "--format", "docker-archive", "-o"),
+    "oci": ("podman", "save", "-q", "--format", "oci-dir", "-o"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_of_podman(peers: Engines, store: LayerStore, place: Path, shown: Dump, form: str) -> None:
+    peers.run(*FORMS[form], place / "saved", "localhost/two:1")
+    made = import_image(store, os.fsencode(place / "saved"), "two")
+    assert len(made.layers) == 2
+    assert made.config["Env"] == ["A=b c"]
+    assert made.config["Entrypoint"] == ["/bin/su"]
+    assert made.config["User"] == "7:8"
+    same(_filled(samples.view(store, "two")), shown)
+
+
+@pytest.mark.parametrize("packing", ["gzip", "zstd"])
+def test_images_that_skopeo_compresses(
+    peers: Engines, store: LayerStore, place: Path, shown: Dump, packing: str
+) -> None:
+    peers.run("podman", "save", "-q", "--format", "oci-archive", "-o", place / "saved", "localhost/two:1")
+    peers.run(
+        "skopeo", "copy", "-q", "--dest-compress", "--dest-compress-format", packing, f"oci-archive:{place}/saved",
+        f"oci:{place}/layout:tag",
+    )  # fmt: skip
+    import_image(store, os.fsencode(place / "layout:tag"), "two")
+    same(_filled(samples.view(store, "two")), shown)
+
+
+@pytest.mark.kernel
+def test_our_layers_under_the_kernels_overlayfs(peers: Engines, store: LayerStore, place: Path, shown: Dump) -> None:
+    peers.run("podman", "save", "-q", "--format", "oci-archive", "-o", place / "saved", "localhost/two:1")
+    made = import_image(store, os.fsencode(place / "saved"), "two")
+    lower = ":".join(os.fsdecode(store.layer(each).tree_path) for each in made.layers)
+    (place / "mnt").mkdir()
+    syscalls.mount(b"overlay", os.fsencode(place / "mnt"), b"overlay", 1, os.fsencode(f"lowerdir={lower}"))
+    try:
+        same(_filled(archives.picture(place / "mnt")), shown)
+    finally:
+        syscalls.umount(os.fsencode(place / "mnt"))
+
+
+def _export(store: LayerStore, place: Path, kind: Format, packing: Compression | None = None) -> Dump:
+    """Export a sample image to `out`; returns what it shows."""
+    samples.add_image(store, "localhost/sample:1")
+    export_image(store, "localhost/sample:1", os.fsencode(place / "out"), ExportOptions(kind, packing))
+    return samples.unlinked(samples.view(store, "localhost/sample:1"))
+
+
+LOADED = [(Format.OCI_ARCHIVE, kind) for kind in Compression] + [(Format.DOCKER_ARCHIVE, Compression.NONE)]
+
+
+@pytest.mark.parametrize(("kind", "packing"), LOADED)
+def test_podman_shows_what_we_export(
+    peers: Engines, store: LayerStore, place: Path, kind: Format, packing: Compression
+) -> None:
+    expected = _export(store, place, kind, packing)
+    loaded = peers.run("podman", "load", "-q", "-i", place / "out")
+    assert loaded.endswith("localhost/sample:1")
+    try:
+        with peers.mounted("localhost/sample:1") as point:
+            same(_like_podman(archives.picture(point)), _like_podman(expected))
+        said = peers.run(
+            "podman", "image", "inspect", "--format", "{{.Config.Env}} {{.User}} {{.Author}}", "localhost/sample:1"
+        )
+        assert said == "[PATH=/bin EMPTY=] 7:8 somebody"
+    finally:
+        peers.run("podman", "rmi", "-f", "localhost/sample:1")
+
+
+def _like_podman(found: Dump) -> Dump:
+    """Podman unpacks times in whole seconds and fills holes."""
+    return {
+        path: entry._replace(mtime_ns=entry.mtime_ns // 10**9, sparse=False)
+        for path, entry in samples.unlinked(found).items()
+    }
+
+
+@pytest.mark.parametrize("packing", [Compression.GZIP, Compression.NONE])
+def test_umoci_unpacks_what_we_export(peers: Engines, store: LayerStore, place: Path, packing: Compression) -> None:
+    expected = _export(store, place, Format.OCI, packing)
+    peers.run("umoci", "unpack", "--image", f"{place}/out:1", place / "bundle")
+    found = archives.picture(place / "bundle" / "rootfs")
+    same(_plain(found), _plain(expected))
+
+
+def _plain(found: Dump) -> Dump:
+    """A directory has true link counts, a view of layers may not; umoci fills holes."""
+    return {path: entry._replace(nlink=0, sparse=False) for path, entry in samples.unlinked(found).items()}
+
+
+def test_what_umoci_repacks(peers: Engines, store: LayerStore, place: Path) -> None:
+    _export(store, place, Format.OCI)
+    peers.run("umoci", "unpack", "--image", f"{place}/out:1", place / "bundle")
+    rootfs = place / "bundle" / "rootfs"
+    shutil.rmtree(rootfs / "lib")
+    (rootfs / "etc" / "motd").unlink()
+    (rootfs / "pipe" / "now").write_text("later")
+    (rootfs / "lib").write_text("a file now")
+    peers.run("umoci", "repack", "--image", f"{place}/out:2", place / "bundle")
+    made = import_image(store, os.fsencode(place / "out:2"), "again")
+    assert len(made.layers) == 3
+    assert made.layers[1:] == store.image("localhost/sample:1").layers
+    # It rounds times, and invents one for a directory that it writes only because of what is in it.
+    found, expected = _plain(samples.view(store, "again")), _plain(archives.picture(rootfs))
+    same(*({path: entry._replace(mtime_ns=0) for path, entry in tree.items()} for tree in (found, expected)))
+
+
+@pytest.mark.parametrize("kind", [Format.OCI, Format.OCI_ARCHIVE, Format.DOCKER_ARCHIVE])
+def test_skopeo_hands_on_what_we_export(peers: Engines, store: LayerStore, place: Path, kind: Format) -> None:
+    _export(store, place, kind)
+    source = f"{kind.value}:{place}/out" + (":1" if kind is Format.OCI else "")
+    for target in (f"oci:{place}/layout:x", f"docker-archive:{place}/archive:x:1", f"oci-archive:{place}/oci:x"):
+        peers.skopeo(source, target)
+    layers = store.image("localhost/sample:1").layers
+    for name in ("layout", "archive", "oci"):
+        assert import_image(store, os.fsencode(place / name), "back").layers == layers
+    assert store.image("back").history == store.image("localhost/sample:1").history
+
+
+def test_a_round_trip_through_podman(peers: Engines, store: LayerStore, place: Path) -> None:
+    """Podman writes its own tar, with whole seconds: the tree is the same but for those."""
+    expected = _export(store, place, Format.OCI_ARCHIVE)
+    peers.run("podman", "load", "-q", "-i", place / "out")
+    try:
+        peers.run("podman", "save", "-q", "--format", "oci-archive", "-o", place / "back", "localhost/sample:1")
+    finally:
+        peers.run("podman", "rmi", "-f", "localhost/sample:1")
+    got = import_image(store, os.fsencode(place / "back"), "back")
+    assert got.config == store.image("localhost/sample:1").config
+    same(_like_podman(samples.view(store, "back")), _like_podman(expected))
+
+
+def test_a_flat_export_is_what_podman_imports(peers: Engines, store: LayerStore, place: Path) -> None:
+    expected = _export(store, place, Format.TAR)
+    peers.run("podman", "import", "-q", place / "out", "localhost/flat:1")
+    try:
+        with peers.mounted("localhost/flat:1") as point:
+            found = archives.picture(point)
+    finally:
+        peers.run("podman", "rmi", "-f", "localhost/flat:1")
+    same(_plain(_like_podman(found)), _plain(_like_podman(expected)))
