@@ -1,7 +1,7 @@
 """Layers as blobs: a stored layer as a compressed tar with its digests, and a stored layer from such a blob."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from overlayfs.store.layers import Layer, StagedLayer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.store import LayerStore
 
+Items = Generator[Item, None, None]
 Sink = Callable[[bytes], object]
 Notice = Callable[[str], None]
 """Told, in a sentence, what is left out."""
@@ -71,16 +72,17 @@ def write_blob(
     return blob
 
 
-def _layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Iterator[Item]:
+def _layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Items:
     with layer_items(tree, below, losses) as items:
         yield from items
 
 
-def stream_blob(items: Iterator[Item], sink: Sink, kind: Compression, progress: Progress | None = None) -> LayerBlob:
+def stream_blob(items: Items, sink: Sink, kind: Compression, progress: Progress | None = None) -> LayerBlob:
     """Give the tar of items, compressed, to `sink`. The items are asked for in another thread."""
     squeeze = compression.compressor(kind)
     plain, packed = _Tally(), _Tally()
     with ExitStack() as undo:
+        undo.callback(items.close)
         undo.callback(squeeze.close)
         tar = undo.enter_context(Ahead(tar_pieces(items, source_date_epoch()), "tar"))
         blob = undo.enter_context(Ahead(_squeezed(tar, plain, squeeze), "compress"))

@@ -15,12 +15,12 @@ import msgspec
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci import image, media, tarwrite
-from overlayfs.oci.blobs import LayerBlob, Notice, Sink, ignore, stream_blob, write_blob
+from overlayfs.oci.blobs import Items, LayerBlob, Notice, Sink, ignore, stream_blob, write_blob
 from overlayfs.oci.compression import Compression
 from overlayfs.oci.entry import Entry, Kind
 from overlayfs.oci.layertar import unpack_items
 from overlayfs.oci.media import Descriptor, DockerSaved, ImageConfig, Index, Manifest
-from overlayfs.oci.pack import Item, Losses, merged_items
+from overlayfs.oci.pack import Losses, merged_items
 from overlayfs.oci.streams import PIECE
 from overlayfs.oci.tarread import BLOCK
 from overlayfs.store import layout
@@ -151,7 +151,7 @@ class _Export:
     def _write_tar(self, sink: Sink) -> None:
         losses = Losses()
 
-        def items() -> Iterator[Item]:
+        def items() -> Items:
             with merged_items(self._stack(), losses) as found:
                 yield from found
 

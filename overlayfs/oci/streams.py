@@ -8,7 +8,7 @@ between two of them, so that memory does not grow with the stream.
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Self
 
 Read = Callable[[int], bytes]
@@ -70,6 +70,9 @@ class Ahead:
                 self._ready.release()
         except BaseException as error:
             last = error
+        finally:
+            if isinstance(self._pieces, Generator):
+                self._pieces.close()
         self._waiting.append(last)
         self._ready.release()
 
