@@ -49,6 +49,7 @@ _Function = Callable[..., int]
 _NR_OPENAT2 = 437
 _NR_FCHMODAT2 = 452
 _NR_GETXATTRAT = 464
+_NR_LISTXATTRAT = 465
 
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_SYMLINK_FOLLOW = 0x400
@@ -77,10 +78,6 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-
 class _XattrArguments(ctypes.Structure):
     _fields_ = (("value", ctypes.c_uint64), ("size", ctypes.c_uint32), ("flags", ctypes.c_uint32))
 
@@ -99,9 +96,12 @@ _getxattrat = _function(
     ctypes.POINTER(_XattrArguments),
     ctypes.c_size_t,
 )
+_listxattrat = _function(
+    "syscall", ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t
+)
 _renameat2 = _function("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _linkat = _function("linkat", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
-_utimensat = _function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_Timespec), ctypes.c_int)
+_utimensat = _function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int)
 _getdents64 = _function("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 _fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
 _syncfs = _function("syncfs", ctypes.c_int)
@@ -382,18 +382,21 @@ _UTIME_NOW = (1 << 30) - 1
 _UTIME_OMIT = (1 << 30) - 2
 
 
-def _timespec(nanoseconds: int | None) -> _Timespec:
+_TIMES = struct.Struct("=qqqq")  # two of struct timespec: seconds, nanoseconds
+
+
+def _timespec(nanoseconds: int | None) -> tuple[int, int]:
     if nanoseconds is None:
-        return _Timespec(0, _UTIME_OMIT)
+        return 0, _UTIME_OMIT
     if nanoseconds == NOW:
-        return _Timespec(0, _UTIME_NOW)
-    return _Timespec(*divmod(nanoseconds, 1_000_000_000))
+        return 0, _UTIME_NOW
+    return divmod(nanoseconds, 1_000_000_000)
 
 
 def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
     """Set the times of the object itself, in nanoseconds since 1970 or NOW; None keeps one."""
     _changing("utimens_at")
-    times = (_Timespec * 2)(_timespec(atime_ns), _timespec(mtime_ns))
+    times = _TIMES.pack(*_timespec(atime_ns), *_timespec(mtime_ns))
     flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
     if _utimensat(dirfd, _component(name), times, flags) < 0:
         raise _failed(name)
@@ -452,6 +455,11 @@ def find_xattr(dirfd: int, name: bytes, attr: bytes) -> bytes | None:
 
 def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
     """Return the names of all extended attributes that the caller may see."""
+    if _HAS_GETXATTRAT and name:  # listxattrat(2) came with it
+        names = _Value()
+        size = _listxattrat(_NR_LISTXATTRAT, dirfd, _component(name), _AT_SYMLINK_NOFOLLOW, names, _USUAL_VALUE)
+        if size >= 0:
+            return names.raw[:size].split(b"\0")[:-1]
     try:
         return [os.fsencode(attr) for attr in os.listxattr(_through_proc(dirfd, name), follow_symlinks=not name)]
     except OSError as error:
@@ -700,6 +708,12 @@ def access_mode(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
 
 
+def keep_atime(fd: int) -> None:
+    """Let reads through an open file move no access time any more, where we may ask for it (O_NOATIME in open(2))."""
+    with contextlib.suppress(PermissionError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NOATIME)
+
+
 def try_lock(fd: int) -> bool:
     """Take the exclusive flock(2) of an open file without waiting; False when another description holds it."""
     try:
@@ -835,18 +849,23 @@ _OF_THIS_THREAD = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
 _CAPABILITIES = struct.Struct("=6I")  # effective, permitted, inheritable; twice, the low 32 first (capget(2))
 
 
-@contextlib.contextmanager
-def without_capability(number: int) -> Iterator[None]:
-    """Leave a capability out of this thread's effective set within the context; nothing where it is not in it."""
-    found = ctypes.create_string_buffer(_CAPABILITIES.size)
-    if _capget(_OF_THIS_THREAD, found) < 0:
-        raise _failed()
-    before = found.raw[: _CAPABILITIES.size]
-    effective, *rest = _CAPABILITIES.unpack(before)
-    reduced = _CAPABILITIES.pack(effective & ~(1 << number), *rest)
-    if _capset(_OF_THIS_THREAD, reduced) < 0:
-        raise _failed()
-    try:
-        yield
-    finally:
-        _capset(_OF_THIS_THREAD, before)
+class WithoutCapability:
+    """A context, to be entered again and again, that leaves a capability out of the thread's effective set.
+
+    The set is read once, when the context is made: it must be made and entered in threads with equal sets.
+    """
+
+    def __init__(self, number: int) -> None:
+        found = ctypes.create_string_buffer(_CAPABILITIES.size)
+        if _capget(_OF_THIS_THREAD, found) < 0:
+            raise _failed()
+        self._before = found.raw[: _CAPABILITIES.size]
+        effective, *rest = _CAPABILITIES.unpack(self._before)
+        self._reduced = _CAPABILITIES.pack(effective & ~(1 << number), *rest)
+
+    def __enter__(self) -> None:
+        if _capset(_OF_THIS_THREAD, self._reduced) < 0:
+            raise _failed()
+
+    def __exit__(self, *_: object) -> None:
+        _capset(_OF_THIS_THREAD, self._before)

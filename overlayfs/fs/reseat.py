@@ -245,6 +245,8 @@ def _move_file(node: File, layer: Layer, path: Callable[[Dir], bytes]) -> None:
     node.names = dict.fromkeys(node.names, False)
     if node.writer is not None:
         _retire_writer(node, node.writer)
+    if node.reader is not None:
+        sysio.keep_atime(node.reader)
 
 
 def _retire_writer(node: File, writer: int) -> None:

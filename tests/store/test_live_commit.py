@@ -186,6 +186,18 @@ def test_a_writer_goes_on_in_the_new_upper(used: Used, path: str) -> None:
     assert read(overlay, path)[:6] == b"AFTER!"
 
 
+def test_reading_through_an_old_handle_moves_no_time_of_the_layer(used: Used) -> None:
+    overlay = used.overlay
+    make(overlay, "new", b"new")
+    handles = [overlay.open(at(overlay, "new"), flags, ROOT) for flags in (os.O_RDWR, os.O_RDONLY)]
+    used.commit()
+    os.utime(layer_file(used, "new"), ns=(0, layer_file(used, "new").stat().st_mtime_ns))
+    for fh in handles:
+        assert overlay.read(fh, 0, 3) == b"new"
+        overlay.release(fh)
+    assert layer_file(used, "new").stat().st_atime_ns == 0
+
+
 def test_writers_survive_many_commits(used: Used) -> None:
     overlay = used.overlay
     make(overlay, "log", b"")

@@ -1,0 +1,356 @@
+"""A commit of a mounted image under running programs: they go on, and the layer holds what was acknowledged."""
+
+import fcntl
+import json
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from overlayfs.errors import UserError
+from overlayfs.mount import control
+from overlayfs.store.store import LayerStore
+from tests.mounted.conftest import PROGRAM, Mount
+from tests.mounted.images import ImageMount
+from tests.mounted.polling import until
+from tests.support import processes
+from tests.support.drivers.posix import PosixRaw
+from tests.support.dump import Dump, dump
+from tests.support.requirements import need, need_root
+
+WRITERS = 4
+
+
+@pytest.fixture
+def made(place: Path) -> Iterator[ImageMount]:
+    """An image, not mounted."""
+    need_root()
+    need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
+    found = ImageMount(place)
+    yield found
+    found.finish()
+
+
+@pytest.fixture
+def image(made: ImageMount) -> ImageMount:
+    """An image, mounted."""
+    made.start()
+    return made
+
+
+def shown_by(point: Path) -> Dump:
+    """All that a mount shows."""
+    raw = PosixRaw(os.fsencode(point))
+    try:
+        return dump(raw)
+    finally:
+        raw.close()
+
+
+def inodes(root: Path) -> dict[str, int]:
+    """The inode number of every path."""
+    return {
+        os.path.join(directory, name): os.lstat(os.path.join(directory, name)).st_ino
+        for directory, directories, files in os.walk(root)
+        for name in (*directories, *files)
+    }
+
+
+# --- programs that go on -----------------------------------------------------------------------------------
+
+
+def test_tree_numbers_and_the_layer(image: ImageMount) -> None:
+    """Everything that an upper can hold; unmounted and mounted again it is the same."""
+    point = image.point
+    (point / "new").write_bytes(b"new")
+    (point / "d" / "f").chmod(0o600)
+    (point / "d").rename(point / "moved")
+    (point / "doomed").unlink()
+    (point / "dir").mkdir()
+    os.symlink("new", point / "link")
+    (point / "one").write_bytes(b"written by one name")
+    shown, numbers = shown_by(point), inodes(point)
+    told = image.commit("-t", "site:2", "-m", "first")
+    assert shown_by(point) == shown
+    assert inodes(point) == numbers
+    assert (image.tree(told) / "new").read_bytes() == b"new"
+    assert not os.listdir(image.workspace / "upper")
+    (point / "moved" / "inner" / "leaf").write_bytes(b"changed")
+    (point / "dir").rmdir()
+    shown, numbers = shown_by(point), inodes(point)
+    image.commit("-t", "site:3")
+    assert shown_by(point) == shown
+    assert inodes(point) == numbers
+    image.unmount()
+    image.start("site:3")
+    assert shown_by(point) == shown
+    assert inodes(point) == numbers
+    image.unmount()
+
+
+def test_open_files(image: ImageMount) -> None:
+    """Readers and writers, O_APPEND, a lock, and a file that has no name any more."""
+    path = image.point / "file"
+    with (
+        path.open("w+b", buffering=0) as writer,
+        path.open("rb", buffering=0) as reader,
+        path.open("ab", buffering=0) as appender,
+        (image.point / "unnamed").open("w+b", buffering=0) as unnamed,
+    ):
+        writer.write(b"before, ")
+        unnamed.write(b"before, ")
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        (image.point / "unnamed").unlink()
+        number = os.fstat(writer.fileno()).st_ino
+        told = image.commit()
+        assert reader.read() == b"before, "
+        appender.write(b"appended, ")
+        writer.write(b"WRITTEN, ")
+        unnamed.write(b"after")
+        assert os.fstat(writer.fileno()).st_ino == path.stat().st_ino == number
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(reader, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.fsync(writer.fileno())
+        assert path.read_bytes() == b"before, WRITTEN,  "  # the append was one byte longer
+        assert os.pread(unnamed.fileno(), 100, 0) == b"before, after"
+        assert (image.tree(told) / "file").read_bytes() == b"before, "
+        assert not (image.tree(told) / "unnamed").exists()
+    image.unmount()
+
+
+def test_appending_goes_on_at_the_end(image: ImageMount) -> None:
+    path = image.point / "log"
+    with path.open("ab", buffering=0) as log:
+        for turn in range(5):
+            log.write(b"%d\n" % turn)
+            image.commit()
+        log.write(b"end\n")
+    assert path.read_bytes() == b"0\n1\n2\n3\n4\nend\n"
+    image.unmount()
+
+
+def test_shared_mappings(image: ImageMount) -> None:
+    """What was stored before the commit is in the layer, what is stored after it is not, and both are in the file."""
+    path = image.point / "mapped"
+    path.write_bytes(bytes(8192))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 8192) as memory:
+        memory[0:6] = b"before"
+        told = image.commit()
+        memory[4096:4101] = b"after"
+        assert memory[0:6] == b"before"
+        memory.flush()
+        committed = (image.tree(told) / "mapped").read_bytes()
+        assert committed == b"before".ljust(8192, b"\0")
+        assert path.read_bytes() == b"before".ljust(4096, b"\0") + b"after".ljust(4096, b"\0")
+    image.unmount()
+
+
+def test_working_directory_and_listing(image: ImageMount) -> None:
+    """A program that stands in a directory, and one that is in the middle of reading it."""
+    directory = image.point / "many"
+    directory.mkdir()
+    for number in range(2000):
+        (directory / f"{number:04}").touch()
+    program = (
+        "import os, sys\n"
+        "entries = os.scandir('.')\n"
+        "found = [next(entries).name for _ in range(10)]\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "found += [entry.name for entry in entries]\n"
+        "open('made', 'w').close()\n"
+        "print(len(found), len(set(found)), os.path.basename(os.getcwd()))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+        image.commit()
+        reader.stdin.write("\n")
+        reader.stdin.close()
+        assert reader.stdout.read() == "2000 2000 many\n"
+    assert os.listdir(image.workspace / "upper" / "many") == ["made"]
+    image.unmount()
+
+
+# --- writers at work ---------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes one sequence number after the other into a file of its own, and begins a new file now and then."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.acknowledged = 0
+        self.ended = threading.Event()
+        self.error: OSError | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self.directory.mkdir()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self.ended.is_set():
+                with (self.directory / f"{self.acknowledged:08}").open("wb", buffering=0) as file:
+                    for _ in range(20):
+                        file.write(b"%08d\n" % self.acknowledged)
+                        self.acknowledged += 1
+        except OSError as error:
+            self.error = error
+
+
+def last(directory: Path) -> int:
+    """How many numbers in a row the files of a writer hold; every one before must be there."""
+    expected = 0
+    names = sorted(os.listdir(directory)) if directory.exists() else []
+    for position, name in enumerate(names):
+        assert int(name) == expected
+        numbers = [int(line) for line in (directory / name).read_bytes().split()]
+        assert numbers == list(range(expected, expected + len(numbers)))
+        expected += len(numbers)
+        assert len(numbers) == 20 or position == len(names) - 1
+    return expected
+
+
+def test_the_layer_holds_what_was_acknowledged(image: ImageMount) -> None:
+    """Four writers; each layer, with those below, holds a whole number of steps between the call and the answer."""
+    with LayerStore(os.fsencode(image.store)) as store:
+        writers = [Writer(image.point / f"w{number}") for number in range(WRITERS)]
+        with writers[0], writers[1], writers[2], writers[3]:
+            for turn in range(8):
+                until(lambda: all(writer.acknowledged > 50 * (turn + 1) for writer in writers))  # noqa: B023
+                before = [writer.acknowledged for writer in writers]
+                image.commit("-t", "site:now")
+                after = [writer.acknowledged + 1 for writer in writers]  # one may be done and not yet counted
+                held = [_held(store, f"w{number}") for number in range(WRITERS)]
+                assert all(low <= count <= high for low, count, high in zip(before, held, after, strict=True))
+        assert [writer.error for writer in writers] == [None] * WRITERS
+    for writer in writers:
+        assert last(writer.directory) == writer.acknowledged
+    image.unmount()
+
+
+def _held(store: LayerStore, directory: str) -> int:
+    """How many numbers a writer's files hold in the newest image."""
+    newest: dict[str, Path] = {}
+    for layer in reversed(store.stack_of("site:now")):
+        place = Path(os.fsdecode(layer.tree_path)) / directory
+        for name in os.listdir(place) if place.exists() else ():
+            newest[name] = place / name
+    return sum(len(path.read_bytes().split()) for path in newest.values())
+
+
+@pytest.mark.timeout(240)
+def test_killed_at_any_moment(made: ImageMount) -> None:
+    """kill -9 while commits and writers run: all that was acknowledged is there after the next mount."""
+    for turn in range(6):
+        made.start()
+        writers = [Writer(made.point / f"t{turn}w{number}") for number in range(WRITERS)]
+        with writers[0], writers[1], writers[2], writers[3]:
+            until(lambda: all(writer.acknowledged > 10 for writer in writers))  # noqa: B023
+            before = processes.children()
+            committing = _commits_until_killed(made)
+            until(lambda: os.listdir(made.store / "intents"))
+            until(lambda: all(writer.acknowledged > 30 + 10 * turn for writer in writers))  # noqa: B023
+            made.kill()
+            committing.join()
+        processes.reap_since(before - {*made.pids})
+        made.start()
+        for writer in writers:
+            assert writer.error is not None
+            assert last(made.point / writer.directory.name) in (writer.acknowledged, writer.acknowledged + 1)
+        made.commit("-t", "site:now", "--allow-empty")
+        made.unmount()
+    with LayerStore(os.fsencode(made.store)) as store:
+        store.gc()
+    assert os.listdir(made.store / "intents") == []
+
+
+def _commits_until_killed(made: ImageMount) -> threading.Thread:
+    def run() -> None:
+        with suppress(UserError):  # the daemon is gone
+            while True:
+                control.request(os.fsencode(made.point), "commit-image", allow_empty=True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+# --- what is told ------------------------------------------------------------------------------------------
+
+
+def _overlayfs(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PROGRAM, *words], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_what_the_commands_tell(image: ImageMount) -> None:
+    point = str(image.point)
+    refused = _overlayfs("commit", point, "-t", "site:2")
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "overlayfs: there is nothing to commit: the mount has no changes; --allow-empty makes a layer all the same\n"
+    )
+    (image.point / "new").touch()
+    told = image.commit("-t", "site:2", "-m", "words", "--author", "me")
+    assert told["image"] == "site:2"
+    (mount,) = (m for m in json.loads(_overlayfs("mounts", "--json").stdout)["mounts"] if m["mountpoint"] == point)
+    assert mount["image"] == "site:2"
+    assert len(mount["lower"]) == 2
+    with LayerStore(os.fsencode(image.store)) as store:
+        record = store.layer(told["layer"]).record
+    assert (record.message, record.author, record.state) == ("words", "me", "complete")
+    image.unmount()
+
+
+def test_usable_before_it_is_hashed(image: ImageMount) -> None:
+    (image.point / "new").write_bytes(b"new")
+    before = processes.children()
+    told = control.request(os.fsencode(image.point), "commit-image", image="site:2")
+    with LayerStore(os.fsencode(image.store)) as store:
+        assert store.image("site:2").layers[0] == told["layer"]
+    assert (image.tree(told) / "new").read_bytes() == b"new"
+
+    def state() -> str:
+        return str(control.request(os.fsencode(image.point), "hashing", layer=told["layer"])["state"])
+
+    until(lambda: state() == "done")
+    processes.reap_since(before)
+    with LayerStore(os.fsencode(image.store)) as store:
+        assert store.layer(told["layer"]).record.digest is not None
+    image.unmount()
+
+
+def test_plain_directories_have_no_store(mount: Mount) -> None:
+    mount.start()
+    refused = _overlayfs("commit", str(mount.point), "-t", "site:2")
+    assert refused.returncode == 1
+    assert "--to DIR" in refused.stderr
+    mount.unmount()
+
+
+def test_a_layer_in_use_is_not_garbage(image: ImageMount) -> None:
+    """The newest layer is referred to by the workspace and held by the mount."""
+    (image.point / "new").write_bytes(b"new")
+    told = image.commit()
+    with LayerStore(os.fsencode(image.store)) as store:
+        assert [found.kind for found in store.gc()] == []
+    assert (image.point / "new").read_bytes() == b"new"
+    assert image.tree(told).exists()
+    image.unmount()
