@@ -26,7 +26,10 @@ _COMPRESSIONS = ("gzip", "zstd", "none")
     "-o", "--output", "destination", metavar="DEST", required=True, type=arguments.path, help="- for standard output."
 )
 @click.option(
-    "--format", "kind", type=click.Choice(_FORMATS), help="[oci-archive for - and names ending in .tar, else oci]"
+    "--format",
+    "kind",
+    type=click.Choice(_FORMATS),
+    help="[oci-archive for -, pipes and names ending in .tar, else oci]",
 )
 @click.option("--compression", type=click.Choice(_COMPRESSIONS), help="[gzip for oci and oci-archive, else none]")
 @storage.option
@@ -65,7 +68,8 @@ def export(
 
 
 def _usual_format(destination: bytes) -> str:
-    return "oci-archive" if destination == b"-" or destination.endswith(b".tar") else "oci"
+    is_stream = os.path.exists(destination) and not os.path.isdir(destination)
+    return "oci-archive" if destination == b"-" or destination.endswith(b".tar") or is_stream else "oci"
 
 
 def _check(kind: str, compression: str | None, to_stdout: bool, as_json: bool) -> None:
