@@ -29,48 +29,46 @@ def line(quiet: bool = False) -> Iterator[Show]:
 
 @contextlib.contextmanager
 def board(quiet: bool = False) -> Iterator[ShowLine]:
-    """Give a function, for any thread, that shows a text in the line of a key; all lines are wiped at the end."""
+    """Give a function, for any thread, that sets the text in the line of a key; all lines are wiped at the end."""
     if quiet or not sys.stderr.isatty():
         yield lambda key, text: None
         return
-    lines = _Board(time.monotonic())
+    lines, done = _Board(), threading.Event()
+    clock = threading.Thread(target=lines.renew, args=(done,))
+    clock.start()
     try:
         yield lines.show
     finally:
-        lines.wipe()
+        done.set()
+        clock.join()
 
 
 class _Board:
     """Several lines, renewed together, no more than the terminal has: older ones give way."""
 
-    def __init__(self, start: float) -> None:
-        self._due = start + PATIENCE
+    def __init__(self) -> None:
         self._texts: dict[str, str] = {}
         self._drawn = 0
-        self._lock = threading.Lock()
 
     def show(self, key: str, text: str) -> None:
-        with self._lock:
-            self._texts[key] = text
-            now = time.monotonic()
-            if now >= self._due:
-                self._due = now + PERIOD
-                self._draw()
+        self._texts[key] = text
+
+    def renew(self, done: threading.Event) -> None:
+        """Draw the lines again and again, first after some patience; at the end they are wiped."""
+        done.wait(PATIENCE)
+        while not done.wait(PERIOD):
+            self._draw()
+        self._write([])
 
     def _draw(self) -> None:
         columns, rows = shutil.get_terminal_size()
-        shown = [text[: columns - 1] for text in self._texts.values()][-max(1, rows - 1) :]
-        sys.stderr.write(self._up() + "".join(f"{text}\x1b[K\n" for text in shown) + "\x1b[J")
+        self._write([text[: columns - 1] for text in tuple(self._texts.values())][-max(1, rows - 1) :])
+
+    def _write(self, lines: list[str]) -> None:
+        up = f"\r\x1b[{self._drawn}A" if self._drawn else "\r"
+        sys.stderr.write(up + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
         sys.stderr.flush()
-        self._drawn = len(shown)
-
-    def _up(self) -> str:
-        return f"\r\x1b[{self._drawn}A" if self._drawn else "\r"
-
-    def wipe(self) -> None:
-        with self._lock:
-            sys.stderr.write(self._up() + "\x1b[J")
-            sys.stderr.flush()
+        self._drawn = len(lines)
 
 
 def _renewed(start: float) -> Show:

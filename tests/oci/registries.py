@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import os
 import queue
 import re
 import socket
@@ -53,15 +54,20 @@ def registry(place: Path, **settings: object) -> Iterator[str]:
         **settings,
     }
     (place / "config.yml").write_text(json.dumps(config))  # JSON is YAML
+    # It takes REGISTRY_... for settings of its own, and podman's REGISTRY_AUTH_FILE for one of them.
     child = subprocess.Popen(
-        ["docker-registry", "serve", place / "config.yml"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+        ["docker-registry", "serve", place / "config.yml"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith("REGISTRY_")},
+    )  # fmt: skip
     assert child.stderr is not None
     ports: queue.SimpleQueue[str] = queue.SimpleQueue()
     reader = threading.Thread(target=_read_log, args=(child.stderr, ports))
     reader.start()
     try:
-        yield ports.get(timeout=processes.LIMIT)
+        host = ports.get(timeout=processes.LIMIT)
+        assert host, f"docker-registry did not start with {config}"
+        yield host
     finally:
         child.terminate()
         child.wait(processes.LIMIT)
@@ -74,6 +80,7 @@ def _read_log(log: IO[str], ports: "queue.SimpleQueue[str]") -> None:
     for line in log:
         if found := re.search(r"listening on (127\.0\.0\.1:[0-9]+)", line):
             ports.put(found[1])
+    ports.put("")
 
 
 def with_password(place: Path) -> dict[str, object]:
