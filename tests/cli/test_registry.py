@@ -20,6 +20,7 @@ from tests.oci import registries
 from tests.oci.registries import Answer, Proxy, Request
 from tests.oci.test_registry_transfer import BASE, TOP, foreign
 from tests.store.samples import add_image, open_store
+from tests.support import requirements
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_refusals(overlayfs: Run, store: Path, server: str, words: tuple[str, ..
 
 
 def test_a_login_of_skopeo(overlayfs: Run, store: Path, place: Path) -> None:
-    registries.requirements.need_program("skopeo")
+    requirements.need_program("skopeo")
     with registries.registry(place / "private", auth=registries.with_password(place / "private")) as host:
         refused = overlayfs("push", "it", f"{host}/a/b", "--plain-http")
         assert refused.code == 1 and f"{host} wants a login; run 'podman login {host}'" in refused.err
