@@ -1,12 +1,16 @@
 """The programs that others build and read images with, kept in a place of their own: podman, buildah, skopeo, umoci."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.oci import samples
 from tests.support import syscalls
+from tests.support.builder import build
+from tests.support.dump import Dump
 from tests.support.requirements import need_program, need_root
 
 _CONTAINERS = """
@@ -98,3 +102,59 @@ def engines(base: Path) -> Iterator[Engines]:
         yield found
     finally:
         found.close()
+
+
+def build_two(peers: Engines) -> None:
+    """Make localhost/two:1 of two layers: deletions, opaque directories, hard links, setuid, capabilities."""
+    _build_base(peers)
+    _build_top(peers)
+
+
+def _build_base(peers: Engines) -> None:
+    with peers.container("scratch") as (name, root):
+        build(root, samples.BASE)
+        (root / "opq").mkdir()
+        (root / "opq" / "below").write_text("below")
+        (root / "several").mkdir()
+        for number in range(3):
+            os.link(root / "etc" / "motd", root / "several" / f"link{number}")
+        os.mkdir(root / ("n" * 200), 0o2711)
+        peers.run(
+            "buildah", "config", "--env", "A=b c", "--label", "l=1", "--entrypoint", '["/bin/su"]', "--cmd", "x",
+            "--user", "7:8", "--workingdir", "/etc", "--port", "80", name,
+        )  # fmt: skip
+        peers.run("buildah", "commit", "-q", name, "localhost/base:1")
+
+
+def _build_top(peers: Engines) -> None:
+    with peers.container("localhost/base:1") as (name, root):
+        (root / "bin" / "ping").unlink()
+        for directory in ("opq", "lib"):
+            shutil.rmtree(root / directory)
+            (root / directory).mkdir()
+        (root / "opq" / "new").write_text("new")
+        shutil.rmtree(root / "old")
+        (root / "pipe").unlink()
+        (root / "pipe").mkdir()
+        (root / "etc" / "motd").chmod(0o4711)
+        (root / "several" / "link0").unlink()
+        os.setxattr(root / "bin" / "su", "security.capability", samples.CAPABILITY)
+        peers.run("buildah", "commit", "-q", name, "localhost/two:1")
+
+
+def filled(found: Dump) -> Dump:
+    """A tree that had its holes filled on the way: we make them again."""
+    return {path: entry._replace(sparse=False) for path, entry in samples.unlinked(found).items()}
+
+
+def like_podman(found: Dump) -> Dump:
+    """Podman unpacks times in whole seconds and fills holes."""
+    return {
+        path: entry._replace(mtime_ns=entry.mtime_ns // 10**9, sparse=False)
+        for path, entry in samples.unlinked(found).items()
+    }
+
+
+def plain(found: Dump) -> Dump:
+    """A directory has true link counts, a view of layers may not; umoci fills holes."""
+    return {path: entry._replace(nlink=0, sparse=False) for path, entry in samples.unlinked(found).items()}

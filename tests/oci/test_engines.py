@@ -12,9 +12,8 @@ from overlayfs.oci.exporting import ExportOptions, Format, export_image
 from overlayfs.oci.importing import import_image
 from overlayfs.store.store import LayerStore
 from tests.oci import archives, samples
-from tests.oci.engines import Engines, engines
+from tests.oci.engines import Engines, build_two, engines, filled, like_podman, plain
 from tests.support import syscalls
-from tests.support.builder import build
 from tests.support.dump import Dump, same
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -24,53 +23,15 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 def peers(scratch: Path) -> Iterator[Engines]:
     """The programs, with the image localhost/two:1 of two layers."""
     with engines(scratch / "engines") as found:
-        _build_base(found)
-        _build_top(found)
+        build_two(found)
         yield found
-
-
-def _build_base(peers: Engines) -> None:
-    with peers.container("scratch") as (name, root):
-        build(root, samples.BASE)
-        (root / "opq").mkdir()
-        (root / "opq" / "below").write_text("below")
-        (root / "several").mkdir()
-        for number in range(3):
-            os.link(root / "etc" / "motd", root / "several" / f"link{number}")
-        os.mkdir(root / ("n" * 200), 0o2711)
-        peers.run(
-            "buildah", "config", "--env", "A=b c", "--label", "l=1", "--entrypoint", '["/bin/su"]', "--cmd", "x",
-            "--user", "7:8", "--workingdir", "/etc", "--port", "80", name,
-        )  # fmt: skip
-        peers.run("buildah", "commit", "-q", name, "localhost/base:1")
-
-
-def _build_top(peers: Engines) -> None:
-    with peers.container("localhost/base:1") as (name, root):
-        (root / "bin" / "ping").unlink()
-        for directory in ("opq", "lib"):
-            shutil.rmtree(root / directory)
-            (root / directory).mkdir()
-        (root / "opq" / "new").write_text("new")
-        shutil.rmtree(root / "old")
-        (root / "pipe").unlink()
-        (root / "pipe").mkdir()
-        (root / "etc" / "motd").chmod(0o4711)
-        (root / "several" / "link0").unlink()
-        os.setxattr(root / "bin" / "su", "security.capability", samples.CAPABILITY)
-        peers.run("buildah", "commit", "-q", name, "localhost/two:1")
 
 
 @pytest.fixture
 def shown(peers: Engines) -> Dump:
     """What podman shows of the image."""
     with peers.mounted("localhost/two:1") as point:
-        return _filled(archives.picture(point))
-
-
-def _filled(found: Dump) -> Dump:
-    """A tree that had its holes filled on the way: we make them again."""
-    return {path: entry._replace(sparse=False) for path, entry in samples.unlinked(found).items()}
+        return filled(archives.picture(point))
 
 
 FORMS = {
@@ -88,7 +49,7 @@ def test_images_of_podman(peers: Engines, store: LayerStore, place: Path, shown:
     assert made.config["Env"] == ["A=b c"]
     assert made.config["Entrypoint"] == ["/bin/su"]
     assert made.config["User"] == "7:8"
-    same(_filled(samples.view(store, "two")), shown)
+    same(filled(samples.view(store, "two")), shown)
 
 
 @pytest.mark.parametrize("packing", ["gzip", "zstd"])
@@ -101,7 +62,7 @@ def test_images_that_skopeo_compresses(
         f"oci:{place}/layout:tag",
     )  # fmt: skip
     import_image(store, os.fsencode(place / "layout:tag"), "two")
-    same(_filled(samples.view(store, "two")), shown)
+    same(filled(samples.view(store, "two")), shown)
 
 
 @pytest.mark.kernel
@@ -112,7 +73,7 @@ def test_our_layers_under_the_kernels_overlayfs(peers: Engines, store: LayerStor
     (place / "mnt").mkdir()
     syscalls.mount(b"overlay", os.fsencode(place / "mnt"), b"overlay", 1, os.fsencode(f"lowerdir={lower}"))
     try:
-        same(_filled(archives.picture(place / "mnt")), shown)
+        same(filled(archives.picture(place / "mnt")), shown)
     finally:
         syscalls.umount(os.fsencode(place / "mnt"))
 
@@ -136,7 +97,7 @@ def test_podman_shows_what_we_export(
     assert loaded.endswith("localhost/sample:1")
     try:
         with peers.mounted("localhost/sample:1") as point:
-            same(_like_podman(archives.picture(point)), _like_podman(expected))
+            same(like_podman(archives.picture(point)), like_podman(expected))
         said = peers.run(
             "podman", "image", "inspect", "--format", "{{.Config.Env}} {{.User}} {{.Author}}", "localhost/sample:1"
         )
@@ -145,25 +106,12 @@ def test_podman_shows_what_we_export(
         peers.run("podman", "rmi", "-f", "localhost/sample:1")
 
 
-def _like_podman(found: Dump) -> Dump:
-    """Podman unpacks times in whole seconds and fills holes."""
-    return {
-        path: entry._replace(mtime_ns=entry.mtime_ns // 10**9, sparse=False)
-        for path, entry in samples.unlinked(found).items()
-    }
-
-
 @pytest.mark.parametrize("packing", [Compression.GZIP, Compression.NONE])
 def test_umoci_unpacks_what_we_export(peers: Engines, store: LayerStore, place: Path, packing: Compression) -> None:
     expected = _export(store, place, Format.OCI, packing)
     peers.run("umoci", "unpack", "--image", f"{place}/out:1", place / "bundle")
     found = archives.picture(place / "bundle" / "rootfs")
-    same(_plain(found), _plain(expected))
-
-
-def _plain(found: Dump) -> Dump:
-    """A directory has true link counts, a view of layers may not; umoci fills holes."""
-    return {path: entry._replace(nlink=0, sparse=False) for path, entry in samples.unlinked(found).items()}
+    same(plain(found), plain(expected))
 
 
 def test_what_umoci_repacks(peers: Engines, store: LayerStore, place: Path) -> None:
@@ -179,7 +127,7 @@ def test_what_umoci_repacks(peers: Engines, store: LayerStore, place: Path) -> N
     assert len(made.layers) == 3
     assert made.layers[1:] == store.image("localhost/sample:1").layers
     # It rounds times, and invents one for a directory that it writes only because of what is in it.
-    found, expected = _plain(samples.view(store, "again")), _plain(archives.picture(rootfs))
+    found, expected = plain(samples.view(store, "again")), plain(archives.picture(rootfs))
     same(*({path: entry._replace(mtime_ns=0) for path, entry in tree.items()} for tree in (found, expected)))
 
 
@@ -205,7 +153,7 @@ def test_a_round_trip_through_podman(peers: Engines, store: LayerStore, place: P
         peers.run("podman", "rmi", "-f", "localhost/sample:1")
     got = import_image(store, os.fsencode(place / "back"), "back")
     assert got.config == store.image("localhost/sample:1").config
-    same(_like_podman(samples.view(store, "back")), _like_podman(expected))
+    same(like_podman(samples.view(store, "back")), like_podman(expected))
 
 
 def test_a_flat_export_is_what_podman_imports(peers: Engines, store: LayerStore, place: Path) -> None:
@@ -216,4 +164,4 @@ def test_a_flat_export_is_what_podman_imports(peers: Engines, store: LayerStore,
             found = archives.picture(point)
     finally:
         peers.run("podman", "rmi", "-f", "localhost/flat:1")
-    same(_plain(_like_podman(found)), _plain(_like_podman(expected)))
+    same(plain(like_podman(found)), plain(like_podman(expected)))
