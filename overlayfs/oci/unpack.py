@@ -71,8 +71,8 @@ class _Directory:
 class Unpacker:
     """Makes objects below the directory `root`, which is empty and stays the caller's. Call `finish` at the end.
 
-    `merged`: what is made is a plain tree, so names of deletions are ordinary ones there. dropped: how many attributes
-    could not be kept without privilege.
+    `merged`: what is made is a plain tree, without marks of any kind. Without privilege its owners are the user, and
+    there are no devices in it. dropped, devices: how many attributes and devices could not be kept.
     """
 
     def __init__(self, root: int, merged: bool = False) -> None:
@@ -84,6 +84,8 @@ class Unpacker:
         self._waiting: list[tuple[bytes, Entry]] = []
         self._top = self._opened(sysio.open_child(root, b"", os.O_PATH | os.O_DIRECTORY), b"")
         self.dropped = 0
+        self.devices = 0
+        self._newest: int | None = 0  # time of a root that has no entry; None when it has one
         self._dress_directory(self._top, Entry(b"", Kind.DIRECTORY))
 
     def add(self, entry: Entry, fill: Fill | None = None) -> None:
@@ -98,6 +100,8 @@ class Unpacker:
         try:
             for path, entry in self._waiting:
                 self._delete_late(path, entry)
+            if self._newest is not None:
+                self._top.times = self._newest
         finally:
             self.close()
 
@@ -111,14 +115,23 @@ class Unpacker:
 
     def sentences(self) -> list[str]:
         """Return a sentence for each kind of thing that was left out."""
-        what = "extended attributes were left out: only root can set them"
-        return [f"{self.dropped} {what}"] if self.dropped else []
+        facts = (
+            (self.dropped, "extended attributes were left out: only root can set them"),
+            (self.devices, "devices were left out: only root can make them"),
+        )
+        return [f"{count} {text}" for count, text in facts if count]
 
     def _add(self, entry: Entry, fill: Fill | None) -> None:
         if not entry.path:
+            self._newest = None
             self._dress_directory(self._top, entry)
             return
+        if self._newest is not None and b"/" not in entry.path:
+            self._newest = max(self._newest, entry.mtime_ns)
         if not self._merged and whiteout.PREFIX in entry.path and self._is_mark(entry):
+            return
+        if self._merged and not self._privileged and entry.kind in (Kind.CHARACTER, Kind.BLOCK):
+            self.devices += 1
             return
         parent, _, name = entry.path.rpartition(b"/")
         self._make(self._directory(parent, entry), name, entry, fill)
@@ -340,7 +353,7 @@ class Unpacker:
         kind = _SPECIAL[entry.kind]
         if kind == stat.S_IFCHR and entry.device == (0, 0):
             raise BadArchive(f"the entry {shown(entry.path)} is a device 0:0, which means a deletion")
-        if self._privileged:
+        if self._privileged or self._merged:
             self._create_node(dirfd, name, kind | 0o600, entry)
         else:
             sysio.mknod_at(dirfd, name, stat.S_IFREG | 0o600, 0)  # its type goes into the override attribute
@@ -404,7 +417,8 @@ class Unpacker:
             sysio.chmod_at(dirfd, name, entry.mode)
             return
         # The owner must reach the object whatever its users may do: widened as podman does.
-        sysio.chmod_at(dirfd, name, entry.mode & 0o777 | 0o700)
+        only_a_file = self._merged and entry.kind is not Kind.DIRECTORY
+        sysio.chmod_at(dirfd, name, entry.mode & 0o777 | (0 if only_a_file else 0o700))
         if not self._merged:
             kind = _SPECIAL.get(entry.kind)
             told = Override(entry.uid, entry.gid, entry.mode, kind, os.makedev(*entry.device))
