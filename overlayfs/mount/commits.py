@@ -11,7 +11,9 @@ Killed before the rename: the mount as it was. Killed after it: whoever opens th
 the records follow (overlayfs.store.adoption).
 """
 
+import logging
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +35,8 @@ from overlayfs.store.records import ImageRecord
 from overlayfs.store.store import LayerStore
 from overlayfs.store.workspaces import Workspace
 
+log = logging.getLogger(__name__)
+
 _PIECE = 32  # steps of settling between which other requests have their turn
 _ATTEMPTS = 5  # to find the upper settled with the gate closed; the last one settles the rest there
 _CONSERVATIVE = ("metacopy", "redirect")  # what the layer may hold, until its manifest says what it does
@@ -43,6 +47,17 @@ class Followed(Protocol):
 
     def look(self) -> hashing.Hashed:
         """Return how far it is; never waits."""
+
+
+class _Beginning:
+    """A hashing whose process is being started, or could not be."""
+
+    def __init__(self, found: hashing.Hashed) -> None:
+        self._found = found
+
+    def look(self) -> hashing.Hashed:
+        """Return what is known."""
+        return self._found
 
 
 Hasher = Callable[[bytes, str], Followed]
@@ -78,7 +93,8 @@ class Commits:
                 raise committing.NothingToCommit("the mount")
             store = await self._opened()
             made, held = await self._carry_out(store, wanted)
-            await self._begin_hashing(store, made)
+            self._hashing[made.id] = _Beginning(hashing.Hashed("hashing"))
+            trio.lowlevel.spawn_system_task(self._begin_hashing, store.path, made.id)
             return Committed(made.id, None if wanted.image is None else layout.image_name(wanted.image), held)
 
     def hashed(self, layer_id: str) -> hashing.Hashed:
@@ -99,8 +115,13 @@ class Commits:
             self._store = await self._engine.threads.run(LayerStore, self._lodging.store, create=False)
         return self._store
 
-    async def _begin_hashing(self, store: LayerStore, layer: Layer) -> None:
-        self._hashing[layer.id] = await self._engine.threads.run(self._hasher, store.path, layer.id)
+    async def _begin_hashing(self, store: bytes, layer_id: str) -> None:
+        """Start the process that hashes; who has committed has his answer already."""
+        try:
+            self._hashing[layer_id] = await self._engine.threads.run(self._hasher, store, layer_id)
+        except (OSError, subprocess.SubprocessError) as error:
+            log.error("layer %s is not hashed, for no process could be started: %s", layer_id, error)
+            self._hashing[layer_id] = _Beginning(hashing.Hashed("failed", told=str(error)))
 
     # --- one commit ------------------------------------------------------------------------------------
 

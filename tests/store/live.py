@@ -51,9 +51,11 @@ class Idle(Engine):
 class Unhashed:
     """A hashing that never ends."""
 
+    TOLD = "begun"
+
     def look(self) -> Hashed:
         """Nothing is known."""
-        return Hashed("hashing")
+        return Hashed("hashing", told=self.TOLD)
 
 
 class Used:
@@ -76,7 +78,13 @@ class Used:
 
     def commit(self, image: str | None = None, allow_empty: bool = False, message: str = "") -> Committed:
         """Commit as a daemon does."""
-        return trio.run(self.commits.commit, Commit(image=image, allow_empty=allow_empty, message=message))
+        return trio.run(self._commit, Commit(image=image, allow_empty=allow_empty, message=message))
+
+    async def _commit(self, wanted: Commit) -> Committed:
+        made = await self.commits.commit(wanted)
+        while self.commits.hashed(made.layer).told != Unhashed.TOLD:
+            await trio.sleep(0)
+        return made
 
 
 class Site:
