@@ -213,6 +213,7 @@ class _Reader:
         self._state = state
         self._path = b""
         self._dirfd = root
+        self._buffer = memoryview(bytearray(_SMALL))
 
     def close(self) -> None:
         """Give the directory back."""
@@ -255,7 +256,7 @@ class _Reader:
             now = sysio.stat_at(fd, b"")
             if not stat.S_ISREG(now.st_mode) or (now.st_dev, now.st_ino) != (about.st_dev, about.st_ino):
                 raise _changed(name)
-            digest, size = hash_file(fd, about.st_size, self._state)
+            digest, size = _hash_content(fd, about.st_size, self._buffer, self._state)
         finally:
             sysio.close(fd)
         if size != about.st_size:
@@ -306,18 +307,17 @@ def _open(dirfd: int, name: bytes) -> int:
         return sysio.open_child(dirfd, name, _READ)
 
 
-def hash_file(fd: int, size: int, state: _State) -> tuple[str, int]:
+def _hash_content(fd: int, size: int, buffer: memoryview, state: _State) -> tuple[str, int]:
     """Return the xxh3-128 of an open file in hex and how many bytes it has; `size` is how many are expected."""
-    if size < _SMALL:
-        data = sysio.read_at(fd, 0, size + 1)
-        state.add(len(data))
-        return xxhash.xxh3_128_hexdigest(data), len(data)
-    return _hash_large(fd, state)
+    if size >= len(buffer):
+        return _hash_large(fd, memoryview(bytearray(_BUFFER)), state)
+    count = sysio.read_into(fd, buffer, 0)  # fewer than there is room for: that was the end of the file
+    state.add(count)
+    return xxhash.xxh3_128_hexdigest(buffer[:count]), count
 
 
-def _hash_large(fd: int, state: _State) -> tuple[str, int]:
+def _hash_large(fd: int, buffer: memoryview, state: _State) -> tuple[str, int]:
     hasher = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_BUFFER))
     offset = 0
     while not state.stopped and (count := sysio.read_into(fd, buffer, offset)):
         hasher.update(buffer[:count])

@@ -83,16 +83,15 @@ def _pair(expected: Iterator[Entry], found: Iterator[Scanned]) -> Iterator[tuple
     """Merge two streams in the order of manifests."""
     left, right = next(expected, None), next(found, None)
     while left is not None or right is not None:
-        before = right is None or (left is not None and order(left.path) < order(right.entry.path))
-        if before:
-            yield left, None
-            left = next(expected, None)
-        elif left is None or right is None or left.path != right.entry.path:
-            yield None, right
-            right = next(found, None)
-        else:
+        if left is not None and right is not None and left.path == right.entry.path:
             yield left, right
             left, right = next(expected, None), next(found, None)
+        elif right is None or (left is not None and order(left.path) < order(right.entry.path)):
+            yield left, None
+            left = next(expected, None)
+        else:
+            yield None, right
+            right = next(found, None)
 
 
 def _is_in(path: bytes, directory: bytes) -> bool:
