@@ -68,11 +68,12 @@ REFUSALS: list[tuple[tuple[str, ...], int, str]] = [
     (("export", "missing", "-o", "x"), 1, "there is no image missing:latest; `overlayfs images` lists them"),
     (("export", "one", "-o", "layer.tar"), 1, "layer.tar exists already; name a file or directory that does not"),
     (("export", "one", "-o", "x/y"), 1, "cannot write x/y: {place}/x: No such file or directory"),
-    (("export", "one", "-o", "x", "--format", "dir", "--compression", "gzip"), 2, "a directory is not compressed; leave "
-     "--compression out, or choose another --format"),
-    (("export", "one", "-o", "-", "--format", "oci"), 2, "the format oci is a directory and cannot go to standard output; "
-     "choose an archive"),
-    (("export", "one", "-o", "-", "--json"), 2, "standard output cannot hold both the archive and --json; leave one out"),
+    (("export", "one", "-o", "x", "--format", "dir", "--compression", "gzip"), 2, "a directory is not compressed; "
+     "leave --compression out, or choose another --format"),
+    (("export", "one", "-o", "-", "--format", "oci"), 2, "the format oci is a directory and cannot go to standard "
+     "output; choose an archive"),
+    (("export", "one", "-o", "-", "--json"), 2, "standard output cannot hold both the archive and --json; "
+     "leave one out"),
     (("export", "one", "-o", "x", "--format", "zip"), 2, "invalid value for '--format': 'zip' is not one of 'oci', "
      "'oci-archive', 'docker-archive', 'tar', 'dir'; see 'overlayfs export --help'"),
 ]  # fmt: skip

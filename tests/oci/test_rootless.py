@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from overlayfs.oci.blobs import read_blob, write_blob
-from overlayfs.oci.compression import Compression
 from overlayfs.oci.exporting import ExportOptions, Format, export_image
 from overlayfs.oci.importing import ImportOptions, import_image
 from overlayfs.store.store import LayerStore
@@ -53,12 +52,7 @@ def _there_and_back(archive: Path) -> tuple[Dump, list[str]]:
         import_image(own, os.fsencode(archive), "mine", ImportOptions(notice=told.append))
         for kind in (Format.OCI, Format.DIRECTORY):
             target = os.fsencode(archive.parent / kind.value)
-            export_image(
-                own,
-                "mine",
-                target,
-                ExportOptions(kind, Compression.NONE if kind is Format.OCI else None, notice=told.append),
-            )
+            export_image(own, "mine", target, ExportOptions(kind, notice=told.append))
         return samples.view(own, "mine"), told
 
 
