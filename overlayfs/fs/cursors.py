@@ -36,6 +36,11 @@ class _Listing:
                 self.names.append(name)
 
     @property
+    def end(self) -> int:
+        """The last position."""
+        return self.base + len(self.names)
+
+    @property
     def is_worn(self) -> bool:
         """Whether it is mostly gaps."""
         gaps = len(self.names) - len(self.known)
@@ -49,6 +54,7 @@ class Cursors:
         self._lookup = lookup
         self._kept: OrderedDict[Dir, _Listing] = OrderedDict()
         self._names = 0
+        self._floor = 0  # no listing that was let go had a position beyond this one
 
     def read(self, node: Dir, position: int) -> Iterator[Child]:
         """Yield entries from a position on, without `.` and `..`; position 0 looks at the directory anew."""
@@ -74,7 +80,7 @@ class Cursors:
 
     def _updated(self, node: Dir, listing: _Listing | None) -> _Listing:
         if listing is None or listing.is_worn:
-            listing = _Listing(0 if listing is None else listing.base + len(listing.names))
+            listing = _Listing(self._floor if listing is None else listing.end)
         listing.update(self._lookup.listing(node))
         return listing
 
@@ -82,3 +88,4 @@ class Cursors:
         while self._names > _KEPT_NAMES and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self._names -= len(oldest.names)
+            self._floor = max(self._floor, oldest.end)
