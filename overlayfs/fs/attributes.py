@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.format import xattrs
+from overlayfs.format import acl, xattrs
 from overlayfs.fs.lookup import Lookup
-from overlayfs.fs.nodes import Dir, File, Node
+from overlayfs.fs.nodes import Dir, File, Heirloom, Node
 from overlayfs.fs.ownership import Ownership
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import Layer
@@ -165,6 +165,7 @@ class AttributeVerbs:
 
         Owner before mode, for chown clears set-id bits; `writer` is a descriptor open for writing, if there is one.
         """
+        self._changed(node)
         if changes.size is not None:
             self.truncate(node, changes.size, writer)
             if changes.strip:
@@ -215,19 +216,43 @@ class AttributeVerbs:
         if sysio.find_xattr(dirfd, name, _CAPABILITY) is not None:
             sysio.removexattr_at(dirfd, name, _CAPABILITY)
 
+    def heirloom(self, parent: Dir) -> Heirloom:
+        """Return what objects made in a directory get from it; kept until its attributes change."""
+        if parent.heirloom is None:
+            layer, dirfd, name = self.locate(parent)
+            above = layer.stat_at(dirfd, name)
+            default = sysio.find_xattr(dirfd, name, acl.DEFAULT) if self.upper.features.acl else None
+            parent.heirloom = Heirloom(bool(above.st_mode & stat.S_ISGID), above.st_gid, default)
+        return parent.heirloom
+
     def owner_for(self, parent: Dir, uid: int, gid: int) -> tuple[int, int, bool]:
         """Return owner, group and whether S_ISGID is inherited, on disk, for an object that a caller makes."""
-        above = self.stat(parent)
         own_uid, own_gid = self._owners.stored(uid, gid)
-        if above.st_mode & stat.S_ISGID:
-            return own_uid, above.st_gid, True
-        return own_uid, own_gid, False
+        set_group, group, _ = self.heirloom(parent)
+        return (own_uid, group, True) if set_group else (own_uid, own_gid, False)
+
+    @staticmethod
+    def _changed(node: Node) -> None:
+        if isinstance(node, Dir):
+            node.heirloom = None
 
     # --- extended attributes ---------------------------------------------------------------------------
 
-    def getxattr(self, node: Node, name: bytes) -> bytes:
-        """Return the value of an attribute; ENODATA for none and for hidden ones."""
+    def find_xattr(self, node: Node, name: bytes) -> bytes | None:
+        """Return the value of an attribute; None for none, for hidden ones, and where there are no such attributes."""
         self._require_acl(name)
+        layer, dirfd, child = self.locate(node)
+        try:
+            stored = xattrs.stored_name(name, layer.override is not None)
+        except PermissionError:
+            return None
+        return sysio.find_xattr(dirfd, child, stored)
+
+    def getxattr(self, node: Node, name: bytes) -> bytes:
+        """Return the value of an attribute; ENODATA for none and for hidden ones, EOPNOTSUPP where none can be."""
+        value = self.find_xattr(node, name)
+        if value is not None:
+            return value
         layer, dirfd, child = self.locate(node)
         try:
             stored = xattrs.stored_name(name, layer.override is not None)
@@ -244,6 +269,7 @@ class AttributeVerbs:
     def setxattr(self, node: Node, name: bytes, value: bytes, flags: int) -> None:
         """Set an attribute of a node in the upper; EPERM for private ones."""
         self._require_acl(name)
+        self._changed(node)
         _, dirfd, child = self.locate(node)
         sysio.setxattr_at(dirfd, child, self._writable(name), value, flags)
         self._lookup.fresh = None
@@ -251,6 +277,7 @@ class AttributeVerbs:
     def removexattr(self, node: Node, name: bytes) -> None:
         """Remove an attribute of a node in the upper; ENODATA for none."""
         self._require_acl(name)
+        self._changed(node)
         _, dirfd, child = self.locate(node)
         sysio.removexattr_at(dirfd, child, self._writable(name))
         self._lookup.fresh = None

@@ -111,6 +111,10 @@ class Files:
             self._truncate(node, strip)
         return self._add(FileHandle(node, writes))
 
+    def open_later(self, node: File) -> int:
+        """Return a handle for reading a file that is opened when somebody reads from it."""
+        return self._add(FileHandle(node, False))
+
     def adopt(self, node: File, writer: int) -> int:
         """Return a handle for a file that has just been made; `writer` becomes the node's."""
         node.writer = writer
@@ -161,8 +165,8 @@ class Files:
         fd = node.reader if node.reader is not None else node.writer
         if fd is None:
             fd = node.reader  # a commit has made a reader of the writer, between our two looks in a thread
-        if fd is None:
-            raise oserror(errno.EBADF)
+        if fd is None:  # opened by `open_later`, whose readers come on the loop
+            fd = node.reader = self._open_reader(node)
         return fd
 
     def writable(self, number: int) -> int:
@@ -237,7 +241,7 @@ class Files:
         sync = sysio.fdatasync if datasync else sysio.fsync
         own = node.writer if node.writer is not None else node.reader
         fd = os.dup(own) if own is not None and node.in_upper else None
-        parents = [item for parent, _ in node.names for item in self._unsynced(parent)]
+        parents = self._unsynced(node)
         barrier = self.barrier
         return lambda: _sync_file(node, fd, sync, parents, barrier)
 
@@ -249,19 +253,30 @@ class Files:
         """Return the same call for a directory that has no handle."""
         if self._stack.config.volatile or not (node.in_upper or self.barrier):
             return _nothing
-        node.changed += 1  # asked for explicitly: always done
-        parents = self._unsynced(node)
+        own = [] if node.removed else [self._pinned(node)]
+        parents = own + self._unsynced(node)
         barrier = self.barrier
         return lambda: _sync_directories(parents, barrier)
 
-    def _unsynced(self, directory: Dir | None) -> list["_Unsynced"]:
-        found = []
-        while directory is not None:
-            if directory.in_upper and not directory.removed and directory.synced != directory.changed:
-                fd = sysio.open_child(self._attributes.locate(directory).dirfd, b"", os.O_RDONLY | os.O_DIRECTORY)
-                found.append(_Unsynced(directory, directory.changed, fd))
-            directory = directory.parent
-        return found
+    def _unsynced(self, node: Node) -> list["_Unsynced"]:
+        """Return the directories that must be synced before the names that lead to a node are durable.
+
+        Other changes in those directories are nobody's business here: a journal that comes and goes beside a
+        database costs the database nothing.
+        """
+        found: dict[Dir, _Unsynced] = {}
+        walk = [node]
+        while walk:
+            child = walk.pop()
+            for parent in _parents(child):
+                if parent not in found and parent.in_upper and not parent.removed and parent.synced < child.appeared:
+                    found[parent] = self._pinned(parent)
+                walk.append(parent)
+        return list(found.values())
+
+    def _pinned(self, directory: Dir) -> "_Unsynced":
+        fd = sysio.open_child(self._attributes.locate(directory).dirfd, b"", os.O_RDONLY | os.O_DIRECTORY)
+        return _Unsynced(directory, directory.changed, fd)
 
     # --- directories -----------------------------------------------------------------------------------
 
@@ -293,6 +308,13 @@ class _Unsynced(NamedTuple):
     node: Dir
     changed: int
     fd: int
+
+
+def _parents(node: Node) -> Iterator[Dir]:
+    if isinstance(node, File):
+        yield from (parent for parent, _ in node.names)
+    elif isinstance(node, Dir) and node.parent is not None:
+        yield node.parent
 
 
 def _nothing() -> None:

@@ -135,7 +135,7 @@ class Lifting:
             self.attributes.upper.link(located.dirfd, located.name, place, Create.IN_PLACE)
         node.nlink_delta -= 1
         node.names[parent, name] = True
-        parent.note(name, Kind.FILE)
+        parent.gain(name, Kind.FILE, node)
         with suppress(OSError):  # relative to the lower count it is as true
             self.persist_nlink(node)
 
@@ -320,7 +320,7 @@ class _Build(LiftStep):
         self._appear(parent, node.name)
         node.in_upper = True
         node.upper_names = {}
-        parent.note(node.name, Kind.DIR)
+        parent.gain(node.name, Kind.DIR, node)
 
     def _appear(self, parent: Dir, name: bytes) -> None:
         self._mark_impure(parent)
@@ -407,7 +407,7 @@ class _Build(LiftStep):
     @staticmethod
     def _named(node: File, place: tuple[Dir, bytes]) -> None:
         node.names[place] = True
-        place[0].note(place[1], Kind.FILE)
+        place[0].gain(place[1], Kind.FILE, node)
 
 
 def _swap_reader(node: File, reader: int) -> None:

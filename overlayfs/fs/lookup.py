@@ -158,6 +158,8 @@ class Lookup:
         if not parent.lower:
             return NOTHING_BELOW
         indexes = self._indexes(parent, wanted)
+        if indexes is None and len(parent.lower) == 1:
+            indexes = (0,)
         if indexes is None:
             return self._descend(parent.lower, wanted, data_only)
         return self._descend_known(parent.lower, indexes, wanted, data_only)
@@ -171,9 +173,23 @@ class Lookup:
             return NOTHING_BELOW
         # A file may be metadata only and have its data further down, so all layers below it count.
         first = parts[indexes[0]]
-        if first.layer.probe(first.path, wanted).kind is Kind.FILE:
-            return self._descend(parts[indexes[0] :], wanted, data_only)
+        entry = first.layer.probe(first.path, wanted)
+        if entry.kind is Kind.FILE:
+            return self._complete_file(first, wanted, entry) or self._descend(parts[indexes[0] :], wanted, data_only)
         return self._descend([parts[i] for i in indexes], wanted, data_only, parts)
+
+    @staticmethod
+    def _complete_file(part: Part, name: bytes, entry: Entry) -> _Below | None:
+        """Return what a file in the first layer that holds a name makes of it, None if its data lies further down.
+
+        That is what a walk would find, for the case that most look-ups are.
+        """
+        assert entry.stat is not None
+        marks = part.layer.marks(part.path, name, entry.stat)
+        if marks.metacopy:
+            return None
+        place = LowerFile(part.layer, part.path, name)
+        return _Below(file=place, stat=entry.stat, marks=marks, data=place)
 
     def _descend(
         self, parts: Sequence[Part], wanted: bytes, data_only: bool, all_parts: Sequence[Part] | None = None

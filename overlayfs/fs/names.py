@@ -175,7 +175,7 @@ class Names:
             self._nodes.add_key(fresh, (found.st_dev, found.st_ino))
         self._nodes.attach(node, parent, name, True)
         self._nodes.add(node)
-        parent.note(name, Kind.DIR if isinstance(node, Dir) else Kind.FILE)
+        parent.gain(name, Kind.DIR if isinstance(node, Dir) else Kind.FILE, node)
         self._lookup.fresh = (node, found)
         return node
 
@@ -199,10 +199,7 @@ class Names:
         return _Dress(self._upper, uid, gid, mode, default, opaque)
 
     def _default_acl(self, parent: Dir) -> bytes | None:
-        if not self._upper.features.acl:
-            return None
-        _, dirfd, name = self._attributes.locate(parent)
-        return sysio.find_xattr(dirfd, name, acl.DEFAULT)
+        return self._attributes.heirloom(parent).acl
 
     def has_default_acl(self, parent: Dir) -> bool:
         """Return whether what is made in a directory gets its permissions from an ACL there, not from a umask."""
@@ -232,7 +229,7 @@ class Names:
             sysio.close(node.orphan)
             node.orphan = None
         self._nodes.attach(node, parent, name, True)
-        parent.note(name, Kind.FILE)
+        parent.gain(name, Kind.FILE, node)
         self._lookup.fresh = None
 
     def _redirect_file(self, node: File) -> None:
@@ -520,7 +517,7 @@ class Names:
         self._moved(new.node, old.parent, old.name, plan.target_mark)
 
     def _moved(self, node: Node, parent: Dir, name: bytes, mark: Mark) -> None:
-        parent.note(name, Kind.DIR if isinstance(node, Dir) else Kind.FILE)
+        parent.gain(name, Kind.DIR if isinstance(node, Dir) else Kind.FILE, node)
         if isinstance(node, Dir) and mark is Mark.OPAQUE:
             node.opaque = True
         self._lookup.fresh = None

@@ -4,6 +4,7 @@ A node lives while the kernel counts look-ups of it, while a handle is open, whi
 little longer (`_IDLE`). All state here changes on one loop only; threads never see a node (design, D9).
 """
 
+import itertools
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ _IDLE = 1024
 _FIRST_SPARE = 1 << 62
 _FIRST_SPARE_32 = 0xF000_0000
 _MASK_32 = 0xFFFF_FFFF
+
+_moments = itertools.count(1)  # the order of changes, over all directories
 
 Key = tuple[int, int]  # (st_dev, st_ino) of a real object
 
@@ -37,16 +40,29 @@ class LowerFile(NamedTuple):
     name: bytes
 
 
-class Node:
-    """What directories and other nodes have in common. `kind` is the S_IFMT part of the mode."""
+class Heirloom(NamedTuple):
+    """What a new object gets from its directory: the group if `set_group`, and the default ACL if there is one."""
 
-    __slots__ = ("handles", "in_upper", "kind", "lifting", "lookups", "number", "orphan")
+    set_group: bool
+    group: int
+    acl: bytes | None
+
+
+class Node:
+    """What directories and other nodes have in common. `kind` is the S_IFMT part of the mode.
+
+    appeared: when the upper last got a name of it, 0 for not in our time; its names are durable where the directory has
+    been synced since.
+    """
+
+    __slots__ = ("appeared", "handles", "in_upper", "kind", "lifting", "lookups", "number", "orphan")
 
     def __init__(self, number: int, kind: int, in_upper: bool) -> None:
         self.number = number
         self.kind = kind
         self.in_upper = in_upper
         self.lookups = 0
+        self.appeared = 0
         self.handles = 0
         self.lifting = False  # a copy of it is being staged
         self.orphan: int | None = None  # pins an upper object that has no name left
@@ -58,11 +74,12 @@ class Dir(Node):
     below: the merged names of the lower parts, index of the parts that make up each; they never change, so this is
     built at most once. upper_names: the kinds the upper holds, kept in step with our own changes. Both are None until
     somebody needs them. sealed: what former uppers hold, the newest first, that `below` does not count yet.
-    changed and synced count changes of names in the upper and what of them has been synced.
+    changed, synced: when names in the upper last changed, and up to when that is durable. heirloom: what objects
+    made in it get from it, None until somebody makes one and whenever its attributes have changed.
     """
 
     __slots__ = (
-        "barred", "below", "changed", "children", "impure", "lower", "name", "opaque",
+        "barred", "below", "changed", "children", "heirloom", "impure", "lower", "name", "opaque",
         "parent", "path_cache", "removed", "sealed", "synced", "upper_names",
     )  # fmt: skip
 
@@ -75,6 +92,7 @@ class Dir(Node):
         self.lower = lower
         self.opaque = opaque
         self.barred = False
+        self.heirloom: Heirloom | None = None
         self.impure = False
         self.removed = False
         self.children: dict[bytes, Node] = {}
@@ -85,9 +103,14 @@ class Dir(Node):
         self.synced = 0
         self.path_cache: tuple[int, bytes] = (-1, b"")
 
+    def gain(self, name: bytes, kind: Kind, node: Node) -> None:
+        """Record that the upper now holds a node under a name."""
+        self.note(name, kind)
+        node.appeared = self.changed
+
     def note(self, name: bytes, kind: Kind) -> None:
         """Record what the upper now holds under a name; ABSENT for nothing."""
-        self.changed += 1
+        self.changed = next(_moments)
         if self.upper_names is None:
             return
         if kind is Kind.ABSENT:

@@ -123,6 +123,10 @@ class Overlay:
         """Return the value of an extended attribute; ENODATA for none."""
         return self._attributes.getxattr(node, name)
 
+    def find_xattr(self, node: Node, name: bytes) -> bytes | None:
+        """Return the same, None for none and where the file system has no such attributes."""
+        return self._attributes.find_xattr(node, name)
+
     def listxattr(self, node: Node) -> list[bytes]:
         """Return the names of all visible extended attributes."""
         return self._attributes.listxattr(node)
@@ -215,6 +219,11 @@ class Overlay:
         if need is not None:
             self._lifting.lift(node, need)
         return self._files.open(node, flags, strip=caller.uid != 0 if strip is None else strip)
+
+    def open_later(self, node: Node) -> int:
+        """Return a handle for reading a regular file that is opened when somebody reads, if ever. On the loop."""
+        assert isinstance(node, File)
+        return self._files.open_later(node)
 
     def descriptor(self, fh: int, writes: bool) -> int:
         """Return the real descriptor behind a handle, borrowed: the one for writing, or the one for reading."""

@@ -21,6 +21,9 @@ class Attachment(Protocol):
 
     fd: int
 
+    def read_ahead(self, size: int) -> None:
+        """Let the kernel read up to `size` bytes ahead, if it may be told; after the handshake."""
+
     def detach(self) -> None:
         """Unmount if it is still there, and close the descriptor."""
 
@@ -68,6 +71,7 @@ class Backings:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._without_fsetid = sysio.WithoutCapability(sysio.CAP_FSETID)
 
     def open(self, fd: int) -> int:
         """Return the id under which the kernel knows an open file; OSError where it will not have it.
@@ -76,7 +80,7 @@ class Backings:
         writes, which with FUSE_HANDLE_KILLPRIV_V2 nobody else would (docs/engine.md).
         """
         request = bytearray(LAYOUTS["backing_map"].pack(fd, 0, 0))  # changeable: only then the call's value is returned
-        with sysio.without_capability(sysio.CAP_FSETID):
+        with self._without_fsetid:
             number: int = fcntl.ioctl(self._fd, DEV_IOC_BACKING_OPEN, request)
         return number
 

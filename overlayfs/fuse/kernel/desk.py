@@ -17,13 +17,14 @@ from overlayfs.errors import oserror
 from overlayfs.fs.attributes import Attributes
 from overlayfs.fs.lifting import Need
 from overlayfs.fs.names import Caller
-from overlayfs.fs.nodes import Dir, Node
+from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.engine import Engine, MountSettings, reply_errno
 from overlayfs.fuse.kernel.connection import Connection
 from overlayfs.fuse.kernel.identities import Identities
 from overlayfs.fuse.kernel.openings import Openings
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Op
+from overlayfs.fuse.kernel.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ _OUT = LAYOUTS["out_header"]
 _ENTRY = LAYOUTS["entry_reply"]
 _ATTR = LAYOUTS["attr_reply"]
 _BILLION = 1_000_000_000
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 class Request:
@@ -83,7 +85,7 @@ class Desk:
         openings: Openings,
         settings: MountSettings,
         features: Init,
-        send: Callable[[bytes], None],
+        send: Callable[[Reply], None],
     ) -> None:
         self.overlay: Overlay = engine.overlay
         self.policy = engine.policy
@@ -94,9 +96,11 @@ class Desk:
         self.counters: Counter[str] = engine.counters
         self.identities = Identities(engine.overlay.nodes)
         self.threads = engine.threads
+        self.sent_back: dict[int, int] = {}  # by thread, the number that it was just told to look up again
         self.waiting: dict[int, trio.CancelScope] = {}  # by the unique number of a request that is answered later
         self.nursery: trio.Nursery | None = None  # set while serving
         self._send = send
+        self._workers = Workers()
         self._masks = bool(features & Init.DONT_MASK)
         self._gate = engine.gate
         self._lift_all = engine.lifter.lift_all
@@ -124,22 +128,28 @@ class Desk:
         """Return the reply that makes the kernel know a node: from now on it holds one look-up more."""
         found = self.overlay.attributes(node)
         number = self.identities.remember(node)
-        return _ENTRY.pack(_ENTRY.size, 0, request.unique, *self.entry_fields(number, found))
+        return _ENTRY.pack(_ENTRY.size, 0, request.unique, *self.entry_fields(number, node, found))
 
-    def entry_fields(self, number: int, found: Attributes) -> tuple[int, ...]:
+    def entry_fields(self, number: int, node: Node, found: Attributes) -> tuple[int, ...]:
         """Return the fields of an entry_out."""
         entry_s, entry_ns = self._entry_time
-        attr_s, attr_ns = self._attr_time
+        attr_s, attr_ns = self._valid(number, node, found)
         return (number, 0, entry_s, attr_s, entry_ns, attr_ns, *attr_fields(found))
 
     def absent(self, request: Request) -> bytes:
         """Return the reply that makes the kernel remember that a name does not exist."""
         return self.done(request, self._absent)
 
-    def attributes(self, request: Request, found: Attributes) -> bytes:
+    def attributes(self, request: Request, node: Node, found: Attributes) -> bytes:
         """Return the reply that carries attributes."""
-        seconds, nanoseconds = self._attr_time
+        seconds, nanoseconds = self._valid(request.nodeid, node, found)
         return _ATTR.pack(_ATTR.size, 0, request.unique, seconds, nanoseconds, 0, *attr_fields(found))
+
+    def _valid(self, number: int, node: Node, found: Attributes) -> tuple[int, int]:
+        """Return how long attributes may be remembered: not at all where they change and the kernel does not see it."""
+        if self.openings.changes_unseen(number, bool(found.mode & _SET_ID)) or self.identities.is_renewed(node):
+            return 0, 0
+        return self._attr_time
 
     def error(self, request: Request, error: Exception) -> bytes:
         """Return the reply to a request that failed."""
@@ -202,16 +212,18 @@ class Desk:
             reply = self.error(request, error)
         finally:
             del self.waiting[request.unique]
-        if reply is not None:
-            self._send(reply if isinstance(reply, bytes) else b"".join(reply))
+        self._send(reply)
 
     def in_thread(self, request: Request, call: Callable[[], R], reply: Callable[[R], Reply]) -> None:
-        """Let a thread find the answer: `reply` is made of what `call` returns. Returns the reply for now: none."""
+        """Let a thread find the answer: `reply`, made of what `call` returns, is made and sent there too."""
 
-        async def answer() -> Reply:
-            return reply(await self.threads.run(call))
+        def job() -> None:
+            try:
+                self._send(reply(call()))
+            except Exception as error:
+                self._send(self.error(request, error))
 
-        self.later(request, answer)
+        self._workers.run(job)
 
     def change_in_thread(
         self, request: Request, wanted: Wanted, prepare: Callable[[], Callable[[], R]], reply: Callable[[R], Reply]
@@ -257,11 +269,6 @@ def decode_device(device: int) -> int:
 def file_type(mode: int) -> int:
     """Return the type of an object as listings carry it (DT_* of readdir(3))."""
     return stat.S_IFMT(mode) >> 12
-
-
-def parent_of(node: Node) -> Node | None:
-    """Return the directory above a directory, None above the root."""
-    return node.parent if isinstance(node, Dir) else None
 
 
 def _split(seconds: float) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.engine import Engine, MountSettings
 from overlayfs.fuse.kernel.connection import Attacher, Attachment, Backings, Connection
-from overlayfs.fuse.kernel.desk import KINDS, Desk, Handler, Request
+from overlayfs.fuse.kernel.desk import KINDS, Desk, Handler, Reply, Request
 from overlayfs.fuse.kernel.files import FileRequests
 from overlayfs.fuse.kernel.handshake import MAX_WRITE, Agreement, TooOldError, Wishes, agree
 from overlayfs.fuse.kernel.listings import ListingRequests
@@ -133,6 +133,8 @@ class KernelEngine(Engine):
             raise MountError(f"the kernel is too old for this engine ({error}); mount with engine=pyfuse3") from None
         self._build(agreement)
         self._send(_complete(request, agreement.reply))
+        if self._attachment is not None:
+            self._attachment.read_ahead(MAX_WRITE)
 
     def _wishes(self) -> Wishes:
         return Wishes(
@@ -153,7 +155,9 @@ class KernelEngine(Engine):
         openings = Openings(self._connection, backings, self._io, self.policy.keep_cache)
         self._desk = Desk(self, self._connection, openings, self._settings, agreement.features, self._send)
         self._files = files = FileRequests(self._desk)
-        groups = (NameRequests(self._desk, files.forget), NodeRequests(self._desk), ListingRequests(self._desk), files)
+        nodes = NodeRequests(self._desk)
+        names = NameRequests(self._desk, (files.forget, nodes.forget))
+        groups = (names, nodes, ListingRequests(self._desk), files)
         for group in groups:
             self._handlers.update(group.handlers)
         log.debug("FUSE 7.%d: %s", agreement.minor, agreement.features)
@@ -163,7 +167,7 @@ class KernelEngine(Engine):
     async def _serve(self) -> None:
         spin, clock = self._spin, self._spin.clock
         while not self._ended:
-            if self._drain() or (spin.seconds and not self._desk.waiting and self._look(spin.seconds)):
+            if self._drain():
                 await trio.lowlevel.checkpoint()
                 continue
             began = clock()
@@ -171,25 +175,24 @@ class KernelEngine(Engine):
             spin.waited(clock() - began)
 
     def _drain(self) -> bool:
-        """Answer what is there, but not for ever; return whether there may be more."""
-        for _ in range(_TURN):
-            length = self._receive()
-            if length is None:
-                return False
-            if length:
-                self._handle(self._request(length))
-        return True
-
-    def _look(self, seconds: float) -> bool:
-        """Look for a request for some time; return whether one came."""
+        """Answer what is there, and what comes while it pays to look; return whether others must have their turn."""
         clock = self._spin.clock
-        end = clock() + seconds
-        while not self._ended and clock() < end:
+        empty_since = 0.0
+        answered = 0
+        while answered < _TURN:
             length = self._receive()
             if length:
                 self._handle(self._request(length))
-                return True
-        return False
+                answered += 1
+                empty_since = 0.0
+            elif length is None:
+                if self._ended or self._desk.waiting:  # a task that answers later wants the loop
+                    return False
+                now = clock()
+                empty_since = empty_since or now
+                if now - empty_since >= self._spin.seconds:
+                    return False
+        return True
 
     def _receive(self) -> int | None:
         """Return the length of a request that was read, 0 for one that is not worth a word, None for none."""
@@ -227,16 +230,15 @@ class KernelEngine(Engine):
             reply = handler(request)
         except Exception as error:
             reply = None if request.op in _UNANSWERED else self._desk.error(request, error)
-        if reply is not None:
-            self._send(reply)
+        self._send(reply)
 
     def _is_foreign(self, request: Request) -> bool:
         """Return whether `allow_root` keeps the caller out; what is open already was opened by somebody who may."""
         return request.uid not in (0, os.geteuid()) and request.op not in _OF_OPEN_FILES
 
-    def _send(self, reply: bytes | tuple[bytes, bytes]) -> None:
-        """Write a reply whole; nobody may be waiting for it any more."""
-        while True:
+    def _send(self, reply: Reply) -> None:
+        """Write a reply whole, if there is one; nobody may be waiting for it any more. Any thread may."""
+        while reply is not None:
             try:
                 if isinstance(reply, bytes):
                     os.write(self._fd, reply)

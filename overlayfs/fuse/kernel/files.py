@@ -11,7 +11,7 @@ from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import File, Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.kernel.desk import Desk, Handler, Reply, Request
-from overlayfs.fuse.kernel.openings import ReplacedError, Target
+from overlayfs.fuse.kernel.openings import KEEP_CACHE, Target
 from overlayfs.fuse.kernel.protocol import (
     FSYNC_FDATASYNC,
     LAYOUTS,
@@ -23,6 +23,7 @@ from overlayfs.fuse.kernel.protocol import (
 
 _OPEN = LAYOUTS["open_in"]
 _OPEN_REPLY = LAYOUTS["open_reply"]
+_OPENED = LAYOUTS["open_out"]
 _CREATE = LAYOUTS["create_in"]
 _READ = LAYOUTS["read_in"]
 _WRITE = LAYOUTS["write_in"]
@@ -57,6 +58,7 @@ class FileRequests:
         self._desk = desk
         self._overlay = desk.overlay
         self._openings = desk.openings
+        self._no_open = desk.overlay.read_only and bool(desk.features & Init.NO_OPEN_SUPPORT)
         self._kills = bool(desk.features & Init.HANDLE_KILLPRIV_V2)  # set-id bits are ours to drop
         self._opened: dict[int, _Opened] = {}
         self._unopened = _Unopened(desk.overlay)
@@ -84,13 +86,13 @@ class FileRequests:
 
     def open(self, request: Request) -> Reply:
         """Open a file; O_TRUNC arrives here and no SETATTR follows. Without an upper nobody needs to open."""
-        if self._overlay.read_only and self._desk.features & Init.NO_OPEN_SUPPORT:
+        if self._no_open:
             return self._desk.refused(request, errno.ENOSYS)
         flags, open_flags = _OPEN.unpack_from(request.body)
         node = self._desk.node(request.nodeid)
         need = self._overlay.needs_of_open(node, flags)
         if need is None:
-            return self._open(request, node, flags, False)
+            return self._open_complete(request, node) or self._open(request, node, flags, False)
         strip = bool(open_flags & OPEN_KILL_SUIDGID) if self._kills else request.uid != 0
         lifts = self._overlay.next_lift(node, need) is not None
         return self._desk.change(
@@ -99,36 +101,60 @@ class FileRequests:
             lambda: self._open(request, node, flags, strip, changed=lifts or bool(flags & os.O_TRUNC)),
         )
 
+    def _open_complete(self, request: Request, node: Node) -> Reply:
+        """Answer for a reader of a file that the kernel holds all of: it will hardly read from us. None for others."""
+        if not self._openings.open_complete(request.nodeid):
+            return None
+        handle = self._overlay.open_later(node)
+        self._opened[handle] = _Opened(node, request.nodeid, False)
+        return _OPEN_REPLY.pack(_OPEN_REPLY.size, 0, request.unique, handle, KEEP_CACHE, 0)
+
     def _open(self, request: Request, node: Node, flags: int, strip: bool, changed: bool = False) -> Reply:
+        nodeid = request.nodeid
+        if self._must_be_found_anew(nodeid, node):
+            raise self._stale(request, node)
         handle = self._overlay.open(node, self._desk.policy.backing_flags(flags), request.caller(), strip)
-        try:
-            reply_flags, backing = self._way(request.nodeid, node, handle, flags)
-        except ReplacedError:
-            self._overlay.release(handle)
-            raise self._stale(request.nodeid, node) from None
+        reply_flags, backing = self._way(nodeid, node, handle, flags)
         if changed:
-            self._desk.connection.forget_attributes(request.nodeid)
+            self._desk.connection.forget_attributes(nodeid)
         return _OPEN_REPLY.pack(_OPEN_REPLY.size, 0, request.unique, handle, reply_flags, backing)
 
     def _way(self, nodeid: int, node: Node, handle: int, flags: int) -> tuple[int, int]:
-        """Decide how an open file is read and written; return flags and backing id for the reply."""
+        """Decide how an open file is read and written; return flags and backing id for the reply.
+
+        If that fails the handle is closed.
+        """
         writes = flags & os.O_ACCMODE != os.O_RDONLY
-        fd = self._overlay.descriptor(handle, writes)
-        found = os.fstat(fd)
-        through, reply_flags, backing = self._openings.open(
-            Target(nodeid, fd, _has_own_data(node), writes, found.st_size, found.st_mode, bool(flags & os.O_DIRECT))
-        )
+        try:
+            fd = self._overlay.descriptor(handle, writes)
+            found = os.fstat(fd)
+            own, direct, maps = _has_own_data(node), bool(flags & os.O_DIRECT), flags & os.O_ACCMODE == os.O_RDWR
+            through, reply_flags, backing = self._openings.open(
+                Target(nodeid, fd, own, writes, found.st_size, found.st_mode, direct, maps)
+            )
+        except BaseException:
+            self._overlay.release(handle)
+            raise
         self._opened[handle] = _Opened(node, nodeid, through)
         return reply_flags, backing
 
-    def _stale(self, nodeid: int, node: Node) -> OSError:
-        """Return the error that makes the kernel look the name up again; never twice for one number.
+    def _must_be_found_anew(self, nodeid: int, node: Node) -> bool:
+        """Return whether a file cannot be opened by this number any more: its inode reads a file of a layer past us."""
+        replaced = self._desk.identities.is_replaced(nodeid, node)
+        return replaced or self._openings.is_replaced(nodeid, _has_own_data(node))
 
-        Who opens by /proc/self/fd has no name to look up: the second time it is told that the file is busy.
+    def _stale(self, request: Request, node: Node) -> OSError:
+        """Return the error that makes the kernel look the name up again; no caller ever sees it.
+
+        Who opens by /proc/self/fd has no name to look up and comes again at once: it is told that the file is busy.
         """
-        if self._desk.identities.number(node) != nodeid:
+        desk, nodeid = self._desk, request.nodeid
+        if desk.sent_back.pop(request.pid, None) == nodeid:
             return oserror(errno.EBUSY)
-        self._desk.identities.renew(node)
+        desk.sent_back[request.pid] = nodeid
+        if not desk.identities.is_replaced(nodeid, node):
+            desk.identities.renew(node)
+            desk.connection.forget_attributes(nodeid)
         return oserror(errno.ESTALE)
 
     def create(self, request: Request) -> Reply:
@@ -163,23 +189,28 @@ class FileRequests:
         return self._desk.change(request, lambda: ((parent, Need.META),), act)
 
     def _created(self, request: Request, node: Node, handle: int, flags: int) -> Reply:
+        if self._must_be_found_anew(self._desk.identities.number(node), node):
+            self._desk.identities.renew(node)  # it was there already; the reply names the number
+        reply_flags, backing = self._way(self._desk.identities.number(node), node, handle, flags)
         try:
             entry = self._desk.entry(request, node)
-            reply_flags, backing = self._way(self._desk.identities.number(node), node, handle, flags)
         except BaseException:
-            self._overlay.release(handle)
+            self._close(handle)
             raise
-        opened = LAYOUTS["open_out"].pack(handle, reply_flags, backing)
+        opened = _OPENED.pack(handle, reply_flags, backing)
         return self._desk.done(request, entry[_OUT.size :] + opened)
 
     def release(self, request: Request) -> Reply:
         """Forget an open file."""
         handle, *_ = _RELEASE.unpack_from(request.body)
+        self._close(handle)
+        return self._desk.done(request)
+
+    def _close(self, handle: int) -> None:
         opened = self._opened.pop(handle, None)
         if opened is not None:  # a read-only mount has nothing open
-            self._overlay.release(handle)
             self._openings.close(opened.nodeid, opened.through)
-        return self._desk.done(request)
+            self._overlay.release(handle)
 
     def flush(self, request: Request) -> Reply:
         """Decline for good: writes have gone through when they are answered, so close has nothing to add.

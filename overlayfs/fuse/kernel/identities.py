@@ -35,6 +35,14 @@ class Identities:
             raise oserror(errno.ESTALE)
         return node
 
+    def is_replaced(self, nodeid: int, node: Node) -> bool:
+        """Return whether a node has a newer number than this one."""
+        return bool(self._current) and self.number(node) != nodeid
+
+    def is_renewed(self, node: Node) -> bool:
+        """Return whether the kernel may know a node by several numbers, and keep attributes under each."""
+        return bool(self._current) and node.number in self._current
+
     def number(self, node: Node) -> int:
         """Return the number by which the kernel is to know a node from now on."""
         return self._current.get(node.number, node.number)
@@ -54,7 +62,10 @@ class Identities:
         if nodeid in self._further:
             return self._forget_further(nodeid, count)
         self._nodes.forget(nodeid, count)
-        return not self._nodes.is_held(nodeid)
+        gone = not self._nodes.is_held(nodeid)
+        if gone and self._current:
+            self._discard_unused(nodeid)
+        return gone
 
     def _forget_further(self, nodeid: int, count: int) -> bool:
         node = self._further[nodeid]
@@ -65,7 +76,15 @@ class Identities:
             if self._current.get(node.number) == nodeid:
                 del self._current[node.number]
         self._nodes.forget(node.number, count)
+        if not self._nodes.is_held(node.number):
+            self._discard_unused(node.number)
         return gone
+
+    def _discard_unused(self, own: int) -> None:
+        """Take back a number that no look-up has given out, before the node goes and another one gets its own."""
+        number = self._current.pop(own, None)
+        if number is not None:
+            del self._further[number], self._held[number]
 
     def renew(self, node: Node) -> None:
         """Let the next look-up of a node give it a new number."""

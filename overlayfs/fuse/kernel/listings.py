@@ -59,7 +59,7 @@ class ListingRequests:
 
     def _record(self, name: bytes, child: Node, onward: int) -> bytes:
         found = self._overlay.attributes(child)
-        fields = self._desk.entry_fields(self._desk.identities.number(child), found)
+        fields = self._desk.entry_fields(self._desk.identities.number(child), child, found)
         return _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
 
     def _add_dots(self, reply: bytearray, node: Dir, position: int) -> None:

@@ -19,9 +19,9 @@ _LINK = LAYOUTS["link_in"]
 
 
 class NameRequests:
-    """The handlers. `forgotten` is called with each number that the kernel has let go."""
+    """The handlers. Each of `forgotten` is called with each number that the kernel has let go."""
 
-    def __init__(self, desk: Desk, forgotten: Callable[[int], None]) -> None:
+    def __init__(self, desk: Desk, forgotten: tuple[Callable[[int], None], ...]) -> None:
         self._desk = desk
         self._overlay = desk.overlay
         self._forgotten = forgotten
@@ -41,6 +41,8 @@ class NameRequests:
 
     def lookup(self, request: Request) -> Reply:
         """Answer with the node under a name, or with an absence that may be remembered."""
+        if self._desk.sent_back:
+            self._desk.sent_back.pop(request.pid, None)
         node = self._overlay.find(self._desk.node(request.nodeid), request.name())
         return self._desk.absent(request) if node is None else self._desk.entry(request, node)
 
@@ -59,7 +61,8 @@ class NameRequests:
 
     def _forget(self, nodeid: int, count: int) -> None:
         if self._desk.identities.forget(nodeid, count):
-            self._forgotten(nodeid)
+            for forget in self._forgotten:
+                forget(nodeid)
 
     # --- making ----------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from overlayfs.fuse.kernel.protocol import Open
 
 log = logging.getLogger(__name__)
 
+_PASSTHROUGH, KEEP_CACHE = int(Open.PASSTHROUGH), int(Open.KEEP_CACHE)
+
 LARGE = 256 << 10  # bytes from which reading through is worth a backing file
 STORED = 128 << 10  # bytes up to which content is handed over with the open
 
@@ -36,16 +38,23 @@ class ReplacedError(Exception):
 
 @dataclass(slots=True)
 class Way:
-    """How one inode is open now: counts of opens, and the backing file with whether it lies in a lower layer."""
+    """How one inode is open now: counts of opens, and the backing file with whether it lies in a lower layer.
+
+    mapped: somebody has it open past us for reading and writing, so may write through shared memory.
+    """
 
     cached: int = 0
     through: int = 0
     backing: int = 0
     lower: bool = False
+    mapped: bool = False
 
 
 class Target(NamedTuple):
-    """What is to be opened: the number that the kernel knows, an open descriptor of the file, what is known of it."""
+    """What is to be opened: the number that the kernel knows, an open descriptor of the file, what is known of it.
+
+    maps: it can be mapped shared and writable, which takes an open for reading and writing.
+    """
 
     nodeid: int
     fd: int
@@ -54,6 +63,7 @@ class Target(NamedTuple):
     size: int
     mode: int
     direct: bool = False
+    maps: bool = False
 
 
 class Openings:
@@ -76,9 +86,9 @@ class Openings:
 
         ReplacedError when the kernel must look the name up again, to find a new number; nothing is counted then.
         """
-        way = self._ways.get(target.nodeid)
-        if way is not None and way.lower and target.in_upper:
+        if self.is_replaced(target.nodeid, target.in_upper):
             raise ReplacedError
+        way = self._ways.get(target.nodeid)
         number = self._backing(way, target)
         if number:
             return self._past_us(target, way, number)
@@ -87,6 +97,18 @@ class Openings:
             way = self._ways[target.nodeid] = Way()
         way.cached += 1
         return False, flags, 0
+
+    def open_complete(self, nodeid: int) -> bool:
+        """Count an open for reading of a file that the kernel holds all of; False, and nothing is done, for others."""
+        if nodeid not in self._complete:
+            return False
+        way = self._ways.get(nodeid)
+        if way is None:
+            way = self._ways[nodeid] = Way()
+        elif way.through:
+            return False
+        way.cached += 1
+        return True
 
     def close(self, nodeid: int, through: bool) -> None:
         """Take back one open."""
@@ -100,6 +122,22 @@ class Openings:
             way.backing = 0
         if not way.through and not way.cached:
             del self._ways[nodeid]
+            if way.mapped:
+                self._connection.forget_attributes(nodeid)
+
+    def changes_unseen(self, nodeid: int, set_id: bool) -> bool:
+        """Return whether attributes may change without the kernel's or our taking note.
+
+        Stores to shared memory past us move times and blocks of the file behind; any write past us clears set-id bits
+        there, which the kernel must see before it runs the file.
+        """
+        way = self._ways.get(nodeid)
+        return way is not None and way.through > 0 and not way.lower and (way.mapped or set_id)
+
+    def is_replaced(self, nodeid: int, in_upper: bool) -> bool:
+        """Return whether the kernel must know a file by a new number before it can be opened: see ReplacedError."""
+        way = self._ways.get(nodeid)
+        return way is not None and way.lower and in_upper
 
     def forget(self, nodeid: int) -> None:
         """The kernel has forgotten a number, and its pages with it."""
@@ -146,10 +184,13 @@ class Openings:
             way = self._ways[target.nodeid] = Way(lower=not target.in_upper)
         way.backing = number
         way.through += 1
+        if target.maps and not way.mapped:
+            way.mapped = True
+            self._connection.forget_attributes(target.nodeid)
         if target.writes:
             self._complete.discard(target.nodeid)
             self._outdated.add(target.nodeid)
-        return True, Open.PASSTHROUGH, number
+        return True, _PASSTHROUGH, number
 
     # --- through the page cache ------------------------------------------------------------------------
 
@@ -158,15 +199,15 @@ class Openings:
         if not self._keep_cache:
             return 0
         if target.nodeid in self._complete:
-            return Open.KEEP_CACHE
+            return KEEP_CACHE
         if way is None and not target.writes and not target.direct and self._store(target):
             self._complete.add(target.nodeid)
             self._outdated.discard(target.nodeid)
-            return Open.KEEP_CACHE
+            return KEEP_CACHE
         if way is None and target.nodeid in self._outdated:
             self._outdated.discard(target.nodeid)
             return 0
-        return Open.KEEP_CACHE
+        return KEEP_CACHE
 
     def _store(self, target: Target) -> bool:
         """Give the kernel the content of a small file with the open, so that it need not ask; not if a disk must."""

@@ -6,7 +6,6 @@ Requests carry a header (`IN_HEADER`), then the structure of their kind, then na
 and what the kind prescribes.
 """
 
-import errno
 from collections.abc import Mapping
 from enum import IntEnum, IntFlag
 from struct import Struct
@@ -14,8 +13,6 @@ from struct import Struct
 MAJOR = 7
 MINOR = 45
 OLDEST_MINOR = 31  # Linux 5.4; older kernels are served by the other engine
-
-NAME_END = b"\0"
 
 
 class Op(IntEnum):
@@ -242,14 +239,6 @@ OUT_HEADER = LAYOUTS["out_header"]
 def split_flags(flags: int) -> tuple[int, int]:
     """Return handshake features as `flags` and `flags2` carry them."""
     return flags & 0xFFFF_FFFF, flags >> 32
-
-
-def names(data: bytes, count: int) -> list[bytes]:
-    """Return the `count` names that a request ends with, each closed by a NUL; OSError(EINVAL) for fewer."""
-    found = data.split(NAME_END, count)
-    if len(found) <= count:
-        raise OSError(errno.EINVAL, "a request without its names")
-    return found[:count]
 
 
 def padded(name: bytes) -> bytes:

@@ -28,9 +28,6 @@ class Spin:
         self._waits = 0
         self._preempted = _preemptions()
 
-    def caught(self) -> None:
-        """A request came while looking."""
-
     def waited(self, gap: float) -> None:
         """No request came while looking; it came `gap` seconds after the last one."""
         if self._fixed is not None:
