@@ -5,10 +5,12 @@ for programs that take the upper in one list), UPPER, WORK and MOUNTPOINT. Layer
 directory, in which the command runs: 500 of them must fit into the one page that mount(2) reads.
 """
 
+import errno
 import os
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -199,7 +201,11 @@ def mounted(contender: Contender, base: Path, lowers: tuple[str, ...]) -> Iterat
 @contextmanager
 def over(contender: Contender, stack: Stack) -> Iterator[Mounted]:
     """Mount a contender over a stack that exists already: a second mount of the same upper starts without caches."""
-    start(contender, stack)
+    try:
+        start(contender, stack)
+    except BaseException:
+        clear(stack.point)
+        raise
     pid = server(stack.point) if contender.is_fuse else None
     try:
         yield Mounted(stack.point, stack.upper, pid)
@@ -242,6 +248,27 @@ def _pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except ProcessLookupError:
         return None
+
+
+def clear(point: Path) -> None:
+    """Take away what a mount command has begun: its process, which may be about to mount, and the mount."""
+    while (pid := server(point)) is not None:
+        ending = _pidfd(pid)
+        if ending is not None:
+            os.kill(pid, signal.SIGKILL)
+            select.select([ending], [], [], END_LIMIT)
+            os.close(ending)
+    if os.path.ismount(point) or is_dead(point):
+        unmount(point, None)
+
+
+def is_dead(point: Path) -> bool:
+    """Return whether a mount is there that nobody serves any more."""
+    try:
+        os.stat(point)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
 
 
 def server(point: Path) -> int | None:

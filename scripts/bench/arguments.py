@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from bench import acceptance, catalogue, results, runner, site, sizes
+from bench import acceptance, catalogue, complete, results, runner, site
+from bench.setting import amounts, new_report, runs, tell
 from overlayfs_cli.benchmark import contenders as who
-from overlayfs_cli.benchmark import machine
 from overlayfs_cli.benchmark.contenders import Contender
 
 DESCRIPTION = "Measure our mount beside a plain directory, kernel overlayfs and other FUSE overlays."
@@ -38,7 +38,21 @@ def parser() -> argparse.ArgumentParser:
     _add_shared(wanted)
     wanted.add_argument("--ours", default="", metavar="OPTIONS", help="mount options of our own mount, as for -o")
     wanted.set_defaults(act=show_acceptance)
+    whole_run = commands.add_parser("run", help="everything, or groups and workloads: table, --json, --plots")
+    _add_shared(whole_run)
+    whole_run.add_argument("--plots", type=Path, metavar="DIR", help="draw pictures into DIR; needs matplotlib")
+    whole_run.set_defaults(act=complete.show_run)
+    _add_report(commands.add_parser("report", help="tables and pictures from the JSON of one or more runs"))
     return whole
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("files", nargs="+", type=Path, metavar="JSON", help="a later file replaces the results of an earlier one")
+    add("--into", type=Path, metavar="PAGE", help="put the tables into a page, between its marks, not on the terminal")
+    add("--plots", type=Path, metavar="DIR", help="draw pictures into DIR")
+    add("--history", type=Path, metavar="FILE", help="add the line of this commit to FILE")
+    command.set_defaults(act=complete.show_report)
 
 
 def _add_shared(command: argparse.ArgumentParser) -> None:
@@ -66,44 +80,11 @@ def show_list(given: argparse.Namespace) -> int:
     """Print groups and workloads."""
     for group in catalogue.GROUPS:
         print(group)
+        for name in catalogue.special_names(group):
+            print(f"    {name}")
         for workload in catalogue.chosen([group]):
             print(f"    {workload.name}")
     return 0
-
-
-def tell(line: str) -> None:
-    """Show on a terminal what is going on now; the next line overwrites it."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{line}" if line else "\r\x1b[K")
-        sys.stderr.flush()
-
-
-def new_report(given: argparse.Namespace, able: Sequence[Contender], missing: Sequence[who.Missing]) -> results.Report:
-    """Return a report without results."""
-    for each in missing:
-        print(f"left out: {each.name}: {each.reason}", file=sys.stderr)
-    if busy := machine.warning():
-        print(f"note: {busy}", file=sys.stderr)
-    settings = {"runs": runs(given), "quick": given.quick, "again": given.again, "arguments": sys.argv[1:]}
-    return results.Report(
-        machine.now(),
-        machine.commit(),
-        machine.describe(),
-        settings,
-        machine.load(),
-        [{"name": each.name, "command": " ".join(each.command), "version": machine.version(each)} for each in able],
-        [{"name": each.name, "reason": each.reason} for each in missing],
-    )
-
-
-def runs(given: argparse.Namespace) -> int:
-    """Return how many runs count."""
-    return int(given.runs) or (3 if given.quick else 5)
-
-
-def amounts(given: argparse.Namespace) -> sizes.Sizes:
-    """Return how much there is of everything."""
-    return sizes.QUICK if given.quick else sizes.FULL
 
 
 def show_acceptance(given: argparse.Namespace) -> int:

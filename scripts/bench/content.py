@@ -126,6 +126,15 @@ def fill_huge(whole: Path, sizes_of: Sizes) -> None:
         (whole / f"huge/{number:07}").touch()
 
 
+def fill_nodes(whole: Path, sizes_of: Sizes) -> None:
+    """Make very many empty files, a thousand to a directory."""
+    for first in range(0, sizes_of.nodes, 1000):
+        directory = whole / f"nodes/{first // 1000}"
+        directory.mkdir(parents=True)
+        for number in range(first, min(first + 1000, sizes_of.nodes)):
+            os.close(os.open(directory / str(number), os.O_CREAT | os.O_WRONLY, 0o644))
+
+
 FILL: dict[str, Callable[[Path, Sizes], None]] = {
     "tree": fill_tree,
     "repository": fill_repository,
@@ -143,6 +152,8 @@ def prepare(site: Site, content: str) -> None:
         return
     if content.startswith(DEPTH):
         fill_depth(site.layers(content), len(lowers(content)))
+    elif content == "nodes":  # one layer: a million files need not lie there twice
+        fill_nodes(site.layers(content) / "whole", site.sizes)
     else:
         _fill_layers(site.layers(content), content, site.sizes)
     for asset in ASSETS.get(content, ()):
@@ -231,7 +242,7 @@ def lowers(content: str) -> tuple[str, ...]:
     """Return the names of the layers of a content, top first."""
     if content.startswith(DEPTH):
         return tuple(str(number) for number in range(int(content.removeprefix(DEPTH))))
-    return LAYERS
+    return ("whole",) if content == "nodes" else LAYERS
 
 
 ASSETS: dict[str, tuple[Callable[[Site], None], ...]] = {"tree": (make_archive,), "empty": (make_wheels,)}

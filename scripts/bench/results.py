@@ -33,6 +33,7 @@ class Result:
     runs: list[Run] = field(default_factory=list)
     failed: str = ""
     requests: dict[str, int] | None = None  # that our engine has answered, in one run
+    extra: dict[str, Any] = field(default_factory=dict)  # what only some workloads have
 
     @property
     def median(self) -> float | None:
@@ -57,6 +58,7 @@ class Report:
     contenders: list[dict[str, str]]
     missing: list[dict[str, str]]
     results: list[Result] = field(default_factory=list)
+    anatomy: dict[str, float] = field(default_factory=dict)  # what our start is made of, in milliseconds
     format: int = FORMAT
 
     def find(self, filesystem: str, workload: str, contender: str) -> Result | None:
@@ -85,6 +87,18 @@ def load(path: Path) -> Report:
         raise ValueError(f"{path} has format {document.get('format')}, not {FORMAT}")
     document["results"] = [_result(each) for each in document["results"]]
     return Report(**document)
+
+
+def merged(reports: list[Report]) -> Report:
+    """Return several measurements as one: the first says when and where, a later result replaces an earlier one."""
+    first = reports[0]
+    found = {(r.filesystem, r.workload, r.contender): r for report in reports for r in report.results}
+    first.results = list(found.values())
+    for report in reports:
+        first.anatomy = report.anatomy or first.anatomy
+        known = {each["name"] for each in first.contenders}
+        first.contenders += [each for each in report.contenders if each["name"] not in known]
+    return first
 
 
 def _result(document: dict[str, Any]) -> Result:

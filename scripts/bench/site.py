@@ -60,11 +60,11 @@ def site(kind: str, gigabytes: int, place: Path, sizes: Sizes) -> Iterator[Site]
         root.mkdir()
         if kind == "tmpfs":
             run("mount", "-t", "tmpfs", "-o", f"size={gigabytes}g", "tmpfs", root)
-            stack.callback(run, "umount", root)
+            stack.callback(_unmount_below, str(scratch))
         elif kind in KINDS:
             _make_image(kind, scratch / "image", gigabytes)
             run("mount", "-o", "loop", scratch / "image", root)
-            stack.callback(run, "umount", root)
+            stack.callback(_unmount_below, str(scratch))
         else:
             root = Path(stack.enter_context(_directory(Path(kind))))
         (scratch / "assets").mkdir()
@@ -78,7 +78,16 @@ def _directory(place: Path) -> Iterator[str]:
     try:
         yield path
     finally:
+        _unmount_below(path)
         shutil.rmtree(path)
+
+
+def _unmount_below(path: str) -> None:
+    """Unmount our file systems, and what a failure has left on them, the last one first."""
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for point in reversed([each for each in mounts if each.startswith(f"{path}/")]):
+        if subprocess.run(["umount", point], capture_output=True, check=False).returncode:
+            run("umount", "-l", point)
 
 
 def _make_image(kind: str, image: Path, gigabytes: int) -> None:

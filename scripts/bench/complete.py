@@ -1,0 +1,83 @@
+"""The commands `run` and `report`: everything measured, shown, kept."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import catalogue, page, results, runner, special, table
+from bench.setting import amounts, new_report, runs, tell
+from bench.site import Site, site
+from overlayfs_cli.benchmark import contenders as who
+from overlayfs_cli.benchmark.contenders import Contender
+
+
+def show_run(given: argparse.Namespace) -> int:
+    """Measure what was asked for, with everybody who is here; 2 if nothing has that name."""
+    workloads = catalogue.chosen(given.words)
+    if not workloads and not any(catalogue.specials(given.words, kind) for kind in ("ext4", "tmpfs", "xfs", "btrfs")):
+        print(f"scripts/bench: nothing is called {' or '.join(given.words)}; see 'list'", file=sys.stderr)
+        return 2
+    everybody = [who.plain(), *who.peers(), *given.peer, *who.own_variants()]
+    with tempfile.TemporaryDirectory(dir=given.place, prefix="overlayfs-bench.") as place:
+        able, missing = who.present([each for each in everybody if each.name not in given.without], Path(place))
+    report = new_report(given, able, missing)
+    for kind in given.fs or ("ext4", "tmpfs"):
+        with site(kind, 24, given.place, amounts(given)) as place_of:
+            _measure_all(given, place_of, able, report)
+    return _keep(given, report)
+
+
+def _measure_all(given: argparse.Namespace, place: Site, able: Sequence[Contender], report: results.Report) -> None:
+    for each in catalogue.specials(given.words, place.kind):
+        found = each.measure(place, able, runs(given), tell)
+        report.results += found
+        _show(report, found)
+        if each.measure is special.start_up and not report.anatomy:
+            report.anatomy = special.anatomy(place, next(c for c in able if c.name == who.OURS))
+    for workload in catalogue.chosen(given.words):
+        if place.kind in ("ext4", "tmpfs") or given.words:
+            found = runner.measure(workload, able, place, runs(given), given.again, tell)
+            report.results += found
+            _show(report, found)
+
+
+def _show(report: results.Report, found: Sequence[results.Result]) -> None:
+    """Print the rows of what has just been measured; whoever waits wants to see something."""
+    tell("")
+    part = results.Report(**{**vars(report), "results": list(found)})
+    for filesystem, group in table.groups(part):
+        headings, rows = table.table(part, filesystem, group)
+        print(table.plain_text((f"{group} on {filesystem}", *headings[1:]), rows), flush=True)
+    for sentence in table.failures(part):
+        print(f"  {sentence}", flush=True)
+
+
+def _keep(given: argparse.Namespace, report: results.Report) -> int:
+    if given.json:
+        results.save(report, given.json)
+    if given.plots:
+        from bench import plots
+
+        print(*plots.draw(report, given.plots), sep="\n", file=sys.stderr)
+    return int(any(r.failed and r.kind == who.OURS for r in report.results))
+
+
+def show_report(given: argparse.Namespace) -> int:
+    """Turn the JSON of runs into tables and pictures."""
+    report = results.merged([results.load(file) for file in given.files])
+    pictures: list[Path] = []
+    if given.plots:
+        from bench import plots
+
+        pictures = plots.draw(report, given.plots)
+    text = page.text(report, pictures, given.into)
+    if given.into:
+        page.insert(given.into, text)
+    else:
+        print(text)
+    if given.history:
+        with open(given.history, "a") as file:
+            file.write(f"{page.line(report)}\n")
+    return 0

@@ -1,0 +1,45 @@
+"""What the commands share: how much is measured, and what a report begins with."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bench import results, sizes
+from overlayfs_cli.benchmark import contenders as who
+from overlayfs_cli.benchmark import machine
+from overlayfs_cli.benchmark.contenders import Contender
+
+
+def tell(line: str) -> None:
+    """Show on a terminal what is going on now; the next line overwrites it."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{line}" if line else "\r\x1b[K")
+        sys.stderr.flush()
+
+
+def new_report(given: argparse.Namespace, able: Sequence[Contender], missing: Sequence[who.Missing]) -> results.Report:
+    """Return a report without results."""
+    for each in missing:
+        print(f"left out: {each.name}: {each.reason}", file=sys.stderr)
+    if busy := machine.warning():
+        print(f"note: {busy}", file=sys.stderr)
+    settings = {"runs": runs(given), "quick": given.quick, "again": given.again, "arguments": sys.argv[1:]}
+    return results.Report(
+        machine.now(),
+        machine.commit(),
+        machine.describe(),
+        settings,
+        machine.load(),
+        [{"name": each.name, "command": " ".join(each.command), "version": machine.version(each)} for each in able],
+        [{"name": each.name, "reason": each.reason} for each in missing],
+    )
+
+
+def runs(given: argparse.Namespace) -> int:
+    """Return how many runs count."""
+    return int(given.runs) or (3 if given.quick else 5)
+
+
+def amounts(given: argparse.Namespace) -> sizes.Sizes:
+    """Return how much there is of everything."""
+    return sizes.QUICK if given.quick else sizes.FULL
