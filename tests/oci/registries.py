@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
@@ -42,8 +42,11 @@ def make_keys(place: Path, names: str = "IP:127.0.0.1,DNS:localhost") -> Keys:
 
 
 @contextlib.contextmanager
-def registry(place: Path, **settings: object) -> Iterator[str]:
-    """Run docker-registry with its data in `place`; gives HOST:PORT. `settings` are sections of its configuration."""
+def registry(place: Path, through: Sequence[str] = (), **settings: object) -> Iterator[str]:
+    """Run docker-registry with its data in `place`; gives HOST:PORT.
+
+    `settings` are sections of its configuration, `through` are the words before its own on the command line.
+    """
     requirements.need_program("docker-registry")
     place.mkdir(exist_ok=True)
     config = {
@@ -56,7 +59,7 @@ def registry(place: Path, **settings: object) -> Iterator[str]:
     (place / "config.yml").write_text(json.dumps(config))  # JSON is YAML
     # It takes REGISTRY_... for settings of its own, and podman's REGISTRY_AUTH_FILE for one of them.
     child = subprocess.Popen(
-        ["docker-registry", "serve", place / "config.yml"],
+        [*through, "docker-registry", "serve", place / "config.yml"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env={name: value for name, value in os.environ.items() if not name.startswith("REGISTRY_")},
     )  # fmt: skip
