@@ -130,7 +130,7 @@ def test_ctrl_c_leaves_nothing_of_an_import(base: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing_of_an_export(base: Path) -> None:
-    hole = {b"GNU.sparse.map": b"0,4", b"GNU.sparse.size": b"%d" % (2 << 30)}  # seconds of work, and no room
+    hole = {b"GNU.sparse.map": b"0,4", b"GNU.sparse.size": b"%d" % (1 << 30)}  # seconds of work, and no room
     (base / "large.tar").write_bytes(pax(hole) + file(b"f", b"data") + END)
     assert process("overlayfs", "import", "large.tar", "-t", "large").code == 0
     before = sorted(os.listdir(base))
