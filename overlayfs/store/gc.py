@@ -17,7 +17,7 @@ from overlayfs.store import layout, locks, records
 from overlayfs.store.images import Images
 from overlayfs.store.layers import Layers
 from overlayfs.store.place import Place
-from overlayfs.store.records import Intent, LayerRecord
+from overlayfs.store.records import Intent
 from overlayfs.store.workspaces import Workspace, Workspaces
 from overlayfs.tree.layer import join
 
@@ -51,7 +51,7 @@ class Collector:
             self._sweep_layers(sweep)
         told = sorted(Garbage(each.kind, os.fsdecode(each.name), _size(self._place, each.path)) for each in sweep.found)
         if not dry_run:
-            self._tidy_indexes(sweep.found)
+            self._layers.tidy_indexes()
             self._place.empty_trash()
         return told
 
@@ -106,20 +106,6 @@ class Collector:
                 document = self._place.read(self._place.rooms[layout.INTENTS], name)
                 yield records.decode(document, Intent, self._place.shown(layout.INTENTS, name))
 
-    def _tidy_indexes(self, found: list["_Found"]) -> None:
-        """Remove the index entries of layers that are gone."""
-        with self._layers.publishing():
-            for each in found:
-                document = self._record_of(each) if each.kind == "layer" else None
-                if document is not None:
-                    self._layers.leave_index(records.decode(document, LayerRecord, self._place.shown(each.path)))
-
-    def _record_of(self, found: "_Found") -> bytes | None:
-        try:
-            return self._place.read(self._place.root, found.path + b"/" + layout.RECORD)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
 
 class _Found(NamedTuple):
     kind: str
@@ -144,7 +130,8 @@ class _Sweep:
         try:
             hold = locks.hold(self._place.root, room + b"/" + name, shared=False)
         except (FileNotFoundError, NotADirectoryError):
-            self._move(kind, room, name)  # no lock: its maker died before making one
+            with contextlib.suppress(FileNotFoundError):  # its maker has discarded it meanwhile
+                self._move(kind, room, name)  # no lock: its maker died before making one
             return
         if hold is not None:
             with hold:

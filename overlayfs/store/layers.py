@@ -230,13 +230,16 @@ class Layers:
         return None if digest is None else self.by_digest(digest, below)
 
     def write_record(self, record: LayerRecord) -> Layer:
-        """Replace the record of a layer and enter it into the indexes. The store's lock must be held."""
+        """Enter a layer into the indexes and replace its record. The store's lock must be held.
+
+        The indexes come first: an entry that no record bears out is not believed, a layer without one is not found.
+        """
+        self.index(record)
         directory = self.place.open(layer_path(record.id))
         try:
             self.place.write(directory, layout.RECORD, records.encode(record))
         finally:
             sysio.close(directory)
-        self.index(record)
         return Layer(self.place, record)
 
     def index(self, record: LayerRecord) -> None:
@@ -247,15 +250,18 @@ class Layers:
             others = [line for line in self._index_lines(room, name) if line != record.id and self.get(line)]
             self._write_index(room, name, [*others, record.id])
 
-    def leave_index(self, record: LayerRecord) -> None:
-        """Remove what the indexes say of a layer that is gone."""
-        for room, name in _index_places(record):
-            lines = [line for line in self._index_lines(room, name) if line != record.id]
-            if lines:
-                self._write_index(room, name, lines)
-            else:
-                with contextlib.suppress(FileNotFoundError):
-                    sysio.unlink_at(self.place.rooms[room], name)
+    def tidy_indexes(self) -> None:
+        """Remove what the indexes say of layers that are gone."""
+        with self.publishing():
+            there = set(self.ids())
+            for room in (layout.DIGESTS, layout.DIFFS):
+                for name in self.place.names(room):
+                    lines = self._index_lines(room, name)
+                    left = [line for line in lines if line in there]
+                    if not left:
+                        sysio.unlink_at(self.place.rooms[room], name)
+                    elif left != lines:
+                        self._write_index(room, name, left)
 
     def _write_index(self, room: bytes, name: bytes, ids: list[str]) -> None:
         self.place.write(self.place.rooms[room], name, "\n".join(ids).encode() + b"\n")
@@ -352,12 +358,12 @@ class StagedLayer:
         if manifest is not None:
             write_manifest(self._directory, manifest)
         self._place.write(self._directory, layout.RECORD, records.encode(record))
+        self._layers.index(record)
         rooms = self._place.rooms
         sysio.rename_at(rooms[layout.STAGING], self._name, rooms[layout.LAYERS], self._name)
         self._published = True
         self._layers.retain(self.id, self._hold)
         sysio.fsync(rooms[layout.LAYERS])
-        self._layers.index(record)
         return Layer(self._place, record)
 
 

@@ -184,6 +184,8 @@ def _check_clean(store: LayerStore, base: Path, where: str) -> None:
     named = {layer for image in store.images() for layer in image.layers}
     named |= {layer for workspace in store.workspaces() for layer in workspace.record.layers}
     assert set(os.listdir(base / "layers")) == named, where
+    for layer in store.layers():
+        assert layer.record.digest is None or store.by_digest(layer.record.digest) is not None, where
     for workspace in store.workspaces():
         assert sorted(os.listdir(os.fsdecode(workspace.path))) == ["lock", "record", "upper", "work"], where
 

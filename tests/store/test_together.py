@@ -1,11 +1,14 @@
 """Eight processes at once: commits, mounts, gc and rm leave a store that verifies, and nobody loses what he uses.
 
+Meanwhile a ninth one is killed, again and again.
+
 OVERLAYFS_TEST_SECONDS=60 makes it the long one (`make test-together`).
 """
 
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -148,6 +151,18 @@ def _start(place: Path, number: int, until: float) -> int:
         os._exit(code)
 
 
+def _kill_others(place: Path, until: float) -> None:
+    """Let one more process after the other begin, and kill each in the middle of something."""
+    chance = random.Random(8)
+    number = 8
+    while time.monotonic() < until:
+        child = _start(place, number, until + 60)
+        assert not processes.ends(child, chance.random()), "it should have gone on"
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        number += 1
+
+
 @pytest.fixture
 def shop(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory with a store of four images."""
@@ -167,6 +182,7 @@ def shop(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_eight_processes(shop: Path) -> None:
     until = time.monotonic() + SECONDS
     children = [_start(shop, number, until) for number in range(8)]
+    _kill_others(shop, until)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert codes == [0] * 8
     counts: dict[str, int] = {}
@@ -181,6 +197,8 @@ def test_eight_processes(shop: Path) -> None:
 
 def _check(store: LayerStore, base: Path) -> None:
     """Everything that is named is there and whole; everything else goes."""
+    for layer in list(store.unfinished()):
+        committing.hash_layer(store, layer)  # whoever made it was killed before
     dry = store.gc(dry_run=True)
     assert store.gc() == dry
     named = {layer for image in store.images() for layer in image.layers}
