@@ -20,28 +20,51 @@ FILES = ("record", "manifest", "index")  # of the store itself: what is named is
     """
     overlayfs verify
     overlayfs verify site
+    overlayfs verify site --repair-from registry.example.org/site:1
     """,
 )
 @click.argument("what", metavar="[IMAGE|LAYER]", required=False)
+@click.option(
+    "--repair-from",
+    "source",
+    metavar="IMAGE|STORE|REGISTRY",
+    help="Put right what can be: from an image here, the directory of another store, or REGISTRY/REPO[:TAG].",
+)
+@click.option("--plain-http", is_flag=True, help="Speak to a registry on this machine without TLS.")
 @storage.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong, and no progress.")
 @click.pass_context
-def verify(context: click.Context, what: str | None, store: bytes | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    context: click.Context,
+    what: str | None,
+    source: str | None,
+    plain_http: bool,
+    store: bytes | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Hold every file of an image, of a layer or of the whole store against what was recorded when it was made.
 
     Each line names one thing that is damaged, missing, extra or unreadable, and what differs; the exit code is 1 then.
+    With --repair-from, the lines begin with "repaired" for what is as it was again.
     """
     with storage.opened(store) as opened, progress.line(quiet) as show:
         total = storage.size_text(_size_of(opened, what))
-        checked = opened.verify(
-            what, progress=lambda entries, size: show(f"{entries} entries, {storage.size_text(size)} of {total}")
-        )
+
+        def tell(entries: int, size: int) -> None:
+            show(f"{entries} entries, {storage.size_text(size)} of {total}")
+
+        if source is None:
+            before = after = opened.verify(what, progress=tell)
+        else:
+            before, after = opened.repair(what, source=source, progress=tell, told=show, plain_http=plain_http)
+    repaired = [each for each in before.problems if each not in after.problems]
     if as_json:
-        output.show_json(_document(checked))
+        output.show_json({**_document(after), "repaired": [_problem(each) for each in repaired]})
     else:
-        _show(checked, quiet)
-    if checked.problems:
+        _show(after, repaired, quiet)
+    if after.problems:
         context.exit(1)
 
 
@@ -69,7 +92,9 @@ def _problem(found: "Problem") -> dict[str, object]:
     }
 
 
-def _show(checked: "Checked", quiet: bool) -> None:
+def _show(checked: "Checked", repaired: "list[Problem]", quiet: bool) -> None:
+    for problem in repaired:
+        click.echo(f"repaired {_line(problem)}")
     for problem in checked.problems:
         click.echo(_line(problem))
     if quiet:

@@ -10,6 +10,7 @@ Each method loads what it needs when it is called.
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from overlayfs.store.store import LayerStore
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from overlayfs.oci.transfer import OnStep
     from overlayfs.store.compare import Change
     from overlayfs.store.records import ImageRecord
+    from overlayfs.store.repair import Told
     from overlayfs.store.scan import Progress
     from overlayfs.store.verify import Checked
 
@@ -159,6 +161,42 @@ class Store(LayerStore):
         from overlayfs.store import verify
 
         return verify.verify(self.place, self._named(given), threads, progress)
+
+    def repair(
+        self,
+        given: str | None = None,
+        *,
+        source: str,
+        threads: int | None = None,
+        progress: "Progress | None" = None,
+        told: "Told | None" = None,
+        plain_http: bool = False,
+        ca: str | None = None,
+    ) -> "tuple[Checked, Checked]":
+        """Verify, put right what can be, and verify that again; return what was found before and what is wrong still.
+
+        Content is taken from `source` and from all other layers of this store: an image of it, the directory of
+        another store, or an image of a registry (`plain_http` and `ca` as in `pull`). `told` is told in a few words
+        what is being done. UserError when a damaged layer is in use.
+        """
+        from overlayfs.store import repair
+
+        def load(path: bytes, reference: str) -> "Store":
+            loaded = Store(path)
+            try:
+                loaded.pull(reference, plain_http=plain_http, ca=ca)
+            except BaseException:
+                loaded.close()
+                raise
+            return loaded
+
+        before = self.verify(given, threads=threads, progress=progress)
+        if not before.problems:
+            return before, before
+        tell = told or (lambda words: None)
+        with ExitStack() as held:
+            repair.repair(self, before.problems, repair.source_stores(self, source, load, tell, held), tell)
+        return before, self.verify(given, threads=threads, progress=progress)
 
     def _named(self, given: str | None) -> tuple[str, ...] | None:
         return None if given is None else self._ids_of(given)

@@ -307,6 +307,11 @@ def _open(dirfd: int, name: bytes) -> int:
         return sysio.open_child(dirfd, name, _READ)
 
 
+def hash_file(fd: int) -> tuple[str, int]:
+    """Return the xxh3-128 of an open file in hex, and how many bytes it has."""
+    return _hash_large(fd, memoryview(bytearray(_BUFFER)), _State(None))
+
+
 def _hash_content(fd: int, size: int, buffer: memoryview, state: _State) -> tuple[str, int]:
     """Return the xxh3-128 of an open file in hex and how many bytes it has; `size` is how many are expected."""
     if size >= len(buffer):

@@ -9,6 +9,7 @@ xxh3 finds accidents; against an adversary who can write to the store only the s
 somebody else has kept.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ from overlayfs.store.scan import Progress, Scanned
 
 DAMAGED, MISSING, EXTRA, UNREADABLE = "damaged", "missing", "extra", "unreadable"
 RECORD, MANIFEST, INDEX = "record", "manifest", "index"
+
+ATTRIBUTE_WORDS = ("mode ", "owner ", "modification time", "attribute ")
+"""How what differs begins when it can be put right without making the object again."""
 
 
 class Problem(NamedTuple):
@@ -53,6 +57,14 @@ class Checked(NamedTuple):
     problems: tuple[Problem, ...]
 
 
+def image_records(place: Place) -> Iterator[ImageRecord]:
+    """Yield every image whose record can be read."""
+    for file in place.names(layout.IMAGES):
+        with contextlib.suppress(UserError, FileNotFoundError):
+            path = layout.IMAGES + b"/" + file
+            yield records.decode(place.read(place.root, path), ImageRecord, place.shown(path))
+
+
 # --- one tree ----------------------------------------------------------------------------------------------
 
 
@@ -72,6 +84,7 @@ def compare(manifest: Manifest, found: Iterator[Scanned]) -> Iterator[tuple[str,
             yield EXTRA, scanned.entry, ()
         elif scanned.error is not None:
             blind = expected.path if expected.type is Type.DIR else blind
+            broken.add(expected.path)
             yield UNREADABLE, expected, (_reason(scanned.error),)
         else:
             differs = _differences(expected, scanned.entry, broken)
