@@ -103,7 +103,8 @@ def _show(checked: "Checked", repaired: "list[Problem]", quiet: bool) -> None:
         click.echo(f"layer {storage.short(layer_id)} has not been hashed yet: nothing to hold it against", err=True)
     if not checked.problems:
         size = storage.size_text(checked.size)
-        click.echo(f"{checked.layers} layers, {checked.entries} entries, {size}: as recorded")
+        layers = "1 layer" if checked.layers == 1 else f"{checked.layers} layers"
+        click.echo(f"{layers}, {checked.entries} entries, {size}: as recorded")
 
 
 def _line(problem: "Problem") -> str:
