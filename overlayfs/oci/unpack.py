@@ -169,7 +169,7 @@ class Unpacker:
             self._delete_late(path, deletion)
 
     def _delete_late(self, path: bytes, entry: Entry) -> None:
-        if not self._is_below_nothing(path):
+        if self._try_open(path) is not None or not self._is_below_nothing(path):
             self._put_whiteout(self._directory(path, entry), entry.path.rpartition(b"/")[2])
 
     def _is_below_nothing(self, path: bytes) -> bool:

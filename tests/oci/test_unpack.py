@@ -237,6 +237,14 @@ def test_deletions_in_directories_that_come_later_or_never(root: Path) -> None:
     assert paths(root) == ["d", "d/x", "e", "e/f", "e/f/y"]
 
 
+def test_more_deletions_than_can_wait(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpacking, "_MOST_WAITING", 3)
+    made(root, *(file(b"d/.wh.%d" % number) for number in range(6)), file(b".wh.e"), file(b"e/.wh.x"), file(b"f/g"))
+    assert all(is_whiteout(root / "d" / str(number)) for number in range(6))
+    assert is_whiteout(root / "e")
+    assert len(paths(root)) == 10
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_opaque_directories_hold_no_deletions(root: Path, order: int) -> None:
     made(root, directory(b"d"), *[file(b"d/.wh..wh..opq"), file(b"d/.wh.x"), file(b"d/y")][::order])

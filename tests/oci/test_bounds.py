@@ -1,0 +1,102 @@
+"""Archives that would fill memory if anything in them were believed: imported or refused within a fixed bound."""
+
+import gzip
+import io
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import program
+from tests.oci import archives
+from tests.oci.archives import END, directory, file, header, pax
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+LIMIT = 256 << 10  # KiB of resident memory, the interpreter included
+
+
+def _long_headers() -> Iterator[bytes]:
+    for number in range(20):
+        yield pax({b"comment": bytes(7 << 20)}) + file(b"f%d" % number)
+    yield END
+
+
+def _many_files() -> Iterator[bytes]:
+    for number in range(100):
+        yield b"".join(file(b"d%d/f%d" % (number, each)) for each in range(200))
+    yield END
+
+
+def _many_deletions() -> Iterator[bytes]:
+    for number in range(40):
+        yield b"".join(file(b"never%d/.wh.f%d" % (number, each)) for each in range(1000))
+    yield END
+
+
+def _many_links() -> Iterator[bytes]:
+    yield file(b"f")
+    for number in range(30):
+        yield b"".join(archives.hardlink(b"l%d-%d" % (number, each), b"f") for each in range(1000))
+    yield END
+
+
+def _many_opaque_marks() -> Iterator[bytes]:
+    yield directory(b"d") + b"".join(file(b"d/f%d" % each) for each in range(1000))
+    for _ in range(100):
+        yield file(b"d/.wh..wh..opq") * 1000
+    yield END
+
+
+def _zeros() -> Iterator[bytes]:
+    yield header(b"zeros", size=b"\x80" + (1 << 30).to_bytes(11, "big"))
+    for _ in range(1024):
+        yield bytes(1 << 20)
+    yield END
+
+
+def _long_map() -> Iterator[bytes]:
+    numbers = b"".join(b"%d\n1\n" % (2 * number) for number in range(200_000))
+    table = archives.padded(b"200000\n" + numbers)
+    records = {b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.realsize": b"400000"}
+    yield pax(records) + file(b"sparse", table + b"x" * 200_000) + END
+
+
+ARCHIVES: dict[str, Callable[[], Iterator[bytes]]] = {
+    "long headers": _long_headers,
+    "many files": _many_files,
+    "many deletions in directories that never come": _many_deletions,
+    "many links": _many_links,
+    "many opaque marks": _many_opaque_marks,
+    "a gigabyte of zeros": _zeros,
+    "a sparse file of many pieces": _long_map,
+}
+
+
+def packed(pieces: Iterator[bytes]) -> bytes:
+    stream = io.BytesIO()
+    with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=1, mtime=0) as target:
+        for piece in pieces:
+            target.write(piece)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_memory_is_bounded(place: Path, name: str) -> None:
+    (place / "layer.tar.gz").write_bytes(packed(ARCHIVES[name]()))
+    running = subprocess.Popen(
+        [program("overlayfs"), "import", "layer.tar.gz", "-t", "x"],
+        cwd=place,
+        env={**os.environ, "OVERLAYFS_STORE": str(place / "store")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert running.stderr is not None
+    said = running.stderr.read()
+    running.stderr.close()
+    _, status, used = os.wait4(running.pid, 0)
+    running.returncode = os.waitstatus_to_exitcode(status)
+    assert running.returncode == 0, said
+    assert used.ru_maxrss < LIMIT
