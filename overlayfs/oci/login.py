@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from overlayfs.errors import UserError
 from overlayfs.oci.auth import Credential
-from overlayfs.oci.wire import Reply, Wire, host_of, printable
+from overlayfs.oci.wire import Reply, Wire, host_of, origin, printable
 
 CLIENT = "overlayfs"
 DEFAULT_LIFE = 60.0  # seconds that a token lives whose server does not say
@@ -101,8 +101,7 @@ class Login:
 
     def _fetch(self, challenge: Challenge, scopes: Scopes) -> Token:
         realm = challenge.parameters.get("realm", "")
-        if not urllib.parse.urlsplit(realm).netloc:
-            raise UserError(f"{self._registry} names no server that gives out tokens")
+        origin(realm)  # it must be an address, and a whole one
         credential = self._own()
         reply = self._ask(realm, challenge.parameters.get("service", ""), scopes, credential)
         with contextlib.closing(reply):

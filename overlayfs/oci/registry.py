@@ -61,7 +61,8 @@ class Repository:
         what = f"{self._reference.name}{'@' if is_digest(target) else ':'}{target}"
         reply, data = self._whole(url, what, {"Accept": ACCEPT}, LARGEST_DOCUMENT)
         digest = sha256(data)
-        told = target if is_digest(target) else reply.headers.get("Docker-Content-Digest", digest)
+        header = reply.headers.get("Docker-Content-Digest", "")
+        told = next(filter(is_digest, (target, header)), digest)
         if digest != told:
             raise UserError(f"{what}: the registry sent something else than {printable(told)}; nothing was stored")
         return Fetched(reply.headers.get("Content-Type", "").partition(";")[0].strip(), digest, data)

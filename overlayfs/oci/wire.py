@@ -8,13 +8,15 @@ broken connections get more attempts, further and further apart.  Nothing is rea
 import contextlib
 import email.utils
 import random
+import socket
 import ssl
 import threading
 import time
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import urllib3
 from urllib3.exceptions import (
@@ -36,6 +38,7 @@ PIECE = 1 << 18  # bytes read at a time
 TEXT_LIMIT = 1 << 16  # bytes of an answer that is only looked at for its message
 PATIENCE = 300.0  # seconds; a server that asks for more is not waited for
 BUSY = {408, 429, 500, 502, 503, 504}
+_ALWAYS = {"User-Agent": "overlayfs", "Accept-Encoding": "identity"}
 MOVED = {301, 302, 303, 307, 308}
 
 
@@ -140,11 +143,6 @@ class Reply:
             self._response.read()
         self._response.close()
 
-    def cut(self) -> None:
-        """End a read that another thread waits in."""
-        with contextlib.suppress(ValueError, OSError, HTTPError):
-            self._response.shutdown()
-
 
 class Wire:
     """Connections to any number of hosts, shared by threads."""
@@ -157,6 +155,7 @@ class Wire:
         self._tls = _tls_context(ca)
         self._connections = connections
         self._managers: dict[str, urllib3.PoolManager] = {}
+        self._connections_made: weakref.WeakSet[Any] = weakref.WeakSet()
         self._open: set[Reply] = set()
         self._answered: set[str] = set()
         self._lock = threading.Lock()
@@ -219,7 +218,7 @@ class Wire:
             headers["Content-Length"] = str(body.size)
         try:
             response = self._manager(url).request(
-                method, url, body=payload, headers={"Accept-Encoding": "identity", **headers},
+                method, url, body=payload, headers={**_ALWAYS, **headers},
                 preload_content=False, decode_content=False, redirect=False, retries=False,
             )  # fmt: skip
         except (HTTPError, OSError) as error:
@@ -228,15 +227,12 @@ class Wire:
         with self._lock:
             self._open.add(reply)
             self._answered.add(host_of(url))
-        if self.pace.stopped:  # `stop` may have come before it could see this answer
-            reply.close()
-        self.pace.check()
         return reply
 
     def _failure(self, url: str, error: Exception) -> Exception:
         self.pace.check()
         if isinstance(error, LocationParseError):
-            return UserError(f"{printable(url)} is no address")
+            return UserError(_no_address(url))
         if isinstance(error, SSLError):
             return UserError(_tls_sentence(host_of(url), error))
         if isinstance(error, (NameResolutionError, NewConnectionError)):
@@ -245,13 +241,16 @@ class Wire:
 
     def joined(self, url: str, target: str) -> str:
         """Return where a Location leads from `url`. Raises `UserError` where it may not lead."""
-        found = urllib.parse.urljoin(url, target)
+        try:
+            found = urllib.parse.urljoin(url, target)
+        except ValueError:
+            raise UserError(_no_address(target)) from None
         self._allow(found)
         return found
 
     def _allow(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme == "https" or (self.scheme == parts.scheme == "http" and is_loopback(parts.netloc)):
+        scheme, host, _ = origin(url)
+        if scheme == "https" or (self.scheme == scheme == "http" and is_loopback(host)):
             return
         raise UserError(f"refused to talk to {host_of(url)} without TLS; --plain-http is for this machine alone")
 
@@ -264,9 +263,18 @@ class Wire:
 
     def _new_manager(self, proxy: str) -> urllib3.PoolManager:
         timeout = urllib3.Timeout(connect=CONNECT_LIMIT, read=SILENCE_LIMIT)
-        if not proxy:
-            return urllib3.PoolManager(ssl_context=self._tls, timeout=timeout, maxsize=self._connections)
-        return urllib3.ProxyManager(proxy, ssl_context=self._tls, timeout=timeout, maxsize=self._connections)
+        made: urllib3.PoolManager
+        if proxy:
+            made = urllib3.ProxyManager(proxy, ssl_context=self._tls, timeout=timeout, maxsize=self._connections)
+        else:
+            made = urllib3.PoolManager(ssl_context=self._tls, timeout=timeout, maxsize=self._connections)
+        made.pool_classes_by_scheme = _watched_pools(self._watch)
+        return made
+
+    def _watch(self, connection: urllib3.connection.HTTPConnection) -> None:
+        """Remember a new connection, so that `stop` can end what a thread waits for on it."""
+        self._connections_made.add(connection)
+        self.pace.check()
 
     def forget(self, reply: Reply) -> None:
         """Take an answer off the list of those that `stop` ends."""
@@ -276,10 +284,9 @@ class Wire:
     def stop(self) -> None:
         """Make every thread that waits for a host, or for its turn, come back with `GivenUp`."""
         self.pace.stop()
-        with self._lock:
-            replies = list(self._open)
-        for reply in replies:
-            reply.cut()
+        for connection in tuple(self._connections_made):
+            with contextlib.suppress(OSError, AttributeError):  # it may be closed already, and then has no socket
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close all connections; answers that nobody has read go with them."""
@@ -309,20 +316,23 @@ class Origin(NamedTuple):
 
 def origin(url: str) -> Origin:
     """Return scheme, host and port of an address, ports filled in."""
-    parts = urllib.parse.urlsplit(url)
-    return Origin(parts.scheme, (parts.hostname or "").lower(), _port_of(parts))
+    try:  # by the parser that connects, not by another one that may understand an address otherwise
+        found = urllib3.util.parse_url(url)
+    except LocationParseError:
+        found = urllib3.util.Url()
+    if not found.scheme or not found.host or found.auth is not None:
+        raise UserError(_no_address(url))
+    return Origin(found.scheme, found.host.lower(), found.port or {"http": 80, "https": 443}.get(found.scheme, 0))
 
 
-def _port_of(parts: urllib.parse.SplitResult) -> int:
-    try:
-        return parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
-    except ValueError:
-        raise UserError(f"{printable(parts.netloc)} is no address") from None
+def _no_address(text: str) -> str:
+    return f"{printable(text)} is no address that we go to"
 
 
 def host_of(url: str) -> str:
-    """Return HOST[:PORT] of an address, for messages; without user and password, which some put there."""
-    return printable(urllib.parse.urlsplit(url).netloc.rpartition("@")[2])
+    """Return HOST[:PORT] of an address that may be gone to, for messages."""
+    found = urllib3.util.parse_url(url)
+    return printable(found.netloc or "")
 
 
 def printable(text: str, limit: int = 300) -> str:
@@ -388,7 +398,21 @@ def _busy_sentence(reply: Reply, asked: float) -> str:
 
 def _proxy_for(url: str) -> str:
     """The proxy that the usual variables name (`https_proxy`, `no_proxy`, ...); none for this machine."""
-    parts = urllib.parse.urlsplit(url)
-    if is_loopback(parts.netloc) or urllib.request.proxy_bypass_environment(parts.netloc):  # type: ignore[attr-defined]
+    scheme, host, port = origin(url)
+    if is_loopback(host) or urllib.request.proxy_bypass_environment(f"{host}:{port}"):  # type: ignore[attr-defined]
         return ""
-    return urllib.request.getproxies_environment().get(parts.scheme, "")
+    return urllib.request.getproxies_environment().get(scheme, "")
+
+
+def _watched_pools(watch: Callable[[Any], None]) -> dict[str, Any]:
+    """Return the pools of urllib3, by scheme, with connections that tell `watch` when they are made."""
+
+    def watched(base: Any) -> Any:
+        def connect(self: Any) -> None:
+            base.connect(self)
+            watch(self)
+
+        return type(base.__name__, (base,), {"connect": connect})
+
+    pools: tuple[Any, ...] = (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool)
+    return {pool.scheme: type(pool.__name__, (pool,), {"ConnectionCls": watched(pool.ConnectionCls)}) for pool in pools}

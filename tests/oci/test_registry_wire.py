@@ -229,9 +229,24 @@ def test_redirects_without_end(wire: Wire) -> None:
     assert len(server.requests) == 6
 
 
-@pytest.mark.parametrize("target", ["http://10.1.2.3/", "http://registry.example/", "file:///etc/passwd", "ftp://x/"])
+@pytest.mark.parametrize("target", ["http://10.1.2.3/", "http://registry.example/", "file://localhost/etc", "ftp://x/"])
 def test_a_redirect_may_not_lead_out_of_tls(wire: Wire, target: str) -> None:
     with redirecting(target) as server, pytest.raises(UserError, match="without TLS"):
+        get(wire, server)
+
+
+@pytest.mark.parametrize(
+    "target", ["http://localhost:x@registry.example/", "http://u:p@127.0.0.1/", "file:///etc/passwd", "http://[::1"]
+)
+def test_an_address_that_two_may_understand_differently(wire: Wire, target: str) -> None:
+    with redirecting(target) as server, pytest.raises(UserError, match="is no address that we go to"):
+        get(wire, server)
+
+
+@pytest.mark.parametrize("target", ["http://localhost\\@registry.example/", "http://registry.example#@localhost/"])
+def test_a_name_behind_another_one(wire: Wire, target: str) -> None:
+    """The host that is looked at is the one that is connected to, whatever others may read in an address."""
+    with redirecting(target) as server, pytest.raises(UserError, match=r"cannot reach|without TLS"):
         get(wire, server)
 
 
@@ -333,6 +348,34 @@ def test_stop_ends_a_read_that_waits(wire: Wire) -> None:
         assert begun.wait(20)
         wire.stop()
         reader.join(20)
+    assert [type(error) for error in outcome] == [GivenUp]
+
+
+def test_stop_ends_a_wait_for_an_answer(wire: Wire) -> None:
+    asked, ended = threading.Event(), threading.Event()
+
+    def never(request: Request) -> None:
+        asked.set()
+        ended.wait(20)
+
+    outcome: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            wire.request("GET", f"http://{server.host}/")
+        except BaseException as error:
+            outcome.append(error)
+        ended.set()
+
+    with Server(never) as server:
+        asker = threading.Thread(target=ask)
+        asker.start()
+        assert asked.wait(20)
+        wire.stop()
+        asker.join(10)
+        assert ended.is_set()
+        with pytest.raises(GivenUp):
+            wire.request("GET", f"http://{server.host}/")
     assert [type(error) for error in outcome] == [GivenUp]
 
 
