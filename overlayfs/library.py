@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 from overlayfs.store.store import LayerStore
 
 if TYPE_CHECKING:
+    from overlayfs.fs.config import StackConfig
     from overlayfs.oci.blobs import Notice
     from overlayfs.oci.importing import Report
     from overlayfs.oci.pull import Pulled
     from overlayfs.oci.push import Pushed
     from overlayfs.oci.transfer import OnStep
     from overlayfs.store.compare import Change
+    from overlayfs.store.layers import Layer
     from overlayfs.store.records import ImageRecord
     from overlayfs.store.repair import Told
     from overlayfs.store.scan import Progress
@@ -128,6 +130,34 @@ class Store(LayerStore):
             return push.push(
                 self, name, found, wire=line, on_step=on_step or transfer.unseen, notice=notice or blobs.ignore
             )
+
+    def commit_workspace(
+        self, name: str, *, image: str | None = None, message: str = "", author: str = "", allow_empty: bool = False,
+        progress: "Progress | None" = None,
+    ) -> "Layer":  # fmt: skip
+        """Make the upper of an unmounted workspace a layer on top of its stack, by one rename, and hash it.
+
+        `image` is put for the longer stack. `progress` is told entries and bytes of the hashing. UserError while the
+        workspace is mounted, and when nothing was changed unless `allow_empty`.
+        """
+        from overlayfs.store import committing
+
+        wish = committing.Commit(image=image, message=message, author=author, allow_empty=allow_empty)
+        return committing.hash_layer(self, committing.commit_workspace(self, name, wish), progress)
+
+    def commit_upper(
+        self, config: "StackConfig", *, image: str, message: str = "", author: str = "", allow_empty: bool = False,
+        progress: "Progress | None" = None,
+    ) -> "Layer":  # fmt: skip
+        """Make a layer of a copy of an upper that is not mounted, and an image with it on top of the layers below.
+
+        `config` names the upper, its work directory, and as layers trees of layers of this store.
+        """
+        from overlayfs.store import committing
+
+        below = [self.layer_of_tree(path) for path in config.lower]
+        wish = committing.Commit(image=image, message=message, author=author, allow_empty=allow_empty)
+        return committing.commit_upper(self, config, below, wish, progress)
 
     def squash(
         self,

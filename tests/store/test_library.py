@@ -1,0 +1,77 @@
+"""The store for Python programs: what docs/python-api.md shows does what it says."""
+
+import os
+import pathlib
+import re
+from pathlib import Path
+
+import pytest
+
+from overlayfs import StackConfig, Store
+from overlayfs.errors import UserError
+from overlayfs.store.committing import NothingToCommit
+from overlayfs.store.records import ImageRecord, now
+from tests.store.samples import add_image, fill
+
+PAGE = Path(__file__).parents[2] / "docs" / "python-api.md"
+
+
+def _example(word: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return next(str(block) for block in blocks if word in block)
+
+
+@pytest.mark.root
+def test_the_example_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = os.fsencode(place / "store")
+    with Store(base) as store:
+        add_image(store, "base", {"etc/motd": "base"})
+    code = _example("new_layer").replace('b"/srv/store"', repr(base))
+    change = 'fill(store.workspace("draft").upper_path, {"new": "text"})'
+    exec(code.replace("    ...\n", f"    {change}\n"), {"os": os, "pathlib": pathlib, "fill": fill})
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in shown[:2]] == ["changes", "front"]
+    assert shown[-1] == "[]"
+    with Store(base, create=False) as store:
+        assert [image.name for image in store.images()] == ["base:latest", "site:v1", "site:v2"]
+        top, middle, _ = store.stack_of("site:v2")
+        assert (top.record.state, middle.record.author) == ("complete", "ann")
+
+
+@pytest.mark.root
+def test_an_upper_of_ones_own(place: Path) -> None:
+    with Store(os.fsencode(place / "store")) as store:
+        add_image(store, "base", {"a": "1"}, {"b": "2"})
+        lower = tuple(layer.tree_path for layer in store.stack_of("base"))
+        for name in ("u", "w"):
+            (place / name).mkdir()
+        config = StackConfig(lower=lower, upper=os.fsencode(place / "u"), work=os.fsencode(place / "w"))
+        with pytest.raises(NothingToCommit):
+            store.commit_upper(config, image="next")
+        (place / "u" / "c").write_text("3")
+        layer = store.commit_upper(config, image="next", message="mine", author="me")
+        assert [each.id for each in store.stack_of("next")] == [layer.id, *store.image("base").layers]
+        assert (layer.record.state, layer.record.message, layer.record.author) == ("complete", "mine", "me")
+        assert [step.comment for step in store.image("next").history] == ["", "", "mine"]
+        strange = StackConfig(lower=(os.fsencode(place),), upper=config.upper, work=config.work)
+        with pytest.raises(UserError, match="is not a layer of the store"):
+            store.commit_upper(strange, image="next")
+
+
+@pytest.mark.root
+def test_an_image_goes_on_with_the_words_of_its_base(place: Path) -> None:
+    """Configuration, platform and history are kept; a stack that its base's name left behind has none of them."""
+    with Store(os.fsencode(place / "store")) as store:
+        base = add_image(store, "base", {"a": "1"})
+        record = ImageRecord(
+            name="base", layers=base.layers, created=now(), architecture="arm64", config={"Cmd": ["/x"]}, variant="v8"
+        )
+        store.put_image(record)
+        for name in ("one", "two"):
+            fill(store.new_workspace("base", name).upper_path, {"b": name})
+        store.commit_workspace("one", image="next")
+        made = store.image("next")
+        assert (made.architecture, made.variant, made.config) == ("arm64", "v8", {"Cmd": ["/x"]})
+        add_image(store, "base", {"a": "another"})
+        store.commit_workspace("two", image="late")
+        assert (store.image("late").architecture, store.image("late").config) == ("", {})
