@@ -86,6 +86,17 @@ class Lifting:
         self.nodes = nodes
         self.lookup = lookup
         self.attributes = attributes
+        self.running: set[Node] = set()  # nodes of which a copy is being staged
+
+    def begun(self, node: Node) -> None:
+        """Note that a copy of a node is being staged."""
+        node.lifting = True
+        self.running.add(node)
+
+    def ended(self, node: Node) -> None:
+        """Note that it is published or given up."""
+        node.lifting = False
+        self.running.discard(node)
 
     def next_lift(self, node: Node, need: Need) -> LiftStep | None:
         """Return the step that is next before `need` is met, None when it is; EROFS without an upper."""
@@ -243,7 +254,7 @@ class _Build(LiftStep):
         return Content.COPY
 
     def begin(self) -> None:
-        self.node.lifting = True
+        self._lifting.begun(self.node)
         self._source = self._open_source()
 
     def stage(self) -> None:
@@ -295,7 +306,7 @@ class _Build(LiftStep):
         return self.node.nlink_delta if isinstance(self.node, File) else 0
 
     def abort(self) -> None:
-        self.node.lifting = False
+        self._lifting.ended(self.node)
         if self._source is not None:
             self._source.close()
             self._source = None
@@ -430,7 +441,7 @@ class _Fill(LiftStep):
         self._origin: Origin | None = None
 
     def begin(self) -> None:
-        self.node.lifting = True
+        self._lifting.begun(self.node)
         _, dirfd, name = self._lifting.attributes.locate(self.node)
         retry = self._lifting.stack.dirfds.retry
         pin = retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
@@ -453,7 +464,7 @@ class _Fill(LiftStep):
             self.abort()
 
     def abort(self) -> None:
-        self.node.lifting = False
+        self._lifting.ended(self.node)
         while self._open:
             sysio.close(self._open.pop())
 

@@ -172,6 +172,7 @@ class NodeTable:
         self._idle: OrderedDict[int, Node] = OrderedDict()
         self._mask = _MASK_32 if ino32 else -1
         self._spare = _FIRST_SPARE_32 if ino32 else _FIRST_SPARE
+        self.unnamed: set[File] = set()  # files that have lost every name that is known of them
         self.epoch = 0  # grows when a directory moves: cached paths of an older epoch are void
 
     def __len__(self) -> int:
@@ -218,6 +219,7 @@ class NodeTable:
         self._idle.pop(parent.number, None)
         if isinstance(node, File):
             node.names[parent, name] = in_upper
+            self.unnamed.discard(node)
         elif isinstance(node, Dir) and (node.parent is not parent or node.name != name):
             node.parent, node.name = parent, name
             self.epoch += 1
@@ -227,6 +229,8 @@ class NodeTable:
         parent.children.pop(name, None)
         if isinstance(node, File):
             node.names.pop((parent, name), None)
+            if not node.names:
+                self.unnamed.add(node)
         self._rest(parent)
 
     def remember(self, node: Node, count: int = 1) -> None:
@@ -257,6 +261,7 @@ class NodeTable:
         self._by_number.clear()
         self._by_key.clear()
         self._idle.clear()
+        self.unnamed.clear()
 
     def _rest(self, node: Node) -> None:
         if _is_used(node) or self._by_number.get(node.number) is not node:
@@ -276,6 +281,7 @@ class NodeTable:
         self._idle.pop(node.number, None)
         _close_descriptors(node)
         if isinstance(node, File):
+            self.unnamed.discard(node)
             for key in node.keys:
                 if self._by_key.get(key) is node:
                     del self._by_key[key]

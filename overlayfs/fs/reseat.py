@@ -24,7 +24,7 @@ from overlayfs.fs.lifting import Lifting
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.nodes import Dir, File, LowerFile, Node, NodeTable, Part
 from overlayfs.fs.stack import Stack
-from overlayfs.tree.layer import Layer
+from overlayfs.tree.layer import Layer, join
 from overlayfs.union.resolve import Kind
 
 _SEARCHES = 3  # before the rest is left to `switch`: each is good only if no directory moves meanwhile
@@ -125,8 +125,8 @@ class Reseat:
 
     def _strays(self) -> list[File]:
         """Return the unlinked open files that have other names, which nobody has looked up yet."""
-        unnamed = (node for node in self._nodes if isinstance(node, File) and node.orphan is not None)
-        return [node for node in unnamed if node.number not in self._nameless and self._has_unknown_names(node)]
+        unnamed = (node for node in self._nodes.unnamed if node.number not in self._nameless)
+        return [node for node in unnamed if self._has_unknown_names(node)]
 
     def _has_unknown_names(self, node: File) -> bool:
         if node.names or node.orphan is None:
@@ -194,7 +194,7 @@ class Reseat:
         """
         for _ in self.settle():
             pass
-        if self._entries() or any(node.lifting for node in self._nodes):
+        if self._entries() or self._lifting.running:
             raise oserror(errno.EBUSY)  # what an entry leads to would be written to, in the layer
         seat = self._stack.open_seat(next_upper)
         try:
@@ -209,14 +209,21 @@ class Reseat:
         self._lookup.fresh = None
 
     def _move_nodes(self, layer: Layer) -> None:
-        path = self._lookup.path
-        for node in self._nodes:
-            if not node.in_upper:
-                continue
-            if isinstance(node, File):
-                _move_file(node, layer, path)
-            elif isinstance(node, Dir) and not node.removed:
-                _move_dir(node, Part(layer, path(node)), is_root=node is self._lookup.root)
+        """Tell every live node of the upper where it lies now: by directory, for that is the least work.
+
+        What has no name is reached by none, and stays what it was.
+        """
+        pending = [(self._lookup.root, b"")]
+        while pending:
+            directory, path = pending.pop()
+            _move_dir(directory, Part(layer, path), is_root=directory is self._lookup.root)
+            for name, node in directory.children.items():
+                if not node.in_upper:
+                    continue
+                if isinstance(node, File):
+                    _move_file(node, directory, LowerFile(layer, path, name))
+                elif isinstance(node, Dir):
+                    pending.append((node, join(path, name)))
 
 
 def holds_changes(stack: Stack) -> bool:
@@ -233,16 +240,19 @@ def _facts(layer: Layer) -> tuple[object, ...]:
     return found.st_mode, found.st_uid, found.st_gid, values
 
 
-def _move_file(node: File, layer: Layer, path: Callable[[Dir], bytes]) -> None:
-    home = next((place for place, in_upper in node.names.items() if in_upper), None)
-    if home is None:
-        return  # without a name: the layer does not hold it
+def _move_file(node: File, directory: Dir, place: LowerFile) -> None:
+    names = node.names
+    if not names[directory, place.name]:
+        return  # this name is not in the upper; the file is met again under one that is
+    node.lower = place
+    node.in_upper = False
+    if len(names) == 1:
+        names[directory, place.name] = False
+    else:
+        node.names = dict.fromkeys(names, False)
     if node.orphan is not None:
         sysio.close(node.orphan)
         node.orphan = None
-    node.lower = LowerFile(layer, path(home[0]), home[1])
-    node.in_upper = False
-    node.names = dict.fromkeys(node.names, False)
     if node.writer is not None:
         _retire_writer(node, node.writer)
     if node.reader is not None:
