@@ -36,7 +36,13 @@ def cell(result: Result | None, base: Result | None) -> str:
     shown = f"{tilde}{amount(median)} {result.unit}"
     if result is base or base is None or not base.median:
         return shown
-    return f"{shown} ({ratio(median / base.median)})"
+    return f"{shown} ({ratio(cost(result, base))})"
+
+
+def cost(mine: Result, theirs: Result) -> float:
+    """Return how many times as dear one result is as another: lower is better, whatever was counted."""
+    ours, others = mine.median or 0.0, theirs.median or 1.0
+    return others / (ours or 1.0) if mine.more_is_better else ours / others
 
 
 def amount(value: float) -> str:
@@ -50,13 +56,13 @@ def ratio(value: float) -> str:
 
 
 def best_ratio(results: Sequence[Result]) -> str:
-    """Return our figure divided by that of the best FUSE peer, with its name; below 1.0 we are better at times."""
+    """Return how many times as dear we are as the best FUSE peer, with its name; below 1.0 we win."""
     mine = next((r for r in results if r.contender == OURS), None)
     peers = [r for r in results if r.kind == "peer" and r.median and r.contender != "mergerfs"]
     if mine is None or mine.median is None or not peers:
         return "-"
     best = (max if mine.more_is_better else min)(peers, key=lambda r: r.median or 0.0)
-    return f"{ratio(mine.median / (best.median or 1.0))} {best.contender}"
+    return f"{ratio(cost(mine, best))} {best.contender}"
 
 
 def requests(result: Result | None) -> str:
