@@ -9,7 +9,6 @@ from overlayfs_cli import output, progress, storage
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
-    from overlayfs import Store
     from overlayfs.store.verify import Checked, Problem
 
 FILES = ("record", "manifest", "index")  # of the store itself: what is named is not a path of a tree
@@ -50,7 +49,7 @@ def verify(
     With --repair-from, the lines begin with "repaired" for what is as it was again.
     """
     with storage.opened(store) as opened, progress.line(quiet) as show:
-        total = storage.size_text(_size_of(opened, what))
+        total = storage.size_text(opened.recorded_size(what))
 
         def tell(entries: int, size: int) -> None:
             show(f"{entries} entries, {storage.size_text(size)} of {total}")
@@ -66,11 +65,6 @@ def verify(
         _show(after, repaired, quiet)
     if after.problems:
         context.exit(1)
-
-
-def _size_of(store: "Store", what: str | None) -> int:
-    layers = store.layers() if what is None else iter(store.stack_of(what))
-    return sum(layer.record.size for layer in layers)
 
 
 def _document(checked: "Checked") -> dict[str, object]:

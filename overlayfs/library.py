@@ -192,6 +192,12 @@ class Store(LayerStore):
 
         return verify.verify(self.place, self._named(given), threads, progress)
 
+    def recorded_size(self, given: str | None = None) -> int:
+        """Return how many bytes `verify` will read at most."""
+        from overlayfs.store import verify
+
+        return verify.recorded_size(self.place, self._named(given))
+
     def repair(
         self,
         given: str | None = None,

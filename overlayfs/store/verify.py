@@ -245,6 +245,16 @@ def verify(
     return check.result()
 
 
+def recorded_size(place: Place, ids: tuple[str, ...] | None) -> int:
+    """Return how many bytes the files of these layers, with None of all, have, as far as their records can be read."""
+    layers, size = Layers(place), 0
+    for layer_id in layers.ids() if ids is None else ids:
+        with contextlib.suppress(UserError):
+            layer = layers.get(layer_id)
+            size += 0 if layer is None else layer.record.size
+    return size
+
+
 class _StoreCheck:
     """Adds up the verifications of many layers."""
 
