@@ -168,16 +168,19 @@ def test_a_terminal_shows_a_line_for_each_layer(server: str, big: str, place: Pa
     assert terminal.rest().endswith(b"\x1b[J")
 
 
-def test_ctrl_c_leaves_what_was_loaded_for_the_next_pull(server: str, big: str, place: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_interrupted_pull_leaves_what_it_has_to_the_next_one(
+    server: str, big: str, place: Path, number: signal.Signals, code: int
+) -> None:
     terminal, stall = Terminal(), Stall()
     with Proxy(server) as proxy:
         proxy.harm("GET", f"/blobs/{big}", stall)
         child = _pull(place, terminal, proxy.host)
         terminal.started()
         terminal.wait_for(b"loading")
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         out, _ = child.communicate(timeout=60)
-        assert (child.returncode, out) == (130, b"")
+        assert (child.returncode, out) == (code, b"")
         assert b"Traceback" not in terminal.rest()
         stall.go_on.set()
         with LayerStore(os.fsencode(place / "empty")) as opened:
@@ -185,4 +188,6 @@ def test_ctrl_c_leaves_what_was_loaded_for_the_next_pull(server: str, big: str, 
         done = process("overlayfs", "pull", f"{proxy.host}/big", "--plain-http", "--store", str(place / "empty"))
         assert done.code == 0 and done.err == ""
         first, second = proxy.seen("GET", f"/blobs/{big}")
+    with LayerStore(os.fsencode(place / "empty")) as opened:
+        assert not opened.gc(dry_run=True)
     assert "range" not in first and int(second["range"].removeprefix("bytes=").rstrip("-")) > 0

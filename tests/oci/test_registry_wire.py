@@ -243,7 +243,7 @@ def test_an_address_that_two_may_understand_differently(wire: Wire, target: str)
         get(wire, server)
 
 
-@pytest.mark.parametrize("target", ["http://localhost\\@registry.example/", "http://registry.example#@localhost/"])
+@pytest.mark.parametrize("target", ["http://localhost:1\\@registry.example/", "http://registry.example#@localhost/"])
 def test_a_name_behind_another_one(wire: Wire, target: str) -> None:
     """The host that is looked at is the one that is connected to, whatever others may read in an address."""
     with redirecting(target) as server, pytest.raises(UserError, match=r"cannot reach|without TLS"):
