@@ -12,7 +12,9 @@ from overlayfs.store.store import LayerStore
 from tests.cli.conftest import process
 from tests.store.make_golden import unpack
 from tests.support import leftovers, processes, syscalls
-from tests.support.requirements import need_program, need_root
+from tests.support.drivers.posix import PosixRaw
+from tests.support.dump import Dump, dump, same
+from tests.support.requirements import need_filesystem, need_program, need_root
 
 EXAMPLES = sorted((Path(__file__).parent / "golden").glob("format-*.tar.gz"))
 
@@ -79,3 +81,24 @@ def test_it_is_mounted_and_committed(golden: Path) -> None:
     assert process("overlayfs", "mount", "site:3", "m", "--ephemeral", cwd=golden).code == 0
     assert (point / "sparse").stat().st_size == (1 << 20) + 4
     assert not (point / "link").is_symlink()
+
+
+def test_the_kernel_mounts_it(golden: Path) -> None:
+    """Layers are ordinary overlayfs trees, whatever marks they hold."""
+    need_filesystem("overlay")
+    with LayerStore(os.fsencode(golden / "store"), create=False) as store:
+        lower = ":".join(os.fsdecode(layer.tree_path) for layer in store.stack_of("site:2"))
+    options = f"lowerdir={lower},redirect_dir=follow,metacopy=on"
+    syscalls.mount(b"overlay", os.fsencode(golden / "m"), b"overlay", 1, options.encode())
+    kernel = _picture(golden / "m")
+    syscalls.umount(os.fsencode(golden / "m"))
+    assert process("overlayfs", "mount", "site:2", "m", "--ephemeral", cwd=golden).code == 0
+    same(_picture(golden / "m"), kernel)
+
+
+def _picture(point: Path) -> Dump:
+    raw = PosixRaw(os.fsencode(point))
+    try:
+        return dump(raw)
+    finally:
+        raw.close()

@@ -175,6 +175,15 @@ def test_a_held_layer_stays(store: LayerStore, place: Path) -> None:
             gone.hold()
 
 
+def test_what_is_being_made_stays(store: LayerStore, place: Path) -> None:
+    with store.new_layer() as staged, open_store(place) as other:
+        fill(staged.tree_path, {"a": "1"})
+        assert other.gc(dry_run=True) == other.gc() == []
+        layer = staged.publish(manifest=None)
+        assert other.gc() == []
+    assert [each.id for each in store.layers()] == [layer.id]
+
+
 def test_a_repair_is_alone(store: LayerStore) -> None:
     layer = add_layer(store, {"a": "1"})
     with pytest.raises(UserError, match="is in use"):

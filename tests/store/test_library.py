@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from overlayfs import StackConfig, Store
+from overlayfs import Overlay, StackConfig, Store
 from overlayfs.errors import UserError
 from overlayfs.store.committing import NothingToCommit
 from overlayfs.store.records import ImageRecord, now
 from tests.store.samples import add_image, fill
+from tests.support.requirements import need_root
+from tests.support.users import ALICE, run_as
 
 PAGE = Path(__file__).parents[2] / "docs" / "python-api.md"
 
@@ -75,3 +77,33 @@ def test_an_image_goes_on_with_the_words_of_its_base(place: Path) -> None:
         add_image(store, "base", {"a": "another"})
         store.commit_workspace("two", image="late")
         assert (store.image("late").architecture, store.image("late").config) == ("", {})
+
+
+def test_without_privilege(place: Path) -> None:
+    """A user has a store of his own, private whatever the umask; its layers keep what he may write."""
+    need_root()  # to become that user
+    os.chown(place, ALICE.uid, ALICE.gid)
+
+    def work() -> tuple[list[str], list[str]]:
+        with Store(os.fsencode(place / "store")) as store:
+            add_image(store, "base", {"a": "1", "d/x": "2"})
+            store.new_workspace("base", "mine")
+            _rename(store, "mine", b"d", b"e")
+            layer = store.commit_workspace("mine", image="next")
+            made = sorted(os.listdir(layer.tree_path))
+            for name in ("mine", "base", "next"):
+                store.remove(name)
+        with Store(os.fsencode(place / "store")) as store:
+            return [os.fsdecode(name) for name in made], [each.kind for each in store.gc()]
+
+    assert run_as(ALICE, work) == (["d", "e"], ["layer", "layer"])
+    for path in (place / "store").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def _rename(store: Store, name: str, old: bytes, new: bytes) -> None:
+    workspace = store.workspace(name)
+    lower = tuple(layer.tree_path for layer in store.stack_of(name))
+    overlay = Overlay(StackConfig(lower=lower, upper=workspace.upper_path, work=workspace.work_path))
+    overlay.rename(overlay.root, old, overlay.root, new)
+    overlay.close()
