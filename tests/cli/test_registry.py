@@ -103,6 +103,17 @@ def test_a_login_of_skopeo(overlayfs: Run, store: Path, place: Path) -> None:
         assert overlayfs("push", "it", f"{host}/a/b", "--plain-http").code == 0
 
 
+def test_tls_with_an_authority_of_ones_own(overlayfs: Run, store: Path, place: Path) -> None:
+    keys = registries.make_keys(place)
+    tls = {"tls": {"certificate": str(keys.certificate), "key": str(keys.key)}}
+    with registries.registry(place / "tls", http=tls) as host:
+        refused = overlayfs("push", "it", f"{host}/a/b")
+        assert refused.code == 1 and f"the certificate of {host} is not trusted" in refused.err
+        pushed = overlayfs("push", "it", f"{host}/a/b", "--ca", str(keys.certificate), "-q")
+        assert pushed.code == 0
+        assert overlayfs("pull", f"{host}/a/b", "--ca", str(keys.certificate), "-q") == pushed
+
+
 def test_a_note_where_the_digest_cannot_be_kept(overlayfs: Run, store: Path, server: str, place: Path) -> None:
     foreign(server, "note/x")
     overlayfs("pull", f"{server}/note/x", "--plain-http", "-t", "x")

@@ -598,6 +598,26 @@ def test_two_pulls_at_once_load_once(server: str, here: Side, away: Side) -> Non
     assert outcome and away.files("other") == [TOP, BASE] and away.is_clean()
 
 
+def test_gc_at_every_step_takes_nothing_of_it(server: str, here: Side, away: Side) -> None:
+    """Whatever a transfer has in its hands is held, from the first byte to the image that names it."""
+    for side in (here, away):
+        with LayerStore(side.store.path) as other:
+            lock = threading.Lock()
+
+            def collect(_: Step, other: LayerStore = other, lock: threading.Lock = lock) -> None:
+                with lock:
+                    other.gc(False)
+
+            with Wire(plain_http=True) as wire:
+                reference = parse(f"{server}/gc/it")
+                if side is here:
+                    push(here.store, "it", reference, wire=wire, find=side.find, on_step=collect)
+                else:
+                    pull(away.store, reference, name="it", wire=wire, find=side.find, on_step=collect)
+            other.gc(False)
+    assert same(here, away) and here.is_clean() and away.is_clean()
+
+
 def test_the_file_for_a_blob_is_held(away: Side) -> None:
     digest = "sha256:" + "0" * 64
 
