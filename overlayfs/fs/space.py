@@ -53,7 +53,12 @@ class Space:
     def prepare_copy(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Callable[[], int]:
         """Return the call that copies a range between two open files and returns its length; any thread may make it."""
         self._lookup.fresh = None
-        read_from, write_to = os.dup(self._files.readable(source)), os.dup(self._files.writable(target))
+        write_to = os.dup(self._files.writable(target))
+        try:
+            read_from = os.dup(self._files.readable(source))
+        except BaseException:
+            sysio.close(write_to)
+            raise
 
         def copy() -> int:
             try:

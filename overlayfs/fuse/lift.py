@@ -27,8 +27,13 @@ class Threads:
         self._limiter = trio.CapacityLimiter(count)
 
     async def run(self, call: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R:
-        """Return the result of `call` made in a thread; the caller is not cancelled before it is back."""
-        return await trio.to_thread.run_sync(lambda: call(*args, **keywords), limiter=self._limiter)
+        """Return the result of `call` made in a thread; the caller is not cancelled before it is back.
+
+        It is made even if the caller is cancelled already: what was prepared for it is freed by nobody else.
+        """
+        with trio.CancelScope(shield=True):
+            result = await trio.to_thread.run_sync(lambda: call(*args, **keywords), limiter=self._limiter)
+        return result
 
 
 class Lifter:

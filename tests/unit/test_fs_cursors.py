@@ -62,9 +62,10 @@ def test_who_reads_while_names_vanish_misses_nothing() -> None:
         some = [child for child, _ in zip(found.read(node, position), range(3), strict=False)]
         if not some:
             break
-        for name, _, position in some:
-            seen.append(name)
-            del lookup.names[name]
+        position = some[-1][2]
+        for child in some:
+            seen.append(child.name)
+            del lookup.names[child.name]
     assert seen == NAMES and not lookup.names
 
 
@@ -109,7 +110,7 @@ def test_who_reads_on_in_a_listing_that_was_let_go_sees_all_that_is_left(monkeyp
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60))
 def test_memory_is_bounded(order: list[int]) -> None:
     """The least recently read listings are let go; the one that is read never is."""
-    lookup, found = made(*NAMES)
+    _, found = made(*NAMES)
     limit, cursors._KEPT_NAMES = cursors._KEPT_NAMES, 3 * len(NAMES)
     try:
         nodes = {number: directory(number) for number in order}

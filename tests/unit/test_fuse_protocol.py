@@ -25,7 +25,8 @@ SIZES = {
     "init_in": 20,  # the fields that are known, of 64 bytes: kernels before 5.17 send 16
 }  # fmt: skip
 _RANGES = {
-    "I": (0, 2**32 - 1), "i": (-(2**31), 2**31 - 1), "Q": (0, 2**64 - 1), "q": (-(2**63), 2**63 - 1), "H": (0, 2**16 - 1)
+    "I": (0, 2**32 - 1), "i": (-(2**31), 2**31 - 1), "Q": (0, 2**64 - 1), "q": (-(2**63), 2**63 - 1),
+    "H": (0, 2**16 - 1),
 }  # fmt: skip
 
 
@@ -78,8 +79,9 @@ def test_a_field_that_does_not_exist_is_told() -> None:
     ("name", "field", "offset"),
     [
         ("in_header", "unique", 8), ("in_header", "pid", 32), ("entry_out", "attr_valid", 24), ("attr", "mode", 60),
-        ("setattr_in", "mode", 68), ("setattr_in", "uid", 76), ("write_in", "lock_owner", 24), ("init_out", "max_write", 20),
-        ("init_out", "flags2", 32), ("init_out", "max_stack_depth", 36), ("statx_out", "mask", 32), ("statx_out", "mode", 60),
+        ("setattr_in", "mode", 68), ("setattr_in", "uid", 76), ("write_in", "lock_owner", 24),
+        ("init_out", "max_write", 20), ("init_out", "flags2", 32), ("init_out", "max_stack_depth", 36),
+        ("statx_out", "mask", 32), ("statx_out", "mode", 60),
         ("statx_out", "btime_sec", 112), ("statx_out", "rdev_major", 160), ("direntplus", "namelen", 144),
     ],
 )  # fmt: skip

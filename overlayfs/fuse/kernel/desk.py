@@ -7,6 +7,7 @@ comes later. What may wait (a closed gate, a copy-up, a disk) becomes a task; un
 import errno
 import logging
 import stat
+import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeAlias, TypeVar
@@ -152,7 +153,9 @@ class Desk:
         return self._attr_time
 
     def error(self, request: Request, error: Exception) -> bytes:
-        """Return the reply to a request that failed."""
+        """Return the reply to a request that failed; one that is cut short or holds absurd numbers is invalid."""
+        if isinstance(error, (struct.error, OverflowError)):
+            return self.refused(request, errno.EINVAL)
         code = reply_errno(error, KINDS.get(request.op, str(request.op)))
         return _OUT.pack(_OUT.size, -code, request.unique)
 

@@ -11,6 +11,7 @@ from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import File, Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.kernel.desk import Desk, Handler, Reply, Request
+from overlayfs.fuse.kernel.handshake import MAX_WRITE
 from overlayfs.fuse.kernel.openings import KEEP_CACHE, Target
 from overlayfs.fuse.kernel.protocol import (
     FSYNC_FDATASYNC,
@@ -229,6 +230,7 @@ class FileRequests:
     def read(self, request: Request) -> Reply:
         """Read what is in memory at once, the rest in a thread."""
         handle, offset, size, *_ = _READ.unpack_from(request.body)
+        size = min(size, MAX_WRITE)
         if not handle:
             handle = self._unopened.handle(request.nodeid, self._desk.node(request.nodeid))
         try:

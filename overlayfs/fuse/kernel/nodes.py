@@ -30,6 +30,7 @@ _MTIME, _MTIME_NOW = int(Attr.MTIME), int(Attr.MTIME_NOW)
 
 _CAPABILITY = b"security.capability"
 _ASKED_FOR_CAPABILITY = _CAPABILITY + b"\0"
+_LARGEST_IOCTL = 1 << 14  # as the number of a request encodes its size
 _BILLION = 1_000_000_000
 _S_ISGID = 0o2000
 _BASIC_STATS = 0x7FF  # STATX_BASIC_STATS of statx(2)
@@ -207,8 +208,8 @@ class NodeRequests:
         _, _, command, _, in_size, out_size = _IOCTL.unpack_from(request.body)
         node = self._desk.node(request.nodeid)
         if command not in CHANGING_REQUESTS:
-            found = self._overlay.space.read_flags(node, command).ljust(out_size, b"\0")[:out_size]
-            return self._desk.done(request, _IOCTL_OUT.encode() + found)
+            found = self._overlay.space.read_flags(node, command).ljust(min(out_size, _LARGEST_IOCTL), b"\0")
+            return self._desk.done(request, _IOCTL_OUT.encode() + found[:out_size])
         value = bytes(request.body[_IOCTL.size : _IOCTL.size + in_size])
 
         def act() -> Reply:
