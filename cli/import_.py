@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    "Make an image of a directory, a layer archive, or an image in another form.",
+    "Make an image of a directory, a layer or an archive.",
     """
     overlayfs import ./rootfs -t base
     overlayfs import image.tar -t site:v1
