@@ -72,9 +72,7 @@ def commit(
         _into_store(source, wish, as_json, quiet)
         return
     if image is not None or message or author is not None or allow_empty or wait or store is not None:
-        raise UsageError(
-            "-t, -m, --author, --allow-empty, --wait and --store are about a store: leave out --to, or them"
-        )
+        raise UsageError("-t, -m, --author, --allow-empty, --wait and --store mean a store; leave them out with --to")
     place = os.path.join(os.getcwdb(), destination)
     _show(_commit_mount(target, place, quiet) if target is not None else _commit_upper(source, place, quiet), as_json)
 
@@ -204,12 +202,12 @@ def _commit_upper(source: _Source, place: bytes, quiet: bool) -> dict[str, objec
 
 
 def _into_store(source: _Source, wish: _Wish, as_json: bool, quiet: bool) -> None:
-    if source.target is not None and _is_mount(source.target):
+    if source.target is not None and _is_mount(source.target) and _is_of_image(source.target):
         if wish.store is not None:
-            raise UsageError("a mount knows its store; leave --store out")
+            raise UsageError("a mount of an image knows its store; leave --store out")
         _commit_mounted_image(source.target, wish, as_json, quiet)
         return
-    made = _commit_at_rest(source, wish, quiet)
+    made = _copy_or_take(source, wish, quiet)
     if as_json:
         output.show_json(made)
     else:
@@ -221,7 +219,13 @@ def _is_mount(target: bytes) -> bool:
     return b"/" in target or os.path.isdir(target)
 
 
-def _commit_at_rest(source: _Source, wish: _Wish, quiet: bool) -> dict[str, object]:
+def _is_of_image(mountpoint: bytes) -> bool:
+    from overlayfs.mount import table
+
+    return table.find(mountpoint).workspace is not None
+
+
+def _copy_or_take(source: _Source, wish: _Wish, quiet: bool) -> dict[str, object]:
     from overlayfs.store.committing import Commit
     from overlayfs.store.records import printable
 
@@ -229,6 +233,8 @@ def _commit_at_rest(source: _Source, wish: _Wish, quiet: bool) -> dict[str, obje
     with storage.opened(wish.store) as store:
         if source.upper is not None:
             made = _copy_into_store(store, source, words, quiet)
+        elif source.target is not None and _is_mount(source.target):
+            made = _copy_mount(store, source.target, words, quiet)
         else:
             assert source.target is not None
             made = _commit_workspace(store, os.fsdecode(source.target), words, quiet)
@@ -259,6 +265,13 @@ def _commit_workspace(store: "Store", name: str, wish: "Commit", quiet: bool) ->
         raise table.with_mount(error) from None
     with progress.line(quiet) as show:
         return committing.hash_layer(store, layer, _counted(show, "hashing"))
+
+
+def _copy_mount(store: "Store", mountpoint: bytes, wish: "Commit", quiet: bool) -> "Layer":
+    from overlayfs.mount import copies
+
+    with progress.waiting("committing", quiet):
+        return copies.commit_copy(store, mountpoint, wish)
 
 
 def _copy_into_store(store: "Store", source: _Source, wish: "Commit", quiet: bool) -> "Layer":

@@ -14,7 +14,7 @@ from tests.cli.conftest import Run, program
 WRONG_USAGE = [
     (("frob",), "no such command 'frob'; see 'overlayfs --help'"),
     (("--frob",), "no such option '--frob'; see 'overlayfs --help'"),
-    (("mount",), "missing argument 'MNT'; see 'overlayfs mount --help'"),
+    (("mount",), "missing argument '[IMAGE] MNT'; see 'overlayfs mount --help'"),
     (("mount", "--frob", "/m"), "no such option '--frob'; see 'overlayfs mount --help'"),
     (("mount", "-o", "lowerdir=/a", "/m", "/n"), "got unexpected extra argument (/n); see 'overlayfs mount --help'"),
     (("mount", "--lower"), "option '--lower' requires an argument; see 'overlayfs --help'"),
@@ -53,7 +53,6 @@ WRONG_USAGE = [
         ("commit", "/m", "--to", "/d", "-t", "site"),
         "-t, -m, --author, --allow-empty, --wait and --store mean a store; leave them out with --to",
     ),
-    (("commit", "/m", "--store", "/s"), "a mount knows its store; leave --store out"),
     (
         ("commit", "--to", "/d"),
         "give either a mount point or --upper with its --lower; see 'overlayfs commit --help'",

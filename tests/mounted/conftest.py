@@ -28,6 +28,7 @@ class Stack:
         for name in ("top", "low", "u", "w", "m"):
             (base / name).mkdir(parents=True)
         self.upper, self.work, self.point = base / "u", base / "w", base / "m"
+        self.lower = [f"{base}/top", f"{base}/low"]
         (base / "top" / "t").write_bytes(b"top")
         (base / "low" / "d").mkdir()
         (base / "low" / "d" / "f").write_bytes(b"low" * 1000)
@@ -35,8 +36,8 @@ class Stack:
     @property
     def options(self) -> str:
         """The option string of the mount."""
-        base = self.base
-        return engines.option(f"lowerdir={base}/top:{base}/low,upperdir={self.upper},workdir={self.work}")
+        lower = ":".join(self.lower)
+        return engines.option(f"lowerdir={lower},upperdir={self.upper},workdir={self.work}")
 
     def command(self, *flags: str, options: str = "", point: Path | None = None) -> list[str]:
         """The words that mount it."""

@@ -18,7 +18,7 @@ from overlayfs.errors import UserError
 from overlayfs.mount import control
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import PROGRAM, Mount
-from tests.mounted.images import ImageMount
+from tests.mounted.images import IMAGE, ImageMount
 from tests.mounted.polling import until
 from tests.support import processes
 from tests.support.drivers.posix import PosixRaw
@@ -337,12 +337,53 @@ def test_usable_before_it_is_hashed(image: ImageMount) -> None:
     image.unmount()
 
 
-def test_plain_directories_have_no_store(mount: Mount) -> None:
+def test_a_mount_knows_its_store(image: ImageMount) -> None:
+    refused = _overlayfs("commit", str(image.point), "--store", str(image.store))
+    assert refused.returncode == 2
+    assert refused.stderr == "overlayfs: a mount of an image knows its store; leave --store out\n"
+    image.unmount()
+
+
+# --- mounts of directories ---------------------------------------------------------------------------------
+
+
+def test_directories_that_are_in_no_store(made: ImageMount, mount: Mount) -> None:
     mount.start()
-    refused = _overlayfs("commit", str(mount.point), "-t", "site:2")
+    (mount.point / "new").touch()
+    refused = _overlayfs("commit", str(mount.point), "-t", "site:2", "--store", str(made.store))
     assert refused.returncode == 1
-    assert "--to DIR" in refused.stderr
+    assert "is not a layer of the store; import it first" in refused.stderr
     mount.unmount()
+
+
+def test_a_mount_over_layers_by_their_paths(made: ImageMount, mount: Mount) -> None:
+    """The layer is a copy: the next mount of the same directories must show no less."""
+    with LayerStore(os.fsencode(made.store)) as store:
+        lower = os.fsdecode(store.stack_of(IMAGE)[0].tree_path)
+    mount.stack.lower = [lower]
+    mount.start()
+    words = ("commit", str(mount.point), "-t", "site:2", "-m", "words", "--store", str(made.store))
+    refused = _overlayfs(*words)
+    assert refused.stderr.startswith("overlayfs: there is nothing to commit")
+    (mount.point / "new").write_bytes(b"new")
+    (mount.point / "d").rename(mount.point / "moved")
+    shown = shown_by(mount.point)
+    done = _overlayfs(*words)
+    assert done.returncode == 0, done.stderr
+    assert shown_by(mount.point) == shown
+    assert (mount.stack.upper / "new").exists()
+    mount.unmount()
+    with LayerStore(os.fsencode(made.store)) as store:
+        image = store.image("site:2")
+        assert image.layers[0] == done.stdout.strip()
+        assert store.layer(image.layers[0]).record.state == "complete"
+        assert [each.kind for each in store.gc()] == []
+    made.start("site:2")
+    assert shown_by(made.point) == shown
+    made.unmount()
+
+
+# --- what stays --------------------------------------------------------------------------------------------
 
 
 def test_a_layer_in_use_is_not_garbage(image: ImageMount) -> None:
