@@ -81,6 +81,7 @@ class Unpacker:
         self._privileged = os.geteuid() == 0
         self._mode = _find_mode(root)
         self._open: OrderedDict[bytes, _Directory] = OrderedDict()
+        self._whiteout: int | None = None  # pins a device 0:0 that can get more names
         self._waiting: list[tuple[bytes, Entry]] = []
         self._top = self._opened(sysio.open_child(root, b"", os.O_PATH | os.O_DIRECTORY), b"")
         self.dropped = 0
@@ -109,6 +110,9 @@ class Unpacker:
         """Give the descriptors back; `finish` does so too."""
         while self._open:
             self._open.popitem()[1].close()
+        if self._whiteout is not None:
+            sysio.close(self._whiteout)
+            self._whiteout = None
         if self._top.fd >= 0:
             self._top.close()
             self._top.fd = -1
@@ -192,7 +196,7 @@ class Unpacker:
         if directory.opaque:
             return
         try:
-            sysio.mknod_at(directory.fd, name, stat.S_IFCHR, 0)
+            self._make_whiteout(directory, name)
         except FileExistsError:
             inner = self._try_open(join(directory.path, name))
             if inner is not None:  # the entry of this layer wins, and covers what lies below
@@ -200,6 +204,20 @@ class Unpacker:
         except PermissionError:
             with suppress(FileExistsError):
                 sysio.mknod_at(directory.fd, whiteout.name_for(name), stat.S_IFREG | 0o600, 0)
+
+    def _make_whiteout(self, directory: _Directory, name: bytes) -> None:
+        """Make a device 0:0, or a link to one: many times as fast, and no inode; the kernel does so too (dir.c)."""
+        if self._whiteout is not None:
+            try:
+                sysio.link_at(self._whiteout, b"", directory.fd, name)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMLINK, errno.ENOENT):  # as many names as can be, or none left
+                    raise
+            sysio.close(self._whiteout)
+            self._whiteout = None
+        sysio.mknod_at(directory.fd, name, stat.S_IFCHR, 0)
+        self._whiteout = sysio.open_child(directory.fd, name, os.O_PATH)
 
     def _cut_off(self, directory: _Directory) -> None:
         """Make a directory opaque; the deletions in it say nothing any more."""

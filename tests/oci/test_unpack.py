@@ -1,5 +1,6 @@
 """What entries of an archive make of a layer, and that nothing they say reaches beyond it."""
 
+import errno
 import io
 import os
 import stat
@@ -204,6 +205,26 @@ def test_deletions_become_devices(root: Path) -> None:
     assert is_whiteout(root / ("n" * 255))
     assert is_whiteout(root / ".x")
     assert len(paths(root)) == 4
+
+
+def test_deletions_are_names_of_one_device(root: Path) -> None:
+    made(root, file(b".wh.a"), file(b"d/x"), file(b"d/.wh.b"), file(b".wh.c"))
+    assert (root / "a").lstat().st_ino == (root / "d" / "b").lstat().st_ino == (root / "c").lstat().st_ino
+
+
+def test_a_device_that_has_lost_its_names(root: Path) -> None:
+    made(root, file(b".wh.a"), file(b"a"), file(b".wh.b"))
+    assert is_whiteout(root / "b")
+    assert not is_whiteout(root / "a")
+
+
+def test_a_device_with_as_many_names_as_can_be(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source_fd: int, source: bytes, dirfd: int, name: bytes) -> None:
+        raise OSError(errno.EMLINK, "Too many links")
+
+    monkeypatch.setattr(sysio, "link_at", link)
+    made(root, file(b".wh.a"), file(b".wh.b"))
+    assert (root / "a").lstat().st_ino != (root / "b").lstat().st_ino
 
 
 @pytest.mark.parametrize("order", [0, 1])
