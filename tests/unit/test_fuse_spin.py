@@ -1,17 +1,15 @@
 """How long the loop looks for the next request, with a clock of the test's own."""
 
 import os
-import resource
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from overlayfs.fuse.kernel import spin
-from overlayfs.fuse.kernel.spin import LONGEST, SHORTEST, Spin
+from overlayfs.fuse.kernel.spin import LONGEST, SAMPLE, SHORTEST, Spin
 
 BUSY, IDLE = LONGEST / 2, LONGEST * 50
 
@@ -24,16 +22,20 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)))
 
     have(2)
-    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_nivcsw=0))
+    monkeypatch.setattr(spin, "stalled_seconds", lambda: 0.0)
     return have
 
 
-@pytest.fixture
-def preempted(cores: object, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets how often the system took the processor away."""
-    count = [0]
-    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_nivcsw=count[0]))
-    return lambda more: count.__setitem__(0, count[0] + more)
+class Machine:
+    """A clock, and how long somebody has waited for a processor, both in seconds."""
+
+    def __init__(self) -> None:
+        self.now = self.stalled = 100.0
+
+    def after(self, seconds: float, stalled: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+        self.stalled += stalled
 
 
 @pytest.mark.usefixtures("cores")
@@ -74,20 +76,33 @@ def test_on_one_core_nobody_is_looked_for(cores: Callable[[int], None]) -> None:
     assert found.seconds == 0
 
 
-def test_who_is_pushed_off_the_processor_stops_looking(preempted: Callable[[int], None]) -> None:
-    found = Spin()
-    _wait_until_it_looks_around(found)
+@pytest.mark.usefixtures("cores")
+def test_nobody_looks_while_others_wait_for_a_processor() -> None:
+    machine = Machine()
+    found = Spin(clock=lambda: machine.now, stalled=lambda: machine.stalled)
+    found.waited(BUSY)
     assert found.seconds == LONGEST
-    preempted(400)
-    _wait_until_it_looks_around(found)
+    machine.after(2 * SAMPLE, stalled=SAMPLE)
+    found.waited(BUSY)
     assert found.seconds == 0
-    _wait_until_it_looks_around(found)  # nobody disturbs any more
+    machine.after(SAMPLE / 2, stalled=0)  # too soon to look around again
+    found.waited(BUSY)
+    assert found.seconds == 0
+    machine.after(2 * SAMPLE, stalled=0)  # nobody waits any more
+    found.waited(BUSY)
     assert found.seconds > 0
 
 
-def _wait_until_it_looks_around(found: Spin) -> None:
-    for _ in range(spin._SAMPLE + 1):
-        found.waited(BUSY)
+def test_waiting_for_a_processor_is_counted_by_the_system() -> None:
+    assert 0 <= spin.stalled_seconds() <= spin.stalled_seconds()
+
+
+def test_without_that_count_the_load_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spin, "_PRESSURE", "/nowhere")
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0, 0))
+    assert 0 < spin.stalled_seconds() <= spin.stalled_seconds()
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0, 0))
+    assert spin.stalled_seconds() == 0
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60e-6, 1.0])
