@@ -33,7 +33,7 @@ class Threads:
         """
         with trio.CancelScope(shield=True):
             result = await trio.to_thread.run_sync(lambda: call(*args, **keywords), limiter=self._limiter)
-        return result
+        return result  # noqa: RET504 - a scope could end here without one, says mypy
 
 
 class Lifter:

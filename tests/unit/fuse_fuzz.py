@@ -134,7 +134,7 @@ class Campaign(logging.Handler):
         except Exception as error:
             self.wrong.append(f"{self._what}: raised {error!r}")
         with trio.move_on_after(20) as limit:
-            while self.engine._desk.waiting or not (self.engine.replies or op in UNANSWERED):  # noqa: ASYNC110
+            while self.engine._desk.waiting or not (self.engine.replies or op in UNANSWERED):
                 await trio.lowlevel.checkpoint()
         if limit.cancelled_caught:
             self.wrong.append(f"{self._what}: no answer")
