@@ -251,12 +251,18 @@ class Unpacker:
         """Return a directory; None when it is missing or anything else is in its way."""
         if not path:
             return self._top
+        return self._known(path) or self._open_from(self._root, path, path)
+
+    def _known(self, path: bytes) -> _Directory | None:
         known = self._open.get(path)
         if known is not None:
             self._open.move_to_end(path)
-            return known
+        return known
+
+    def _open_from(self, dirfd: int, below: bytes, path: bytes) -> _Directory | None:
+        """Open the directory `below` one that is open already; `path` is where it lies in the layer."""
         try:
-            fd = sysio.open_beneath(self._root, path, _DIRECTORY)
+            fd = sysio.open_beneath(dirfd, below, _DIRECTORY)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return None
@@ -281,13 +287,16 @@ class Unpacker:
         at = self._top
         for name in path.split(b"/"):
             here = join(at.path, name)
-            found = self._try_open(here)
+            found = self._child(at, name, here)
             if found is None:
                 self._make_missing(at, name, here, entry)
-                found = self._try_open(here)
+                found = self._child(at, name, here)
                 assert found is not None
             at = found
         return at
+
+    def _child(self, parent: _Directory, name: bytes, path: bytes) -> _Directory | None:
+        return self._known(path) or self._open_from(parent.fd, name, path)
 
     def _make_missing(self, parent: _Directory, name: bytes, path: bytes, entry: Entry) -> None:
         missing = Entry(path, Kind.DIRECTORY, mtime_ns=entry.mtime_ns)
