@@ -2,7 +2,7 @@
 
 import click
 
-from overlayfs_cli import output, storage
+from overlayfs_cli import output, progress, storage
 from overlayfs_cli.command import command
 
 HEADINGS = ("KIND", "NAME", "SIZE")
@@ -24,7 +24,7 @@ def gc(store: bytes | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
 
     What is mounted or being made stays. --dry-run prints exactly what would go.
     """
-    with storage.opened(store) as opened:
+    with storage.opened(store) as opened, progress.waiting("deleting", quiet or dry_run):
         gone = opened.gc(dry_run)
     if as_json:
         output.show_json({"garbage": [each._asdict() for each in gone], "size": sum(each.size for each in gone)})

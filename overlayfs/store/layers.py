@@ -143,6 +143,8 @@ class Layers:
 
     def get(self, layer_id: str) -> Layer | None:
         """Return the layer with a whole id, None if there is none."""
+        if not layout.is_id(layer_id):
+            return None  # a record may say anything
         path = layer_path(layer_id)
         try:
             document = self.place.read(self.place.root, path + b"/" + layout.RECORD)

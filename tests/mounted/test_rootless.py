@@ -1,5 +1,6 @@
 """Mounting without privilege, through fusermount3: the whole life, as a user who owns the directories."""
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -12,17 +13,28 @@ from typing import TypeVar
 import pytest
 
 from overlayfs.errors import MountError
-from overlayfs.mount import control, daemon, life, records, unmount  # all of it: a user may not read our interpreter
+from overlayfs.library import Store
+from overlayfs.mount import (  # all of it: a user may not read our interpreter
+    control,
+    daemon,
+    life,
+    lodging,
+    records,
+    unmount,
+)
 from overlayfs.mount.options import Draft
+from overlayfs.store import committing
+from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import Mount
 from tests.mounted.polling import until
+from tests.store.samples import add_image
 from tests.support import processes
 from tests.support.requirements import need_program
 from tests.support.users import ALICE, run_as
 
 T = TypeVar("T")
 DEVICE = "/dev/fuse"
-assert daemon
+assert daemon and committing
 
 
 @pytest.fixture
@@ -124,3 +136,32 @@ def test_records_lie_with_the_user(alices: Mount) -> None:
     assert processes.reap(alices.pids.pop()) == 0
     assert list(directory.iterdir()) == []
     assert Path("/run/overlayfs") != directory
+
+
+def test_an_image_and_its_commit(alices: Mount) -> None:
+    """The store, the workspace and the layer are the user's own."""
+    store, point = os.fsencode(alices.stack.base / "store"), alices.point
+
+    def start() -> None:
+        with LayerStore(store) as opened:
+            add_image(opened, "site", {"d/f": "old", "t": "top"})
+        with lodging.claimed(store, "site", "mine", ephemeral=False, create=False) as claimed:
+            draft = Draft(lower=list(claimed.lower), upper=claimed.upper, work=claimed.work)
+            life.mount(dataclasses.replace(draft.build(), lodging=claimed.lodging), os.fsencode(point))
+
+    def change() -> None:
+        os.rename(point / "d", point / "moved")
+        (point / "t").unlink()
+
+    before = processes.children()
+    _as_alice(alices, start)
+    alices.note_daemons(before)
+    _as_alice(alices, change)
+    _as_alice(alices, lambda: unmount.unmount(os.fsencode(point)))
+    assert processes.reap(alices.pids.pop()) == 0
+
+    def commit() -> list[bytes]:
+        with Store(store, create=False) as opened:
+            return sorted(os.listdir(opened.commit_workspace("mine", image="next").tree_path))
+
+    assert _as_alice(alices, commit) == [b"d", b"moved", b"t"]
