@@ -67,8 +67,9 @@ def _version(words: tuple[str, ...]) -> str:
     if not shutil.which(words[0]):
         return ""
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "version" in line or "overlayfs" in line]
-    return lines[0].strip() if lines else ""
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if any(map(str.isdigit, line))]
+    own = [line for line in lines if line.startswith(os.path.basename(words[0]))]
+    return next(iter([*own, *lines]), "")
 
 
 def commit() -> str:

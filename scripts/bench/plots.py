@@ -70,7 +70,8 @@ def _targets_panel(axes: "Axes", report: Report, kind: str, rows: Sequence[accep
         met = target.is_met(figure)
         axes.barh(place, figure, color="#4c9f70" if met else "#d1495b", height=0.66)
         axes.plot([target.most or target.least] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2)
-        axes.annotate(f" {figure:.2f}", (figure, place), va="center", fontsize=9)
+        right = max(figure, target.most or target.least)
+        axes.annotate(f" {figure:.2f}", (right, place), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [f"{t.workload}  :  {t.against}" for t in rows], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -161,8 +162,8 @@ def _curves(
 ) -> "Figure | None":
     from matplotlib import pyplot
 
-    some = next(iter(panels.values())).format(steps[0][1])
-    kinds = _kinds(report, lambda result: result.workload == some)[:1]
+    names = {pattern.format(label) for pattern in panels.values() for _, label in steps}
+    kinds = _kinds(report, lambda result: result.workload in names)[:1]
     if not kinds:
         return None
     title, across, unit = words
@@ -215,7 +216,9 @@ def start_up(report: Report) -> "Figure | None":
         left += value
     axes.set_yticks(range(len(names) + 1), [*names, "ours, taken apart"])
     axes.set_ylim(len(names) + 1.1, -0.6)
-    axes.set_title("Time until the mount command returns: the median, and the parts of our quickest start", fontsize=12)
+    axes.set_title(
+        "Time until the mount command returns, and what our quickest start is made of", fontsize=12
+    )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} ms")
     _tidy(axes)
     figure.tight_layout()

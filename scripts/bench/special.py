@@ -7,16 +7,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import content, disturbance
 from bench.results import Result, Run
 from bench.runner import FAILURES, Progress, rotated
 from bench.site import Site, drop_caches
+from bench.workload import seconds_of
 from overlayfs_cli.benchmark import contenders as who
 from overlayfs_cli.benchmark import copyup, copyup_report
-from overlayfs_cli.benchmark.contenders import PLAIN, Contender, Stack
+from overlayfs_cli.benchmark.contenders import OURS, PLAIN, Contender, Stack
 
 STARTS = 20  # of each contender; a start is short, and the machine is not
 LAYERS = (3, 500)
@@ -46,7 +47,7 @@ def result(name: str, group: str, site: Site, contender: Contender, unit: str) -
 
 def start_up(site: Site, everybody: Sequence[Contender], runs: int, tell: Progress) -> list[Result]:
     """Measure the time until the mount command returns, and until a file has answered; with few and many layers."""
-    able = [each for each in everybody if each.kind != PLAIN]
+    able = [as_engines_call(each) for each in everybody if each.kind != PLAIN]
     found: list[Result] = []
     for layers in LAYERS:
         name = f"{content.DEPTH}{layers}"
@@ -102,43 +103,48 @@ def fresh_stack(site: Site, name: str) -> Iterator[Stack]:
 
 
 def anatomy(site: Site, each: Contender) -> dict[str, float]:
-    """Return what our time to ready is made of, in milliseconds: the start of Python, imports by package, the rest."""
+    """Return what our time to ready is made of, in milliseconds: the quickest of several, so that parts add up.
+
+    Python alone; trio with what it loads; our own modules with what they load beside; and the rest, which is fork,
+    opening the stack, mount(2), handshake, record and socket.
+    """
+    each = as_engines_call(each)
     content.prepare(site, f"{content.DEPTH}3")
     with fresh_stack(site, f"{content.DEPTH}3") as stack:
-        total = min(_started(each, stack)[0] for _ in range(5)) * 1000
-        said = _import_times(each, stack)
-    python = min(_seconds((sys.executable, "-c", "pass")) for _ in range(10)) * 1000
-    scale = (total - python) / max(total - python, sum(said.values()))
-    parts = {"python": python, **{name: value * scale for name, value in said.items()}}
-    parts["rest"] = max(0.0, total - sum(parts.values()))
-    return {name: round(value, 1) for name, value in {**parts, "total": total}.items()}
+        total = min(_started(each, stack)[0] for _ in range(10))
+        own = _own_modules(each, stack)
+    python, trio, all_of_them = (_import_time(words) for words in ("", "import trio", f"import trio, {', '.join(own)}"))
+    parts = {
+        "Python": python,
+        "trio": trio - python,
+        "our modules": all_of_them - trio,
+        "the work": total - all_of_them,
+        "total": total,
+    }
+    return {name: round(seconds * 1000, 1) for name, seconds in parts.items()}
 
 
-def _seconds(words: tuple[str, ...]) -> float:
-    begun = time.perf_counter()
-    subprocess.run(words, check=True)
-    return time.perf_counter() - begun
+def as_engines_call(each: Contender) -> Contender:
+    """Return our contender as container engines start it: by `overlayfs-mount`, which does without click."""
+    if each.kind != OURS:
+        return each
+    options = each.command[each.command.index("-o") + 1]
+    return replace(each, command=(who.program("overlayfs-mount"), "-o", options, "MOUNTPOINT"))
 
 
-def _import_times(each: Contender, stack: Stack) -> dict[str, float]:
-    """Return milliseconds by package that the two processes spend on imports until the mount is ready."""
+def _import_time(statement: str) -> float:
+    code = f"import gc; gc.disable(); {statement}"
+    return min(seconds_of(lambda: subprocess.run([sys.executable, "-c", code], check=True)) for _ in range(10))
+
+
+def _own_modules(each: Contender, stack: Stack) -> list[str]:
+    """Return our modules that the two processes of a start load until the mount is ready."""
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
     words = stack.words(each.command)
     done = subprocess.run(words, cwd=stack.base, env=environment, capture_output=True, text=True, check=True)
     who.unmount(stack.point, who.server(stack.point))
-    found = {"imports: ours": 0.0, "imports: trio and attrs": 0.0, "imports: other": 0.0}
-    for line in done.stderr.splitlines():
-        cells = line.removeprefix("import time:").split("|")
-        if len(cells) == 3 and cells[0].strip().isdigit():
-            found[_owner(cells[2].strip())] += int(cells[0]) / 1000
-    return found
-
-
-def _owner(module: str) -> str:
-    top = module.split(".", maxsplit=1)[0]
-    if top.startswith("overlayfs"):
-        return "imports: ours"
-    return "imports: trio and attrs" if top in ("trio", "attr", "attrs", "outcome", "sniffio") else "imports: other"
+    names = (line.rpartition("|")[2].strip() for line in done.stderr.splitlines())
+    return sorted({name for name in names if name.startswith("overlayfs")})
 
 
 # Memory.

@@ -71,8 +71,12 @@ def requests(result: Result | None) -> str:
 
 
 def failures(report: Report) -> list[str]:
-    """Return a sentence for each failure."""
-    return [f"{r.contender} fails at {r.workload} on {r.filesystem}: {r.failed}" for r in report.results if r.failed]
+    """Return a sentence for each contender and reason, with the workloads that failed so."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for r in report.results:
+        if r.failed:
+            reasons.setdefault((r.contender, r.failed), []).append(f"{r.workload} on {r.filesystem}")
+    return [f"{name} fails at {'; '.join(those)}: {reason}" for (name, reason), those in reasons.items()]
 
 
 def plain_text(headings: Sequence[str], rows: Rows) -> str:
