@@ -163,9 +163,7 @@ class Files:
         """Return the descriptor that a handle's reads go to, borrowed."""
         node = self.file(number).node
         fd = node.reader if node.reader is not None else node.writer
-        if fd is None:
-            fd = node.reader  # a commit has made a reader of the writer, between our two looks in a thread
-        if fd is None:  # opened by `open_later`, whose readers come on the loop
+        if fd is None:  # opened by `open_later`, or for writing only before a commit
             fd = node.reader = self._open_reader(node)
         return fd
 

@@ -423,7 +423,7 @@ class _Build(LiftStep):
 
 def _swap_reader(node: File, reader: int) -> None:
     if node.reader is not None:
-        node.retired += (node.reader,)
+        sysio.close(node.reader)
     node.reader = reader
 
 

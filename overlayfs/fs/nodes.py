@@ -141,12 +141,12 @@ class File(Node):
     names: every name known of it, with whether that name exists in the upper. lower: where it lies (or came from)
     below. data: where its data lies while the upper holds metadata only. index: its entry in the index, if it has
     one. nlink_delta: what the union's link count is beyond that of the real object that holds it.
-    reader, writer: the descriptors through which all its handles read and write. retired: readers of the lower file,
-    which may still be in use until the last handle goes. sync_error: the errno of a failed fsync, 0 for none.
+    reader, writer: the descriptors through which all its handles read and write, used on the loop alone: a thread gets
+    a duplicate, so one that is replaced can be closed. sync_error: the errno of a failed fsync, 0 for none.
     """
 
     __slots__ = (
-        "data", "index", "keys", "lower", "names", "nlink_delta", "reader", "retired", "sync_error", "writer",
+        "data", "index", "keys", "lower", "names", "nlink_delta", "reader", "sync_error", "writer",
     )  # fmt: skip
 
     def __init__(self, number: int, kind: int, in_upper: bool, lower: LowerFile | None) -> None:
@@ -159,7 +159,6 @@ class File(Node):
         self.keys: tuple[Key, ...] = ()
         self.reader: int | None = None
         self.writer: int | None = None
-        self.retired: tuple[int, ...] = ()
         self.sync_error = 0
 
 
@@ -312,8 +311,7 @@ def _close_descriptors(node: Node) -> None:
 
 def close_backing(node: File) -> None:
     """Close all descriptors through which handles of a file read and write."""
-    for fd in (node.reader, node.writer, *node.retired):
+    for fd in (node.reader, node.writer):
         if fd is not None:
             sysio.close(fd)
     node.reader = node.writer = None
-    node.retired = ()

@@ -234,7 +234,7 @@ class Overlay:
         self._attributes.strip_set_id(node)
 
     def read(self, fh: int, offset: int, size: int, nowait: bool = False) -> bytes:
-        """Read up to `size` bytes. With `nowait`, BlockingIOError when a disk must be waited for. Any thread may."""
+        """Read up to `size` bytes. With `nowait`, BlockingIOError when a disk must be waited for."""
         return self._files.read(fh, offset, size, nowait)
 
     def prepare_read(self, fh: int, offset: int, size: int) -> Callable[[], bytes]:

@@ -260,11 +260,10 @@ def _move_file(node: File, directory: Dir, place: LowerFile) -> None:
 
 
 def _retire_writer(node: File, writer: int) -> None:
-    # The reader is there before the writer goes: another thread may be looking for either.
     if node.reader is None and sysio.access_mode(writer) == os.O_RDWR:
         node.reader = writer
     else:
-        node.retired += (writer,)
+        sysio.close(writer)
     node.writer = None
 
 

@@ -372,7 +372,7 @@ class _Requests(pyfuse3.Operations):
         try:
             return self._overlay.read(fh, off, size, nowait=True)
         except BlockingIOError:
-            return await self._threads.run(self._overlay.read, fh, off, size)
+            return await self._threads.run(self._overlay.prepare_read(fh, off, size))
 
     @_request("WRITE")
     async def write(self, fh: int, off: int, buf: bytes) -> int:
