@@ -11,7 +11,7 @@ directory that was moved is written in full at its new place, and a file gets it
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from overlayfs.fs.nodes import Dir, File, LowerFile, Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.oci.entry import Entry, Kind, shown
 from overlayfs.tree.dirfds import DirFds, default_capacity
+from overlayfs.tree.layer import Entry as LayerEntry
 from overlayfs.tree.layer import Layer, join
 from overlayfs.tree.stats import AnyStat
 from overlayfs.union.resolve import Kind as Held
@@ -157,8 +158,10 @@ def _shown_name(stored: bytes, overridden: bool) -> bytes | None:
     return covered or xattrs.shown_name(stored, overridden)
 
 
-def _deletion(path: bytes, name: bytes) -> Item:
-    return Item(Entry(join(path, whiteout.name_for(name)), Kind.FILE, 0))
+def _deletions(path: bytes, held: Mapping[bytes, LayerEntry]) -> Iterator[Item]:
+    for name, entry in held.items():
+        if entry.kind is Held.WHITEOUT:
+            yield Item(Entry(join(path, whiteout.name_for(name)), Kind.FILE, 0))
 
 
 def _opaque_mark(path: bytes) -> Item:
@@ -179,9 +182,10 @@ class _Plain:
 
     def items(self) -> Iterator[Item]:
         yield from self._item(b"", b"", self._layer.stat(b"", b""))
-        if self._layer.marks(b"", b"", self._layer.stat(b"", b"")).opaque or has_opaque_root(self._layer.root):
+        cut = self._layer.marks(b"", b"", self._layer.stat(b"", b"")).opaque or has_opaque_root(self._layer.root)
+        if cut:
             yield _opaque_mark(b"")
-        pending = [self._inside(b"")]
+        pending = [self._inside(b"", cut)]
         while pending:
             found = next(pending[-1], None)
             if found is None:
@@ -189,22 +193,25 @@ class _Plain:
             elif isinstance(found, Item):
                 yield found
             else:
-                pending.append(self._inside(found))
+                pending.append(self._inside(*found))
 
-    def _inside(self, path: bytes) -> Iterator[Item | bytes]:
-        """Yield the items of a directory, and after each directory in it that one's path."""
+    def _inside(self, path: bytes, cut: bool) -> Iterator[Item | tuple[bytes, bool]]:
+        """Yield the items of a directory, and after each directory in it the arguments of this method for that.
+
+        `cut`: it is opaque, and so the deletions in it say nothing.
+        """
         held = {name: self._layer.probe(path, name) for name in sorted(self._layer.names(path))}
-        for name, entry in held.items():
-            if entry.kind is Held.WHITEOUT:
-                yield _deletion(path, name)
+        if not cut:
+            yield from _deletions(path, held)
         for name, entry in held.items():
             if entry.stat is None or entry.kind in (Held.WHITEOUT, Held.ABSENT):
                 continue
             yield from self._item(path, name, entry.stat)
             if stat.S_ISDIR(entry.stat.st_mode):
-                if self._layer.marks(path, name, entry.stat).opaque:
+                covers = self._layer.marks(path, name, entry.stat).opaque
+                if covers:
                     yield _opaque_mark(join(path, name))
-                yield join(path, name)
+                yield join(path, name), covers
 
     def _item(self, path: bytes, name: bytes, found: AnyStat) -> Iterator[Item]:
         dirfd = self._layer.dirfd(path)
@@ -283,7 +290,7 @@ class _Resolved:
         yield from self._merged.item(b"", root)
         if has_opaque_root(self._layer.root):
             yield _opaque_mark(b"")
-        pending = [self._inside(b"", root, self._beneath.root)]
+        pending = [self._inside(b"", root, self._beneath.root, has_opaque_root(self._layer.root))]
         while pending:
             found = next(pending[-1], None)
             if found is None:
@@ -293,12 +300,14 @@ class _Resolved:
             else:
                 pending.append(found)
 
-    def _inside(self, path: bytes, node: Dir, beneath: Node | None) -> Iterator["Item | Iterator[Item]"]:
-        """Yield the items of a directory that has not moved. `beneath`: what the layers below show at its path."""
+    def _inside(self, path: bytes, node: Dir, beneath: Node | None, cut: bool) -> Iterator["Item | Iterator[Item]"]:
+        """Yield the items of a directory that has not moved.
+
+        `beneath`: what the layers below show at its path. `cut`: it is opaque.
+        """
         held = {name: self._layer.probe(path, name) for name in sorted(self._layer.names(path))}
-        for name, entry in held.items():
-            if entry.kind is Held.WHITEOUT:
-                yield _deletion(path, name)
+        if not cut:
+            yield from _deletions(path, held)
         for name, entry in held.items():
             if entry.stat is None or entry.kind in (Held.WHITEOUT, Held.ABSENT):
                 continue
@@ -319,7 +328,7 @@ class _Resolved:
         if moved:
             yield self._merged.below(path, node)
         else:
-            yield self._inside(path, node, None if marks.opaque else beneath)  # type: ignore[misc]
+            yield self._inside(path, node, None if marks.opaque else beneath, marks.opaque)  # type: ignore[misc]
 
     def _seen_beneath(self, beneath: Node | None, name: bytes) -> Node | None:
         if not isinstance(beneath, Dir):
