@@ -150,3 +150,32 @@ def test_there_and_back_by_another_registry(
         for layer in other.layers():
             (place / f"other/layers/{layer.id}/remote").unlink()
         assert other.push("sample:1", f"{second}/fresh/sample:1", plain_http=True).digest == pushed.digest
+
+
+@pytest.mark.mounted
+def test_a_commit_with_renames_is_pulled_by_podman(
+    peers: Engines, store: Store, server: str, place: Path, sample: Dump
+) -> None:
+    """Redirects and metadata-only copies are ours and the kernel's; whoever pulls gets what they mean."""
+    with mounted(place, "sample:1") as point:
+        (point / "lib").rename(point / "libraries")
+        (point / "bin" / "su").chmod(0o700)
+        (point / "etc" / "passwd").unlink()
+        (point / "etc" / "group").write_text("root:x:0:\n")
+        os.link(point / "hole", point / "etc" / "hole")
+        done = process("overlayfs", "commit", str(point), "-t", "changed:1", "--wait")
+        assert done.code == 0, done.err
+        expected = archives.picture(point)
+    assert store.layer(store.image("changed:1").layers[0]).record.flags
+    same(filled(samples.view(store, "changed:1")), filled(expected))
+    reference = f"{server}/changed:1"
+    store.push("changed:1", reference, plain_http=True)
+    peers.run("podman", "pull", "-q", "--tls-verify=false", reference)
+    try:
+        with peers.mounted(reference) as point:
+            same(like_podman(archives.picture(point)), like_podman(expected))
+    finally:
+        peers.run("podman", "rmi", "-f", reference)
+    with Store(os.fsencode(place / "other")) as other:
+        other.pull(reference, name="changed:1", plain_http=True)
+        same(filled(samples.view(other, "changed:1")), filled(expected))
