@@ -250,20 +250,15 @@ class Adopter:
 
     # --- after a crash ---------------------------------------------------------------------------------
 
-    def recover(self, strict: bool = False) -> None:
+    def recover(self) -> None:
         """Finish or undo the adoptions of processes that are gone; those of living ones are left alone.
 
-        One that cannot be finished, as its record is damaged, must not keep the rest of the store from being used:
-        UserError only if `strict`, as for gc, which could take what it refers to.
+        One that cannot be finished now, as the disk is full or a record damaged, must not keep the rest of the store
+        from being used; gc leaves alone what an intent refers to.
         """
         for name in self.place.names(layout.INTENTS):
-            try:
+            with contextlib.suppress(OSError, UserError):
                 self._recover(name)
-            except FileNotFoundError:
-                continue  # somebody else has
-            except UserError:
-                if strict:
-                    raise
 
     def _recover(self, name: bytes) -> None:
         document = self.place.read(self.place.rooms[layout.INTENTS], name)

@@ -59,12 +59,13 @@ class Collector:
         """Take away the ephemeral workspaces whose mount is gone."""
         dropped = False
         for name in self._place.names(layout.WORKSPACES):
-            with contextlib.suppress(UserError, FileNotFoundError):  # damaged, or gone meanwhile
+            with contextlib.suppress(UserError, OSError):  # damaged, gone meanwhile, or not to be had now
                 workspace = self._workspaces.read(name)
                 if workspace is not None and workspace.record.ephemeral:
                     dropped |= self._drop(workspace)
         if dropped:
-            self._place.empty_trash()
+            with contextlib.suppress(OSError):
+                self._place.empty_trash()
 
     def _drop(self, workspace: Workspace) -> bool:
         hold = workspace.hold()

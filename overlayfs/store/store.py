@@ -301,5 +301,4 @@ class LayerStore:
 
     def gc(self, dry_run: bool = False) -> list[Garbage]:
         """Take away what nothing refers to and nobody uses, and return it; with `dry_run` only return it."""
-        self._adopter.recover(strict=True)
         return self._collector.collect(dry_run)

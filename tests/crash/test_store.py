@@ -201,6 +201,29 @@ def test_stopped_at_every_call(place: Path, name: str) -> None:
         shutil.rmtree(base)
 
 
+def test_opening_with_a_full_disk(place: Path) -> None:
+    """What a killed process left may have to wait for room; the store can be used before, and gc makes some."""
+    bench = Bench(place, "commit")
+    at = bench.calls.index("rename_at", bench.calls.index("syncfs")) + 1
+    left = bench.copy()
+    for later in range(at, len(bench.calls) + 1):
+        shutil.rmtree(left)
+        left = bench.copy()
+        _die_at(left, bench.operation, later)
+        if any((left / "intents").iterdir()) and not (left / "workspaces/mine/upper").exists():
+            break
+    for failing in range(1, 30):
+        base = place / "full"
+        shutil.copytree(left, base)
+        with Fuse(failing, errno.ENOSPC) as fuse, LayerStore(os.fsencode(base)) as store:
+            assert [image.name for image in store.images()][:2] == ["late:latest", "other:latest"]
+            with suppress(OSError):
+                store.gc()
+        with LayerStore(os.fsencode(base)) as store:
+            assert state(store) == bench.after, f"at {fuse.calls[failing - 1]}"
+        shutil.rmtree(base)
+
+
 @every_operation
 def test_failing_at_every_call(place: Path, name: str) -> None:
     """A full disk at any call: the same, and the process goes on."""
