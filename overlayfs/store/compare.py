@@ -352,15 +352,15 @@ class _Comparison:
             return False
         if self._before.details(before) != self._after.details(after):
             return False
-        return was.kind != stat.S_IFREG or self._is_same_content(before, after)
+        return was.kind != stat.S_IFREG or self._is_same_content(before, after, was.size)
 
-    def _is_same_content(self, before: Node, after: Node) -> bool:
+    def _is_same_content(self, before: Node, after: Node, size: int) -> bool:
         with ExitStack() as closing:
             fds = [self._before.open(before)]
             closing.callback(sysio.close, fds[0])
             fds.append(self._after.open(after))
             closing.callback(sysio.close, fds[1])
-            return _is_equal(*fds)
+            return _is_equal(fds[0], fds[1], size)
 
     # --- sizes -----------------------------------------------------------------------------------------
 
@@ -409,14 +409,12 @@ def _announce(levels: list[_Level]) -> Iterator[Change]:
             yield Change(CHANGED, level.path)
 
 
-def _is_equal(one: int, other: int) -> bool:
-    buffers = bytearray(_BLOCK), bytearray(_BLOCK)
-    views = memoryview(buffers[0]), memoryview(buffers[1])
+def _is_equal(one: int, other: int, size: int) -> bool:
+    """Return whether two open files have the same content; each is said to have `size` bytes."""
+    buffer = memoryview(bytearray(min(max(size, 1), _BLOCK)))
     offset = 0
-    while count := sysio.read_into(one, views[0], offset):
-        # Short reads end a file here or are an accident; either way what is missing is asked for again.
-        got = sysio.read_at(other, offset, count)
-        if views[0][:count] != got:
+    while count := sysio.read_into(one, buffer, offset):
+        if buffer[:count] != sysio.read_at(other, offset, count):
             return False
         offset += count
-    return sysio.read_into(other, views[1][:1], offset) == 0
+    return not sysio.read_at(other, offset, 1)
