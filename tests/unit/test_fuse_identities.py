@@ -48,14 +48,18 @@ def test_a_renewed_node_has_two_numbers_until_the_old_one_is_forgotten() -> None
     assert caught.value.errno == errno.ESTALE
 
 
-def test_after_the_new_number_is_forgotten_the_own_one_counts_again() -> None:
+def test_the_new_number_stays_while_the_old_one_is_known() -> None:
+    """A look-up that the kernel gives back must not lead the next one to the old number."""
     nodes, (node,) = table(7)
     found = Identities(nodes)
     found.remember(node)
     found.renew(node)
     new = found.remember(node)
+    assert found.forget(new, 1) is True
+    assert found.number(node) == found.remember(node) == new and found.node(new) is node
     found.forget(new, 1)
-    assert found.number(node) == 7 and found.remember(node) == 7
+    found.forget(7, 1)
+    assert found.number(node) == found.remember(node) == 7
 
 
 def test_a_new_number_that_was_never_given_out_goes_with_its_node() -> None:
@@ -102,7 +106,7 @@ class Machine(RuleBasedStateMachine):
             assert number < 100 or not gone
         else:
             del self.held[number]
-            assert gone or number < 100  # an own number lives on while a further one is held
+            assert gone or number < 100  # a node's own number lives on while a further one is held
 
     @rule(which=st.integers(0, 2))
     def renew(self, which: int) -> None:

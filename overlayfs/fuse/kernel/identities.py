@@ -71,17 +71,16 @@ class Identities:
         node = self._further[nodeid]
         self._held[nodeid] -= count
         gone = self._held[nodeid] <= 0
-        if gone:
+        # The kernel gives one look-up back while it is about to make the next: the number stays with its node.
+        if gone and self._current.get(node.number) != nodeid:
             del self._further[nodeid], self._held[nodeid]
-            if self._current.get(node.number) == nodeid:
-                del self._current[node.number]
         self._nodes.forget(node.number, count)
         if not self._nodes.is_held(node.number):
             self._discard_unused(node.number)
         return gone
 
     def _discard_unused(self, own: int) -> None:
-        """Take back a number that no look-up has given out, before the node goes and another one gets its own."""
+        """Take back the newest number of a node that nobody knows any more: another one may get its own."""
         number = self._current.pop(own, None)
         if number is not None:
             del self._further[number], self._held[number]
