@@ -91,6 +91,20 @@ def merged_items(
         overlay.close()
 
 
+class _Where(NamedTuple):
+    """Where a real object lies, and the names of its attributes as stored."""
+
+    layer: Layer
+    dirfd: int
+    name: bytes
+    attributes: list[bytes]
+
+
+def _where(layer: Layer, path: bytes, name: bytes) -> _Where:
+    dirfd = layer.dirfd(path)
+    return _Where(layer, dirfd, name, sysio.listxattr_at(dirfd, name))
+
+
 class _Describer:
     """Makes entries of real objects, and joins the names of hard-linked files."""
 
@@ -98,9 +112,7 @@ class _Describer:
         self._losses = losses
         self._linked: dict[tuple[int, int], list[bytes | int]] = {}
 
-    def item(
-        self, path: bytes, layer: Layer, dirfd: int, name: bytes, found: AnyStat, data: Open | None
-    ) -> Item | None:
+    def item(self, path: bytes, where: _Where, found: AnyStat, data: Open | None) -> Item | None:
         """Return the entry of an object; None for one that archives cannot hold."""
         kind = _KINDS.get(stat.S_IFMT(found.st_mode))
         if kind is None:
@@ -117,11 +129,12 @@ class _Describer:
         )
         if first is not None:
             return Item(entry._replace(kind=Kind.HARDLINK, target=first))
-        entry = entry._replace(xattrs=self._xattrs(layer, dirfd, name))
+        if where.attributes:
+            entry = entry._replace(xattrs=self._xattrs(where))
         if kind is Kind.FILE:
             return Item(entry._replace(size=found.st_size), data)
         if kind is Kind.SYMLINK:
-            return Item(entry._replace(target=sysio.readlink_at(dirfd, name)))
+            return Item(entry._replace(target=sysio.readlink_at(where.dirfd, where.name)))
         if kind in (Kind.CHARACTER, Kind.BLOCK):
             return Item(entry._replace(device=(os.major(found.st_rdev), os.minor(found.st_rdev))))
         return Item(entry)
@@ -139,13 +152,13 @@ class _Describer:
             del self._linked[key]
         return None if left == found.st_nlink else first
 
-    def _xattrs(self, layer: Layer, dirfd: int, name: bytes) -> dict[bytes, bytes]:
+    def _xattrs(self, where: _Where) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
-        for stored in sysio.listxattr_at(dirfd, name):
-            attribute = _shown_name(stored, layer.override is not None)
+        for stored in where.attributes:
+            attribute = _shown_name(stored, where.layer.override is not None)
             if attribute is None or attribute in _LOCAL:
                 continue
-            value = sysio.getxattr_at(dirfd, name, stored)
+            value = sysio.getxattr_at(where.dirfd, where.name, stored)
             if value and b"=" not in attribute:
                 found[attribute] = value
             else:
@@ -215,11 +228,11 @@ class _Plain:
 
     def _item(self, path: bytes, name: bytes, found: AnyStat) -> Iterator[Item]:
         dirfd = self._layer.dirfd(path)
-        if not _MARKED.isdisjoint(sysio.listxattr_at(dirfd, name)):
+        attributes = sysio.listxattr_at(dirfd, name)
+        if not _MARKED.isdisjoint(attributes):
             raise UserError(f"{shown(join(path, name))} counts on layers below, and nothing says which they are")
-        item = self._describer.item(
-            join(path, name), self._layer, dirfd, name, found, lambda: self._layer.open_file(path, name)
-        )
+        where = _Where(self._layer, dirfd, name, attributes)
+        item = self._describer.item(join(path, name), where, found, lambda: self._layer.open_file(path, name))
         if item is not None:
             yield item
 
@@ -257,13 +270,13 @@ class _Merged:
         """Yield the item of one node, none for what archives cannot hold."""
         if isinstance(node, Dir):
             layer, place = node.lower[0]
-            item = self._describer.item(path, layer, layer.dirfd(place), b"", layer.stat(place, b""), None)
+            item = self._describer.item(path, _where(layer, place, b""), layer.stat(place, b""), None)
         else:
             assert isinstance(node, File) and node.lower is not None
             layer, place, name = node.lower
             found = layer.stat(place, name)
             data = node.data or node.lower
-            item = self._describer.item(path, layer, layer.dirfd(place), name, found, lambda: _open(data))
+            item = self._describer.item(path, _where(layer, place, name), found, lambda: _open(data))
         if item is not None:
             yield item
 
