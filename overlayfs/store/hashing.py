@@ -20,7 +20,7 @@ from overlayfs.store import committing
 from overlayfs.store.layers import Layer
 from overlayfs.store.store import LayerStore
 
-_NICE = 10  # the mount's requests go first
+_NICE = 19  # the mount's requests go first
 
 
 class Hashed(NamedTuple):

@@ -15,6 +15,7 @@ import pytest
 from overlayfs.errors import MountError
 from overlayfs.library import Store
 from overlayfs.mount import (  # all of it: a user may not read our interpreter
+    commits,
     control,
     daemon,
     life,
@@ -23,7 +24,7 @@ from overlayfs.mount import (  # all of it: a user may not read our interpreter
     unmount,
 )
 from overlayfs.mount.options import Draft
-from overlayfs.store import committing
+from overlayfs.store import committing, hashing
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import Mount
 from tests.mounted.polling import until
@@ -34,7 +35,7 @@ from tests.support.users import ALICE, run_as
 
 T = TypeVar("T")
 DEVICE = "/dev/fuse"
-assert daemon and committing
+assert daemon and commits and committing and hashing
 
 
 @pytest.fixture
@@ -138,8 +139,8 @@ def test_records_lie_with_the_user(alices: Mount) -> None:
     assert Path("/run/overlayfs") != directory
 
 
-def test_an_image_and_its_commit(alices: Mount) -> None:
-    """The store, the workspace and the layer are the user's own."""
+def _mount_image(alices: Mount) -> bytes:
+    """Make an image of the user's own and mount it; return the store."""
     store, point = os.fsencode(alices.stack.base / "store"), alices.point
 
     def start() -> None:
@@ -149,13 +150,50 @@ def test_an_image_and_its_commit(alices: Mount) -> None:
             draft = Draft(lower=list(claimed.lower), upper=claimed.upper, work=claimed.work)
             life.mount(dataclasses.replace(draft.build(), lodging=claimed.lodging), os.fsencode(point))
 
+    before = processes.children()
+    _as_alice(alices, start)
+    alices.note_daemons(before)
+    return store
+
+
+def test_a_live_commit(alices: Mount) -> None:
+    """A handle that could not be opened again, a moved directory, a file of two names."""
+    store, point = _mount_image(alices), alices.point
+
+    def live() -> list[tuple[str, bytes]]:
+        os.rename(point / "d", point / "moved")
+        (point / "one").write_bytes(b"one")
+        os.link(point / "one", point / "moved" / "two")
+        with open(os.open(point / "object", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "wb", buffering=0) as file:
+            file.write(b"before, ")
+            numbers = os.stat(point / "one").st_ino, os.fstat(file.fileno()).st_ino
+            told = control.request(os.fsencode(point), "commit-image", image="next")
+            file.write(b"after")
+            (point / "one").write_bytes(b"ONE")
+            assert numbers == (os.stat(point / "moved" / "two").st_ino, os.fstat(file.fileno()).st_ino)
+        tree = Path(os.fsdecode(store)) / "layers" / told["layer"] / "tree"
+        places = (tree / "object", point / "object", tree / "one", point / "moved" / "two", point / "moved" / "f")
+        return [(place.name, place.read_bytes()) for place in places]
+
+    assert _as_alice(alices, live) == [
+        ("object", b"before, "),
+        ("object", b"before, after"),
+        ("one", b"one"),
+        ("two", b"ONE"),
+        ("f", b"old"),
+    ]
+    _as_alice(alices, lambda: unmount.unmount(os.fsencode(point)))
+    assert processes.reap(alices.pids.pop()) == 0
+
+
+def test_an_image_and_its_commit(alices: Mount) -> None:
+    """The store, the workspace and the layer are the user's own."""
+    store, point = _mount_image(alices), alices.point
+
     def change() -> None:
         os.rename(point / "d", point / "moved")
         (point / "t").unlink()
 
-    before = processes.children()
-    _as_alice(alices, start)
-    alices.note_daemons(before)
     _as_alice(alices, change)
     _as_alice(alices, lambda: unmount.unmount(os.fsencode(point)))
     assert processes.reap(alices.pids.pop()) == 0
