@@ -36,10 +36,10 @@ def pull(
 
     Logins are those of podman and docker. A pull that was cut short goes on where it stopped when it is run again.
     """
-    with storage.opened(store, create=True) as opened, registry.lines(quiet) as on_step:
+    with storage.opened(store, create=True) as opened, registry.lines(quiet) as (on_step, notice):
         pulled = opened.pull(
             reference, name=name, platform=platform, plain_http=plain_http, ca=ca, on_step=on_step,
-            notice=registry.note,
+            notice=notice,
         )  # fmt: skip
     if as_json:
         output.show_json(

@@ -10,6 +10,7 @@ from overlayfs_cli import progress, storage
 from overlayfs_cli.main import complain
 
 if TYPE_CHECKING:
+    from overlayfs.oci.blobs import Notice
     from overlayfs.oci.transfer import OnStep, Step
 
 _KEY_SHOWN = 12
@@ -28,10 +29,15 @@ def note(sentence: str) -> None:
 
 
 @contextmanager
-def lines(quiet: bool) -> Iterator["OnStep"]:
-    """Show a line for each layer on a terminal while it is on its way."""
-    with progress.board(quiet) as show:
-        yield lambda step: show(step.key, line(step))
+def lines(quiet: bool) -> Iterator[tuple["OnStep", "Notice"]]:
+    """Show a line for each layer on a terminal while it is on its way; notices are shown when the lines are gone."""
+    notices: list[str] = []
+    try:
+        with progress.board(quiet) as show:
+            yield (lambda step: show(step.key, line(step))), notices.append
+    finally:
+        for sentence in dict.fromkeys(notices):
+            note(sentence)
 
 
 def line(step: "Step") -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci import auth, download, image, media, remote, staging
+from overlayfs.oci import auth, download, image, media, platforms, remote, staging
 from overlayfs.oci.auth import Credential
 from overlayfs.oci.blobs import Notice, ignore, read_blob
 from overlayfs.oci.entry import BadArchive
@@ -62,6 +62,8 @@ def pull(
     repository = Repository(wire, reference, functools.partial(find, reference))
     fetched, manifest = _manifest(repository, reference, platform)
     config_data, config = _config(repository, reference, manifest, platform)
+    if platform is None and config.architecture and not platforms.fits(platforms.host(), config.platform):
+        notice(f"{reference} is for {config.platform}; this machine is {platforms.host()}")
     loader = _Loader(store, repository, reference, wire, on_step, notice)
     layers = loader.load(manifest, config)
     stored = [layer for layer, _ in layers]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from overlayfs.oci import platforms
 from overlayfs.oci.transfer import Step
 from overlayfs.store.store import LayerStore
 from overlayfs_cli import registry as shown
@@ -123,6 +124,16 @@ def test_a_note_where_the_digest_cannot_be_kept(overlayfs: Run, store: Path, ser
         assert told.err == (
             "overlayfs: note: the digest is not that of the pulled image: its layers had to be compressed again\n"
         )
+
+
+def test_a_note_where_the_image_is_for_another_machine(overlayfs: Run, store: Path, server: str) -> None:
+    other = "s390x" if platforms.host().architecture != "s390x" else "riscv64"
+    foreign(server, "other/x", architecture=other)
+    told = overlayfs("pull", f"{server}/other/x", "--plain-http")
+    assert told.err == (
+        f"overlayfs: note: {server}/other/x:latest is for linux/{other}; this machine is {platforms.host()}\n"
+    )
+    assert overlayfs("pull", f"{server}/other/x", "--plain-http", "--platform", f"linux/{other}").err == ""
 
 
 def test_a_line() -> None:
