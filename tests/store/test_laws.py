@@ -12,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from overlayfs.library import Store
 from overlayfs.store.compare import compare
 from overlayfs.store.manifest import Manifest
+from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.squash import squash
 from overlayfs.store.store import LayerStore
 from overlayfs.store.verify import verify
@@ -188,3 +190,39 @@ def test_every_flipped_bit_is_found(place: Path, seed: int, data: st.DataObject)
             stream.write(content)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         assert verify(store.place, None, threads=2).problems
+
+
+def stored(store: Store, layers: list[Path], name: str) -> ImageRecord:
+    """Make directories layers of a store, and an image of them; they are gone from their place."""
+    ids: tuple[str, ...] = ()
+    for path in reversed(layers):
+        adopted = store.adopt(os.fsencode(path), below=ids)
+        fd = adopted.tree_fd()
+        try:
+            with Manifest.build(fd, threads=2) as manifest:
+                ids = (store.finish(adopted, manifest).id, *ids)
+        finally:
+            os.close(fd)
+    return store.put_image(ImageRecord(name=name, layers=ids, created=now()))
+
+
+@laws
+@given(seed=seeds, generations=generations, kind=st.sampled_from(["oci-archive", "docker-archive", "tar"]))
+def test_an_exported_image_comes_back(place: Path, seed: int, generations: int, kind: str) -> None:
+    with scratch(place) as here, Store(os.fsencode(here / "store")) as store:
+        life = live(here / "life", seed, generations)
+        life.rotate()
+        life.close()
+        expected = shown(life.stack, life.stack.lower)
+        layers = list(life.stack.lower)
+        stored(store, layers, "it")
+        assert not verify(store.place, None, threads=2).problems
+        store.export_image("it", os.fsencode(here / "archive"), format=kind)
+        with Store(os.fsencode(here / "other")) as other:
+            back = other.import_image(os.fsencode(here / "archive"), "back")
+            assert not verify(other.place, None, threads=2).problems
+            paths = [Path(os.fsdecode(other.layer(each).tree_path)) for each in back.layers]
+            same(shown(life.stack, paths), expected)
+            store.squash("it", "small")
+            small = [Path(os.fsdecode(store.layer(each).tree_path)) for each in store.image("small").layers]
+            same(shown(life.stack, small), expected)
