@@ -106,6 +106,8 @@ def _start_image(draft: Draft, wish: _Wish, mountpoint: bytes, notify: Callable[
     with lodging.claimed(storage.path(wish.store), wish.image, wish.workspace, wish.ephemeral, create) as claimed:
         draft.lower, draft.upper, draft.work = list(claimed.lower), claimed.upper, claimed.work
         options = dataclasses.replace(draft.build(), lodging=claimed.lodging)
+        if claimed.behind:
+            notify(f"workspace {wish.workspace} keeps the layers that {wish.image} had when it was begun")
         told = wish.workspace is not None or wish.ephemeral
         if not told and options.foreground:
             click.echo(claimed.lodging.workspace)

@@ -21,12 +21,16 @@ log = logging.getLogger(__name__)
 
 
 class Claimed(NamedTuple):
-    """A claimed workspace and the directories of its stack."""
+    """A claimed workspace and the directories of its stack.
+
+    `behind`: the image stands for other layers by now than those the workspace was begun on.
+    """
 
     lodging: Lodging
     lower: tuple[bytes, ...]
     upper: bytes
     work: bytes
+    behind: bool
 
 
 @contextlib.contextmanager
@@ -81,7 +85,7 @@ def _found(store: LayerStore, claim: Claim) -> Claimed:
         lock=claim.hold.fd,
     )
     lower = tuple(layer.tree_path for layer in store.stack_of(record.name))
-    return Claimed(used, lower, workspace.upper_path, workspace.work_path)
+    return Claimed(used, lower, workspace.upper_path, workspace.work_path, claim.behind)
 
 
 @contextlib.contextmanager

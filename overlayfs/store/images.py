@@ -53,17 +53,18 @@ class Images:
     def put_locked(self, record: ImageRecord) -> ImageRecord:
         """Do the same when the store's lock is held."""
         name = layout.image_name(record.name)
-        layers = tuple(self._standing_for(layer_id, name) for layer_id in record.layers)
+        for layer_id in record.layers:
+            if self._layers.get(layer_id) is None:
+                raise UserError(f"layer {layer_id} is not in the store, so {name} cannot be made of it")
+        layers = tuple(map(self.standing_for, record.layers))
         placed = msgspec.structs.replace(record, name=name, layers=layers)
         self._place.write(self._place.rooms[layout.IMAGES], layout.file_name(name), records.encode(placed))
         return placed
 
-    def _standing_for(self, layer_id: str, name: str) -> str:
-        """Return the id of the layer that stands for this content."""
+    def standing_for(self, layer_id: str) -> str:
+        """Return the id of the layer that images name for the content of this one."""
         layer = self._layers.get(layer_id)
-        if layer is None:
-            raise UserError(f"layer {layer_id} is not in the store, so {name} cannot be made of it")
-        same = layer.record.same_as
+        same = None if layer is None else layer.record.same_as
         return same if same is not None and self._layers.get(same) is not None else layer_id
 
     def replace_layer(self, old: str, new: str) -> None:

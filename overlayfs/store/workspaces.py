@@ -84,11 +84,15 @@ class Workspace:
 
 
 class Claim(NamedTuple):
-    """A workspace that is the caller's until `hold` is released; `new` when it was not there before."""
+    """A workspace that is the caller's until `hold` is released.
+
+    `new`: it was not there before. `behind`: the image stands for other layers by now than those it was begun on.
+    """
 
     workspace: Workspace
     hold: Hold
     new: bool
+    behind: bool = False
 
 
 def workspace_path(name: str) -> bytes:
@@ -141,22 +145,27 @@ class Workspaces:
             return self.create(record, name or self.free_name(record.name), ephemeral)
         hold = known.demand()
         try:
-            return Claim(self._resumed(known.name, record, ephemeral), hold, new=False)
+            workspace = self._resumed(known.name, record, ephemeral)
+            return Claim(workspace, hold, new=False, behind=not self._lies_on(workspace, record))
         except BaseException:
             hold.release()
             raise
 
     def _resumed(self, name: str, image: ImageRecord, ephemeral: bool) -> Workspace:
         workspace = self.find(name)
-        layers = workspace.record.layers
         if ephemeral:
             raise UserError(f"workspace {name} is kept; leave --ephemeral out to resume it, or name another one")
-        if workspace.record.image != image.name and layers[-len(image.layers) :] != image.layers:
+        if workspace.record.image != image.name and not self._lies_on(workspace, image):
             raise UserError(
                 f"workspace {name} belongs to {workspace.record.image}, not to {image.name}; "
                 "mount that image, or name another workspace"
             )
         return workspace
+
+    def _lies_on(self, workspace: Workspace, image: ImageRecord) -> bool:
+        """Return whether the layers of an image are the lowest ones of a workspace, or equal to those."""
+        lowest = workspace.record.layers[-len(image.layers) :]
+        return tuple(map(self._images.standing_for, lowest)) == image.layers
 
     def free_name(self, image: str) -> str:
         """Return a name for a workspace of an image that no other has."""

@@ -85,6 +85,18 @@ def test_a_workspace_is_kept_resumed_and_removed(site: Path) -> None:
     assert (site / "store/trash").is_dir() and not any((site / "store/trash").iterdir())
 
 
+def test_a_workspace_keeps_its_layers_when_the_image_moves_on(site: Path) -> None:
+    done(site, "mount", "site:v1", "m", "--name", "draft")
+    done(site, "umount", "m")
+    with LayerStore(os.fsencode(site / "store")) as store:
+        add_image(store, "site:v1", {"index": "another\n"})
+    again = cli(site, "mount", "site:v1", "m", "--name", "draft")
+    assert again == (0, "", "overlayfs: note: workspace draft keeps the layers that site:v1 had when it was begun\n")
+    assert (site / "m/index").read_text() == "old\n"
+    done(site, "mount", "site:v1", "n", "--ephemeral")
+    assert (site / "n/index").read_text() == "another\n"
+
+
 def test_one_image_is_mounted_twice(site: Path) -> None:
     first = done(site, "mount", "site:v1", "m").strip()
     second = done(site, "mount", "site:v1", "n").strip()

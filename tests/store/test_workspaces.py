@@ -50,13 +50,13 @@ def test_a_fresh_upper_looks_like_the_top_of_its_image(store: LayerStore) -> Non
 def test_a_claimed_workspace_is_the_claimers(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"a": "1"})
     add_image(store, "other", {"a": "2"})
-    workspace, hold, _ = store.claim_workspace("site", "mine")
+    workspace, hold, *_ = store.claim_workspace("site", "mine")
     with open_store(place) as other:
         with hold:
             other.workspace("mine")
             assert other.workspace("mine").hold() is None
             assert other.gc() == []
-        again, held, new = other.claim_workspace("site", "mine")
+        again, held, new, _ = other.claim_workspace("site", "mine")
         assert again.record == workspace.record
         held.release()
         assert not new
@@ -72,8 +72,8 @@ def test_a_claimed_workspace_is_the_claimers(store: LayerStore, place: Path) -> 
 
 def test_a_name_is_made(store: LayerStore) -> None:
     add_image(store, "registry.example/team/site:v1", {"a": "1"})
-    one, first, _ = store.claim_workspace("registry.example/team/site:v1")
-    two, second, _ = store.claim_workspace("registry.example/team/site:v1")
+    one, first, *_ = store.claim_workspace("registry.example/team/site:v1")
+    two, second, *_ = store.claim_workspace("registry.example/team/site:v1")
     with first, second:
         assert one.name.startswith("site-")
         assert one.name != two.name
@@ -81,7 +81,7 @@ def test_a_name_is_made(store: LayerStore) -> None:
 
 def test_an_ephemeral_one_goes_when_nobody_holds_it(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"a": "1"})
-    workspace, hold, _ = store.claim_workspace("site", ephemeral=True)
+    workspace, hold, *_ = store.claim_workspace("site", ephemeral=True)
     with hold, open_store(place) as other:
         assert other.gc(dry_run=True) == []
         assert [each.name for each in other.workspaces()] == [workspace.name]
@@ -109,6 +109,28 @@ def test_adopting_moves_the_tree_and_renews_the_workspace(store: LayerStore, pla
     assert there(place)["intents"] == []
     done = finish(store, layer)
     assert (done.id, done.record.message, done.record.below) == (layer.id, "b", ())
+
+
+def test_an_equal_layer_leaves_no_workspace_behind(store: LayerStore, place: Path) -> None:
+    """Images name the layer that was there first, the workspace goes on with its own: the stack is the same."""
+    image = add_image(store, "site", {"a": "1"})
+    workspace = store.new_workspace("site", "mine")
+    twin = add_layer(store, {"b": "2"})
+    store.put_image(ImageRecord(name="twin", layers=(twin.id, *image.layers), created=now()))
+    fill(workspace.upper_path, {"b": "2"})
+    record = ImageRecord(name="site:2", layers=image.layers, created=now())
+    layer = store.adopt(workspace.upper_path, workspace="mine", image=record, below=image.layers)
+    assert finish(store, layer).id == twin.id
+    assert store.image("site:2").layers == (twin.id, *image.layers)
+    assert store.workspace("mine").record.layers == (layer.id, *image.layers)
+    for name, behind in (("site:2", False), ("twin", False), ("site", False)):
+        claim = store.claim_workspace(name, "mine")
+        assert claim.behind is behind
+        claim.hold.release()
+    add_image(store, "site:2", {"a": "other"})
+    claim = store.claim_workspace("site:2", "mine")
+    with claim.hold:
+        assert claim.behind
 
 
 def test_adopting_from_elsewhere(store: LayerStore, place: Path) -> None:
