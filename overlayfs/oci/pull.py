@@ -13,7 +13,7 @@ from overlayfs.oci.entry import BadArchive
 from overlayfs.oci.media import Descriptor, HistoryEntry, ImageConfig, Manifest, Platform
 from overlayfs.oci.reference import Reference
 from overlayfs.oci.registry import Fetched, Repository
-from overlayfs.oci.transfer import OnStep, Step, together, unseen
+from overlayfs.oci.transfer import OnStep, Step, disk_failures, together, unseen
 from overlayfs.oci.wire import Wire
 from overlayfs.store import layout
 from overlayfs.store.layers import Layer
@@ -65,7 +65,8 @@ def pull(
     if platform is None and config.architecture and not platforms.fits(platforms.host(), config.platform):
         notice(f"{reference} is for {config.platform}; this machine is {platforms.host()}")
     loader = _Loader(store, repository, reference, wire, on_step, notice)
-    layers = loader.load(manifest, config)
+    with disk_failures(store):
+        layers = loader.load(manifest, config)
     stored = [layer for layer, _ in layers]
     record = store.put_image(image.image_record(name, config, stored, manifest.annotations))
     pulled = tuple(

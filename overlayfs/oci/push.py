@@ -23,7 +23,7 @@ from overlayfs.oci.media import Descriptor, Manifest
 from overlayfs.oci.reference import DEFAULT_TAG, Reference
 from overlayfs.oci.registry import Repository, Source, sha256
 from overlayfs.oci.remote import Blob, Original
-from overlayfs.oci.transfer import OnStep, Step, pieces_of, together, unseen
+from overlayfs.oci.transfer import OnStep, Step, disk_failures, pieces_of, together, unseen
 from overlayfs.oci.wire import Wire
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import ImageRecord
@@ -81,7 +81,8 @@ def push(
             held.enter_context(layer.hold())
         original = _original(store, record)
         sender = _Sender(store, repository, reference, wire, on_step, notice)
-        sent = sender.send(layers, original)
+        with disk_failures(store):
+            sent = sender.send(layers, original)
         document = _document(record, [blob for blob, _ in sent], original)
         same = None if original is None else document.data == original.manifest
         sender.put(document)

@@ -1,11 +1,15 @@
 """What push and pull have in common: several layers at once, and the word on how far each of them is."""
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, TypeVar
 
 from overlayfs import sysio
+from overlayfs.errors import UserError
 from overlayfs.oci.wire import PIECE, GivenUp, Pace, Wire
+from overlayfs.store.store import LayerStore
 
 AT_ONCE = 4  # layers; more connections to one registry gain nothing and annoy it
 
@@ -59,6 +63,18 @@ def _raise_first_failure(futures: Sequence[Future[Result]]) -> None:
         error = None if future.cancelled() else future.exception()
         if error is not None and not isinstance(error, GivenUp):
             raise error
+
+
+@contextlib.contextmanager
+def disk_failures(store: LayerStore) -> Iterator[None]:
+    """Tell failures of the disk in a sentence; those of connections have been told already."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the store {os.fsdecode(store.path)} fails: {error.strerror or error}; put that right and run it again, "
+            "or let 'overlayfs gc' take what is there of it"
+        ) from error
 
 
 def pieces_of(fd: int, size: int, pace: Pace, report: Callable[[int], None]) -> Iterator[bytes]:

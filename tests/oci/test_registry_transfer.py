@@ -1,5 +1,6 @@
 """Push and pull with a real registry: what is sent, what is not, and what harm on the way does to neither."""
 
+import errno
 import hashlib
 import json
 import os
@@ -596,6 +597,26 @@ def test_two_pulls_at_once_load_once(server: str, here: Side, away: Side) -> Non
         assert len(proxy.seen("GET", f"/blobs/{digest}")) == 1
     second.close()
     assert outcome and away.files("other") == [TOP, BASE] and away.is_clean()
+
+
+def test_a_full_disk(server: str, here: Side, away: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, offset: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    here.push("it", f"{server}/full/it")
+    add_image(here.store, "more", {"more": "and more"})
+    works: list[tuple[Side, Callable[[], object]]] = [
+        (here, lambda: here.push("more", f"{server}/full/more")),
+        (away, lambda: away.pull(f"{server}/full/it")),
+    ]
+    for side, work in works:
+        with monkeypatch.context() as patch:
+            patch.setattr("overlayfs.sysio.write_at", full)
+            with pytest.raises(UserError, match=f"the store {side.place}/store fails: No space left on device; put"):
+                work()
+        side.store.gc(False)
+        assert side.is_clean()
+        work()
 
 
 def test_gc_at_every_step_takes_nothing_of_it(server: str, here: Side, away: Side) -> None:
