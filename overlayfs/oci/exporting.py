@@ -21,7 +21,7 @@ from overlayfs.oci.entry import Entry, Kind
 from overlayfs.oci.layertar import unpack_items
 from overlayfs.oci.media import Descriptor, DockerSaved, ImageConfig, Index, Manifest
 from overlayfs.oci.pack import Losses, merged_items
-from overlayfs.oci.streams import PIECE
+from overlayfs.oci.streams import PIECE, unnamed_file
 from overlayfs.oci.tarread import BLOCK
 from overlayfs.store import layout
 from overlayfs.store.layers import Layer
@@ -231,8 +231,10 @@ class _DirectoryLayout:
         self._fd = fd
         sysio.mkdir_at(fd, b"blobs", 0o755)
         inside = sysio.open_child(fd, b"blobs", os.O_PATH | os.O_DIRECTORY)
-        sysio.mkdir_at(inside, b"sha256", 0o755)
-        sysio.close(inside)
+        try:
+            sysio.mkdir_at(inside, b"sha256", 0o755)
+        finally:
+            sysio.close(inside)
 
     def blob(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
         """Put what `write` writes into a folder, under the name that follows from what it was."""
@@ -369,7 +371,7 @@ def _new_file(destination: bytes, store: LayerStore, undo: ExitStack) -> Iterato
     """Give a file that gets its name when all has gone well, or the pipe or device that has it."""
 
     def spool() -> int:
-        return sysio.open_child(store.place.rooms[layout.STAGING], b"", os.O_TMPFILE | os.O_RDWR, 0o600)
+        return unnamed_file(store.place.rooms[layout.STAGING])
 
     if destination == STANDARD_OUTPUT:
         yield _Target(1, seekable=False, spool=spool)
@@ -395,7 +397,7 @@ def _staged_file(parent: int, name: bytes, destination: bytes) -> Iterator[int]:
             sysio.close(fd)
         _appear(parent, staging, name, destination)
     except BaseException:
-        sysio.unlink_at(parent, staging)
+        remove_tree(parent, staging)
         raise
 
 

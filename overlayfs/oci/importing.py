@@ -17,7 +17,7 @@ from overlayfs.oci.compression import Compression, Expanded
 from overlayfs.oci.entry import BadArchive
 from overlayfs.oci.media import HistoryEntry, ImageConfig, Platform
 from overlayfs.oci.members import Members, stream_of
-from overlayfs.oci.streams import PIECE, Peeked, Read
+from overlayfs.oci.streams import PIECE, Peeked, Read, unnamed_file
 from overlayfs.oci.tarread import TarReader
 from overlayfs.store import layout
 from overlayfs.store.layers import Layer
@@ -123,8 +123,7 @@ class _Import:
 
     def _spooled(self, read: Read, undo: ExitStack) -> int:
         """Return an unnamed file of the store with all of a stream that cannot be read twice."""
-        staging = self._store.place.rooms[layout.STAGING]
-        fd = sysio.open_child(staging, b"", os.O_TMPFILE | os.O_RDWR, 0o600)
+        fd = unnamed_file(self._store.place.rooms[layout.STAGING])
         undo.callback(sysio.close, fd)
         at = 0
         while data := read(PIECE):

@@ -5,17 +5,35 @@ and writing release the interpreter's lock, so each stage of a pipeline has its 
 between two of them, so that memory does not grow with the stream.
 """
 
+import errno
 import hashlib
+import os
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Self
+
+from overlayfs import sysio
 
 Read = Callable[[int], bytes]
 
 PIECE = 1 << 20
 _AHEAD = 8
 _PATIENCE = 1.0  # seconds that closing waits for a thread that may be blocked in a read from outside
+
+
+def unnamed_file(directory: int) -> int:
+    """Return a file without a name, open for reading and writing, on the file system of an open directory."""
+    try:
+        return sysio.open_child(directory, b"", os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    name = b"unnamed-" + secrets.token_hex(8).encode()
+    fd = sysio.open_child(directory, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    sysio.unlink_at(directory, name)
+    return fd
 
 
 class Hashed:

@@ -17,7 +17,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
@@ -84,10 +84,15 @@ class Unpacker:
         self._whiteout: int | None = None  # pins a device 0:0 that can get more names
         self._waiting: list[tuple[bytes, Entry]] = []
         self._top = self._opened(sysio.open_child(root, b"", os.O_PATH | os.O_DIRECTORY), b"")
+        self._closed = False
         self.dropped = 0
         self.devices = 0
         self._newest: int | None = 0  # time of a root that has no entry; None when it has one
-        self._dress_directory(self._top, Entry(b"", Kind.DIRECTORY))
+        try:
+            self._dress_directory(self._top, Entry(b"", Kind.DIRECTORY))
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, entry: Entry, fill: Fill | None = None) -> None:
         """Make what an entry says; BadArchive when it says what must not be, UserError when it cannot be."""
@@ -108,14 +113,15 @@ class Unpacker:
 
     def close(self) -> None:
         """Give the descriptors back; `finish` does so too."""
-        while self._open:
-            self._open.popitem()[1].close()
-        if self._whiteout is not None:
-            sysio.close(self._whiteout)
-            self._whiteout = None
-        if self._top.fd >= 0:
-            self._top.close()
-            self._top.fd = -1
+        with ExitStack() as undo:  # all of them, whatever one of them says
+            while self._open:
+                undo.callback(self._open.popitem()[1].close)
+            if self._whiteout is not None:
+                undo.callback(sysio.close, self._whiteout)
+                self._whiteout = None
+            if not self._closed:
+                undo.callback(self._top.close)
+                self._closed = True
 
     def sentences(self) -> list[str]:
         """Return a sentence for each kind of thing that was left out."""

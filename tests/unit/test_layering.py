@@ -41,6 +41,8 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
 CONFINED: dict[str, tuple[set[str], str]] = {
     "pyfuse3": ({"fuse/pyfuse3_engine.py"}, "the second engine must run where pyfuse3 is missing"),
     "trio": ({"fuse", "mount"}, "only what waits is async; all else can be called from anywhere"),
+    "isal": ({"oci/compression.py"}, "bytes that depend on a library are made in one place"),
+    "backports": ({"oci/compression.py"}, "Python 3.14 has it under another name"),
     "urllib3": ({"oci/wire.py"}, "one place decides which host sees a secret, and what is tried again"),
     "asyncio": (set(), "one event loop is enough"),
     "ctypes": (
