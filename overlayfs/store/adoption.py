@@ -146,8 +146,8 @@ class Adopter:
             id=layout.new_id(),
             state="hashing",
             created=created or records.now(),
-            author=author,
-            message=message,
+            author=records.printable(author),
+            message=records.printable(message),
             flags=flags,
             below=below,
         )

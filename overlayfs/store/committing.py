@@ -131,12 +131,13 @@ def on_top(name: str, below: Sequence[Layer], base: ImageRecord | None, wish: Co
     Configuration and platform are those of `base`; the history has a step for each layer, the new one included.
     """
     created = records.now()
-    step = History(created=created, author=wish.author, created_by=_BY, comment=wish.message)
+    author = records.printable(wish.author)
+    step = History(created=created, author=author, created_by=_BY, comment=records.printable(wish.message))
     made = ImageRecord(
         name=layout.image_name(name),
         layers=tuple(layer.id for layer in below),
         created=created,
-        author=wish.author,
+        author=author,
         history=(*_history(below, base), step),
     )
     if base is None:

@@ -5,6 +5,7 @@ a later version of this format adds are skipped by this one; a change that would
 (`layout.FORMAT`). Each document ends with the member "check", the xxh3-128 of the bytes before it.
 """
 
+import re
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +13,8 @@ import msgspec
 import xxhash
 
 from overlayfs.errors import UserError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 State = Literal["hashing", "complete"]
 
@@ -123,4 +126,4 @@ def now() -> str:
 
 def printable(text: str) -> str:
     """Return text that a JSON document can hold: bytes of the command line that are not UTF-8 become U+FFFD."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)

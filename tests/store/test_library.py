@@ -61,6 +61,22 @@ def test_an_upper_of_ones_own(place: Path) -> None:
 
 
 @pytest.mark.root
+def test_words_that_are_no_text(place: Path) -> None:
+    """Bytes of the command line that are not UTF-8 harm no record."""
+    with Store(os.fsencode(place / "store")) as store:
+        add_image(store, "base", {"a": "1"})
+        fill(store.new_workspace("base", "mine").upper_path, {"b": "2"})
+        layer = store.commit_workspace(
+            "mine", image="next", message=os.fsdecode(b"a\xffb"), author=os.fsdecode(b"\xfe")
+        )
+        assert (layer.record.message, layer.record.author) == (
+            "a\N{REPLACEMENT CHARACTER}b",
+            "\N{REPLACEMENT CHARACTER}",
+        )
+        assert store.image("next").history[-1].comment == layer.record.message
+
+
+@pytest.mark.root
 def test_an_image_goes_on_with_the_words_of_its_base(place: Path) -> None:
     """Configuration, platform and history are kept; a stack that its base's name left behind has none of them."""
     with Store(os.fsencode(place / "store")) as store:
