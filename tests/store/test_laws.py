@@ -206,6 +206,12 @@ def stored(store: Store, layers: list[Path], name: str) -> ImageRecord:
     return store.put_image(ImageRecord(name=name, layers=ids, created=now()))
 
 
+def carried(tree: Dump) -> Dump:
+    """Without attributes of empty value, which a PAX header cannot carry."""
+    kept = {path: tuple(each for each in item.xattrs if each[1]) for path, item in tree.items()}
+    return {path: item._replace(xattrs=kept[path]) for path, item in tree.items()}
+
+
 @laws
 @given(seed=seeds, generations=generations, kind=st.sampled_from(["oci-archive", "docker-archive", "tar"]))
 def test_an_exported_image_comes_back(place: Path, seed: int, generations: int, kind: str) -> None:
@@ -222,7 +228,7 @@ def test_an_exported_image_comes_back(place: Path, seed: int, generations: int, 
             back = other.import_image(os.fsencode(here / "archive"), "back")
             assert not verify(other.place, None, threads=2).problems
             paths = [Path(os.fsdecode(other.layer(each).tree_path)) for each in back.layers]
-            same(shown(life.stack, paths), expected)
+            same(shown(life.stack, paths), carried(expected))
             store.squash("it", "small")
             small = [Path(os.fsdecode(store.layer(each).tree_path)) for each in store.image("small").layers]
             same(shown(life.stack, small), expected)
