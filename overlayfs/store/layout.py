@@ -79,9 +79,14 @@ def image_name(given: str) -> str:
     return name
 
 
+def is_workspace_name(text: str) -> bool:
+    """Return whether a workspace can have this name."""
+    return _WORKSPACE.fullmatch(text) is not None
+
+
 def workspace_name(given: str) -> str:
     """Return the name of a workspace as it is; UserError for what cannot be one."""
-    if not _WORKSPACE.fullmatch(given):
+    if not is_workspace_name(given):
         raise UserError(f"{given!r} is not a workspace name; use up to 128 letters, digits and . _ -")
     return given
 

@@ -114,8 +114,8 @@ class Workspaces:
         return (workspace for workspace in found if workspace is not None)
 
     def get(self, name: str) -> Workspace | None:
-        """Return the workspace with a name, None if there is none."""
-        return self.read(layout.file_name(name))
+        """Return the workspace with a name, None if there is none, or can be none."""
+        return self.read(layout.file_name(name)) if layout.is_workspace_name(name) else None
 
     def find(self, name: str) -> Workspace:
         """Return the workspace with a name; UserError if there is none."""

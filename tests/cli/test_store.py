@@ -175,6 +175,7 @@ def test_a_mount_of_an_image_in_the_foreground(site: Path) -> None:
         ("log nothing", 1, "nothing is no workspace, image or layer of the store"),
         ("tag nothing new", 1, "there is no image nothing:latest"),
         ("tag site:v1 Bad", 1, "'Bad' is not an image name"),
+        ("rm a/b", 1, "there is no image and no workspace a/b"),
         ("rm nothing", 1, "there is no image and no workspace nothing"),
         ("commit nothing", 1, "there is no workspace nothing"),
         ("commit --upper n --lower m -t x", 1, "m is not a layer of the store; import it first"),
@@ -186,6 +187,14 @@ def test_refusals(site: Path, words: str, code: int, sentence: str) -> None:
     assert ended.err.startswith(f"overlayfs: {sentence}") and ended.err.count("\n") == 1
     assert ended.out == ""
     assert not (site / "nowhere").exists()
+
+
+@pytest.mark.parametrize("command", ["rm", "log", "tag", "commit", "mount"])
+def test_names_that_are_no_text(site: Path, command: str) -> None:
+    words: tuple[str | bytes, ...] = (b"\xff", "m") if command in ("tag", "mount") else (b"\xff",)
+    ended = process("overlayfs", command, *words, cwd=site)
+    assert ended.code == (32 if command == "mount" else 1)
+    assert ended.err.startswith("overlayfs: ") and ended.err.count("\n") == 1 and "defect" not in ended.err
 
 
 # --- committing
