@@ -14,6 +14,7 @@ the records follow (overlayfs.store.adoption).
 import logging
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from overlayfs.store.workspaces import Workspace
 log = logging.getLogger(__name__)
 
 _PIECE = 32  # steps of settling between which other requests have their turn
+_SWITCH = 0.0005  # seconds that a thread may keep the interpreter while another one waits for it; else 5 ms
 _ATTEMPTS = 5  # to find the upper settled with the gate closed; the last one settles the rest there
 _CONSERVATIVE = ("metacopy", "redirect")  # what the layer may hold, until its manifest says what it does
 
@@ -92,7 +94,8 @@ class Commits:
             if not wanted.allow_empty and not self._overlay.is_changed:
                 raise committing.NothingToCommit("the mount")
             store = await self._opened()
-            made, held = await self._carry_out(store, wanted)
+            with _prompt_threads():
+                made, held = await self._carry_out(store, wanted)
             self._hashing[made.id] = _Beginning(hashing.Hashed("hashing"))
             trio.lowlevel.spawn_system_task(self._begin_hashing, store.path, made.id)
             return Committed(made.id, None if wanted.image is None else layout.image_name(wanted.image), held)
@@ -223,6 +226,17 @@ class Commits:
             raise
         finally:
             self._overlay.release_syncs(barrier)
+
+
+@contextmanager
+def _prompt_threads() -> Iterator[None]:
+    """Let the loop take its turn from the threads of a commit sooner: what these do in Python is done in pieces."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _advance(steps: Iterator[Any]) -> bool:

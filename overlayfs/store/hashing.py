@@ -9,6 +9,7 @@ WHY`; lines that nobody reads are dropped, and nothing waits for a reader.
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,6 @@ from overlayfs.errors import UserError
 from overlayfs.store import committing
 from overlayfs.store.layers import Layer
 from overlayfs.store.store import LayerStore
-
-_NICE = 19  # the mount's requests go first
 
 
 class Hashed(NamedTuple):
@@ -41,7 +40,7 @@ class Hashing:
         self._last = Hashed("hashing")
         self._fd, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            words = [sys.executable, "-m", __name__, os.fsdecode(store), layer_id]
+            words = [*_nicely(), sys.executable, "-m", "overlayfs.store.hashing", os.fsdecode(store), layer_id]
             # It leaves a child behind that does the work and ends itself: none of ours is left to be waited for.
             subprocess.run(words, stdin=subprocess.DEVNULL, stdout=writing, stderr=subprocess.DEVNULL, check=True)
         except BaseException:
@@ -77,6 +76,11 @@ class Hashing:
             self._last = Hashed(words[1], self._last.entries, self._last.size, words[2])
         else:
             self._last = Hashed("hashing", int(words[1]), int(words[2]))
+
+
+def _nicely() -> tuple[str, ...]:
+    """Return the words before a command that must not be in the way of a mount, from its first moment on."""
+    return ("nice", "-n", "19") if shutil.which("nice") else ()
 
 
 def hash_layer(store: LayerStore, layer: Layer, wait: bool = False) -> Layer | None:
@@ -125,7 +129,6 @@ def main(words: list[str]) -> int:
     if os.fork():
         return 0
     os.setsid()
-    os.nice(_NICE)
     with LayerStore(os.fsencode(words[0]), create=False) as store:
         return min(hash_all(store, words[1] if len(words) > 1 else None), 1)
 
