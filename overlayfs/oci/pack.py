@@ -195,7 +195,7 @@ class _Plain:
 
     def items(self) -> Iterator[Item]:
         yield from self._item(b"", b"", self._layer.stat(b"", b""))
-        cut = self._layer.marks(b"", b"", self._layer.stat(b"", b"")).opaque or has_opaque_root(self._layer.root)
+        cut = _has_any_opaque_root(self._layer)
         if cut:
             yield _opaque_mark(b"")
         pending = [self._inside(b"", cut)]
@@ -301,9 +301,10 @@ class _Resolved:
     def items(self) -> Iterator[Item]:
         root = self._view.root
         yield from self._merged.item(b"", root)
-        if has_opaque_root(self._layer.root):
+        cut = _has_any_opaque_root(self._layer)
+        if cut:
             yield _opaque_mark(b"")
-        pending = [self._inside(b"", root, self._beneath.root, has_opaque_root(self._layer.root))]
+        pending = [self._inside(b"", root, self._beneath.root, cut)]
         while pending:
             found = next(pending[-1], None)
             if found is None:
@@ -335,8 +336,8 @@ class _Resolved:
         path = join(parent, name)
         marks = self._layer.marks(parent, name, found)
         moved = marks.redirect is not None
-        covers = (marks.opaque or moved) and isinstance(beneath, Dir)
-        if covers:
+        # As in a plain layer; only where a directory has moved to is an opaque mark our own.
+        if marks.opaque or (moved and isinstance(beneath, Dir)):
             yield _opaque_mark(path)
         if moved:
             yield self._merged.below(path, node)
@@ -350,6 +351,10 @@ class _Resolved:
             return self._beneath.lookup(beneath, name)
         except FileNotFoundError:
             return None
+
+
+def _has_any_opaque_root(layer: Layer) -> bool:
+    return has_opaque_root(layer.root) or layer.marks(b"", b"", layer.stat(b"", b"")).opaque
 
 
 def has_opaque_root(root: int) -> bool:

@@ -46,8 +46,8 @@ entries: st.SearchStrategy[Entry] = st.recursive(
 layers = st.dictionaries(NAMES, entries, max_size=5)
 
 
-def packed(tree: Path) -> bytes:
-    with layer_items(os.fsencode(tree), (), Losses()) as items:
+def packed(tree: Path, *below: Path) -> bytes:
+    with layer_items(os.fsencode(tree), list(map(os.fsencode, below)), Losses()) as items:
         return b"".join(layertar.tar_pieces(items))
 
 
@@ -74,6 +74,8 @@ def test_layers_through_archives(place: Path, stack: list[dict[str, Entry]]) -> 
             originals.append(original)
             copies.append(copy)
         same(view(copies), view(originals))
+        # What lies below is no part of a layer that does not ask for it.
+        assert packed(*originals) == packed(originals[0])
         _check_merged(originals, Path(base, "merged"))
 
 
