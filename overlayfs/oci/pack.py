@@ -360,7 +360,7 @@ def _has_any_opaque_root(layer: Layer) -> bool:
 def has_opaque_root(root: int) -> bool:
     """Return whether the root of a layer carries the mark that cuts off all layers below.
 
-    No mount looks at it there: an image ends with such a layer instead (`image.lowest_first`).
+    No mount looks at it there: an image begins with such a layer instead (`image.image_record`).
     """
     values = (sysio.find_xattr(root, b"", xattrs.prefix(mode) + xattrs.OPAQUE) for mode in Mode)
     return any(opaque.decode(value) is Opacity.OPAQUE for value in values)
