@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from bench import acceptance, catalogue, complete, results, runner, site
-from bench.setting import amounts, new_report, runs, tell
+from bench.setting import amounts, keep, new_report, runs, tell
 from overlayfs_cli.benchmark import contenders as who
 from overlayfs_cli.benchmark.contenders import Contender
 
@@ -101,8 +101,6 @@ def show_acceptance(given: argparse.Namespace) -> int:
     _print_row(acceptance.HEADINGS)
     for kind in given.fs or ("ext4", "tmpfs"):
         _accept(given, kind, targets, able, report)
-    if given.json:
-        results.save(report, given.json)
     missed = [r for kind in given.fs or ("ext4", "tmpfs") for r in acceptance.rows(report, targets, kind, who.OURS)]
     return int(any(line[5] != "met" for line in missed))
 
@@ -120,6 +118,7 @@ def _accept(
         for name, kinds in acceptance.needed(targets).items():
             those = [each for each in able if each.kind in kinds]
             report.results += runner.measure(catalogue.named(name), those, place, runs(given), given.again, tell)
+            keep(given, report)
             done.add(name)
             for target in targets:
                 if target not in shown and done.issuperset(target.workloads):

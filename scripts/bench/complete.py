@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import catalogue, page, results, runner, special, table
-from bench.setting import amounts, new_report, runs, tell
+from bench.setting import amounts, keep, new_report, runs, tell
 from bench.site import Site, site
 from overlayfs_cli.benchmark import contenders as who
 from overlayfs_cli.benchmark.contenders import Contender
@@ -36,11 +36,13 @@ def _measure_all(given: argparse.Namespace, place: Site, able: Sequence[Contende
         _show(report, found)
         if each.measure is special.start_up and not report.anatomy:
             report.anatomy = special.anatomy(place, next(c for c in able if c.name == who.OURS))
+        keep(given, report)
     for workload in catalogue.chosen(given.words):
         if place.kind in ("ext4", "tmpfs") or given.words:
             found = runner.measure(workload, able, place, runs(given), given.again, tell)
             report.results += found
             _show(report, found)
+            keep(given, report)
 
 
 def _show(report: results.Report, found: Sequence[results.Result]) -> None:
@@ -55,8 +57,7 @@ def _show(report: results.Report, found: Sequence[results.Result]) -> None:
 
 
 def _keep(given: argparse.Namespace, report: results.Report) -> int:
-    if given.json:
-        results.save(report, given.json)
+    keep(given, report)
     if given.plots:
         from bench import plots
 

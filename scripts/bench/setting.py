@@ -43,3 +43,9 @@ def runs(given: argparse.Namespace) -> int:
 def amounts(given: argparse.Namespace) -> sizes.Sizes:
     """Return how much there is of everything."""
     return sizes.QUICK if given.quick else sizes.FULL
+
+
+def keep(given: argparse.Namespace, report: results.Report) -> None:
+    """Write what is known by now: a measurement of an hour that is ended early is not lost."""
+    if given.json:
+        results.save(report, given.json)
