@@ -11,7 +11,7 @@ from overlayfs_cli.command import command
 if TYPE_CHECKING:
     from overlayfs.store.verify import Checked, Problem
 
-FILES = ("record", "manifest", "index")  # of the store itself: what is named is not a path of a tree
+FILES = ("record", "manifest", "index", "remote")  # of the store itself: what is named is not a path of a tree
 
 
 @command(

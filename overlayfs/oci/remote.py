@@ -14,11 +14,11 @@ import msgspec
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci.media import Descriptor, check_digest
+from overlayfs.store import layout, records
 from overlayfs.store.layers import layer_path
 from overlayfs.store.records import ImageRecord
 from overlayfs.store.store import LayerStore
 
-FILE = b"remote"
 MOST = 16  # places of a blob, blobs of a layer, images that end with it: the newest are kept
 
 
@@ -62,8 +62,9 @@ class Remote(msgspec.Struct, frozen=True):
 def read(store: LayerStore, layer_id: str) -> Remote:
     """Return what is remembered with a layer; nothing if that cannot be read."""
     with contextlib.suppress(OSError, UserError, msgspec.MsgspecError, UnicodeDecodeError):
-        data = store.place.read(store.place.root, layer_path(layer_id) + b"/" + FILE)
-        return msgspec.json.decode(data, type=Remote)
+        data = store.place.read(store.place.root, layer_path(layer_id) + b"/" + layout.REMOTE)
+        if records.is_whole(data):
+            return msgspec.json.decode(data, type=Remote)
     return Remote()
 
 
@@ -105,6 +106,6 @@ def _write(store: LayerStore, layer_id: str, known: Remote) -> None:
     with contextlib.suppress(FileNotFoundError), store.place.adding():  # gone already: nothing to remember
         directory = store.place.open(layer_path(layer_id))
         try:
-            store.place.write(directory, FILE, msgspec.json.encode(known) + b"\n")
+            store.place.write(directory, layout.REMOTE, records.sealed(msgspec.json.encode(known)))
         finally:
             sysio.close(directory)

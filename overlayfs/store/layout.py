@@ -28,6 +28,7 @@ ROOMS = (LAYERS, DIGESTS, DIFFS, IMAGES, WORKSPACES, INTENTS, STAGING, TRASH)
 RECORD = b"record"
 TREE = b"tree"
 MANIFEST = b"manifest"
+REMOTE = b"remote"
 UPPER = b"upper"
 WORK = b"work"
 NEXT_UPPER = b"upper.next"

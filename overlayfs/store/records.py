@@ -98,13 +98,13 @@ Kept = TypeVar("Kept", LayerRecord, ImageRecord, WorkspaceRecord, Intent)
 
 def encode(record: LayerRecord | ImageRecord | WorkspaceRecord | Intent) -> bytes:
     """Return the document of a record, ready to be a file; its last member is the check of all that stands before."""
-    return _checked(msgspec.json.encode(record).removesuffix(b"}"))
+    return sealed(msgspec.json.encode(record))
 
 
 def decode(document: bytes, kind: type[Kept], where: str) -> Kept:
     """Return the record in a document; UserError, which names `where`, for one that is damaged."""
     try:
-        if document != _checked(document.rpartition(_CHECK)[0]):
+        if not is_whole(document):
             raise msgspec.DecodeError("its check does not fit")
         return msgspec.json.decode(document, type=kind)
     except msgspec.DecodeError as error:
@@ -114,9 +114,18 @@ def decode(document: bytes, kind: type[Kept], where: str) -> Kept:
 _CHECK = b',"check":"'
 
 
+def sealed(document: bytes) -> bytes:
+    """Return a JSON object, which is not empty, as a line that ends with its check."""
+    return _checked(document.removesuffix(b"}"))
+
+
 def _checked(members: bytes) -> bytes:
-    # A flipped bit may leave a document that is good JSON and says something else.
     return members + _CHECK + xxhash.xxh3_128_hexdigest(members).encode() + b'"}\n'
+
+
+def is_whole(line: bytes) -> bool:
+    """Return whether not a bit of what `sealed` has returned is another one: what is left may be good JSON."""
+    return line == _checked(line.rpartition(_CHECK)[0])
 
 
 def now() -> str:

@@ -17,11 +17,12 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from overlayfs import sysio
-from overlayfs.store import layout, scan, verify
+from overlayfs.errors import UserError
+from overlayfs.store import layout, records, scan, verify
 from overlayfs.store.entries import Entry, Type, travels
 from overlayfs.store.layers import Layer, Layers, layer_path, write_manifest
 from overlayfs.store.manifest import Damaged, Manifest
-from overlayfs.store.records import LayerRecord
+from overlayfs.store.records import ImageRecord, LayerRecord
 from overlayfs.store.store import LayerStore
 from overlayfs.store.verify import EXTRA, Problem
 from overlayfs.tree.copyup import copy_data
@@ -67,10 +68,15 @@ def repair(store: LayerStore, problems: tuple[Problem, ...], sources: tuple[Laye
     What stays wrong, verification tells again. UserError when a layer is in use.
     """
     layers = Layers(store.place)
+    for problem in problems:
+        if not problem.layer and problem.kind == verify.RECORD:
+            _restore_image(store, problem.path, sources)
     for layer_id in dict.fromkeys(problem.layer for problem in problems if problem.layer):
         kinds = {problem.kind for problem in problems if problem.layer == layer_id}
         if verify.RECORD in kinds and not _restore_record(layers, layer_id):
             continue
+        if verify.REMOTE in kinds:
+            _forget_registries(layers, layer_id)
         layer = layers.get(layer_id)
         if layer is not None:
             told(f"repairing layer {layer_id[:12]}")
@@ -109,6 +115,24 @@ def _restore_record(layers: Layers, layer_id: str) -> bool:
     with layers.publishing():
         layers.write_record(record)
     return True
+
+
+def _restore_image(store: LayerStore, path: bytes, sources: tuple[LayerStore, ...]) -> None:
+    """Take the record of an image from a store that has one of the same name, made of layers that are here."""
+    for source in sources:
+        with contextlib.suppress(FileNotFoundError, UserError):
+            if path.startswith(layout.IMAGES + b"/"):
+                store.put_image(records.decode(source.place.read(source.place.root, path), ImageRecord, ""))
+                return
+
+
+def _forget_registries(layers: Layers, layer_id: str) -> None:
+    """Remove what is remembered of registries: it is found out again."""
+    directory = layers.place.open(layer_path(layer_id))
+    try:
+        sysio.unlink_at(directory, layout.REMOTE)
+    finally:
+        sysio.close(directory)
 
 
 def _index_lines(layers: Layers, digest: str) -> list[str]:

@@ -26,7 +26,7 @@ from overlayfs.store.records import ImageRecord, LayerRecord, WorkspaceRecord
 from overlayfs.store.scan import Progress, Scanned
 
 DAMAGED, MISSING, EXTRA, UNREADABLE = "damaged", "missing", "extra", "unreadable"
-RECORD, MANIFEST, INDEX = "record", "manifest", "index"
+RECORD, MANIFEST, INDEX, REMOTE = "record", "manifest", "index", "remote"
 
 ATTRIBUTE_WORDS = ("mode ", "owner ", "modification time", "attribute ")
 """How what differs begins when it can be put right without making the object again."""
@@ -36,8 +36,8 @@ class Problem(NamedTuple):
     """One thing that is not as it was written down.
 
     kind: "damaged", "missing", "extra" or "unreadable" for the entry `path` of a layer's tree (``b""``: its root);
-    "manifest" or "record" for these files of a layer, "index" when a layer is not found by its digest. For an image or
-    workspace "record", or "missing" for a layer that it names: `layer` is empty then and `path` is the record's.
+    "manifest", "record" or "remote" for these files of a layer, "index" when its digest does not lead to it. For an
+    image or workspace "record", or "missing" for a layer that it names: `layer` is empty and `path` is the record's.
     differs: what is not as it was, in words; empty where the kind says all.
     """
 
@@ -300,6 +300,8 @@ class _StoreCheck:
             self._problems.append(Problem(layer.id, b"", MANIFEST, ("content",)))
         if not self._is_indexed(layer.record):
             self._problems.append(Problem(layer.id, b"", INDEX))
+        if not self._remembers_right(layer):
+            self._problems.append(Problem(layer.id, b"", REMOTE, ("content",)))
         self._count += 1
         self._entries += check.entries
         self._size += check.size
@@ -307,6 +309,13 @@ class _StoreCheck:
     def _shift(self, entries: int, size: int) -> None:
         if self._progress is not None:
             self._progress(self._entries + entries, self._size + size)
+
+    def _remembers_right(self, layer: Layer) -> bool:
+        place = self._layers.place
+        try:
+            return records.is_whole(place.read(place.root, layer_path(layer.id) + b"/" + layout.REMOTE))
+        except FileNotFoundError:
+            return True
 
     def _is_indexed(self, record: LayerRecord) -> bool:
         """Return whether a layer is found by its content, unless another one stands for it."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -123,17 +124,24 @@ DAMAGES: dict[str, Callable[[Layer], object]] = {
     "no manifest": lambda layer: file_of(layer, "manifest").unlink(),
     "manifest and content": lambda layer: each(flip, file_of(layer, "manifest"), at(layer, "big")),
     "the record": lambda layer: flip(file_of(layer, "record")),
+    "an image": lambda layer: flip(file_of(layer, "../../images/site:latest")),
+    "memory of registries": lambda layer: file_of(layer, "remote").write_text('{"blobs": []}\n'),
     "the index": lambda layer: each(flip, *each_index(layer)),
     "everything": lambda layer: each(lambda p: replaced(p, Path.touch), *at(layer).iterdir()),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_from_another_store(store: Store, other: Store, damage: str) -> None:
+def test_from_another_store(place: Path, store: Store, other: Store, damage: str) -> None:
     layer = put(store, "site", TREE)
     DAMAGES[damage](layer)
     assert store.verify().problems
-    before, after = store.repair(source=os.fsdecode(other.path))
+    if damage == "an image":  # the other store's is not made of our layers, a copy's is
+        flip(file_of(layer, "../../images/site:latest"))
+        subprocess.run(["cp", "-a", "store", "copy"], cwd=place, check=True)
+        flip(file_of(layer, "../../images/site:latest"))
+    source = place / ("copy" if damage == "an image" else "other")
+    before, after = store.repair(source=str(source))
     assert before.problems and not after.problems
     assert not store.verify("site").problems
     assert sorted(os.listdir(layer.path)) == [b"lock", b"manifest", b"record", b"tree"]
