@@ -1,9 +1,11 @@
 """Images for tests: stacks of layers as values, in a store, and what they show."""
 
 import os
+import subprocess
 from pathlib import Path
 
 from overlayfs import Overlay, StackConfig
+from overlayfs.fs import Caller, Changes
 from overlayfs.store.layers import Layer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import History, ImageRecord
@@ -72,6 +74,24 @@ def add_image(store: LayerStore, name: str = "sample:1", *trees: Tree | Dir) -> 
             annotations={"org.example": "kept"},
         )
     )
+
+
+def add_marked_image(store: LayerStore, place: Path, name: str) -> ImageRecord:
+    """Make an image whose top layer has redirects and a metadata-only copy, as a commit of a mount leaves them."""
+    base = add(store, {"d": {"f": b"f", "sub": {"g": b"g"}}, "big": b"b" * 9000, "other": {"x": b"x"}})
+    for directory in ("upper", "work"):
+        (place / directory).mkdir()
+    overlay = Overlay(StackConfig((base.tree_path,), os.fsencode(place / "upper"), os.fsencode(place / "work")))
+    overlay.rename(overlay.root, b"d", overlay.resolve(b"other"), b"moved")
+    overlay.unlink(overlay.resolve(b"other/moved/sub"), b"g")
+    overlay.set_attributes(overlay.resolve(b"big"), Changes(mode=0o4711), Caller(0, 0))
+    overlay.close()
+    with store.new_layer() as staged:
+        subprocess.run(["cp", "-aT", place / "upper", os.fsdecode(staged.tree_path)], check=True)
+        with Manifest.build(staged.tree_fd) as manifest:
+            assert set(manifest.flags) == {"redirect", "metacopy"}
+            top = staged.publish(manifest=manifest, flags=manifest.flags, below=(base.id,))
+    return store.put_image(ImageRecord(name=name, layers=(top.id, base.id), created="2020-01-01T00:00:00Z"))
 
 
 def view(store: LayerStore, name: str) -> Dump:

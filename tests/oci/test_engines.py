@@ -106,6 +106,19 @@ def test_podman_shows_what_we_export(
         peers.run("podman", "rmi", "-f", "localhost/sample:1")
 
 
+def test_podman_shows_layers_that_had_marks(peers: Engines, store: LayerStore, place: Path) -> None:
+    """A moved directory and a file whose mode alone was changed, of which archives know nothing."""
+    samples.add_marked_image(store, place, "localhost/marked:1")
+    expected = samples.view(store, "localhost/marked:1")
+    export_image(store, "localhost/marked:1", os.fsencode(place / "out"), ExportOptions(Format.OCI_ARCHIVE))
+    peers.run("podman", "load", "-q", "-i", place / "out")
+    try:
+        with peers.mounted("localhost/marked:1") as point:
+            same(like_podman(archives.picture(point)), like_podman(expected))
+    finally:
+        peers.run("podman", "rmi", "-f", "localhost/marked:1")
+
+
 @pytest.mark.parametrize("packing", [Compression.GZIP, Compression.NONE])
 def test_umoci_unpacks_what_we_export(peers: Engines, store: LayerStore, place: Path, packing: Compression) -> None:
     expected = _export(store, place, Format.OCI, packing)

@@ -15,9 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from overlayfs import Overlay, StackConfig
 from overlayfs.errors import UserError
-from overlayfs.fs import Caller, Changes
 from overlayfs.oci import media, platforms
 from overlayfs.oci.blobs import read_blob, write_blob
 from overlayfs.oci.compression import Compression
@@ -164,17 +162,7 @@ def test_the_canonical_digest_is_remembered(store: LayerStore) -> None:
 
 
 def test_layers_with_marks_are_exported_over_their_stack(store: LayerStore, other: LayerStore, place: Path) -> None:
-    base = samples.add(store, {"d": {"f": b"f", "sub": {"g": b"g"}}, "big": b"b" * 9000})
-    for name in ("upper", "work"):
-        (place / name).mkdir()
-    overlay = Overlay(StackConfig((base.tree_path,), os.fsencode(place / "upper"), os.fsencode(place / "work")))
-    overlay.rename(overlay.root, b"d", overlay.root, b"moved")
-    overlay.set_attributes(overlay.resolve(b"big"), Changes(mode=0o600), Caller(0, 0))
-    overlay.close()
-    with store.new_layer() as staged:
-        subprocess.run(["cp", "-aT", place / "upper", os.fsdecode(staged.tree_path)], check=True)
-        top = staged.publish(manifest=None, flags=("redirect", "metacopy"), below=(base.id,))
-    store.put_image(ImageRecord(name="sample:1", layers=(top.id, base.id), created="2020-01-01T00:00:00Z"))
+    samples.add_marked_image(store, place, "sample:1")
     got = import_image(other, export(store, place / "out", Format.OCI), "other")
     assert other.layer(got.layers[0]).record.flags == ()
     same(samples.view(other, "other"), samples.view(store, "sample:1"))
