@@ -4,7 +4,7 @@ import fcntl
 import mmap
 import os
 import subprocess
-from errno import ETXTBSY
+from errno import EBADF, ETXTBSY
 
 import pytest
 
@@ -335,3 +335,16 @@ def test_many_files_open_at_once(stack: StackMaker) -> None:
     for handle in handles:
         handle.close()
     assert {tree.read(f"f{number}")[:1] for number in range(300)} == {b"x"}
+
+
+@pytest.mark.on("plain", "fuse", "kernel")
+@pytest.mark.parametrize("where", ["lower", "upper"])
+def test_the_access_mode_that_neither_reads_nor_writes(stack: StackMaker, where: str) -> None:
+    """open(2): 3, which is for ioctls alone."""
+    spec: Spec = {"f": "data"}
+    tree = stack(spec if where == "lower" else {}, upper=spec if where == "upper" else {})
+    fd = descriptor(tree, "f", os.O_WRONLY | os.O_RDWR)
+    for use in (lambda: os.read(fd, 1), lambda: os.write(fd, b"x")):
+        with pytest.raises(OSError) as refused:
+            use()
+        assert refused.value.errno == EBADF

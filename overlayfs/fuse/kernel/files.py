@@ -125,7 +125,7 @@ class FileRequests:
 
         If that fails the handle is closed.
         """
-        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        writes = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)  # a fourth value, 3, is for ioctls alone (open(2))
         try:
             fd = self._overlay.descriptor(handle, writes)
             found = os.fstat(fd)
