@@ -26,6 +26,7 @@ from overlayfs.store.store import LayerStore
 
 STANDARD_INPUT = b"-"
 _LOOKED_AT = 64 * 1024
+_TOGETHER = 64  # layers that wait for each other; each has descriptors open
 # How the first member of an image in one file is called; anything else begins a layer.
 _IMAGE_MEMBER = re.compile(
     rb"blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|(sha256:)?[0-9a-f]{64}(/.*|\.json|\.tar)?"
@@ -164,16 +165,23 @@ class _Import:
 
     def _found(self, found: Found, shown: str) -> ImageRecord:
         """Bring in the layers that are missing, publish them when all are there, then put the image."""
+        ready: dict[str, Layer] = {}
         with ExitStack() as undo:
-            ready: dict[str, Layer | Prepared] = {}
+            waiting: dict[str, Prepared] = {}
             for number, (layer, step) in enumerate(_with_steps(found), 1):
-                if layer.diff_id not in ready:
-                    there = self._store.by_diff_id(layer.diff_id)
-                    what = f"layer {number} of {shown}"
-                    ready[layer.diff_id] = there or undo.enter_context(self._prepared(layer, step, what, number, found))
-            layers = {each: one.publish() if isinstance(one, Prepared) else one for each, one in ready.items()}
-            stack = tuple(layers[layer.diff_id] for layer in found.layers)
-            return self._store.put_image(image.image_record(self._name, found.config, stack, found.annotations))
+                if layer.diff_id in ready or layer.diff_id in waiting:
+                    continue
+                there = self._store.by_diff_id(layer.diff_id)
+                if there is not None:
+                    ready[layer.diff_id] = there
+                    continue
+                what = f"layer {number} of {shown}"
+                waiting[layer.diff_id] = undo.enter_context(self._prepared(layer, step, what, number, found))
+                if len(waiting) == _TOGETHER:
+                    _publish(waiting, ready, undo)
+            _publish(waiting, ready, undo)
+        stack = tuple(ready[layer.diff_id] for layer in found.layers)
+        return self._store.put_image(image.image_record(self._name, found.config, stack, found.annotations))
 
     @contextmanager
     def _prepared(
@@ -194,6 +202,14 @@ class _Import:
             self._options.notice,
         ) as prepared:
             yield prepared
+
+
+def _publish(waiting: dict[str, Prepared], ready: dict[str, Layer], undo: ExitStack) -> None:
+    """Make layers parts of the store, and give back what they held while they were prepared."""
+    while waiting:
+        diff_id, prepared = waiting.popitem()
+        ready[diff_id] = prepared.publish()
+    undo.close()
 
 
 def _with_steps(found: Found) -> Iterator[tuple[LayerSource, HistoryEntry | None]]:

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.oci import media, platforms
+from overlayfs.oci import importing, media, platforms
 from overlayfs.oci.blobs import read_blob, write_blob
 from overlayfs.oci.compression import Compression
 from overlayfs.oci.exporting import ExportOptions, Format, export_image
@@ -499,6 +499,17 @@ def test_an_import_that_is_interrupted_leaves_nothing(
     with pytest.raises(Interrupted):
         import_image(other, source, "x", ImportOptions(report=report))
     assert there(place / "elsewhere") == before
+
+
+def test_more_layers_than_may_wait_for_each_other(
+    store: LayerStore, other: LayerStore, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples.add_image(store, "sample:1", *({f"f{number}": b"x"} for number in range(5)))
+    monkeypatch.setattr(importing, "_TOGETHER", 2)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    import_image(other, export(store, place / "out", Format.OCI), "other")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    same(samples.view(store, "sample:1"), samples.view(other, "other"))
 
 
 @pytest.mark.parametrize("kind", Format)
