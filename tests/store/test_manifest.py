@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
@@ -233,3 +234,21 @@ def test_entries_that_no_walk_gives_are_refused(place: Path, opened: Callable[[P
     entries = [Entry(path=path, type=Type.DIR) for path in paths]
     with Manifest.of(entries, opened(place)) as manifest, pytest.raises(Damaged):
         list(manifest.entries)
+
+
+def test_no_damage_does_worse_than_being_told(place: Path, opened: Callable[[Path], int]) -> None:
+    with Manifest.build(opened(_made(place / "l", EVERYTHING))) as manifest:
+        _write(manifest, place)
+    good = (place / "manifest").read_bytes()
+    chosen = random.Random(1)
+    for _ in range(2000):
+        damaged = bytearray(good)
+        for _ in range(chosen.choice((1, 1, 3))):
+            damaged[chosen.randrange(len(damaged))] = chosen.randrange(256)
+        (place / "manifest").write_bytes(damaged[: chosen.choice((len(damaged), chosen.randrange(len(damaged))))])
+        with _read(place) as again, suppress(Damaged):
+            list(again.entries)
+    for claim in (b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000, b"\xdd\0\0\0\1\xc6\xff\xff\xff\xff"):
+        (place / "manifest").write_bytes(b"overlayfs manifest 1\n" + len(claim).to_bytes(4, "little") + claim)
+        with _read(place) as again, pytest.raises(Damaged):
+            list(again.entries)
