@@ -1,9 +1,14 @@
 """`overlayfs gc`: what nothing needs goes."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from overlayfs_cli import output, progress, storage
 from overlayfs_cli.command import command
+
+if TYPE_CHECKING:
+    from overlayfs import Store
 
 HEADINGS = ("KIND", "NAME", "SIZE")
 
@@ -22,10 +27,13 @@ HEADINGS = ("KIND", "NAME", "SIZE")
 def gc(store: bytes | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """Delete layers that no image and no workspace names, ephemeral workspaces, and what killed processes left.
 
-    What is mounted or being made stays. --dry-run prints exactly what would go.
+    What is mounted or being made stays. --dry-run prints exactly what would go. Layers that a killed process has left
+    unhashed are hashed.
     """
     with storage.opened(store) as opened, progress.waiting("deleting", quiet or dry_run):
         gone = opened.gc(dry_run)
+        if not dry_run:
+            _finish(opened)
     if as_json:
         output.show_json({"garbage": [each._asdict() for each in gone], "size": sum(each.size for each in gone)})
     elif quiet:
@@ -33,3 +41,9 @@ def gc(store: bytes | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
             click.echo(each.name)
     else:
         output.show_table(HEADINGS, [(each.kind, each.name, storage.size_text(each.size)) for each in gone])
+
+
+def _finish(store: "Store") -> None:
+    from overlayfs.store import hashing
+
+    hashing.hash_unfinished(store)

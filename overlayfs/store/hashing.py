@@ -18,6 +18,7 @@ from typing import NamedTuple
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.store import committing
+from overlayfs.store.committing import Progress
 from overlayfs.store.layers import Layer
 from overlayfs.store.store import LayerStore
 
@@ -83,8 +84,11 @@ def _nicely() -> tuple[str, ...]:
     return ("nice", "-n", "19") if shutil.which("nice") else ()
 
 
-def hash_layer(store: LayerStore, layer: Layer, wait: bool = False) -> Layer | None:
-    """Make an adopted layer complete, telling of it. When another process is at it: None, or what it made if `wait`."""
+def hash_layer(store: LayerStore, layer: Layer, progress: Progress | None = None, wait: bool = False) -> Layer | None:
+    """Make an adopted layer complete; `progress` is told entries and bytes.
+
+    When another process is at it: None, or what it made if `wait`.
+    """
     with contextlib.ExitStack() as held:
         tree = layer.tree_fd()
         held.callback(sysio.close, tree)
@@ -92,13 +96,21 @@ def hash_layer(store: LayerStore, layer: Layer, wait: bool = False) -> Layer | N
             sysio.wait_lock(tree, shared=False)
         elif not sysio.try_lock(tree):
             return None
+        found = store.layer(layer.id)
+        return committing.hash_layer(store, layer, progress) if found.record.state == "hashing" else found
 
-        finished = store.layer(layer.id)
-        if finished.record.state == "hashing":
-            finished = committing.hash_layer(store, layer, lambda entries, size: _tell(layer.id, entries, size))
+
+def hash_unfinished(store: LayerStore, progress: Progress | None = None) -> None:
+    """Make the layers complete whose hashing somebody began and nobody finished."""
+    for layer in list(store.unfinished()):
+        hash_layer(store, layer, progress)
+
+
+def _hash_aloud(store: LayerStore, layer: Layer, wait: bool) -> None:
+    finished = hash_layer(store, layer, lambda entries, size: _tell(layer.id, entries, size), wait)
+    if finished is not None:
         _tell(layer.id, finished.record.entries, finished.record.size)
         _tell(layer.id, "done", finished.record.digest)
-        return finished
 
 
 def _tell(*words: object) -> None:
@@ -117,7 +129,7 @@ def hash_all(store: LayerStore, first: str | None = None) -> int:
     failed = 0
     for layer in _in_turn(store, first):
         try:
-            hash_layer(store, layer, wait=layer.id == first)
+            _hash_aloud(store, layer, wait=layer.id == first)
         except (OSError, UserError) as error:
             failed += 1
             _tell(layer.id, "failed", " ".join(str(error).split()))

@@ -11,6 +11,7 @@ import pytest
 from overlayfs import Overlay, StackConfig, sysio
 from overlayfs.errors import UserError, oserror
 from overlayfs.fs import Changes, Node
+from overlayfs.store import hashing
 from tests.crash.harness import ROOT, _build_layers, view, write
 from tests.crash.operations import OPERATIONS
 from tests.store.live import IMAGE, NAME, Site, Used
@@ -398,6 +399,21 @@ def test_without_an_upper_there_is_nothing_to_commit(place: Path) -> None:
     assert not overlay.is_changed
     assert overlay.read_only
     overlay.close()
+
+
+def test_what_was_left_unhashed_is_hashed_once(site: Site) -> None:
+    with site.used() as used:
+        make(used.overlay, "new", b"new")
+        layer = used.commit().layer
+    with site.open() as store:
+        assert layer in [each.id for each in store.unfinished()]
+        tree = store.layer(layer).tree_fd()
+        sysio.try_lock(tree)  # as the process does that is at it
+        assert hashing.hash_layer(store, store.layer(layer)) is None
+        os.close(tree)
+        hashing.hash_unfinished(store)
+        assert list(store.unfinished()) == []
+        assert store.layer(layer).record.digest is not None
 
 
 def test_a_descriptor_tells_how_it_was_opened(place: Path) -> None:
