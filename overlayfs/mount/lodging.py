@@ -35,7 +35,7 @@ class Claimed(NamedTuple):
 
 @contextlib.contextmanager
 def claimed(store: bytes, image: str, name: str | None, ephemeral: bool, create: bool) -> Iterator[Claimed]:
-    """Claim a workspace of an image for a mount. When the context fails, a new workspace goes and an old one stays.
+    """Claim a workspace of an image for a mount. When the context fails, a new one goes in which nothing was changed.
 
     MountError when it cannot be had.
     """
@@ -50,9 +50,19 @@ def claimed(store: bytes, image: str, name: str | None, ephemeral: bool, create:
         try:
             yield found
         except BaseException:
-            if claim.new:
+            if claim.new and (found.lodging.ephemeral or _is_untouched(found)):
                 _drop(found.lodging)
             raise
+
+
+def _is_untouched(claimed: Claimed) -> bool:
+    """Return whether nothing was done in a new workspace.
+
+    In the foreground the context is the mount itself, and may end by an error after hours of work and commits.
+    """
+    used = claimed.lodging
+    with LayerStore(used.store, create=False) as store:
+        return not os.listdir(claimed.upper) and store.workspace(used.workspace).record.layers == used.layers
 
 
 @contextlib.contextmanager

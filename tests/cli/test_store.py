@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from overlayfs.mount import table, unmount
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
 from overlayfs_cli import storage
@@ -158,6 +159,20 @@ def test_a_mount_of_an_image_in_the_foreground(site: Path) -> None:
     done(site, "umount", "m")
     assert running.wait(20) == 0
     assert not any((site / "store/workspaces").iterdir())
+
+
+def test_work_survives_a_mount_in_the_foreground_that_ends_by_an_error(site: Path) -> None:
+    """Its workspace is as new as one of a mount that never was, but something was changed in it."""
+    running = subprocess.Popen(
+        [program("overlayfs"), "mount", "site:v1", "m", "-f", "--name", "draft"], cwd=site, stderr=subprocess.PIPE
+    )
+    until(lambda: running.poll() is not None or os.path.ismount(site / "m"))
+    (site / "m/new").write_text("hours of work")
+    unmount.cut_off(table.find(os.fsencode(site / "m")))
+    _, written = running.communicate(timeout=20)
+    assert running.returncode == 32 and b"was cut off from the kernel" in written
+    done(site, "mount", "site:v1", "m", "--name", "draft")
+    assert (site / "m/new").read_text() == "hours of work"
 
 
 @pytest.mark.parametrize(
