@@ -56,13 +56,16 @@ def claimed(store: bytes, image: str, name: str | None, ephemeral: bool, create:
 
 
 def _is_untouched(claimed: Claimed) -> bool:
-    """Return whether nothing was done in a new workspace.
+    """Return whether nothing was done in a new workspace, for certain.
 
     In the foreground the context is the mount itself, and may end by an error after hours of work and commits.
     """
     used = claimed.lodging
-    with LayerStore(used.store, create=False) as store:
-        return not os.listdir(claimed.upper) and store.workspace(used.workspace).record.layers == used.layers
+    try:
+        with LayerStore(used.store, create=False) as store:
+            return not os.listdir(claimed.upper) and store.workspace(used.workspace).record.layers == used.layers
+    except (OSError, UserError):
+        return False
 
 
 @contextlib.contextmanager
