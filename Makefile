@@ -33,8 +33,12 @@ test-mounted:   ## what needs /dev/fuse and root
 test-together:  ## eight processes on one store for a minute; needs root
 	OVERLAYFS_TEST_SECONDS=60 $(BIN)python -m pytest -q -s tests/store/test_together.py
 
-check: lint types  ## all that CI runs
+test-pyfuse3:   ## the same on the portable engine
+	$(PYTEST) --engine pyfuse3 --drivers pyfuse3,command tests/mounted tests/programs tests/differential tests/behaviour
+
+check: lint types  ## all that CI runs; what differs between the engines runs on both
 	$(PYTEST)
+	$(PYTEST) --engine pyfuse3 tests/mounted tests/programs/test_work.py
 
 bench:          ## times beside a plain directory, the kernel's overlayfs and other FUSE overlays; needs root
 	$(BIN)python scripts/bench run

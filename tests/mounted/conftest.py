@@ -92,6 +92,12 @@ class Mount:
         command = [sys.executable, "-m", "tests.mounted.faulty", str(fault), options, str(self.point)]
         return self._watch(command, log, {})
 
+    def wrong(self, fault: str, options: str) -> "Foreground":
+        """Mount in the foreground by an engine that is wrong in one way (tests/mounted/wrong.py)."""
+        words = f"{self.stack.options},{options}"
+        command = [sys.executable, "-m", "tests.mounted.wrong", fault, words, str(self.point)]
+        return self._watch(command, subprocess.DEVNULL, {})
+
     def _watch(self, command: list[str], errors: IO[str] | int, environment: dict[str, str]) -> "Foreground":
         process = subprocess.Popen(
             command,

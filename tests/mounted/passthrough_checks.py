@@ -3,9 +3,7 @@
 They are run on the engine as it is, and on engines that are wrong in one way, where those that matter must fail.
 """
 
-import ctypes
 import errno
-import fcntl
 import itertools
 import mmap
 import os
@@ -15,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tests.mounted import sequences
@@ -170,7 +169,7 @@ def a_program_is_busy_while_it_runs_or_is_written(mount: Mount) -> None:
         shutil.copy(sleep, path)
         for flags in (os.O_WRONLY, os.O_RDWR):
             fd = os.open(path, flags)
-            assert errno_of(subprocess.run, [path, "0"], check=True) == errno.ETXTBSY
+            assert errno_of(_output, path) == errno.ETXTBSY
             os.close(fd)
         with subprocess.Popen([path, "60"]) as running:
             assert errno_of(os.open, path, os.O_WRONLY) == errno.ETXTBSY
@@ -221,13 +220,13 @@ def _after_changes(directory: Path) -> dict[tuple[object, ...], object]:
     for (what, act), mode, user in itertools.product(CHANGES.items(), MODES, (ROOT, ALICE)):
         for flags in (os.O_RDWR, os.O_RDWR | os.O_TRUNC):
             path = _set_id_file(directory, next(number), mode)
-            _as(user, lambda path=path, flags=flags, act=act: _open_and(path, flags, act))
+            _as(user, partial(_open_and, path, flags, act))
             bits, capable = _privileges(path)
             # Stores reach the file as writes of the daemon, which cost the capability, where they are not past us.
             found[what, oct(mode), user.uid, flags] = bits, capable and what != "store"
     for mode, user in itertools.product(MODES, (ROOT, ALICE)):
         path = _set_id_file(directory, next(number), mode)
-        _as(user, lambda path=path: os.truncate(path, 3))
+        _as(user, partial(os.truncate, path, 3))
         found["truncate", oct(mode), user.uid] = _privileges(path)
         os.chown(path, 7, 7)
         found["chown", oct(mode), user.uid] = _privileges(path)
@@ -265,17 +264,23 @@ def _privileges(path: Path) -> tuple[str, bool]:
 
 def set_id_bits_go_when_they_came_after_the_open(mount: Mount) -> None:
     """Somebody holds the file open for writing while it is made set-id; once written to, it runs as who runs it."""
-    program = mount.point / "whoami"
-    shutil.copy("/usr/bin/id", program)
-    os.chmod(program, 0o777)
-    fd = os.open(program, os.O_RDWR)
-    os.chmod(program, 0o6777)
-    assert oct(program.stat().st_mode) == "0o106777"
-    run_as(ALICE, lambda: os.pwrite(fd, b"\x7fELF", 0))
-    os.close(fd)
-    answer = run_as(ALICE, lambda: subprocess.run([program], capture_output=True, text=True, check=True).stdout)
-    assert "euid=0" not in answer and "egid=0" not in answer, answer
-    assert oct(program.stat().st_mode) == oct((mount.stack.upper / "whoami").stat().st_mode) == "0o100777"
+    for number, flags in enumerate((os.O_WRONLY, os.O_RDWR)):
+        program = mount.point / f"whoami{number}"
+        shutil.copy("/usr/bin/id", program)
+        os.chmod(program, 0o777)
+        fd = os.open(program, flags)
+        os.chmod(program, 0o6777)
+        assert oct(program.stat().st_mode) == "0o106777"
+        run_as(ALICE, partial(os.pwrite, fd, b"\x7fELF", 0))
+        os.close(fd)
+        answer = run_as(ALICE, partial(_output, program))
+        assert "euid=0" not in answer and "egid=0" not in answer, answer
+        real = mount.stack.upper / program.name
+        assert oct(program.stat().st_mode) == oct(real.stat().st_mode) == "0o100777"
+
+
+def _output(program: Path) -> str:
+    return subprocess.run([program], capture_output=True, text=True, check=True).stdout
 
 
 # --- ESTALE, notifications -----------------------------------------------------------------------------

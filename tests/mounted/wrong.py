@@ -7,13 +7,13 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from overlayfs import sysio
 from overlayfs.errors import UserError, oserror
 from overlayfs.fs.overlay import Overlay
-from overlayfs.fuse.kernel import engine as engines
 from overlayfs.fuse.kernel import files, openings
 from overlayfs.fuse.kernel.connection import Connection
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Notify
@@ -63,7 +63,8 @@ def _pages_survive_writes_past_us() -> None:
         if complete:
             self._complete.add(target.nodeid)
         self._outdated.discard(target.nodeid)
-        return found
+        through, flags, number = found
+        return through, flags | openings.KEEP_CACHE, number
 
     _replace(_Openings, "_past_us", keep)
 
@@ -82,11 +83,7 @@ def _set_id_bits_stay() -> None:
 
 
 def _the_capability_is_kept() -> None:
-    @contextlib.contextmanager
-    def without(capability: int) -> Iterator[None]:
-        yield
-
-    sysio.without_capability = without  # type: ignore[assignment]
+    _replace(sysio, "WithoutCapability", lambda _: contextlib.nullcontext())
 
 
 def _attributes_are_remembered() -> None:
@@ -126,14 +123,13 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 
 
-def _replace(owner: type, name: str, value: Any) -> None:
+def _replace(owner: type | ModuleType, name: str, value: Any) -> None:
     assert hasattr(owner, name), f"{owner.__name__}.{name} is gone: this fault does nothing any more"
     setattr(owner, name, value)
 
 
 def main(fault: str, options: str, mountpoint: str) -> int:
     """Mount until the end of the mount."""
-    assert engines.Openings is openings.Openings
     FAULTS[fault]()
     draft = Draft()
     draft.read(f"{options},debug,engine=kernel".encode())

@@ -7,6 +7,8 @@ import struct
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE, UNSHARE_RANGE = 1, 2, 8, 16, 32, 64
 _SUBREAPER = 36
+_AT_FDCWD = -100
+_AT_SYMLINK_FOLLOW = 0x400
 _AT_EMPTY_PATH = 0x1000
 _STATX_BTIME = 0x800
 
@@ -32,6 +34,11 @@ def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) ->
 def umount(target: bytes, flags: int = 0) -> None:
     """umount2(2)."""
     _check(_libc.umount2(target, flags), target)
+
+
+def link_descriptor(fd: int, path: bytes) -> None:
+    """Give an open file a name, by linkat(2); os.link does not follow the symbolic link in /proc."""
+    _check(_libc.linkat(_AT_FDCWD, b"/proc/self/fd/%d" % fd, _AT_FDCWD, path, _AT_SYMLINK_FOLLOW), path)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -1,0 +1,50 @@
+"""The checks of test_passthrough notice what they are there for: each wrong engine fails some of them."""
+
+import os
+
+import pytest
+
+from overlayfs.mount import table, unmount
+from tests.mounted import passthrough_checks
+from tests.mounted.conftest import Mount
+from tests.mounted.passthrough_checks import AUTO, PASSTHROUGH, prepare
+from tests.mounted.wrong import FAULTS
+
+pytestmark = pytest.mark.engine("kernel")
+
+# fault -> the mount option io, and the checks that must fail with it
+NOTICED = {
+    "backing_is_kept_across_copy_up": (
+        "auto",
+        ["layers_are_never_written", "no_order_of_opens_is_an_error"],
+    ),
+    "joins_readers_of_layers": ("passthrough", ["layers_are_never_written"]),
+    "cached_and_passed_through_at_once": ("auto", ["no_order_of_opens_is_an_error"]),
+    "a_backing_for_each_open": ("auto", ["no_order_of_opens_is_an_error"]),
+    "pages_survive_writes_past_us": ("auto", ["pages_are_true_after_a_write"]),
+    "set_id_bits_stay": ("cached", ["set_id_bits_go_as_on_a_local_file_system"]),
+    "the_capability_is_kept": ("auto", ["set_id_bits_go_when_they_came_after_the_open"]),
+    "attributes_are_remembered": (
+        "auto",
+        ["set_id_bits_go_when_they_came_after_the_open", "sizes_and_times_are_true_at_once"],
+    ),
+    "stale_every_time": ("passthrough", ["stale_is_for_the_kernel_only"]),
+    "entries_are_dropped_from_the_loop": ("auto", ["nobody_waits_for_ever"]),
+}
+
+
+def test_every_fault_is_tried() -> None:
+    assert NOTICED.keys() == FAULTS.keys()
+
+
+@pytest.mark.parametrize(("fault", "check"), [(fault, check) for fault, (_, each) in NOTICED.items() for check in each])
+def test_is_noticed(mount: Mount, fault: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, _ = NOTICED[fault]
+    monkeypatch.setattr(passthrough_checks, "LIMIT", 3.0)
+    prepare(mount, check)
+    mount.wrong(fault, f"suid,volatile,io={io}")
+    try:
+        with pytest.raises((AssertionError, OSError)):
+            (PASSTHROUGH if io == "passthrough" else AUTO)[check](mount)
+    finally:
+        unmount.cut_off(table.find(os.fsencode(mount.point)))  # it may hang beyond SIGKILL, and clients with it
