@@ -83,15 +83,17 @@ class _Comparison:
         name = os.fsdecode(given)
         opened = self._held.enter_context(storage.opened(self._store))
         self._held.enter_context(trees.hold(opened, name))
+        workspace = opened.find_workspace(name)
+        if workspace is not None:
+            _write_out(workspace.upper_path)
         return trees.named(opened, name)
 
     def _tree_of_mount(self, mount: "Mount") -> "Tree":
-        from overlayfs.mount import control
         from overlayfs.store import trees
 
         if mount.upper is None or mount.work is None:
             return trees.plain_directories(mount.lower)
-        control.request(mount.mountpoint, "sync")  # what was written through a memory map is in the upper then
+        _write_out(mount.upper)
         return trees.over(mount.upper, mount.work, mount.lower)
 
 
@@ -100,6 +102,15 @@ def _mount_at(given: bytes) -> "Mount | None":
 
     path = table.resolved(given)
     return next((mount for mount in reversed(table.mounts()) if mount.mountpoint == path), None)
+
+
+def _write_out(upper: bytes) -> None:
+    """Have what was written through a memory map of a mount, if this is the upper of one, in the upper."""
+    from overlayfs.mount import control, table
+
+    for mount in table.mounts():
+        if mount.upper == upper:
+            control.request(mount.mountpoint, "sync")
 
 
 def _told_by(mountpoint: bytes) -> "list[Change]":

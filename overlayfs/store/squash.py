@@ -19,6 +19,7 @@ from overlayfs.format import opaque, xattrs
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.nodes import Dir, File, Key, Node, Part
 from overlayfs.fs.overlay import Overlay
+from overlayfs.store import layout
 from overlayfs.store.layers import StagedLayer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import History, ImageRecord, now
@@ -317,6 +318,7 @@ def squash_image(
     `hashed` is told entries and bytes while the new layer is read for its manifest. UserError for an image that has
     fewer layers; nothing is left behind then or when it is interrupted.
     """
+    layout.image_name(name)  # before any work
     image = store.image(given)
     count = len(image.layers) if last is None else last
     if not 1 <= count <= len(image.layers):

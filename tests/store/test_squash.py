@@ -222,6 +222,12 @@ def test_too_many(store: LayerStore, last: int) -> None:
         squash_image(store, "site", "small", last)
 
 
+def test_what_cannot_be_a_name_is_refused_before_any_work(store: LayerStore) -> None:
+    add_image(store, "site", {"a": "1"}, {"b": "2"})
+    with pytest.raises(UserError, match="is not an image name"):
+        squash_image(store, "site", "No Name", progress=lambda entries, size: pytest.fail("work"))
+
+
 @pytest.mark.parametrize("when", ["copying", "hashing"])
 def test_interrupted(store: LayerStore, place: Path, when: str) -> None:
     add_image(store, "site", {"a": "1"}, {"b": "2"})
