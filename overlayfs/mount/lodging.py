@@ -5,6 +5,7 @@ no moment in which nobody holds it. The daemon holds it, and the locks of the la
 """
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -108,10 +109,19 @@ def held(lodging: Lodging) -> Iterator[None]:
         holds.enter_context(Hold(os.dup(lodging.lock)))  # the same lock: the other descriptor of it is closed soon
         with _opened(lodging.store, create=False) as store:
             for layer_id in lodging.layers:
-                holds.enter_context(store.layer(layer_id).hold())
+                holds.enter_context(_layer_held(store, layer_id, lodging))
         yield
         if lodging.ephemeral:
             _drop(lodging)
+
+
+def _layer_held(store: LayerStore, layer_id: str, lodging: Lodging) -> Hold:
+    try:
+        return store.layer(layer_id).hold()
+    except OSError as error:
+        advice = "; raise the limit (ulimit -n)" if error.errno == errno.EMFILE else ""
+        many = len(lodging.layers)
+        raise MountError(f"cannot hold the {many} layers of {lodging.image}: {error.strerror}{advice}") from error
 
 
 def _drop(lodging: Lodging) -> None:
