@@ -131,6 +131,19 @@ class _Side:
             node = self.child(node, name)
         return node
 
+    def linked_names(self) -> dict[Key, list[bytes]]:
+        """Return all names of each inode that has several, in the order of a walk."""
+        found: dict[Key, list[bytes]] = {}
+        pending: list[tuple[bytes, Node | None]] = [(b"", self.root)]
+        while pending:
+            path, node = pending.pop()
+            if isinstance(node, Dir):
+                names = sorted(self.names(node), reverse=True)
+                pending.extend((join(path, name), self.child(node, name)) for name in names)
+            elif node is not None and (key := self.look(node).key) is not None:
+                found.setdefault(key, []).append(path)
+        return found
+
     @property
     def overlay(self) -> Overlay:
         """The overlay of a tree that is not empty."""
@@ -278,6 +291,7 @@ class _Comparison:
         self._count = 0
         # The first of the names that both trees have of an inode, by inode.
         self._first: tuple[dict[Key, bytes], dict[Key, bytes]] = ({}, {})
+        self._names_of: tuple[dict[Key, list[bytes]], dict[Key, list[bytes]]] | None = None
         self._counted: tuple[set[Key], set[Key]] = (set(), set())
 
     def run(self) -> Iterator[Change]:
@@ -340,10 +354,26 @@ class _Comparison:
 
     def _is_linked_alike(self, path: bytes, was: _Object, now: _Object) -> bool:
         """Return whether a name goes with the same other names in both trees, of the names that both have."""
-        firsts = []
-        for known, found in zip(self._first, (was, now), strict=True):
-            firsts.append(path if found.key is None else known.setdefault(found.key, path))
+        if was.key is None and now.key is None:
+            return True
+        firsts = [
+            path if found.key is None else known.setdefault(found.key, path)
+            for known, found in zip(self._first, (was, now), strict=True)
+        ]
+        if was.key != now.key:
+            # One of the names may lie in a directory that is not looked into.
+            firsts = [self._first_of_all(side, path, found.key) for side, found in enumerate((was, now))]
         return firsts[0] == firsts[1]
+
+    def _first_of_all(self, side: int, path: bytes, key: Key | None) -> bytes:
+        """Return the first name of an inode in the whole of one tree that the other tree has too."""
+        if key is None:
+            return path
+        if self._names_of is None:
+            self._names_of = self._before.linked_names(), self._after.linked_names()
+        other = self._after if side == 0 else self._before
+        names = self._names_of[side].get(key, [])
+        return next((name for name in names if isinstance(other.resolve(name), File)), path)
 
     def _is_same(self, before: Node, was: _Object, after: Node, now: _Object) -> bool:
         if was.places is not None and was.places == now.places:

@@ -134,6 +134,16 @@ def test_a_link_that_only_the_index_knows(place: Path) -> None:
     assert sum(each.after for each in found) == 3 and sum(each.before for each in found) == 3
 
 
+def test_a_link_into_what_is_not_looked_into(place: Path) -> None:
+    base = layer(place, "base", {"a": {"x": File(b"1")}, "b": Link("a/x"), "c": File(b"1")})
+    parted = layer(place, "parted", {"b": File(b"1")})
+    assert lines(Tree((base,)), Tree((parted, base))) == ["C b"]
+    assert lines(Tree((parted, base)), Tree((base,))) == ["C b"]
+    gone = layer(place, "gone", {"b": Whiteout()})
+    again = layer(place, "again", {"a": {"x": File(b"1")}, "c": File(b"1")})
+    assert lines(Tree((gone, base)), Tree((again,))) == []  # one name of two, and the only one
+
+
 # --- marks
 
 
