@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from errno import EEXIST, EINVAL, ENOENT, ENOTTY, ENXIO, EOPNOTSUPP, EPERM
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ def descriptor(tree: Tree, path: str, flags: int = os.O_RDONLY) -> int:
 
 def map_of(fd: int) -> list[tuple[int, int]]:
     """Where the data lies, as (begin, end)."""
-    found, end = [], 0
+    found: list[tuple[int, int]] = []
+    end = 0
     while True:
         try:
             begin = os.lseek(fd, end, os.SEEK_DATA)
@@ -262,7 +264,7 @@ def test_a_default_acl_goes_before_the_umask(stack: StackMaker) -> None:
         tree.mkfifo(f"{directory}/p", 0o666)
 
     for directory in ("d", "p"):
-        tree.run_as(masked, lambda directory=directory: make(directory))
+        tree.run_as(masked, partial(make, directory))
     assert [oct(tree.mode(f"d/{name}")) for name in "fdp"] == ["0o664", "0o775", "0o664"]
     assert [oct(tree.mode(f"p/{name}")) for name in "fdp"] == ["0o600", "0o700", "0o600"]
 
@@ -272,8 +274,9 @@ def test_a_default_acl_goes_before_the_umask(stack: StackMaker) -> None:
 
 def test_births(stack: StackMaker) -> None:
     tree = stack({"d": {"f": "1"}})
-    for path, make in (("new", lambda: tree.create("new")), ("dir", lambda: tree.mkdir("dir"))):
-        make()
+    tree.create("new")
+    tree.mkdir("dir")
+    for path in ("new", "dir"):
         fd = descriptor(tree, path)
         born = syscalls.birth_time(fd)
         assert born is not None
