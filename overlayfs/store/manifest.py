@@ -90,7 +90,8 @@ class Manifest:
         `progress` is told entries and bytes now and then. OSError, with the path, where the layer cannot be read or
         changes meanwhile.
         """
-        return cls.of(map(scan.required, scan.scan(tree, threads, progress)), place)
+        with contextlib.closing(scan.scan(tree, threads, progress)) as scanning:
+            return cls.of(map(scan.required, scanning), place)
 
     @classmethod
     def of(cls, entries: Iterable[Entry], place: int | None = None) -> Self:

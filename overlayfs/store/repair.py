@@ -215,7 +215,8 @@ class _LayerRepair:
         return fd
 
     def _put_right(self, manifest: Manifest) -> None:
-        items = [_Item(*each) for each in verify.compare(manifest, scan.scan(self._tree))]
+        with contextlib.closing(scan.scan(self._tree)) as scanning:
+            items = [_Item(*each) for each in verify.compare(manifest, scanning)]
         if not items:
             return
         contents = self._contents(items)

@@ -10,7 +10,7 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -69,11 +69,11 @@ def required(scanned: Scanned) -> Entry:
     return scanned.entry
 
 
-def scan(root: int, threads: int | None = None, progress: Progress | None = None) -> Iterator[Scanned]:
+def scan(root: int, threads: int | None = None, progress: Progress | None = None) -> Generator[Scanned, None, None]:
     """Yield every entry below `root`, a directory's descriptor, in the order of a manifest, the root first.
 
     Memory does not grow with the tree, but for one listing per directory that is open in the walk and one path per
-    inode of several names. Closing the iterator stops the threads.
+    inode of several names. Closing the generator stops the threads, which use `root` until then.
     """
     state = _State(progress)
     pool = ThreadPoolExecutor(threads or _usual_threads(), "scan")

@@ -12,7 +12,7 @@ somebody else has kept.
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple, TypeVar
 
 from overlayfs import sysio
@@ -199,15 +199,18 @@ class LayerCheck:
             yield Problem(self._layer.id, b"", MANIFEST, ("content",))
             yield from self._prove(tree)
             return
-        for kind, entry, differs in compare(manifest, self._read(tree)):
-            yield Problem(self._layer.id, entry.path, kind, differs)
+        with self._scan(tree) as scanning:
+            for kind, entry, differs in compare(manifest, map(self._count, scanning)):
+                yield Problem(self._layer.id, entry.path, kind, differs)
 
-    def _read(self, tree: int) -> Iterator[Scanned]:
-        for scanned in scan.scan(tree, self._threads, self._report):
-            self.entries += 1
-            if scanned.entry.xxh3 is not None:
-                self.size += scanned.entry.size
-            yield scanned
+    def _scan(self, tree: int) -> contextlib.closing[Generator[Scanned, None, None]]:
+        return contextlib.closing(scan.scan(tree, self._threads, self._report))
+
+    def _count(self, scanned: Scanned) -> Scanned:
+        self.entries += 1
+        if scanned.entry.xxh3 is not None:
+            self.size += scanned.entry.size
+        return scanned
 
     def _report(self, entries: int, size: int) -> None:
         if self._progress is not None:
@@ -216,7 +219,10 @@ class LayerCheck:
     def _prove(self, tree: int) -> Iterator[Problem]:
         """Without a manifest: the one made from the tree has the digest of the record, or something has changed."""
         try:
-            with Manifest.of(map(scan.required, self._read(tree))) as made:
+            with (
+                self._scan(tree) as scanning,
+                Manifest.of(scan.required(self._count(each)) for each in scanning) as made,
+            ):
                 if made.digest != self._layer.record.digest:
                     yield Problem(self._layer.id, b"", DAMAGED, ("something in it; the manifest cannot say what",))
         except OSError as error:

@@ -5,6 +5,7 @@ import os
 import random
 import stat
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -169,6 +170,14 @@ def test_progress_and_an_early_end(place: Path, opened: Callable[[Path], int]) -
     with pytest.raises(KeyboardInterrupt):
         Manifest.build(root, progress=stop, place=opened(place))
     assert os.listdir(place) == ["l"]
+
+
+def test_who_stops_early_leaves_no_thread(place: Path, opened: Callable[[Path], int]) -> None:
+    root = opened(_made(place / "l", {f"f{i}": File(pieces=((1 << 24, b"x"),)) for i in range(40)}))
+    scanning = scan.scan(root, threads=3)
+    next(scanning)
+    scanning.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("scan")]
 
 
 def test_what_cannot_be_read_is_named(place: Path, opened: Callable[[Path], int]) -> None:
