@@ -40,7 +40,6 @@ _OUT = LAYOUTS["out_header"]
 _ENTRY = LAYOUTS["entry_reply"]
 _ATTR = LAYOUTS["attr_reply"]
 _BILLION = 1_000_000_000
-_SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 class Request:
@@ -148,7 +147,7 @@ class Desk:
 
     def _valid(self, number: int, node: Node, found: Attributes) -> tuple[int, int]:
         """Return how long attributes may be remembered: not at all where they change and the kernel does not see it."""
-        if self.openings.changes_unseen(number, bool(found.mode & _SET_ID)) or self.identities.is_renewed(node):
+        if self.openings.changes_unseen(number, found.mode, found.size) or self.identities.is_renewed(node):
             return 0, 0
         return self._attr_time
 

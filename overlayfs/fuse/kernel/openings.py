@@ -125,14 +125,16 @@ class Openings:
             if way.mapped:
                 self._connection.forget_attributes(nodeid)
 
-    def changes_unseen(self, nodeid: int, set_id: bool) -> bool:
+    def changes_unseen(self, nodeid: int, mode: int, size: int) -> bool:
         """Return whether attributes may change without the kernel's or our taking note.
 
-        Stores to shared memory past us move times and blocks of the file behind; any write past us clears set-id bits
-        there, which the kernel must see before it runs the file.
+        Stores to shared memory past us move times and blocks of the file behind, unless there is nothing to map; any
+        write past us clears set-id bits there, which the kernel must see before it runs the file.
         """
         way = self._ways.get(nodeid)
-        return way is not None and way.through > 0 and not way.lower and (way.mapped or set_id)
+        if way is None or not way.through or way.lower:
+            return False
+        return (way.mapped and size > 0) or _keeps_set_id(mode)
 
     def is_replaced(self, nodeid: int, in_upper: bool) -> bool:
         """Return whether the kernel must know a file by a new number before it can be opened: see ReplacedError."""
@@ -186,7 +188,8 @@ class Openings:
         way.through += 1
         if target.maps and not way.mapped:
             way.mapped = True
-            self._connection.forget_attributes(target.nodeid)
+            if target.size:
+                self._connection.forget_attributes(target.nodeid)
         if target.writes:
             self._complete.discard(target.nodeid)
             self._outdated.add(target.nodeid)
