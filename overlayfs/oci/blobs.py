@@ -80,14 +80,16 @@ def _layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Items:
 def stream_blob(items: Items, sink: Sink, kind: Compression, progress: Progress | None = None) -> LayerBlob:
     """Give the tar of items, compressed, to `sink`. The items are asked for in another thread."""
     squeeze = compression.compressor(kind)
-    plain, packed = _Tally(), _Tally()
+    plain = _Tally()
+    packed = plain if kind is Compression.NONE else _Tally()  # the same bytes need one hash
     with ExitStack() as undo:
         undo.callback(items.close)
         undo.callback(squeeze.close)
         tar = undo.enter_context(Ahead(tar_pieces(items, source_date_epoch()), "tar"))
         blob = undo.enter_context(Ahead(_squeezed(tar, plain, squeeze), "compress"))
         for piece in blob:
-            packed.add(piece)
+            if packed is not plain:
+                packed.add(piece)
             sink(piece)
             if progress is not None:
                 progress(plain.size)
@@ -208,8 +210,8 @@ def _unpack_blob(
     """Fill a staged layer, check all digests, and return the diff id."""
     blob = Hashed(source if descriptor is None else _limited(source, descriptor.size))
     with ExitStack() as undo:
-        plain = Hashed(_expanded(blob, undo))
-        tar = undo.enter_context(Ahead(plain.pieces(), "expand"))
+        plain, read = _expanded(blob, undo)
+        tar = undo.enter_context(Ahead(iter(lambda: read(PIECE), b""), "expand"))
         unpacker = unpack_tar(tar.read, staged.tree_fd, progress)
     if descriptor is not None and (blob.digest, blob.size) != (descriptor.digest, descriptor.size):
         raise BadDigest(f"it is {blob.digest} with {blob.size} bytes, and was told to be {descriptor.digest}")
@@ -235,9 +237,12 @@ def _limited(source: Read, size: int) -> Read:
     return read
 
 
-def _expanded(blob: Hashed, undo: ExitStack) -> Read:
+def _expanded(blob: Hashed, undo: ExitStack) -> tuple[Hashed, Read]:
+    """Return the plain tar of a blob: what knows its digest, and the stream."""
     peeked = Peeked(blob.read)
     kind = compression.recognise(peeked.peek(compression.LONGEST_MAGIC))
     if kind is Compression.NONE:
-        return peeked.read
-    return Expanded(undo.enter_context(Ahead(iter(lambda: peeked.read(PIECE), b""), "read")).read, kind).read
+        return blob, peeked.read
+    ahead = undo.enter_context(Ahead(iter(lambda: peeked.read(PIECE), b""), "read"))
+    plain = Hashed(Expanded(ahead.read, kind).read)
+    return plain, plain.read
