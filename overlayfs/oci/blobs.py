@@ -85,8 +85,8 @@ def stream_blob(items: Items, sink: Sink, kind: Compression, progress: Progress 
     with ExitStack() as undo:
         undo.callback(items.close)
         undo.callback(squeeze.close)
-        tar = undo.enter_context(Ahead(tar_pieces(items, source_date_epoch()), "tar"))
-        blob = undo.enter_context(Ahead(_squeezed(tar, plain, squeeze), "compress"))
+        tar = undo.enter_context(Ahead(tar_pieces(items, source_date_epoch()), "tar", patience=None))
+        blob = undo.enter_context(Ahead(_squeezed(tar, plain, squeeze), "compress", patience=None))
         for piece in blob:
             if packed is not plain:
                 packed.add(piece)

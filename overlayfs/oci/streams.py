@@ -65,11 +65,13 @@ class Hashed:
 class Ahead:
     """Runs an iterator in a thread and gives its pieces in their order. A context; leaving it ends the thread.
 
-    What the iterator raises is raised to the reader, in the place of the piece.
+    What the iterator raises is raised to the reader, in the place of the piece. `patience`: how many seconds leaving
+    waits for a piece that is being made, None for as long as it takes; a source outside may block for ever.
     """
 
-    def __init__(self, pieces: Iterator[bytes], name: str) -> None:
+    def __init__(self, pieces: Iterator[bytes], name: str, patience: float | None = _PATIENCE) -> None:
         self._pieces = pieces
+        self._patience = patience
         self._waiting: deque[bytes | BaseException | None] = deque()
         self._room = threading.Semaphore(_AHEAD)
         self._ready = threading.Semaphore(0)
@@ -118,7 +120,7 @@ class Ahead:
     def __exit__(self, *_: object) -> None:
         self._ended = True
         self._room.release()
-        self._thread.join(_PATIENCE)
+        self._thread.join(self._patience)
 
 
 class Peeked:

@@ -139,8 +139,8 @@ def test_ctrl_c_leaves_nothing_of_an_export(base: Path) -> None:
         words = [program("overlayfs"), "export", "large", "-o", "out.tar", "--compression", "zstd"]
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    code, _ = _interrupted(start, lambda: sorted(os.listdir(base)) != before)
-    assert code == 130
+    code, err = _interrupted(start, lambda: sorted(os.listdir(base)) != before)
+    assert code == 130, err
     assert sorted(os.listdir(base)) == before
 
 

@@ -161,6 +161,21 @@ def test_a_thread_runs_ahead_only_so_far_and_ends_with_its_reader() -> None:
     assert not any(thread.name == "test" for thread in threading.enumerate())
 
 
+def test_leaving_waits_for_a_piece_that_is_being_made() -> None:
+    begun, go_on, made = threading.Event(), threading.Event(), []
+
+    def slow() -> Iterator[bytes]:
+        begun.set()
+        go_on.wait(10)
+        made.append(b"x")
+        yield b"x"
+
+    with Ahead(slow(), "test", patience=None):
+        assert begun.wait(10)
+        threading.Timer(1.2, go_on.set).start()  # longer than the patience with sources outside
+    assert made == [b"x"]
+
+
 def test_a_stream_knows_its_digest() -> None:
     stream = Hashed(io.BytesIO(b"abc" * 1000).read)
     assert b"".join(stream.pieces()) == b"abc" * 1000
