@@ -162,6 +162,12 @@ def _curves(
 ) -> "Figure | None":
     from matplotlib import pyplot
 
+    known = {result.workload for result in report.results if result.median}
+    panels = {  # a curve of one point says nothing
+        name: pattern
+        for name, pattern in panels.items()
+        if sum(pattern.format(label) in known for _, label in steps) > 1
+    }
     names = {pattern.format(label) for pattern in panels.values() for _, label in steps}
     kinds = _kinds(report, lambda result: result.workload in names)[:1]
     if not kinds:
@@ -216,9 +222,7 @@ def start_up(report: Report) -> "Figure | None":
         left += value
     axes.set_yticks(range(len(names) + 1), [*names, "ours, taken apart"])
     axes.set_ylim(len(names) + 1.1, -0.6)
-    axes.set_title(
-        "Time until the mount command returns, and what our quickest start is made of", fontsize=12
-    )
+    axes.set_title("Time until the mount command returns, and what our quickest start is made of", fontsize=12)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} ms")
     _tidy(axes)
     figure.tight_layout()
