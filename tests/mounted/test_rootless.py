@@ -13,6 +13,7 @@ from typing import TypeVar
 import pytest
 
 from overlayfs.errors import MountError
+from overlayfs.fuse import pyfuse3_engine
 from overlayfs.library import Store
 from overlayfs.mount import (  # all of it: a user may not read our interpreter
     commits,
@@ -35,7 +36,7 @@ from tests.support.users import ALICE, run_as
 
 T = TypeVar("T")
 DEVICE = "/dev/fuse"
-assert daemon and commits and committing and hashing
+assert daemon and commits and committing and hashing and pyfuse3_engine
 
 
 @pytest.fixture
