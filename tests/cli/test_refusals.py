@@ -16,7 +16,10 @@ WRONG_USAGE = [
     (("--frob",), "no such option '--frob'; see 'overlayfs --help'"),
     (("mount",), "missing argument '[IMAGE] MNT'; see 'overlayfs mount --help'"),
     (("mount", "--frob", "/m"), "no such option '--frob'; see 'overlayfs mount --help'"),
-    (("mount", "-o", "lowerdir=/a", "/m", "/n"), "an image brings its own layers, upper and work directory; leave yours out"),
+    (
+        ("mount", "-o", "lowerdir=/a", "/m", "/n"),
+        "an image brings its own layers, upper and work directory; leave yours out",
+    ),
     (("mount", "--lower"), "option '--lower' requires an argument; see 'overlayfs --help'"),
     (("mount", ""), "an empty path is given"),
     (("mount", "--lower", "", "/m"), "an empty path is given"),

@@ -51,11 +51,9 @@ class Idle(Engine):
 class Unhashed:
     """A hashing that never ends."""
 
-    TOLD = "begun"
-
     def look(self) -> Hashed:
         """Nothing is known."""
-        return Hashed("hashing", told=self.TOLD)
+        return Hashed("hashing")
 
 
 class Used:
@@ -74,6 +72,7 @@ class Used:
 
     def _note(self, store: bytes, layer_id: str) -> "Unhashed":
         self.unhashed.append(layer_id)
+        trio.from_thread.run_sync(self._begun.set)
         return Unhashed()
 
     def commit(self, image: str | None = None, allow_empty: bool = False, message: str = "") -> Committed:
@@ -81,9 +80,9 @@ class Used:
         return trio.run(self._commit, Commit(image=image, allow_empty=allow_empty, message=message))
 
     async def _commit(self, wanted: Commit) -> Committed:
+        self._begun = trio.Event()
         made = await self.commits.commit(wanted)
-        while self.commits.hashed(made.layer).told != Unhashed.TOLD:
-            await trio.sleep(0)
+        await self._begun.wait()
         return made
 
 
