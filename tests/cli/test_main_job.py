@@ -100,7 +100,7 @@ def test_mounts(job: Path) -> None:
     assert (found["upper"], found["work"], found["source"]) == (f"{job}/u", f"{job}/u.work", "overlayfs")
     assert found["engine"] == "kernel" and not found["read_only"] and os.path.exists(f"/proc/{found['pid']}")
     (line,) = [line for line in cli(job, "overlayfs mounts").out.splitlines() if line.startswith(f"{job}/m ")]
-    assert line.split() == [f"{job}/m", "kernel", str(found["pid"]), "-", f"{job}/u", f"{job}/a:{job}/b"]
+    assert line.split() == [f"{job}/m", "kernel", str(found["pid"]), "-", "-", f"{job}/u", f"{job}/a:{job}/b"]
     assert f"{job}/m" in cli(job, "overlayfs mounts -q").out.splitlines()
 
 
