@@ -55,13 +55,14 @@ def _parts(report: Report, pictures: Sequence[Path], page: Path | None) -> Itera
 def machine(report: Report) -> str:
     """Return the lines that say where and when."""
     about, load = report.machine, report.load
+    size = ", small trees (--quick)" if report.settings["quick"] else ""
     waits = ", ".join(f"{kind} {value} %" for kind, value in load["pressure"].items() if value is not None)
     versions = "; ".join(f"{each['name']}: {each['version']}" for each in report.contenders if each["version"])
     left_out = "; ".join(f"{each['name']} ({each['reason']})" for each in report.missing) or "nobody"
     return (
         f"Measured {report.when} at commit `{report.commit}`: {about['system']}, Linux {about['kernel']},"
         f" {about['cores']} cores ({about['cpu']}{', virtual' * about['virtual']}), {about['memory_mib']} MiB;"
-        f" medians of {report.settings['runs']}. Load before: {load['average'][0]} (tasks waited: {waits}).\n"
+        f" medians of {report.settings['runs']}{size}. Load before: {load['average'][0]} (tasks waited: {waits}).\n"
         f"Versions: {versions}. Left out: {left_out}."
     )
 
