@@ -73,12 +73,12 @@ def _targets_panel(axes: "Axes", report: Report, kind: str, rows: Sequence[accep
         right = max(figure, target.most or target.least)
         axes.annotate(f" {figure:.2f}", (right, place), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [f"{t.workload}  :  {t.against}" for t in rows], fontsize=9)
-    axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.axvline(1.0, color="#888888", linewidth=1)
     axes.set_title(f"{kind}: green is met, red is missed", fontsize=11)
     axes.margins(x=0.12)
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # shared by the panels: turned round twice it would be as before
     _tidy(axes)
 
 
