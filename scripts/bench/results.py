@@ -90,10 +90,18 @@ def load(path: Path) -> Report:
 
 
 def merged(reports: list[Report]) -> Report:
-    """Return several measurements as one: the first says when and where, a later result replaces an earlier one."""
+    """Return several measurements as one; the first says when and where.
+
+    Who is compared must have taken turns: a later report replaces all results of what it measured again.
+    """
     first = reports[0]
-    found = {(r.filesystem, r.workload, r.contender): r for report in reports for r in report.results}
-    first.results = list(found.values())
+    found: dict[tuple[str, str], list[Result]] = {}
+    for report in reports:
+        for r in report.results:
+            found[r.filesystem, r.workload] = []
+        for r in report.results:
+            found[r.filesystem, r.workload].append(r)
+    first.results = [r for those in found.values() for r in those]
     for report in reports:
         first.anatomy = report.anatomy or first.anatomy
         known = {each["name"] for each in first.contenders}
