@@ -163,8 +163,7 @@ def small_writes(point: Path) -> None:
 
 
 WORK: dict[str, Work] = {
-    each.__name__: each
-    for each in (untar, find, grep, git_status, copy, remove, transactions, copy_up, small_writes)
+    each.__name__: each for each in (untar, find, grep, git_status, copy, remove, transactions, copy_up, small_writes)
 }
 
 
