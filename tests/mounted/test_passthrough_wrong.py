@@ -1,6 +1,7 @@
 """The checks of test_passthrough notice what they are there for: each wrong engine fails some of them."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -8,6 +9,7 @@ from overlayfs.mount import table, unmount
 from tests.mounted import passthrough_checks
 from tests.mounted.conftest import Mount
 from tests.mounted.passthrough_checks import AUTO, PASSTHROUGH, prepare
+from tests.mounted.polling import until
 from tests.mounted.wrong import FAULTS
 
 pytestmark = pytest.mark.engine("kernel")
@@ -42,9 +44,20 @@ def test_is_noticed(mount: Mount, fault: str, check: str, monkeypatch: pytest.Mo
     io, _ = NOTICED[fault]
     monkeypatch.setattr(passthrough_checks, "LIMIT", 3.0)
     prepare(mount, check)
-    mount.wrong(fault, f"suid,volatile,io={io}")
+    process = mount.wrong(fault, f"suid,volatile,io={io}").process
+    known = table.find(os.fsencode(mount.point))  # later it may not answer
     try:
         with pytest.raises((AssertionError, OSError)):
             (PASSTHROUGH if io == "passthrough" else AUTO)[check](mount)
     finally:
-        unmount.cut_off(table.find(os.fsencode(mount.point)))  # it may hang beyond SIGKILL, and clients with it
+        _end(process, known)
+
+
+def _end(process: subprocess.Popen[str], known: table.Mount) -> None:
+    """End a daemon that may hang beyond SIGKILL, and clients with it; others may take fusectl away meanwhile."""
+
+    def ended() -> bool:
+        unmount.cut_off(known)
+        return process.poll() is not None
+
+    until(ended)
