@@ -68,7 +68,11 @@ class FuseMount:
     def close(self) -> None:
         """Close the connection; a mount that is still there is dead then."""
         # The number stays taken: a thread that still waits for a disk must not write its reply into another file.
-        nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # no descriptor is left: then there is no file that takes the number, either
+            os.close(self.fd)
+            return
         os.dup2(nowhere, self.fd, inheritable=False)
         os.close(nowhere)
 
