@@ -52,7 +52,7 @@ def upper(place: Path) -> Path:
     """A directory with a layer `a` and an upper `u` that takes seconds to commit; gives the directory."""
     requirements.need_root()
     (place / "a").mkdir()
-    for number in range(50):
+    for number in range(150):
         directory = place / "u" / str(number)
         directory.mkdir(parents=True)
         for name in range(100):
