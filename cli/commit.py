@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from overlayfs.errors import InUse, MountError, UsageError, UserError
+from overlayfs.errors import InUseError, MountError, UsageError, UserError
 from overlayfs_cli import arguments, output, progress, storage
 from overlayfs_cli.command import command
 from overlayfs_cli.workplace import work_beside
@@ -162,7 +162,7 @@ def _no_mount_meant() -> Iterator[None]:
 
     try:
         yield
-    except InUse as error:
+    except InUseError as error:
         raise UserError(str(table.with_holder(error))) from None
     except MountError as error:
         raise UserError(str(error)) from None
@@ -256,12 +256,12 @@ def _document(layer: "Layer", image: str | None) -> dict[str, object]:
 def _commit_workspace(store: "Store", name: str, wish: "Commit", quiet: bool) -> "Layer":
     from overlayfs.mount import table
     from overlayfs.store import committing
-    from overlayfs.store.workspaces import WorkspaceInUse
+    from overlayfs.store.workspaces import WorkspaceInUseError
 
     try:
         with _no_mount_meant():
             layer = committing.commit_workspace(store, name, wish)
-    except WorkspaceInUse as error:
+    except WorkspaceInUseError as error:
         raise table.with_mount(error) from None
     with progress.line(quiet) as show:
         return committing.hash_layer(store, layer, _counted(show, "hashing"))

@@ -56,7 +56,7 @@ def export(
         opened.export_image(
             image,
             destination,
-            format=chosen,
+            form=chosen,
             compression=compression,
             report=lambda layer, layers, done: show(progress.layer_text(layer, layers, done)),
             notice=progress.note,

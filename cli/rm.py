@@ -23,14 +23,14 @@ from overlayfs_cli.main import complain
 def rm(names: tuple[str, ...], workspace: bool, store: bytes | None) -> int:
     """Remove the name of an image, or a workspace with its changes; layers that nothing needs any more go by gc."""
     from overlayfs.mount import table
-    from overlayfs.store.workspaces import WorkspaceInUse
+    from overlayfs.store.workspaces import WorkspaceInUseError
 
     failed = 0
     with storage.opened(store) as opened:
         for name in names:
             try:
                 (opened.remove_workspace if workspace else opened.remove)(name)
-            except WorkspaceInUse as error:
+            except WorkspaceInUseError as error:
                 complain(str(table.with_mount(error)))
             except UserError as error:
                 complain(str(error))

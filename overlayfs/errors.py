@@ -33,7 +33,7 @@ def oserror(errno: int, path: bytes | str | None = None) -> OSError:
     return OSError(errno, os.strerror(errno), path)
 
 
-class InUse(MountError):  # noqa: N818 - it names a state, and reads so where it is caught
+class InUseError(MountError):
     """An upper or work directory serves another mount; `pid` is its daemon's where the kernel tells it."""
 
     def __init__(self, what: str, path: bytes, pid: int | None) -> None:

@@ -61,21 +61,21 @@ class Store(LayerStore):
         name: str,
         destination: bytes,
         *,
-        format: str = "oci",  # noqa: A002 - the word of the command line
+        form: str = "oci",
         compression: str | None = None,
         report: "Report | None" = None,
         notice: "Notice | None" = None,
     ) -> None:
         """Write an image to a new file or directory, to a pipe, or to standard output (``-``).
 
-        `format`: oci, oci-archive, docker-archive, tar or dir. `compression`: gzip, zstd or none. The other arguments
+        `form`: oci, oci-archive, docker-archive, tar or dir. `compression`: gzip, zstd or none. The other arguments
         are those of `import_image`. UserError: nothing is there.
         """
         from overlayfs.oci import blobs, exporting
         from overlayfs.oci.compression import Compression
 
         options = exporting.ExportOptions(
-            exporting.Format(format),
+            exporting.Format(form),
             None if compression is None else Compression(compression),
             report,
             notice or blobs.ignore,

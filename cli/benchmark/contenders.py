@@ -27,7 +27,7 @@ LIMIT = 120.0  # seconds for a mount command; the slowest peer takes three with 
 END_LIMIT = 30.0  # seconds until the daemon of an unmounted mount must be gone
 
 
-class Refused(Exception):  # noqa: N818 - read where it is caught, it says what happened
+class RefusedError(Exception):
     """A contender could not be mounted; the text says why in its own words."""
 
 
@@ -173,7 +173,7 @@ def _hindrance(contender: Contender, place: Path) -> str:
         try:
             with mounted(contender, base, ("l",)) as mount:
                 return "" if (mount.root / "seen").read_bytes() == b"seen" else "shows something else than its layer"
-        except (Refused, OSError) as error:
+        except (RefusedError, OSError) as error:
             return str(error)
 
 
@@ -188,7 +188,7 @@ class Mounted:
 
 @contextmanager
 def mounted(contender: Contender, base: Path, lowers: tuple[str, ...]) -> Iterator[Mounted]:
-    """Mount a contender over layers in `base` with a fresh upper, and leave nothing behind. Refused if it will not."""
+    """Mount a contender over layers in `base` with a fresh upper; leave nothing behind. RefusedError if it will not."""
     with tempfile.TemporaryDirectory(dir=base, prefix="run.") as directory:
         scratch = Path(directory)
         stack = Stack(base, lowers, scratch / "upper", scratch / "work", scratch / "mnt")
@@ -214,19 +214,19 @@ def over(contender: Contender, stack: Stack) -> Iterator[Mounted]:
 
 
 def start(contender: Contender, stack: Stack) -> None:
-    """Run the mount command; Refused if it fails or if nothing is mounted afterwards."""
+    """Run the mount command; RefusedError if it fails or if nothing is mounted afterwards."""
     words = stack.words(contender.command)
     try:
         done = subprocess.run(
             words, cwd=stack.base, capture_output=True, timeout=LIMIT, stdin=subprocess.DEVNULL, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Refused(str(error)) from None
+        raise RefusedError(str(error)) from None
     if done.returncode:
         said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
-        raise Refused(said[-1] if said else f"exit code {done.returncode}")
+        raise RefusedError(said[-1] if said else f"exit code {done.returncode}")
     if not os.path.ismount(stack.point):
-        raise Refused("nothing is mounted, though the command succeeded")
+        raise RefusedError("nothing is mounted, though the command succeeded")
 
 
 def unmount(point: Path, pid: int | None) -> None:
@@ -240,7 +240,7 @@ def unmount(point: Path, pid: int | None) -> None:
         gone, _, _ = select.select([ending], [], [], END_LIMIT)
         os.close(ending)
         if not gone:
-            raise Refused(f"its daemon {pid} lives on after the unmount")
+            raise RefusedError(f"its daemon {pid} lives on after the unmount")
 
 
 def _pidfd(pid: int) -> int | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from overlayfs_cli.benchmark import contenders as who
-from overlayfs_cli.benchmark.contenders import Contender, Mounted, Refused
+from overlayfs_cli.benchmark.contenders import Contender, Mounted, RefusedError
 
 BLOCK = 4096  # bytes of a first write, and of an append
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -31,7 +31,7 @@ Tell = Callable[[str], None]
 Make = Callable[[Path, int], None]  # the file of a case, and its size
 
 
-class Wrong(Exception):  # noqa: N818 - read where it is caught, it says what happened
+class WrongError(Exception):
     """A change was not made, or more than it was changed."""
 
 
@@ -63,12 +63,12 @@ def _new_name(path: Path) -> Path:
 
 
 def _has(path: Path, size: int, offset: int, data: bytes) -> None:
-    """Wrong unless a file has a size, and bytes at a place."""
+    """WrongError unless a file has a size, and bytes at a place."""
     with open(path, "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size != size:
-            raise Wrong(f"the size is {os.fstat(file.fileno()).st_size} instead of {size}")
+            raise WrongError(f"the size is {os.fstat(file.fileno()).st_size} instead of {size}")
         if os.pread(file.fileno(), len(data), offset) != data:
-            raise Wrong(f"the bytes at {offset} are wrong")
+            raise WrongError(f"the bytes at {offset} are wrong")
 
 
 def _check_write(path: Path, size: int) -> None:
@@ -84,25 +84,25 @@ def _check_same(path: Path, size: int) -> None:
 def _check_chmod(path: Path, size: int) -> None:
     _check_same(path, size)
     if path.stat().st_mode & 0o777 != 0o600:
-        raise Wrong("the mode was not changed")
+        raise WrongError("the mode was not changed")
 
 
 def _check_touch(path: Path, size: int) -> None:
     _check_same(path, size)
     if path.stat().st_mtime == OLD:
-        raise Wrong("the time was not changed")
+        raise WrongError("the time was not changed")
 
 
 def _check_rename(path: Path, size: int) -> None:
     _check_same(_new_name(path), size)
     if path.exists():
-        raise Wrong("the old name is still there")
+        raise WrongError("the old name is still there")
 
 
 def _check_link(path: Path, size: int) -> None:
     _check_same(_new_name(path), size)
     if not os.path.samefile(path, _new_name(path)):
-        raise Wrong("the two names are two files")
+        raise WrongError("the two names are two files")
 
 
 WRITE = "first write of 4 KiB"
@@ -240,7 +240,7 @@ def measure(
                 with _tree(contender, base) as mount:
                     for case in wanted:
                         _one(costs[case, contender.name], mount, base, exclusive)
-            except Refused as error:
+            except RefusedError as error:
                 _fail(costs.values(), contender, str(error))
     return list(costs.values())
 
@@ -279,7 +279,7 @@ def _one(cost: Cost, mount: Mounted, base: Path, exclusive: bool) -> None:
         for name in cost.case.names():
             operation.check(mount.root / name, cost.case.size)
             _check_layer(base / LAYER / name, cost.case.size)
-    except (OSError, Wrong) as error:
+    except (OSError, WrongError) as error:
         cost.failed = cost.failed or str(error)
         return
     cost.seconds += seconds
@@ -294,10 +294,10 @@ def _timed(act: Callable[[Path], None], path: Path) -> float:
 
 
 def _check_layer(path: Path, size: int) -> None:
-    """Wrong if a file of the layer is not what it was."""
+    """WrongError if a file of the layer is not what it was."""
     _check_same(path, size)
     if path.stat().st_mtime != OLD:
-        raise Wrong(f"the layer was changed: {path.name}")
+        raise WrongError(f"the layer was changed: {path.name}")
 
 
 def _stored(mount: Mounted, base: Path, exclusive: bool) -> int:

@@ -288,8 +288,9 @@ class _Build(LiftStep):
         marks = {}
         self._origin = layer.filesystem.origin(sysio.file_handle(pin, b""))
         kept = layer.marks_at(pin, b"").origin if self._content is not Content.BELOW else None
-        if (kept or self._origin) is not None:
-            marks[xattrs.ORIGIN] = origin.encode(kept or self._origin)  # type: ignore[arg-type]
+        first = kept or self._origin
+        if first is not None:
+            marks[xattrs.ORIGIN] = origin.encode(first)
         if self._content is Content.BELOW:
             marks[xattrs.METACOPY] = metacopy.VALUE
         if self._is_indexed():

@@ -31,9 +31,13 @@ class Threads:
 
         It is made even if the caller is cancelled already: what was prepared for it is freed by nobody else.
         """
+        return await self._finish(lambda: call(*args, **keywords))
+
+    async def _finish(self, call: Callable[[], R]) -> R:
+        results: list[R] = []
         with trio.CancelScope(shield=True):
-            result = await trio.to_thread.run_sync(lambda: call(*args, **keywords), limiter=self._limiter)
-        return result  # noqa: RET504 - a scope could end here without one, says mypy
+            results.append(await trio.to_thread.run_sync(call, limiter=self._limiter))
+        return results[0]
 
 
 class Lifter:

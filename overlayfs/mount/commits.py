@@ -92,7 +92,7 @@ class Commits:
         """
         async with self._turn:
             if not wanted.allow_empty and not self._overlay.is_changed:
-                raise committing.NothingToCommit("the mount")
+                raise committing.NothingToCommitError("the mount")
             store = await self._opened()
             with _prompt_threads():
                 made, held = await self._carry_out(store, wanted)

@@ -34,7 +34,7 @@ def commit_copy(store: LayerStore, mountpoint: bytes, wish: Commit) -> Layer:
         copy = os.path.join(os.path.dirname(staged.tree_path), _COPY)
         made = control.request(mountpoint, "commit", destination=os.fsdecode(copy))
         if made["entries"] <= _ROOT_ALONE and not wish.allow_empty:
-            raise committing.NothingToCommit("the mount")
+            raise committing.NothingToCommitError("the mount")
         os.rename(copy, staged.tree_path)  # over the empty directory that was made for it
         tree = os.open(staged.tree_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from overlayfs import Overlay
-from overlayfs.errors import InUse, MountError
+from overlayfs.errors import InUseError, MountError
 from overlayfs.fuse.engine import Engine, MountSettings
 from overlayfs.mount import engines, records, stale, table
 from overlayfs.mount import log as logs
@@ -79,7 +79,7 @@ def _prepare_process(options: MountOptions) -> None:
 def _open(options: MountOptions) -> Overlay:
     try:
         return Overlay(options.stack)
-    except InUse as error:
+    except InUseError as error:
         raise table.with_holder(error) from None
 
 

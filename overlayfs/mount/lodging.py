@@ -16,7 +16,7 @@ from overlayfs.mount import table
 from overlayfs.mount.options import Lodging
 from overlayfs.store.locks import Hold
 from overlayfs.store.store import LayerStore
-from overlayfs.store.workspaces import Claim, WorkspaceInUse
+from overlayfs.store.workspaces import Claim, WorkspaceInUseError
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _opened(store: bytes, create: bool) -> Iterator[LayerStore]:
 def _claim(store: LayerStore, image: str, name: str | None, ephemeral: bool) -> Claim:
     try:
         return store.claim_workspace(image, name, ephemeral)
-    except WorkspaceInUse as error:
+    except WorkspaceInUseError as error:
         raise table.with_mount(error) from None
 
 

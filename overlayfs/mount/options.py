@@ -9,6 +9,7 @@ and `Draft.build` checks what only the whole can tell. Names that nobody knows a
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from overlayfs.errors import UsageError
 from overlayfs.format.xattrs import Mode
@@ -76,8 +77,8 @@ class Draft:
     lower: list[bytes] = field(default_factory=list)
     upper: bytes | None = None
     work: bytes | None = None
-    stack: dict[str, object] = field(default_factory=dict)
-    mount: dict[str, object] = field(default_factory=dict)
+    stack: dict[str, Any] = field(default_factory=dict)
+    mount: dict[str, Any] = field(default_factory=dict)
     squash_to_root: bool = False
     unknown: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
@@ -109,17 +110,17 @@ class Draft:
             raise UsageError(f"upperdir {_shown(self.upper)} has no workdir; {advice}")
         if self.work is not None and self.upper is None:
             raise UsageError(f"workdir {_shown(self.work)} has no upperdir; add upperdir=DIR or leave workdir out")
-        return MountOptions(stack=self._config(), **self.mount)  # type: ignore[arg-type]  # keys and types are _MOUNT's
+        return MountOptions(stack=self._config(), **self.mount)
 
     def _config(self) -> StackConfig:
         return StackConfig(
             tuple(map(_absolute, self.lower)),
             None if self.upper is None else _absolute(self.upper),
             None if self.work is None else _absolute(self.work),
-            **{**self._squashed(), **self.stack},  # type: ignore[arg-type]  # keys and types are _STACK's
+            **{**self._squashed(), **self.stack},
         )
 
-    def _squashed(self) -> dict[str, object]:
+    def _squashed(self) -> dict[str, Any]:
         """What `squash_to_root` means where `squash_to_uid` and `squash_to_gid`, which are stronger, say nothing."""
         return {"squash_uid": 0, "squash_gid": 0} if self.squash_to_root else {}
 

@@ -4,13 +4,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from overlayfs.errors import InUse, MountError, UserError
+from overlayfs.errors import InUseError, MountError, UserError
 from overlayfs.mount import records
 from overlayfs.mount.mountinfo import TYPE, KernelMount, kernel_mounts
 from overlayfs.mount.records import Record
 
 if TYPE_CHECKING:
-    from overlayfs.store.workspaces import WorkspaceInUse
+    from overlayfs.store.workspaces import WorkspaceInUseError
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def find(mountpoint: bytes) -> Mount:
     return found[-1]
 
 
-def with_holder(error: InUse) -> MountError:
+def with_holder(error: InUseError) -> MountError:
     """Return a refusal with the mount point of the holder, where a record tells it."""
     for mount in mounts():
         if mount.pid is not None and mount.pid == error.pid:
@@ -60,7 +60,7 @@ def with_holder(error: InUse) -> MountError:
     return error
 
 
-def with_mount(error: "WorkspaceInUse") -> UserError:
+def with_mount(error: "WorkspaceInUseError") -> UserError:
     """Return the same for a workspace of a store."""
     for mount in mounts():
         if mount.upper is not None and os.path.dirname(mount.upper) == error.path:

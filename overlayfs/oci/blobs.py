@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from overlayfs.oci import compression, media
 from overlayfs.oci.compression import Compression, Compressor, Expanded
-from overlayfs.oci.entry import BadArchive
+from overlayfs.oci.entry import ArchiveError
 from overlayfs.oci.layertar import Progress, source_date_epoch, tar_pieces, unpack_items, unpack_tar
 from overlayfs.oci.pack import Item, Losses, layer_items, merged_items
 from overlayfs.oci.streams import PIECE, Ahead, Hashed, Peeked, Read
@@ -21,7 +21,7 @@ Notice = Callable[[str], None]
 """Told, in a sentence, what is left out."""
 
 
-class BadDigest(BadArchive):
+class DigestError(ArchiveError):
     """A blob is not what its digest, its size or the configuration of its image say."""
 
 
@@ -133,7 +133,7 @@ def read_blob(
     """Make a layer of the store from a blob, plain or compressed; return it, or the equal one that is there already.
 
     `source(n)` is called from a thread; it returns some bytes, ``b""`` at the end. Digest and size are checked against
-    `descriptor`, the plain tar against `diff_id`. BadArchive, with `what` it is, when it is refused: nothing stays.
+    `descriptor`, the plain tar against `diff_id`. ArchiveError, with `what` it is, when it is refused: nothing stays.
     """
     details = LayerDetails(author, message, created)
     with prepared_blob(store, source, descriptor, diff_id, details, what, progress, notice) as prepared:
@@ -177,7 +177,7 @@ def prepared_blob(
     with store.new_layer() as staged:
         try:
             found = _unpack_blob(source, staged, descriptor, diff_id, progress, notice)
-        except BadArchive as error:
+        except ArchiveError as error:
             raise type(error)(f"{what} is refused: {error}") from error
         with Manifest.build(staged.tree_fd) as manifest:
             yield Prepared(staged, manifest, found, details)
@@ -214,9 +214,9 @@ def _unpack_blob(
         tar = undo.enter_context(Ahead(iter(lambda: read(PIECE), b""), "expand"))
         unpacker = unpack_tar(tar.read, staged.tree_fd, progress)
     if descriptor is not None and (blob.digest, blob.size) != (descriptor.digest, descriptor.size):
-        raise BadDigest(f"it is {blob.digest} with {blob.size} bytes, and was told to be {descriptor.digest}")
+        raise DigestError(f"it is {blob.digest} with {blob.size} bytes, and was told to be {descriptor.digest}")
     if diff_id is not None and plain.digest != diff_id:
-        raise BadDigest(f"its content is {plain.digest}, and the image's configuration says {diff_id}")
+        raise DigestError(f"its content is {plain.digest}, and the image's configuration says {diff_id}")
     for sentence in unpacker.sentences():
         notice(sentence)
     return plain.digest
@@ -231,7 +231,7 @@ def _limited(source: Read, size: int) -> Read:
         data = source(most)
         left -= len(data)
         if left < 0:
-            raise BadDigest(f"it is longer than the {size} bytes that were told")
+            raise DigestError(f"it is longer than the {size} bytes that were told")
         return data
 
     return read

@@ -12,9 +12,9 @@ import msgspec
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci import image, media
-from overlayfs.oci.blobs import BadDigest
-from overlayfs.oci.entry import BadArchive
-from overlayfs.oci.media import BadDocument, Descriptor, DockerSaved, ImageConfig, Index, Manifest, Platform
+from overlayfs.oci.blobs import DigestError
+from overlayfs.oci.entry import ArchiveError
+from overlayfs.oci.media import Descriptor, DockerSaved, DocumentError, ImageConfig, Index, Manifest, Platform
 from overlayfs.oci.members import stream_of
 from overlayfs.oci.streams import Read
 
@@ -74,11 +74,11 @@ class Directory:
         return True
 
     def size(self, name: bytes) -> int:
-        """Return the size of a file; BadArchive when it is missing."""
+        """Return the size of a file; ArchiveError when it is missing."""
         return sysio.stat_at(self._opened(name), b"").st_size
 
     def stream(self, name: bytes) -> Read:
-        """Return the content of a file; BadArchive when it is missing."""
+        """Return the content of a file; ArchiveError when it is missing."""
         fd = self._opened(name)
         return stream_of(fd, 0, sysio.stat_at(fd, b"").st_size)
 
@@ -86,7 +86,7 @@ class Directory:
         try:
             fd = sysio.open_beneath(self._fd, name, _READ)
         except OSError as error:
-            raise BadArchive(f"its {os.fsdecode(name)} cannot be read: {error.strerror}") from error
+            raise ArchiveError(f"its {os.fsdecode(name)} cannot be read: {error.strerror}") from error
         self._open.append(fd)
         return fd
 
@@ -116,7 +116,7 @@ class _Layout:
         self._what = what
         version = media.decode(_small(files, LAYOUT, what), dict[str, msgspec.Raw], f"{what}: its oci-layout")
         if b"1.0.0" not in bytes(version.get("imageLayoutVersion", msgspec.Raw(b""))):
-            raise BadDocument(f"{what} is a layout of a version that is not known; only 1.0.0 is")
+            raise DocumentError(f"{what} is a layout of a version that is not known; only 1.0.0 is")
 
     def find(self, reference: str | None, wanted: Platform | None) -> Found:
         data = _small(self._files, INDEX, self._what)
@@ -135,13 +135,13 @@ class _Layout:
             if isinstance(document, Manifest):
                 return document
             offered = document.manifests
-        raise BadDocument(f"{self._what}: its indexes are nested too deeply")
+        raise DocumentError(f"{self._what}: its indexes are nested too deeply")
 
     def _blob(self, descriptor: Descriptor) -> bytes:
         """Return a small blob, checked."""
         data = _small(self._files, _blob_name(descriptor), self._what)
         if (media.digest_of(data), len(data)) != (descriptor.digest, descriptor.size):
-            raise BadDigest(f"{self._what}: the blob {descriptor.digest} is damaged")
+            raise DigestError(f"{self._what}: the blob {descriptor.digest} is damaged")
         return data
 
     def _opener(self, descriptor: Descriptor) -> Callable[[], Read]:
@@ -156,19 +156,19 @@ def _small(files: Files, name: bytes, what: str) -> bytes:
     """Return a document, whole."""
     try:
         if files.size(name) > media.LARGEST_DOCUMENT:
-            raise BadDocument(f"{what}: {os.fsdecode(name)} is larger than {media.LARGEST_DOCUMENT >> 20} MiB")
+            raise DocumentError(f"{what}: {os.fsdecode(name)} is larger than {media.LARGEST_DOCUMENT >> 20} MiB")
         read = files.stream(name)
         return b"".join(iter(lambda: read(1 << 20), b""))
-    except BadArchive as error:
+    except ArchiveError as error:
         raise type(error)(f"{what}: {error}") from error
 
 
 def _paired(layers: Sequence[Descriptor], diff_ids: Sequence[str], what: str) -> Sequence[tuple[Descriptor, str]]:
     if len(layers) != len(diff_ids):
-        raise BadDocument(f"{what}: the image has {len(layers)} layers, its configuration speaks of {len(diff_ids)}")
+        raise DocumentError(f"{what}: the image has {len(layers)} layers, its configuration speaks of {len(diff_ids)}")
     for each in layers:
         if each.media_type not in media.LAYERS:
-            raise BadDocument(f"{what}: a layer is of the unknown type {each.media_type[:120]!r}; this is no image")
+            raise DocumentError(f"{what}: a layer is of the unknown type {each.media_type[:120]!r}; this is no image")
     return tuple(zip(layers, diff_ids, strict=True))
 
 
@@ -209,7 +209,7 @@ def _docker(files: Files, reference: str | None, what: str) -> Found:
     config = image.parse_config(_small(files, chosen.config.encode(), what), f"{what}: the image's configuration")
     names = chosen.layers or ()
     if len(names) != len(config.rootfs.diff_ids):
-        raise BadDocument(
+        raise DocumentError(
             f"{what}: the image has {len(names)} layers, its configuration speaks of {len(config.rootfs.diff_ids)}"
         )
     layers = tuple(

@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from overlayfs.oci import media
-from overlayfs.oci.entry import BadArchive
+from overlayfs.oci.entry import ArchiveError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -179,14 +179,14 @@ LONGEST_MAGIC = 5
 
 
 def recognise(start: bytes) -> Compression:
-    """Return how a stream is compressed that begins so; BadArchive for a compression that is not known."""
+    """Return how a stream is compressed that begins so; ArchiveError for a compression that is not known."""
     if start.startswith(_GZIP_MAGIC):
         return Compression.GZIP
     if start.startswith(_ZSTD_MAGIC) or (start[:1] and 0x50 <= start[0] <= 0x5F and start[1:4] == _SKIPPABLE_MAGIC):
         return Compression.ZSTD
     for magic, name in ((b"\xfd7zXZ", "xz"), (b"BZh", "bzip2"), (b"\x04\x22\x4d\x18", "lz4")):
         if start.startswith(magic):
-            raise BadArchive(f"it is compressed with {name}; expand it first, or use gzip or zstd")
+            raise ArchiveError(f"it is compressed with {name}; expand it first, or use gzip or zstd")
     return Compression.NONE
 
 
@@ -200,11 +200,11 @@ class Expanded:
         self._input = b""
 
     def read(self, size: int) -> bytes:
-        """Return some bytes, at most 1 MiB; ``b""`` at the end. BadArchive for damage."""
+        """Return some bytes, at most 1 MiB; ``b""`` at the end. ArchiveError for damage."""
         try:
             return self._source(size) if self._kind is Compression.NONE else self._expand()
         except _DAMAGE as error:
-            raise BadArchive(f"its {self._kind.value} compression is damaged") from error
+            raise ArchiveError(f"its {self._kind.value} compression is damaged") from error
 
     def _expand(self) -> bytes:
         while True:
@@ -232,7 +232,7 @@ class Expanded:
         if self._needs_input() and not self._input:
             self._input = self._source(1 << 18)
             if not self._input:
-                raise BadArchive(f"its {self._kind.value} compression ends too early: it is not complete")
+                raise ArchiveError(f"its {self._kind.value} compression ends too early: it is not complete")
         given, self._input = self._input, b""
         if self._kind is Compression.ZSTD:
             return bytes(self._inner.decompress(given, _EXPANDED))

@@ -14,7 +14,7 @@ from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci.media import Descriptor
 from overlayfs.oci.registry import Repository
-from overlayfs.oci.wire import PIECE, Broken, Pace, Reply
+from overlayfs.oci.wire import PIECE, BrokenError, Pace, Reply
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]+)-([0-9]+)/([0-9]+|\*)", re.ASCII)
 
@@ -86,7 +86,7 @@ def _complete(repository: Repository, blob: Descriptor, partial: _Partial, pace:
         before = partial.have
         try:
             _receive(repository, blob, partial)
-        except Broken as error:
+        except BrokenError as error:
             failures = 1 if partial.have - before >= PIECE else failures + 1
             if failures >= pace.attempts:
                 raise UserError(
@@ -103,7 +103,7 @@ def _receive(repository: Repository, blob: Descriptor, partial: _Partial) -> Non
         if start != partial.have:
             partial.drop()
         if start is None:
-            raise Broken("the registry does not send the part that was asked for")
+            raise BrokenError("the registry does not send the part that was asked for")
         _check_announced(reply, blob, partial.have)
         for piece in reply.pieces():
             if partial.have + len(piece) > blob.size:
@@ -113,7 +113,7 @@ def _receive(repository: Repository, blob: Descriptor, partial: _Partial) -> Non
                 )
             partial.add(piece)
     if partial.have < blob.size:
-        raise Broken("it ended early")
+        raise BrokenError("it ended early")
 
 
 def _start_of(reply: Reply, wanted: int) -> int | None:

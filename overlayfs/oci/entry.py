@@ -13,7 +13,7 @@ LONGEST_PATH = 4095  # PATH_MAX without its NUL: beyond it no program could reac
 _LONGEST_SHOWN = 160
 
 
-class BadArchive(UserError):  # noqa: N818 - it names a state, and reads so where it is caught
+class ArchiveError(UserError):
     """An archive is refused whole; `str()` names the entry and what is wrong with it."""
 
 
@@ -60,24 +60,24 @@ def shown(path: bytes) -> str:
 
 
 def inside(name: bytes) -> bytes:
-    """Return the path below the root that a name means; BadArchive for one that leaves the root or cannot be made.
+    """Return the path below the root that a name means; ArchiveError for one that leaves the root or cannot be made.
 
     ``./``, repeated and trailing slashes go, an absolute name counts from the root, ``a/../b`` is ``b``
     (formats, section 10).
     """
     if b"\0" in name:
-        raise BadArchive(f"the entry {shown(name)} has a NUL in its name")
+        raise ArchiveError(f"the entry {shown(name)} has a NUL in its name")
     parts: list[bytes] = []
     for part in name.split(b"/"):
         if part == b"..":
             if not parts:
-                raise BadArchive(f"the entry {shown(name)} leads out of the archive's root")
+                raise ArchiveError(f"the entry {shown(name)} leads out of the archive's root")
             parts.pop()
         elif part not in (b"", b"."):
             parts.append(part)
     path = b"/".join(parts)
     if len(path) > LONGEST_PATH or any(len(part) > _longest(part) for part in parts):
-        raise BadArchive(f"the entry {shown(name)} has a name that is too long for a file system")
+        raise ArchiveError(f"the entry {shown(name)} has a name that is too long for a file system")
     return path
 
 

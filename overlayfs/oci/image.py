@@ -48,7 +48,7 @@ def require_platform(config: ImageConfig, wanted: Platform | None, what: str) ->
 
 
 def parse_config(data: bytes, what: str) -> ImageConfig:
-    """Read the configuration of an image; BadDocument for one that cannot be used."""
+    """Read the configuration of an image; DocumentError for one that cannot be used."""
     return media.decode(data, ImageConfig, what)
 
 

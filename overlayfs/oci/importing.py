@@ -14,7 +14,7 @@ from overlayfs.oci import bundles, compression, image, platforms
 from overlayfs.oci.blobs import LayerDetails, Notice, Prepared, ignore, prepared_blob, prepared_tree
 from overlayfs.oci.bundles import Directory, Found, LayerSource
 from overlayfs.oci.compression import Compression, Expanded
-from overlayfs.oci.entry import BadArchive
+from overlayfs.oci.entry import ArchiveError
 from overlayfs.oci.media import HistoryEntry, ImageConfig, Platform
 from overlayfs.oci.members import Members, stream_of
 from overlayfs.oci.streams import PIECE, Peeked, Read, unnamed_file
@@ -55,8 +55,8 @@ class ImportOptions:
 def import_image(store: LayerStore, source: bytes, name: str, options: ImportOptions | None = None) -> ImageRecord:
     """Make an image of `source`: a path, ``PATH:NAME`` for one of several images in it, or ``-``; return its record.
 
-    Layers that the store has are not read again. UserError (BadArchive, BadDigest, BadDocument) with a sentence when it
-    is refused, and then nothing of it is in the store.
+    Layers that the store has are not read again. UserError (ArchiveError, DigestError, DocumentError) with a sentence
+    when it is refused, and then nothing of it is in the store.
     """
     layout.image_name(name)  # before any work
     return _Import(store, name, options or ImportOptions()).run(source)
@@ -102,7 +102,7 @@ class _Import:
         try:
             kind = compression.recognise(raw.peek(compression.LONGEST_MAGIC))
             is_image = _may_be_image(raw.peek(_LOOKED_AT), kind)
-        except BadArchive as error:
+        except ArchiveError as error:
             raise type(error)(f"{shown} is refused: {error}") from error
         if is_image or reference is not None:
             return self._members(fd, kind, raw.read, shown, reference)
@@ -114,7 +114,7 @@ class _Import:
                 fd = self._spooled(Expanded(raw, kind).read, undo)
             try:
                 files = Members(fd)
-            except BadArchive as error:
+            except ArchiveError as error:
                 raise type(error)(f"{shown} is refused: {error}") from error
             if bundles.is_layout(files) or bundles.is_docker(files):
                 return self._found(bundles.find(files, reference, self._options.platform, shown), shown)
@@ -189,7 +189,7 @@ class _Import:
     ) -> Iterator[Prepared]:
         try:
             read = layer.open()
-        except BadArchive as error:
+        except ArchiveError as error:
             raise type(error)(f"{what} is refused: {error}") from error
         with prepared_blob(
             self._store,
@@ -252,11 +252,11 @@ def _is_seekable(fd: int) -> bool:
 
 
 def _may_be_image(start: bytes, kind: Compression) -> bool:
-    """Return whether a stream that starts so is an image in one file; BadArchive when it is no archive at all."""
+    """Return whether a stream that starts so is an image in one file; ArchiveError when it is no archive at all."""
     plain = Expanded(_reader(start), kind)
     try:
         first = next((entry for entry in TarReader(plain.read) if entry.path), None)
-    except BadArchive:
+    except ArchiveError:
         if len(start) < _LOOKED_AT:
             raise
         return False  # a first entry that is longer than what was looked at

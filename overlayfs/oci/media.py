@@ -3,7 +3,7 @@
 Sources: opencontainers/image-spec v1.1.1 (``descriptor.md``, ``manifest.md``, ``image-index.md``, ``config.md``,
 ``media-types.md``); distribution ``manifest-v2-2.md`` for the Docker types, which differ in their names alone.
 A document is at most `LARGEST_DOCUMENT` bytes; what is deeper than msgspec goes, malformed, or two kinds of document at
-once (CVE-2021-41190) is refused as `BadDocument`, a `UserError`.
+once (CVE-2021-41190) is refused as `DocumentError`, a `UserError`.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ FULL_NAME = "io.containerd.image.name"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
-class BadDocument(UserError):  # noqa: N818 - it names a state, and reads so where it is caught
+class DocumentError(UserError):
     """A manifest, an index or a configuration that cannot be used; `str()` says what is wrong with it."""
 
 
@@ -75,7 +75,7 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel"
     def __post_init__(self) -> None:
         check_digest(self.digest)
         if self.size < 0:
-            raise BadDocument(f"{self.digest} has the impossible size {self.size}")
+            raise DocumentError(f"{self.digest} has the impossible size {self.size}")
 
 
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel"):
@@ -148,9 +148,9 @@ class DockerSaved(msgspec.Struct, frozen=True, rename="pascal"):
 
 
 def check_digest(text: str) -> str:
-    """Return a digest that is ``sha256:`` and 64 lower-case hexadecimal digits, and so no path; else BadDocument."""
+    """Return a digest that is ``sha256:`` and 64 lower-case hexadecimal digits, and so no path; else DocumentError."""
     if _DIGEST.fullmatch(text) is None:
-        raise BadDocument(f"{text[:80]!r} is not a sha256 digest")
+        raise DocumentError(f"{text[:80]!r} is not a sha256 digest")
     return text
 
 
@@ -163,45 +163,45 @@ Document = TypeVar("Document")
 
 
 def decode(data: bytes, kind: type[Document], what: str) -> Document:
-    """Read a JSON document; BadDocument, with `what` it is in the user's words, for one that cannot be used."""
+    """Read a JSON document; DocumentError, with `what` it is in the user's words, for one that cannot be used."""
     if len(data) > LARGEST_DOCUMENT:
-        raise BadDocument(f"{what} is larger than {LARGEST_DOCUMENT >> 20} MiB")
+        raise DocumentError(f"{what} is larger than {LARGEST_DOCUMENT >> 20} MiB")
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadDocument(f"{what} cannot be used: {error}") from error
+        raise DocumentError(f"{what} cannot be used: {error}") from error
     except RecursionError:
-        raise BadDocument(f"{what} cannot be used: it is nested too deeply") from None
+        raise DocumentError(f"{what} cannot be used: it is nested too deeply") from None
 
 
 def decode_manifest(data: bytes, media_type: str, what: str) -> Manifest | Index:
-    """Read a manifest or an index, whichever `media_type` says that it is; BadDocument for anything else."""
+    """Read a manifest or an index, whichever `media_type` says that it is; DocumentError for anything else."""
     if media_type in MANIFESTS:
         return _only_manifest(decode(data, Manifest, what), media_type, what)
     if media_type in INDEXES:
         return _only_index(decode(data, Index, what), media_type, what)
-    raise BadDocument(f"{what} is of the unknown type {media_type[:120]!r}")
+    raise DocumentError(f"{what} is of the unknown type {media_type[:120]!r}")
 
 
 def _only_manifest(found: Manifest, media_type: str, what: str) -> Manifest:
     if found.manifests is not msgspec.UNSET:
-        raise BadDocument(f"{what} is a manifest and an index at once")
+        raise DocumentError(f"{what} is a manifest and an index at once")
     _check_form(found.schema_version, found.media_type, media_type, what)
     return found
 
 
 def _only_index(found: Index, media_type: str, what: str) -> Index:
     if found.layers is not msgspec.UNSET or found.config is not msgspec.UNSET:
-        raise BadDocument(f"{what} is an index and a manifest at once")
+        raise DocumentError(f"{what} is an index and a manifest at once")
     _check_form(found.schema_version, found.media_type, media_type, what)
     return found
 
 
 def _check_form(version: int, own_type: str, told_type: str, what: str) -> None:
     if version != 2:
-        raise BadDocument(f"{what} has the schema version {version}; only 2 is known")
+        raise DocumentError(f"{what} has the schema version {version}; only 2 is known")
     if own_type and own_type != told_type:
-        raise BadDocument(f"{what} calls itself {own_type[:120]!r} but was announced as {told_type!r}")
+        raise DocumentError(f"{what} calls itself {own_type[:120]!r} but was announced as {told_type!r}")
 
 
 def encode(document: msgspec.Struct) -> bytes:

@@ -4,7 +4,7 @@ import os
 from typing import NamedTuple
 
 from overlayfs import sysio
-from overlayfs.oci.entry import BadArchive, Kind, shown
+from overlayfs.oci.entry import ArchiveError, Kind, shown
 from overlayfs.oci.streams import PIECE, Read
 from overlayfs.oci.tarread import TarReader
 
@@ -30,18 +30,18 @@ class Members:
         return self._resolve(name) in self._places
 
     def size(self, name: bytes) -> int:
-        """Return the size of a member; BadArchive when there is none."""
+        """Return the size of a member; ArchiveError when there is none."""
         return self._place(name).size
 
     def stream(self, name: bytes) -> Read:
-        """Return a member as a stream; BadArchive when there is none."""
+        """Return a member as a stream; ArchiveError when there is none."""
         place = self._place(name)
         return stream_of(self._fd, place.offset, place.size)
 
     def _place(self, name: bytes) -> _Place:
         place = self._places.get(self._resolve(name))
         if place is None:
-            raise BadArchive(f"it has no {shown(name)}")
+            raise ArchiveError(f"it has no {shown(name)}")
         return place
 
     def _resolve(self, name: bytes) -> bytes:
@@ -71,14 +71,14 @@ class Members:
         for entry in reader:
             if entry.kind is Kind.FILE and entry.extents is None:
                 if reader.position + entry.size > size:
-                    raise BadArchive("the archive ends too early: it is not complete")
+                    raise ArchiveError("the archive ends too early: it is not complete")
                 self._places[entry.path] = _Place(reader.position, entry.size)
             elif entry.kind is Kind.HARDLINK:
                 self._links[entry.path] = entry.target
             elif entry.kind is Kind.SYMLINK:
                 self._links[entry.path] = os.path.normpath(os.path.join(os.path.dirname(entry.path), entry.target))
             if len(self._places) + len(self._links) > _MOST:
-                raise BadArchive("the archive has too many members for an image")
+                raise ArchiveError("the archive has too many members for an image")
 
 
 def stream_of(fd: int, offset: int, size: int) -> Read:

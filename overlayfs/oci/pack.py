@@ -47,6 +47,9 @@ class Item(NamedTuple):
     open: Open | None = None
 
 
+_Walk = Iterator["Item | _Walk"]  # what is found, and the walks into what is found
+
+
 class Losses:
     """What an archive cannot carry: how many sockets, and how many attributes without a value or with a `=`."""
 
@@ -314,7 +317,7 @@ class _Resolved:
             else:
                 pending.append(found)
 
-    def _inside(self, path: bytes, node: Dir, beneath: Node | None, cut: bool) -> Iterator["Item | Iterator[Item]"]:
+    def _inside(self, path: bytes, node: Dir, beneath: Node | None, cut: bool) -> "_Walk":
         """Yield the items of a directory that has not moved.
 
         `beneath`: what the layers below show at its path. `cut`: it is opaque.
@@ -330,9 +333,7 @@ class _Resolved:
             if isinstance(child, Dir):
                 yield from self._directory(path, name, child, entry.stat, self._seen_beneath(beneath, name))
 
-    def _directory(
-        self, parent: bytes, name: bytes, node: Dir, found: AnyStat, beneath: Node | None
-    ) -> Iterator["Item | Iterator[Item]"]:
+    def _directory(self, parent: bytes, name: bytes, node: Dir, found: AnyStat, beneath: Node | None) -> "_Walk":
         path = join(parent, name)
         marks = self._layer.marks(parent, name, found)
         moved = marks.redirect is not None
@@ -342,7 +343,7 @@ class _Resolved:
         if moved:
             yield self._merged.below(path, node)
         else:
-            yield self._inside(path, node, None if marks.opaque else beneath, marks.opaque)  # type: ignore[misc]
+            yield self._inside(path, node, None if marks.opaque else beneath, marks.opaque)
 
     def _seen_beneath(self, beneath: Node | None, name: bytes) -> Node | None:
         if not isinstance(beneath, Dir):

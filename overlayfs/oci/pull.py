@@ -9,7 +9,7 @@ from overlayfs.errors import UserError
 from overlayfs.oci import auth, download, image, media, platforms, remote, staging
 from overlayfs.oci.auth import Credential
 from overlayfs.oci.blobs import Notice, ignore, read_blob
-from overlayfs.oci.entry import BadArchive
+from overlayfs.oci.entry import ArchiveError
 from overlayfs.oci.media import Descriptor, HistoryEntry, ImageConfig, Manifest, Platform
 from overlayfs.oci.reference import Reference
 from overlayfs.oci.registry import Fetched, Repository
@@ -181,7 +181,7 @@ class _Loader:
                 author=step.author, message=step.comment or step.created_by, created=step.created or None,
                 what=f"layer {blob.digest} of {self._reference}", notice=self._notice,
             )  # fmt: skip
-        except BadArchive:
+        except ArchiveError:
             file.discard()  # loading it again gives the same
             raise
 

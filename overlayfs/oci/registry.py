@@ -16,7 +16,7 @@ from overlayfs.oci.auth import Credential
 from overlayfs.oci.login import Login, Scopes
 from overlayfs.oci.media import INDEXES, LARGEST_DOCUMENT, MANIFESTS, Descriptor
 from overlayfs.oci.reference import Reference, is_digest
-from overlayfs.oci.wire import BUSY, Body, Broken, Reply, Wire, origin, printable
+from overlayfs.oci.wire import BUSY, Body, BrokenError, Reply, Wire, origin, printable
 
 ACCEPT = ", ".join((*MANIFESTS, *INDEXES))
 """All four: asked for OCI types alone, a registry turns Docker's images into those of schema 1."""
@@ -116,7 +116,7 @@ class Repository:
         for attempt in range(self._wire.pace.attempts):
             try:
                 return self._upload(source)
-            except Broken as error:
+            except BrokenError as error:
                 last = error
             self._wire.pace.pause(attempt)
         raise UserError(f"cannot upload blob {source.digest} to {self._reference.name}: {last}; try again later")
@@ -134,7 +134,7 @@ class Repository:
         body = Body(source.size, source.pieces)
         with contextlib.closing(self._request("PUT", url, headers=kind, body=body, again=False)) as reply:
             if reply.status in BUSY:
-                raise Broken(f"status {reply.status}")
+                raise BrokenError(f"status {reply.status}")
             if reply.status != 201:
                 raise self._failure(reply, what)
 
@@ -146,7 +146,7 @@ class Repository:
 
     def _abandon(self, reply: Reply) -> None:
         """The registry began an upload instead of mounting; unfinished uploads would stay with it for days."""
-        with contextlib.suppress(UserError, Broken):
+        with contextlib.suppress(UserError, BrokenError):
             self._request("DELETE", self._place(reply), again=False).close()
 
     def put_manifest(self, target: str, media_type: str, data: bytes) -> str:
@@ -196,7 +196,7 @@ class Repository:
                 raise self._failure(reply, what)
             try:
                 return reply, reply.text(limit)
-            except Broken as error:
+            except BrokenError as error:
                 last = error
             self._wire.pace.pause(attempt)
         raise UserError(f"cannot read {what} from {self._reference.registry}: {last}; try again later")
@@ -223,6 +223,6 @@ def _message(reply: Reply) -> str:
     try:
         errors = json.loads(reply.text())["errors"]
         text = "; ".join(str(error.get("message") or error.get("code")) for error in errors)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError, Broken):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError, BrokenError):
         return ""
     return f" ({printable(text)})" if text else ""

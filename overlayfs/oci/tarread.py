@@ -3,7 +3,7 @@
 Where the formats leave room this reads as Go's archive/tar does, through which nearly every other program looks at
 layers: two readings of one archive would be a way to hide things. So global PAX headers have no effect, only regular
 files have data, a GNU long name goes before a PAX path, and one block of zeros that is not followed by another is an
-error. Damage of any kind is a `BadArchive`.
+error. Damage of any kind is a `ArchiveError`.
 
 Sources: POSIX pax(1), "ustar Interchange Format" and "pax Extended Header"; GNU tar manual, "Sparse Formats";
 libarchive's tar(5); Go ``archive/tar`` (reader.go, strconv.go) for the rules above.
@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from overlayfs.oci.entry import BadArchive, Entry, Extents, Kind, inside, shown
+from overlayfs.oci.entry import ArchiveError, Entry, Extents, Kind, inside, shown
 
 BLOCK = 512
 LARGEST_HEADER = 8 << 20
@@ -60,7 +60,7 @@ class Input:
         return found
 
     def exactly(self, size: int) -> bytes:
-        """Return `size` bytes; BadArchive when the stream ends before."""
+        """Return `size` bytes; ArchiveError when the stream ends before."""
         first = self.piece(size)
         if len(first) == size:
             return bytes(first)
@@ -72,7 +72,7 @@ class Input:
             parts.append(bytes(more))
             missing -= len(more)
         if missing:
-            raise BadArchive("the archive ends too early: it is not complete")
+            raise ArchiveError("the archive ends too early: it is not complete")
         return b"".join(parts)
 
     def block(self) -> bytes:
@@ -83,11 +83,11 @@ class Input:
         return self._gather(bytes(first), BLOCK) if first else b""
 
     def pieces(self, size: int) -> Iterator[memoryview]:
-        """Yield `size` bytes in pieces as they come; BadArchive when the stream ends before."""
+        """Yield `size` bytes in pieces as they come; ArchiveError when the stream ends before."""
         while size:
             found = self.piece(size)
             if not found:
-                raise BadArchive("the archive ends too early: it is not complete")
+                raise ArchiveError("the archive ends too early: it is not complete")
             size -= len(found)
             yield found
 
@@ -167,7 +167,7 @@ class TarReader:
         while self._unread:
             found = self._input.piece(self._unread)
             if not found:
-                raise BadArchive("the archive ends too early: it is not complete")
+                raise ArchiveError("the archive ends too early: it is not complete")
             self._unread -= len(found)
             yield found
 
@@ -195,7 +195,7 @@ class TarReader:
             raw = self._next_raw()
             if raw is None:
                 if pax or long_name or long_link:
-                    raise BadArchive("the archive ends after a header that announces another entry")
+                    raise ArchiveError("the archive ends after a header that announces another entry")
                 return _Told(pax, None, b"", b""), None
             if raw.flag in b"xX":
                 pax, sparse = parse_pax(self._extended(raw))
@@ -207,7 +207,7 @@ class TarReader:
                 long_link = self._extended(raw).split(b"\0", 1)[0]
             else:
                 return _Told(pax, _sparse_pairs(sparse), long_name, long_link), raw
-        raise BadArchive("the archive has too many extended headers before one entry")
+        raise ArchiveError("the archive has too many extended headers before one entry")
 
     def _next_raw(self) -> _Raw | None:
         block = self._input.block()
@@ -215,7 +215,7 @@ class TarReader:
             return None
         if block == _ZEROS:
             if self._input.block() not in (_ZEROS, b""):
-                raise BadArchive("the archive is damaged: its end mark is followed by something else")
+                raise ArchiveError("the archive is damaged: its end mark is followed by something else")
             return None
         fields = _HEADER.unpack(block)
         _check_sum(block, fields[6])
@@ -227,7 +227,7 @@ class TarReader:
 
     def _extended(self, raw: _Raw) -> bytes:
         if raw.size > LARGEST_HEADER:
-            raise BadArchive(f"the entry {shown(raw.name)} has an extended header of {raw.size} bytes")
+            raise ArchiveError(f"the entry {shown(raw.name)} has an extended header of {raw.size} bytes")
         data = self._input.exactly(raw.size)
         self._input.skip(-raw.size % BLOCK)
         return data
@@ -276,14 +276,14 @@ class TarReader:
         return self._checked(extents, self.stored if size is None else size, name)
 
     def _checked(self, extents: Extents, size: int, name: bytes) -> tuple[int, Extents]:
-        """Return size and map of a sparse file; BadArchive unless the pieces ascend, fit and are all there."""
+        """Return size and map of a sparse file; ArchiveError unless the pieces ascend, fit and are all there."""
         end = 0
         for offset, length in extents:
             if offset < end or length < 0 or offset + length > size:
-                raise BadArchive(f"the sparse file {shown(name)} has an impossible map")
+                raise ArchiveError(f"the sparse file {shown(name)} has an impossible map")
             end = offset + length
         if sum(length for _, length in extents) != self._unread:
-            raise BadArchive(f"the sparse file {shown(name)} has a map that does not fit its data")
+            raise ArchiveError(f"the sparse file {shown(name)} has a map that does not fit its data")
         return size, tuple(extent for extent in extents if extent[1])
 
     def _old_sparse(self, raw: _Raw, name: bytes) -> tuple[int, Extents]:
@@ -294,7 +294,7 @@ class TarReader:
             found += _old_extents(block[:504], name)
             more = block[504]
             if len(found) > MOST_EXTENTS:
-                raise BadArchive(f"the sparse file {shown(name)} has too many pieces")
+                raise ArchiveError(f"the sparse file {shown(name)} has too many pieces")
         return self._checked(tuple(found), _number(raw.block[483:495], b"size", name), name)
 
     def _sparse_map(self, name: bytes) -> Extents:
@@ -302,19 +302,19 @@ class TarReader:
         numbers = self._map_numbers(name)
         count = next(numbers)
         if count > MOST_EXTENTS:
-            raise BadArchive(f"the sparse file {shown(name)} has too many pieces")
+            raise ArchiveError(f"the sparse file {shown(name)} has too many pieces")
         return tuple((next(numbers), next(numbers)) for _ in range(count))
 
     def _map_numbers(self, name: bytes) -> Iterator[int]:
         rest = b""
         while True:
             if self._unread < BLOCK:
-                raise BadArchive(f"the sparse file {shown(name)} has a map that does not end")
+                raise ArchiveError(f"the sparse file {shown(name)} has a map that does not end")
             rest += self._input.exactly(BLOCK)
             self._unread -= BLOCK
             *lines, rest = rest.split(b"\n")
             if len(rest) > BLOCK:
-                raise BadArchive(f"the sparse file {shown(name)} has a damaged map")
+                raise ArchiveError(f"the sparse file {shown(name)} has a damaged map")
             yield from (_decimal(line, name) for line in lines)
 
 
@@ -332,7 +332,7 @@ def _check_sum(block: bytes, field: bytes) -> None:
     plain = sum(blanked)
     # Old programs summed signed characters.
     if told != plain and told != plain - 256 * sum(byte > 127 for byte in blanked):
-        raise BadArchive("the archive is damaged, or this is not a tar archive: the sum of a header is wrong")
+        raise ArchiveError("the archive is damaged, or this is not a tar archive: the sum of a header is wrong")
 
 
 def _octal(field: bytes) -> int | None:
@@ -354,21 +354,21 @@ def _number(field: bytes, what: bytes, name: bytes) -> int:
         return value - (1 << bits) if field[0] & 0x40 else value
     found = _octal(field)
     if found is None:
-        raise BadArchive(f"the entry {shown(name)} has a damaged {what.decode()}")
+        raise ArchiveError(f"the entry {shown(name)} has a damaged {what.decode()}")
     return found
 
 
 def _size(field: bytes, name: bytes) -> int:
     size = _number(field, b"size", name)
     if not 0 <= size <= _LARGEST:
-        raise BadArchive(f"the entry {shown(name)} has the impossible size {size}")
+        raise ArchiveError(f"the entry {shown(name)} has the impossible size {size}")
     return size
 
 
 def _id(told: bytes | None, field: bytes, name: bytes) -> int:
     value = _number(field, b"owner", name) if told is None else _decimal(told, name)
     if not 0 <= value <= _LARGEST_ID:
-        raise BadArchive(f"the entry {shown(name)} belongs to the impossible user or group {value}")
+        raise ArchiveError(f"the entry {shown(name)} belongs to the impossible user or group {value}")
     return value
 
 
@@ -383,14 +383,14 @@ def parse_time(told: bytes, name: bytes) -> int:
     """Return nanoseconds for a PAX time: decimal seconds with a fraction, of which nine digits count."""
     form = _TIME.fullmatch(told)
     if form is None or int(form[2]) > _FURTHEST_TIME:
-        raise BadArchive(f"the entry {shown(name)} has the impossible time {shown(told)}")
+        raise ArchiveError(f"the entry {shown(name)} has the impossible time {shown(told)}")
     value = int(form[2]) * 1_000_000_000 + int(((form[3] or b"") + b"0" * 9)[:9])
     return -value if form[1] else value
 
 
 def _decimal(text: bytes, name: bytes) -> int:
     if not text.isdigit() or len(text) > 20:
-        raise BadArchive(f"the entry {shown(name)} has the damaged number {shown(text[:40])}")
+        raise ArchiveError(f"the entry {shown(name)} has the damaged number {shown(text[:40])}")
     return int(text)
 
 
@@ -399,7 +399,7 @@ def _pax_number(pax: dict[bytes, bytes], key: bytes, name: bytes) -> int | None:
         return None
     value = _decimal(pax[key], name)
     if value > _LARGEST:
-        raise BadArchive(f"the entry {shown(name)} has the impossible size {value}")
+        raise ArchiveError(f"the entry {shown(name)} has the impossible size {value}")
     return value
 
 
@@ -415,32 +415,32 @@ def _whole_name(raw: _Raw) -> bytes:
 def _kind(raw: _Raw, name: bytes) -> Kind:
     kind = _KINDS.get(raw.flag)
     if kind is None:
-        raise BadArchive(f"the entry {shown(name)} is of the unknown type {raw.flag!r}")
+        raise ArchiveError(f"the entry {shown(name)} is of the unknown type {raw.flag!r}")
     return Kind.DIRECTORY if raw.flag == b"\0" and name.endswith(b"/") else kind
 
 
 def _path(name: bytes, kind: Kind) -> bytes:
     path = inside(name)
     if not path and (kind is not Kind.DIRECTORY or not name):
-        raise BadArchive(f"the entry {shown(name)!r} would put a {kind.value} in the place of the root")
+        raise ArchiveError(f"the entry {shown(name)!r} would put a {kind.value} in the place of the root")
     return path
 
 
 def _target(target: bytes, kind: Kind, name: bytes) -> bytes:
     if b"\0" in target or not target or len(target) > 4095:
-        raise BadArchive(f"the {kind.value} {shown(name)} has an impossible target")
+        raise ArchiveError(f"the {kind.value} {shown(name)} has an impossible target")
     if kind is Kind.SYMLINK:
         return target
     try:
         return inside(target)
-    except BadArchive:
-        raise BadArchive(f"the hard link {shown(name)} leads out of the archive's root, to {shown(target)}") from None
+    except ArchiveError:
+        raise ArchiveError(f"the hard link {shown(name)} leads out of the archive's root, to {shown(target)}") from None
 
 
 def _device(raw: _Raw, name: bytes) -> tuple[int, int]:
     major, minor = _number(raw.major, b"device", name), _number(raw.minor, b"device", name)
     if not (0 <= major < 1 << 12 and 0 <= minor < 1 << 20):  # dev_t of the kernel
-        raise BadArchive(f"the device {shown(name)} has the impossible number {major}:{minor}")
+        raise ArchiveError(f"the device {shown(name)} has the impossible number {major}:{minor}")
     return major, minor
 
 
@@ -455,7 +455,7 @@ def _sparse_pairs(numbers: list[bytes]) -> Extents | None:
     if not numbers:
         return None
     if len(numbers) % 2 or len(numbers) > 2 * MOST_EXTENTS or not all(n.isdigit() and len(n) < 20 for n in numbers):
-        raise BadArchive("the archive has a sparse file with a damaged map")
+        raise ArchiveError("the archive has a sparse file with a damaged map")
     values = list(map(int, numbers))
     return tuple(zip(values[::2], values[1::2], strict=True))
 
@@ -484,12 +484,12 @@ def _record(data: bytes, at: int) -> tuple[bytes, bytes, int]:
     space = data.find(b" ", at, at + 20)
     digits = data[at:space]
     if space < 0 or not digits.isdigit():
-        raise BadArchive("the archive has a damaged extended header")
+        raise ArchiveError("the archive has a damaged extended header")
     end = at + int(digits)
     equals = data.find(b"=", space, end)
     if end > len(data) or equals < 0 or data[end - 1 : end] != b"\n":
-        raise BadArchive("the archive has a damaged extended header")
+        raise ArchiveError("the archive has a damaged extended header")
     key = data[space + 1 : equals]
     if not key or b"\0" in key:
-        raise BadArchive("the archive has an extended header with a damaged key")
+        raise ArchiveError("the archive has an extended header with a damaged key")
     return key, data[equals + 1 : end - 1], end

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci.wire import PIECE, GivenUp, Pace, Wire
+from overlayfs.oci.wire import PIECE, GivenUpError, Pace, Wire
 from overlayfs.store.store import LayerStore
 
 AT_ONCE = 4  # layers; more connections to one registry gain nothing and annoy it
@@ -61,7 +61,7 @@ def _raise_first_failure(futures: Sequence[Future[Result]]) -> None:
     """A job that was given up is no reason for anything; some other one is."""
     for future in futures:
         error = None if future.cancelled() else future.exception()
-        if error is not None and not isinstance(error, GivenUp):
+        if error is not None and not isinstance(error, GivenUpError):
             raise error
 
 

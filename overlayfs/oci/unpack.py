@@ -24,7 +24,7 @@ from overlayfs.errors import UserError
 from overlayfs.format import opaque, override, whiteout, xattrs
 from overlayfs.format.override import Override
 from overlayfs.format.xattrs import Mode
-from overlayfs.oci.entry import LONGEST_NAME, BadArchive, Entry, Kind, shown
+from overlayfs.oci.entry import LONGEST_NAME, ArchiveError, Entry, Kind, shown
 from overlayfs.tree.layer import join
 from overlayfs.tree.workdir import drop_inherited_acls, remove_tree
 
@@ -95,7 +95,7 @@ class Unpacker:
             raise
 
     def add(self, entry: Entry, fill: Fill | None = None) -> None:
-        """Make what an entry says; BadArchive when it says what must not be, UserError when it cannot be."""
+        """Make what an entry says; ArchiveError when it says what must not be, UserError when it cannot be."""
         try:
             self._add(entry, fill)
         except OSError as error:
@@ -154,7 +154,7 @@ class Unpacker:
         if any(part.startswith(b".wh..wh.") for part in above):
             return True  # what aufs keeps for itself
         if any(map(whiteout.is_reserved, above)):
-            raise BadArchive(f"the entry {shown(entry.path)} lies in a name that means a deletion")
+            raise ArchiveError(f"the entry {shown(entry.path)} lies in a name that means a deletion")
         if not whiteout.is_reserved(name):
             return False
         path = b"/".join(above)
@@ -167,7 +167,7 @@ class Unpacker:
     def _delete(self, path: bytes, mark: bytes, entry: Entry) -> None:
         name = whiteout.target(mark)
         if name is None:
-            raise BadArchive(f"the entry {shown(entry.path)} deletes no name")
+            raise ArchiveError(f"the entry {shown(entry.path)} deletes no name")
         deletion = entry._replace(path=join(path, name))
         directory = self._try_open(path)
         if directory is not None:
@@ -310,7 +310,7 @@ class Unpacker:
             self._create(parent, name, missing, None)
         except FileExistsError:
             if not self._is_whiteout(parent, name, 0):
-                raise BadArchive(
+                raise ArchiveError(
                     f"the entry {shown(entry.path)} leads through {shown(path)}, which is no directory"
                 ) from None
             self._replace(parent, name, missing, None)
@@ -385,7 +385,7 @@ class Unpacker:
     def _create_special(self, dirfd: int, name: bytes, entry: Entry) -> None:
         kind = _SPECIAL[entry.kind]
         if kind == stat.S_IFCHR and entry.device == (0, 0):
-            raise BadArchive(f"the entry {shown(entry.path)} is a device 0:0, which means a deletion")
+            raise ArchiveError(f"the entry {shown(entry.path)} is a device 0:0, which means a deletion")
         if self._privileged or self._merged:
             self._create_node(dirfd, name, kind | 0o600, entry)
         else:
@@ -408,11 +408,12 @@ class Unpacker:
             with suppress(FileNotFoundError):
                 found = sysio.stat_at(above.fd, source)
         if above is None or found is None or self._is_reserved_or_whiteout(source, found):
-            raise BadArchive(
+            raise ArchiveError(
                 f"the hard link {shown(entry.path)} leads to {shown(entry.target)}, which does not stand before it"
             )
         if stat.S_ISDIR(found.st_mode):
-            raise BadArchive(f"the hard link {shown(entry.path)} leads to {shown(entry.target)}, which is a directory")
+            told = f"the hard link {shown(entry.path)} leads to {shown(entry.target)}"
+            raise ArchiveError(f"{told}, which is a directory")
         sysio.link_at(above.fd, source, directory.fd, name)
 
     def _is_reserved_or_whiteout(self, name: bytes, found: os.stat_result) -> bool:
@@ -474,7 +475,7 @@ class Unpacker:
     def _stored_name(self, entry: Entry, attribute: bytes, value: bytes) -> bytes | None:
         """Return the name under which an attribute lies in a layer, None for one that is not taken over."""
         if not 0 < len(attribute) <= xattrs.LONGEST or b"\0" in attribute or len(value) > _LARGEST_VALUE:
-            raise BadArchive(f"the entry {shown(entry.path)} has an impossible attribute {shown(attribute)}")
+            raise ArchiveError(f"the entry {shown(entry.path)} has an impossible attribute {shown(attribute)}")
         if attribute in _LOCAL:
             return None
         try:

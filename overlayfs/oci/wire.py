@@ -42,11 +42,11 @@ _ALWAYS = {"User-Agent": "overlayfs", "Accept-Encoding": "identity"}
 MOVED = {301, 302, 303, 307, 308}
 
 
-class Broken(Exception):  # noqa: N818 - a state of the connection, and read so where it is caught
+class BrokenError(Exception):
     """The connection broke, or the answer is not whole; trying again may help."""
 
 
-class GivenUp(Exception):  # noqa: N818 - not an error of this thread
+class GivenUpError(Exception):
     """Another thread has failed, or the user has interrupted: this work is no longer wanted."""
 
 
@@ -88,9 +88,9 @@ class Pace:
         return self._stopped.is_set()
 
     def check(self) -> None:
-        """Raise `GivenUp` after `stop`."""
+        """Raise `GivenUpError` after `stop`."""
         if self.stopped:
-            raise GivenUp
+            raise GivenUpError
 
 
 class Body(NamedTuple):
@@ -115,19 +115,19 @@ class Reply:
         return list(self._response.headers.getlist(header))
 
     def pieces(self) -> Iterator[bytes]:
-        """Give the body piece by piece. Raises `Broken` where it ends too early."""
+        """Give the body piece by piece. Raises `BrokenError` where it ends too early."""
         try:
             while piece := self._response.read(PIECE, decode_content=False):
                 self._wire.pace.check()
                 yield piece
         except HTTPError as error:
             self._wire.pace.check()
-            raise Broken(_reason(error)) from None
+            raise BrokenError(_reason(error)) from None
         finally:
             self.close()
 
     def text(self, limit: int = TEXT_LIMIT) -> bytes:
-        """Return the whole body. Raises `UserError` when it is longer than `limit` bytes, `Broken` as `pieces`."""
+        """Return the whole body. Raises `UserError` when it is longer than `limit` bytes, `BrokenError` as `pieces`."""
         data = bytearray()
         for piece in self.pieces():
             data += piece
@@ -174,17 +174,17 @@ class Wire:
 
         `secret` is the value of Authorization, for the host of `url` alone.  With `again` busy servers and broken
         connections are tried again, and a `UserError` is raised when that does not help; without, they are the
-        caller's: a status that it must look at, or `Broken`.
+        caller's: a status that it must look at, or `BrokenError`.
         """
         for attempt in range(self.pace.attempts):
             self.pace.check()
             last = attempt + 1 == self.pace.attempts
             try:
                 reply = self._follow(method, url, dict(headers or {}), body, secret)
-            except Broken as error:
+            except BrokenError as error:
                 if not again:
                     raise
-                if last or (isinstance(error, Unreachable) and host_of(url) not in self._answered):
+                if last or (isinstance(error, UnreachableError) and host_of(url) not in self._answered):
                     raise UserError(f"cannot reach {host_of(url)}: {error}") from None
                 self.pace.pause(attempt)
                 continue
@@ -236,8 +236,8 @@ class Wire:
         if isinstance(error, SSLError):
             return UserError(_tls_sentence(host_of(url), error))
         if isinstance(error, (NameResolutionError, NewConnectionError)):
-            return Unreachable(_reason(error))
-        return Broken(_reason(error))
+            return UnreachableError(_reason(error))
+        return BrokenError(_reason(error))
 
     def joined(self, url: str, target: str) -> str:
         """Return where a Location leads from `url`. Raises `UserError` where it may not lead."""
@@ -282,7 +282,7 @@ class Wire:
             self._open.discard(reply)
 
     def stop(self) -> None:
-        """Make every thread that waits for a host, or for its turn, come back with `GivenUp`."""
+        """Make every thread that waits for a host, or for its turn, come back with `GivenUpError`."""
         self.pace.stop()
         for connection in tuple(self._connections_made):
             with contextlib.suppress(OSError, AttributeError):  # it may be closed already, and then has no socket
@@ -302,7 +302,7 @@ class Wire:
         self.close()
 
 
-class Unreachable(Broken):
+class UnreachableError(BrokenError):
     """There was no connection at all: no such host, or nobody listens."""
 
 
@@ -399,9 +399,9 @@ def _busy_sentence(reply: Reply, asked: float) -> str:
 def _proxy_for(url: str) -> str:
     """The proxy that the usual variables name (`https_proxy`, `no_proxy`, ...); none for this machine."""
     scheme, host, port = origin(url)
-    if is_loopback(host) or urllib.request.proxy_bypass_environment(f"{host}:{port}"):  # type: ignore[attr-defined]
+    if is_loopback(host) or urllib.request.proxy_bypass(f"{host}:{port}"):
         return ""
-    return urllib.request.getproxies_environment().get(scheme, "")
+    return urllib.request.getproxies().get(scheme, "")
 
 
 def _watched_pools(watch: Callable[[Any], None]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 _BY = "overlayfs commit"
 
 
-class NothingToCommit(UserError):  # noqa: N818 - it names a state, and reads so where it is caught
+class NothingToCommitError(UserError):
     """The upper holds no change."""
 
     def __init__(self, what: str) -> None:
@@ -43,15 +43,15 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
 def commit_workspace(store: LayerStore, name: str, wish: Commit) -> Layer:
     """Make the upper of an unmounted workspace a layer, which lies on top of its stack from then on.
 
-    The layer is usable at once and its state "hashing": `hash_layer` comes next. WorkspaceInUse while it is mounted,
-    NothingToCommit when nothing was changed.
+    The layer is usable at once and its state "hashing": `hash_layer` comes next. WorkspaceInUseError while it is
+    mounted, NothingToCommitError when nothing was changed.
     """
     workspace = store.workspace(name)
     with workspace.demand():
         workspace = store.workspace(name)
         below = store.stack_of_workspace(workspace)
         if not _settle(workspace, below) and not wish.allow_empty:
-            raise NothingToCommit(f"workspace {name}")
+            raise NothingToCommitError(f"workspace {name}")
         base = base_of(store, workspace.record.image, workspace.record.layers)
         return store.adopt(
             workspace.upper_path,
@@ -88,7 +88,7 @@ def commit_upper(
     overlay = Overlay(config)
     try:
         if not overlay.is_changed and not wish.allow_empty:
-            raise NothingToCommit("the upper")
+            raise NothingToCommitError("the upper")
         with store.new_layer() as staged:
             copy_upper(overlay, staged.tree_fd, staged.tree_path, progress)
             with Manifest.build(staged.tree_fd, place=store.place.rooms[layout.STAGING]) as manifest:

@@ -63,7 +63,7 @@ class Totals(NamedTuple):
     flags: tuple[str, ...]
 
 
-class Damaged(UserError):  # noqa: N818 - it names a state, and reads so where it is caught
+class DamagedError(UserError):
     """A manifest that cannot be what was written."""
 
 
@@ -146,11 +146,11 @@ class Manifest:
         return Entries(self)
 
     def read(self) -> Iterator[Entry]:
-        """Yield all entries from the first; `Damaged` where the file is not as it was written."""
+        """Yield all entries from the first; `DamagedError` where the file is not as it was written."""
         try:
             yield from _decode(self._blocks())
         except (msgspec.DecodeError, ValueError) as error:
-            raise Damaged(f"{self._where} is damaged: {error}") from None
+            raise DamagedError(f"{self._where} is damaged: {error}") from None
 
     def write(self, fd: int) -> None:
         """Write the manifest to an open, empty file."""

@@ -21,7 +21,7 @@ from overlayfs.errors import UserError
 from overlayfs.store import layout, records, scan, verify
 from overlayfs.store.entries import Entry, Type, travels
 from overlayfs.store.layers import Layer, Layers, layer_path, write_manifest
-from overlayfs.store.manifest import Damaged, Manifest
+from overlayfs.store.manifest import DamagedError, Manifest
 from overlayfs.store.records import ImageRecord, LayerRecord
 from overlayfs.store.store import LayerStore
 from overlayfs.store.verify import EXTRA, Problem
@@ -377,7 +377,7 @@ def _wanted(entry: Entry) -> _Wanted | None:
 
 def _look_into(layer: Layer, found: dict[_Wanted, list[_Content]]) -> None:
     """Add the files of a layer that have some content which is looked for."""
-    with contextlib.suppress(FileNotFoundError, Damaged), Manifest.open(layer.manifest_fd()) as manifest:
+    with contextlib.suppress(FileNotFoundError, DamagedError), Manifest.open(layer.manifest_fd()) as manifest:
         for entry in manifest.entries:
             wanted = _wanted(entry)
             if wanted in found and wanted is not None and len(found[wanted]) < _ENOUGH:

@@ -20,7 +20,7 @@ from overlayfs.errors import UserError
 from overlayfs.store import layout, records, scan
 from overlayfs.store.entries import Entry, Type, order
 from overlayfs.store.layers import Layer, Layers, layer_path
-from overlayfs.store.manifest import Damaged, Manifest
+from overlayfs.store.manifest import DamagedError, Manifest
 from overlayfs.store.place import Place
 from overlayfs.store.records import ImageRecord, LayerRecord, WorkspaceRecord
 from overlayfs.store.scan import Progress, Scanned
@@ -71,7 +71,7 @@ def image_records(place: Place) -> Iterator[ImageRecord]:
 def compare(manifest: Manifest, found: Iterator[Scanned]) -> Iterator[tuple[str, Entry, tuple[str, ...]]]:
     """Yield (kind, entry, what differs) for every entry of a tree that is not as the manifest has it.
 
-    The entry is the manifest's, or the tree's for what is extra. `Damaged` when the manifest cannot be read.
+    The entry is the manifest's, or the tree's for what is extra. `DamagedError` when the manifest cannot be read.
     """
     broken: set[bytes] = set()  # first names of files whose content is not as it was: their other names follow
     blind = None  # a directory that cannot be listed: nothing is known of what is in it
@@ -302,7 +302,7 @@ class _StoreCheck:
         check = LayerCheck(layer, self._threads, self._shift)
         try:
             self._problems.extend(check.run())
-        except Damaged:  # its sha256 is right and it cannot be read: it was written so
+        except DamagedError:  # its sha256 is right and it cannot be read: it was written so
             self._problems.append(Problem(layer.id, b"", MANIFEST, ("content",)))
         if not self._is_indexed(layer.record):
             self._problems.append(Problem(layer.id, b"", INDEX))

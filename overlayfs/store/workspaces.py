@@ -23,7 +23,7 @@ from overlayfs.store.records import ImageRecord, WorkspaceRecord
 _LEAVING = 5.0  # seconds to wait for a daemon whose mount has just ended
 
 
-class WorkspaceInUse(UserError):  # noqa: N818 - it names a state, and reads so where it is caught
+class WorkspaceInUseError(UserError):
     """Somebody else holds a workspace, most likely as its mount."""
 
     def __init__(self, path: bytes, name: str) -> None:
@@ -76,10 +76,10 @@ class Workspace:
             raise UserError(f"workspace {self.name} is not there any more; `overlayfs workspaces` lists them") from None
 
     def demand(self) -> Hold:
-        """Do the same; WorkspaceInUse when somebody else uses it, and goes on doing so."""
+        """Do the same; WorkspaceInUseError when somebody else uses it, and goes on doing so."""
         hold = self.hold(_LEAVING)
         if hold is None:
-            raise WorkspaceInUse(self.path, self.name)
+            raise WorkspaceInUseError(self.path, self.name)
         return hold
 
 

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
@@ -372,7 +373,7 @@ def _works(attempt: Callable[[], None]) -> bool:
 def _find_mode(fd: int, wanted: Mode | None) -> Mode | None:
     for mode in (wanted,) if wanted else Mode:
         attribute = xattrs.prefix(mode) + xattrs.OPAQUE
-        if _works(lambda attribute=attribute: sysio.setxattr_at(fd, b"", attribute, b"0")):  # type: ignore[misc]
+        if _works(partial(sysio.setxattr_at, fd, b"", attribute, b"0")):
             return mode
     if wanted is not None:
         raise oserror(errno.EOPNOTSUPP)

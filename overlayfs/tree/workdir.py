@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from overlayfs import sysio
-from overlayfs.errors import InUse, MountError
+from overlayfs.errors import InUseError, MountError
 from overlayfs.format import acl
 from overlayfs.tree.layer import open_directory
 
@@ -192,7 +192,7 @@ def lock(fd: int, what: str, path: bytes, wait: float, clock: Callable[[], float
     until = clock() + wait
     while not sysio.try_lock(fd):
         if clock() >= until:
-            raise InUse(what, path, lock_holder(fd))
+            raise InUseError(what, path, lock_holder(fd))
         time.sleep(_POLL)
 
 

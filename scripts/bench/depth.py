@@ -1,9 +1,10 @@
 """What the number of layers costs: look-ups that find and that do not, and listings, with 1 to 500 layers."""
 
 import os
+from dataclasses import replace
 
 from bench import content
-from bench.workload import Trial, Workload, expect, seconds_of
+from bench.workload import Step, Trial, Workload, expect, nothing, seconds_of
 
 GROUP = "layers"
 DEPTHS = (1, 10, 100, 500)
@@ -53,10 +54,10 @@ def all_missed(trial: Trial) -> None:
 
 
 def _of(layers: int) -> tuple[Workload, ...]:
-    def workload(name: str, **steps: object) -> Workload:
-        fixed = {"unit": "us", "changes": False, "copies_up": False}
+    def workload(name: str, act: Step, check: Step = nothing, *, before: Step) -> Workload:
         named = f"{name}, {layers} layer{'s' * (layers > 1)}"
-        return Workload(named, GROUP, f"{content.DEPTH}{layers}", **fixed, **steps)  # type: ignore[arg-type]
+        made = Workload(named, GROUP, f"{content.DEPTH}{layers}", act, check, before)
+        return replace(made, unit="us", changes=False, copies_up=False)
 
     return (
         workload("list", act=list_again, check=all_listed, before=first_touch),

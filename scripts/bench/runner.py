@@ -17,10 +17,10 @@ from pathlib import Path
 from bench import content, disturbance
 from bench.results import Result, Run
 from bench.site import Site, drop_caches, run
-from bench.workload import Trial, Workload, Wrong
-from overlayfs_cli.benchmark.contenders import OURS, PLAIN, Contender, Mounted, Refused, Stack, over, program
+from bench.workload import Trial, Workload, WrongError
+from overlayfs_cli.benchmark.contenders import OURS, PLAIN, Contender, Mounted, RefusedError, Stack, over, program
 
-FAILURES = (Wrong, Refused, RuntimeError, OSError, subprocess.SubprocessError)
+FAILURES = (WrongError, RefusedError, RuntimeError, OSError, subprocess.SubprocessError)
 Progress = Callable[[str], None]
 Counts = dict[str, int]  # requests by kind
 

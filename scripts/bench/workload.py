@@ -10,7 +10,7 @@ from bench.site import Site
 from overlayfs_cli.benchmark.contenders import Contender
 
 
-class Wrong(Exception):  # noqa: N818 - read where it is caught, it says what happened
+class WrongError(Exception):
     """A workload has not done its work; the text says what is missing."""
 
 
@@ -41,7 +41,7 @@ class Trial:
         )
         self.seen = done.stdout
         if done.returncode:
-            raise Wrong(done.stderr.decode(errors="replace").strip()[-300:] or f"exit code {done.returncode}")
+            raise WrongError(done.stderr.decode(errors="replace").strip()[-300:] or f"exit code {done.returncode}")
 
     def lines(self) -> int:
         """Return how many lines the timed command printed."""
@@ -95,9 +95,9 @@ def shell(script: str) -> Step:
 
 
 def expect(holds: bool, what: str) -> None:
-    """Wrong, with `what`, unless something holds."""
+    """WrongError, with `what`, unless something holds."""
     if not holds:
-        raise Wrong(what)
+        raise WrongError(what)
 
 
 def expect_lines(count: int) -> Step:

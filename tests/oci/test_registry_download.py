@@ -14,7 +14,7 @@ from overlayfs.errors import UserError
 from overlayfs.oci.download import fetch
 from overlayfs.oci.media import OCI_LAYER_GZIP, Descriptor
 from overlayfs.oci.registry import Repository
-from overlayfs.oci.wire import Broken, Pace
+from overlayfs.oci.wire import BrokenError, Pace
 
 ATTEMPTS = 4
 
@@ -39,7 +39,7 @@ class Answer:
         for start in range(0, len(self._sent), 7):
             yield self._sent[start : start + 7]
         if self._breaks:
-            raise Broken("cut")
+            raise BrokenError("cut")
 
     def close(self) -> None:
         pass
@@ -57,7 +57,7 @@ class Registry:
         self.asked += 1
         fault = self._faults.pop(0) if self._faults else Fault("none")
         if fault.kind == "busy":
-            raise Broken("no answer")
+            raise BrokenError("no answer")
         if fault.kind == "no such part":
             return Answer(416, {}, b"", False)
         if fault.kind == "deaf":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.oci.wire import Body, Broken, GivenUp, Pace, Wire
+from overlayfs.oci.wire import Body, BrokenError, GivenUpError, Pace, Wire
 from tests.oci import registries
 from tests.oci.registries import Request, Server
 
@@ -117,7 +117,7 @@ def test_a_connection_that_breaks_is_made_again(wire: Wire, waits: Waits) -> Non
 
 
 def test_what_may_not_be_repeated_breaks_for_the_caller(wire: Wire, waits: Waits) -> None:
-    with Server(Request.hang_up) as server, pytest.raises(Broken):
+    with Server(Request.hang_up) as server, pytest.raises(BrokenError):
         wire.request("PUT", f"http://{server.host}/", body=b"x", again=False)
     with answers(503) as server:
         assert wire.request("PUT", f"http://{server.host}/", body=b"x", again=False).status == 503
@@ -137,7 +137,7 @@ def test_a_body_that_ends_early_is_broken(wire: Wire) -> None:
         request.give(200, {"Content-Length": "100"}, b"short")
         request.hang_up()
 
-    with Server(answer) as server, pytest.raises(Broken):
+    with Server(answer) as server, pytest.raises(BrokenError):
         get(wire, server)
 
 
@@ -348,7 +348,7 @@ def test_stop_ends_a_read_that_waits(wire: Wire) -> None:
         assert begun.wait(20)
         wire.stop()
         reader.join(20)
-    assert [type(error) for error in outcome] == [GivenUp]
+    assert [type(error) for error in outcome] == [GivenUpError]
 
 
 def test_stop_ends_a_wait_for_an_answer(wire: Wire) -> None:
@@ -374,13 +374,13 @@ def test_stop_ends_a_wait_for_an_answer(wire: Wire) -> None:
         wire.stop()
         asker.join(10)
         assert ended.is_set()
-        with pytest.raises(GivenUp):
+        with pytest.raises(GivenUpError):
             wire.request("GET", f"http://{server.host}/")
-    assert [type(error) for error in outcome] == [GivenUp]
+    assert [type(error) for error in outcome] == [GivenUpError]
 
 
 def test_stop_ends_every_pause() -> None:
     pace = Pace(first=1000.0, longest=1000.0)
     pace.stop()
-    with pytest.raises(GivenUp):
+    with pytest.raises(GivenUpError):
         pace.pause(0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from overlayfs.oci import compression
 from overlayfs.oci.compression import Compression, Expanded, compressor, recognise
-from overlayfs.oci.entry import BadArchive
+from overlayfs.oci.entry import ArchiveError
 from overlayfs.oci.streams import Ahead, Hashed, Peeked
 
 SAMPLE = random.Random(3).randbytes(1_500_000) + bytes(3_000_000) + b"text " * 200_000
@@ -86,13 +86,13 @@ def test_several_members_are_one_stream(kind: Compression) -> None:
 def test_damage_is_found(kind: Compression) -> None:
     packed = compressed(SAMPLE[:400_000], kind)
     for cut in (1, 5, len(packed) // 2, len(packed) - 1):
-        with pytest.raises(BadArchive, match="ends too early"):
+        with pytest.raises(ArchiveError, match="ends too early"):
             expanded(packed[:cut], kind)
     source = random.Random(5)
     for _ in range(20):
         at = source.randrange(12, len(packed))
         flipped = bytes([packed[at] ^ 1 << source.randrange(8)])
-        with pytest.raises(BadArchive):
+        with pytest.raises(ArchiveError):
             expanded(packed[:at] + flipped + packed[at + 1 :], kind)
 
 
@@ -119,7 +119,7 @@ def test_any_input(parts: list[bytes], kind: Compression) -> None:
 
 @pytest.mark.parametrize(("start", "name"), [(b"\xfd7zXZ\0", "xz"), (b"BZh91", "bzip2"), (b"\x04\x22\x4d\x18", "lz4")])
 def test_other_compressions_are_named(start: bytes, name: str) -> None:
-    with pytest.raises(BadArchive, match=f"compressed with {name}"):
+    with pytest.raises(ArchiveError, match=f"compressed with {name}"):
         recognise(start)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlayfs.oci import tarread, tarwrite
-from overlayfs.oci.entry import BadArchive, Entry, Kind, inside, shown
+from overlayfs.oci.entry import ArchiveError, Entry, Kind, inside, shown
 from overlayfs.oci.tarread import TarReader
 from tests.oci import archives
 from tests.oci.archives import END, directory, file, header, pax
@@ -31,7 +31,7 @@ def entries(archive: bytes) -> list[Entry]:
 
 def refusal(archive: bytes) -> str:
     """The sentence with which an archive is refused."""
-    with pytest.raises(BadArchive) as caught:
+    with pytest.raises(ArchiveError) as caught:
         read(archive)
     return str(caught.value)
 
@@ -71,7 +71,7 @@ def test_names_are_counted_from_the_root(name: bytes, path: bytes) -> None:
     ],
 )
 def test_names_that_are_refused(name: bytes, reason: str) -> None:
-    with pytest.raises(BadArchive, match=reason):
+    with pytest.raises(ArchiveError, match=reason):
         inside(name)
 
 
@@ -322,7 +322,7 @@ def test_every_cut_is_noticed_or_between_entries() -> None:
     for cut in range(0, len(SAMPLE), 97):
         try:
             found = [entry.path[:50] for entry in entries(SAMPLE[:cut]) if len(entry.path) < 200]
-        except BadArchive:
+        except ArchiveError:
             continue
         assert found == whole[: len(found)]
 
@@ -339,7 +339,7 @@ def test_random_damage_raises_nothing_else() -> None:
         broken[block : block + 512] = archives.sealed(bytes(broken[block : block + 512]))
         try:
             read(bytes(broken))
-        except BadArchive as error:
+        except ArchiveError as error:
             refused.append(str(error))
     assert len(refused) > 1000
     assert all(sentence.isprintable() for sentence in refused)

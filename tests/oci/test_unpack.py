@@ -12,7 +12,7 @@ import pytest
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci import unpack as unpacking
-from overlayfs.oci.entry import BadArchive, Entry, Kind
+from overlayfs.oci.entry import ArchiveError, Entry, Kind
 from overlayfs.oci.layertar import unpack_tar
 from overlayfs.oci.unpack import Unpacker
 from tests.oci import archives
@@ -443,4 +443,4 @@ def test_holes_are_told_from_edges() -> None:
 
 
 def test_bad_archives_are_sentences() -> None:
-    assert issubclass(BadArchive, UserError)
+    assert issubclass(ArchiveError, UserError)

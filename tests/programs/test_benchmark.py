@@ -12,7 +12,7 @@ from bench import acceptance, catalogue, content, page, results, runner, table
 from bench.results import Report, Result, Run
 from bench.site import Site
 from bench.sizes import QUICK
-from bench.workload import Trial, Workload, Wrong
+from bench.workload import Trial, Workload, WrongError
 from overlayfs_cli.benchmark import contenders
 from overlayfs_cli.benchmark.contenders import KERNEL, OURS, PLAIN
 from tests.support import leftovers, requirements
@@ -135,7 +135,7 @@ def test_workloads_pass_their_own_checks_in_a_plain_directory(site: Site, name: 
 
 
 def test_a_command_that_fails_is_wrong(site: Site) -> None:
-    with pytest.raises(Wrong, match="exit code 3"):
+    with pytest.raises(WrongError, match="exit code 3"):
         Trial(site.root, site, contenders.plain()).shell("exit 3")
 
 

@@ -223,7 +223,7 @@ def test_an_exported_image_comes_back(place: Path, seed: int, generations: int, 
         layers = list(life.stack.lower)
         stored(store, layers, "it")
         assert not verify(store.place, None, threads=2).problems
-        store.export_image("it", os.fsencode(here / "archive"), format=kind)
+        store.export_image("it", os.fsencode(here / "archive"), form=kind)
         with Store(os.fsencode(here / "other")) as other:
             back = other.import_image(os.fsencode(here / "archive"), "back")
             assert not verify(other.place, None, threads=2).problems

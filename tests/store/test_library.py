@@ -9,7 +9,7 @@ import pytest
 
 from overlayfs import Overlay, StackConfig, Store
 from overlayfs.errors import UserError
-from overlayfs.store.committing import NothingToCommit
+from overlayfs.store.committing import NothingToCommitError
 from overlayfs.store.records import ImageRecord, now
 from tests.store.samples import add_image, fill
 from tests.support.requirements import need_root
@@ -48,7 +48,7 @@ def test_an_upper_of_ones_own(place: Path) -> None:
         for name in ("u", "w"):
             (place / name).mkdir()
         config = StackConfig(lower=lower, upper=os.fsencode(place / "u"), work=os.fsencode(place / "w"))
-        with pytest.raises(NothingToCommit):
+        with pytest.raises(NothingToCommitError):
             store.commit_upper(config, image="next")
         (place / "u" / "c").write_text("3")
         layer = store.commit_upper(config, image="next", message="mine", author="me")

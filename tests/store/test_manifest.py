@@ -15,7 +15,7 @@ import xxhash
 
 from overlayfs.store import scan
 from overlayfs.store.entries import Entry, Type, order
-from overlayfs.store.manifest import Damaged, Manifest
+from overlayfs.store.manifest import DamagedError, Manifest
 from tests.support.builder import build
 from tests.support.disks import disk
 from tests.support.spec import Dir, File, Link, Special, Symlink, Tree, Whiteout
@@ -230,7 +230,7 @@ def test_a_damaged_manifest_never_reads_as_another_tree_without_its_digest_telli
     (place / "manifest").write_bytes(bytes_)
     with _read(place) as damaged:
         assert damaged.digest != digest
-        with suppress(Damaged):
+        with suppress(DamagedError):
             list(damaged.entries)
 
 
@@ -241,7 +241,7 @@ def test_a_damaged_manifest_never_reads_as_another_tree_without_its_digest_telli
 )
 def test_entries_that_no_walk_gives_are_refused(place: Path, opened: Callable[[Path], int], paths: list[bytes]) -> None:
     entries = [Entry(path=path, type=Type.DIR) for path in paths]
-    with Manifest.of(entries, opened(place)) as manifest, pytest.raises(Damaged):
+    with Manifest.of(entries, opened(place)) as manifest, pytest.raises(DamagedError):
         list(manifest.entries)
 
 
@@ -255,9 +255,9 @@ def test_no_damage_does_worse_than_being_told(place: Path, opened: Callable[[Pat
         for _ in range(chosen.choice((1, 1, 3))):
             damaged[chosen.randrange(len(damaged))] = chosen.randrange(256)
         (place / "manifest").write_bytes(damaged[: chosen.choice((len(damaged), chosen.randrange(len(damaged))))])
-        with _read(place) as again, suppress(Damaged):
+        with _read(place) as again, suppress(DamagedError):
             list(again.entries)
     for claim in (b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000, b"\xdd\0\0\0\1\xc6\xff\xff\xff\xff"):
         (place / "manifest").write_bytes(b"overlayfs manifest 1\n" + len(claim).to_bytes(4, "little") + claim)
-        with _read(place) as again, pytest.raises(Damaged):
+        with _read(place) as again, pytest.raises(DamagedError):
             list(again.entries)
