@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import campaign as campaigns
 from tests.support import engines, leftovers, processes, requirements
 
 DRIVER_NAMES = ("plain", "fs", "fuse", "pyfuse3", "kernel")
@@ -22,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--engine", choices=engines.NAMES, help="the engine of every mount that names none (default: what users get)"
     )
+    parser.addoption("--campaign", type=Path, help="run the fault campaigns at full size and append their facts here")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "deviates(driver, reason): this driver is known to fail, and must fail, here")
     config.addinivalue_line("markers", "engine(name): what only this engine does; a mount by another is not tried")
+    config.addinivalue_line("markers", "campaign(number): part of a fault campaign, T1 to T21 of docs/reliability.md")
     engines.choose(config.getoption("--engine"))
     processes.adopt()
 
@@ -100,6 +103,14 @@ def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None
         terminalreporter.section(f"NOT RUN: {len(skipped)} tests")
         for reason in reasons:
             terminalreporter.line(reason)
+
+
+@pytest.fixture
+def campaign(request: pytest.FixtureRequest) -> campaigns.Campaign:
+    """The campaign that the test is marked as part of."""
+    marker = request.node.get_closest_marker("campaign")
+    assert marker is not None, "a test that asks for `campaign` says of which it is part"
+    return campaigns.Campaign(marker.args[0], request.config.getoption("--campaign"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""Layers, archives, users and neighbours that mean harm."""

@@ -1,0 +1,21 @@
+"""Deliberate bugs, M1 to M9 of docs/reliability.md: each campaign must notice its own.
+
+Nothing of the product knows of them. `seeded(name)` puts one into this process; `python -m tests.support.mutants NAME
+OPTIONS MOUNTPOINT` mounts in the foreground with it, which is what campaigns against a real daemon start.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+Patch = Callable[[], "mock._patch[object]"]
+
+MUTANTS: dict[str, Patch] = {}
+"""By name, M1 to M9: what makes the patch; it is made only when it is asked for."""
+
+
+@contextmanager
+def seeded(name: str) -> Iterator[None]:
+    """This process has the bug `name` inside the block."""
+    with MUTANTS[name]():
+        yield
