@@ -29,7 +29,7 @@ from overlayfs.fs.reseat import Reseat
 from overlayfs.fuse.engine import Engine
 from overlayfs.mount.options import Lodging
 from overlayfs.store import committing, hashing, layout
-from overlayfs.store.adoption import Adoption
+from overlayfs.store.adoption import Adoption, NewLayer
 from overlayfs.store.committing import Commit
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import ImageRecord
@@ -146,16 +146,15 @@ class Commits:
     def _begin(self, store: LayerStore, wanted: Commit) -> tuple[Adoption, int]:
         """Prepare the adoption; return it with an open descriptor of the workspace. In a thread."""
         workspace = store.workspace(self._lodging.workspace)
-        layers = workspace.record.layers
-        adoption = store.begin_adoption(
+        new = NewLayer(
             author=wanted.author,
             message=wanted.message,
             flags=_CONSERVATIVE,
-            below=layers,
+            below=workspace.record.layers,
             workspace=workspace.name,
             image=self._image(store, workspace, wanted),
-            like=self._overlay.upper_root,
         )
+        adoption = store.begin_adoption(new, self._overlay.upper_root)
         try:
             directory = workspace.open()
             # The mount keeps its work directory: what is staged there, and its locks, go on.

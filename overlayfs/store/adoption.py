@@ -1,6 +1,6 @@
 """Adoption: a directory tree becomes a layer by one rename, without a copy, and what follows from it follows.
 
-    adoption = store.begin_adoption(workspace="w", image=record)    # slow: makes all but the tree, durable
+    adoption = store.begin_adoption(NewLayer(workspace="w"))        # slow: makes all but the tree, durable
     ...                                                             # the gate closes, the tree is synced
     adoption.take(dirfd, b"upper")                                  # one rename: from here on it is the layer's tree
     ...                                                             # the gate opens
@@ -18,6 +18,7 @@ Whoever adopts holds the layer's lock shared and the workspace's exclusively, so
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Self
 
 import msgspec
@@ -31,6 +32,35 @@ from overlayfs.store.locks import Hold
 from overlayfs.store.place import Place
 from overlayfs.store.records import ImageRecord, Intent, LayerRecord
 from overlayfs.store.workspaces import Workspaces, workspace_path
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """What a tree is to be as a layer, beside its content: what its record says, and what follows from it.
+
+    `created` is a time as `records.now` writes it, None for this moment. `workspace`, whose lock the caller holds, gets
+    the layer on top of its stack, and a fresh upper. `image` is put with the layer on top of its `layers`.
+    """
+
+    author: str = ""
+    message: str = ""
+    flags: tuple[str, ...] = ()
+    below: tuple[str, ...] = ()
+    created: str | None = None
+    workspace: str | None = None
+    image: ImageRecord | None = None
+
+    def record(self) -> LayerRecord:
+        """Return the record of a new layer, not hashed yet."""
+        return LayerRecord(
+            id=layout.new_id(),
+            state="hashing",
+            created=self.created or records.now(),
+            author=records.printable(self.author),
+            message=records.printable(self.message),
+            flags=self.flags,
+            below=self.below,
+        )
 
 
 class Adoption:
@@ -125,36 +155,13 @@ class Adopter:
         self._images = images
         self._workspaces = workspaces
 
-    def begin(
-        self,
-        *,
-        author: str = "",
-        message: str = "",
-        flags: tuple[str, ...] = (),
-        below: tuple[str, ...] = (),
-        created: str | None = None,
-        workspace: str | None = None,
-        image: ImageRecord | None = None,
-        like: int | None = None,
-    ) -> Adoption:
-        """Prepare everything but the tree.
-
-        `workspace`, whose lock the caller holds, gets a fresh upper that looks like the open directory `like`, and the
-        layer on top of its stack. `image` is put with the layer on top of its `layers`.
-        """
-        record = LayerRecord(
-            id=layout.new_id(),
-            state="hashing",
-            created=created or records.now(),
-            author=records.printable(author),
-            message=records.printable(message),
-            flags=flags,
-            below=below,
-        )
+    def begin(self, new: NewLayer, like: int | None = None) -> Adoption:
+        """Prepare everything but the tree; the workspace's fresh upper will look like the open directory `like`."""
+        record, image = new.record(), new.image
         if image is not None:
             name = layout.image_name(image.name)
             image = msgspec.structs.replace(image, name=name, layers=(record.id, *image.layers))
-        intent = Intent(layer=record.id, workspace=workspace, image=image)
+        intent = Intent(layer=record.id, workspace=new.workspace, image=image)
         with contextlib.ExitStack() as failing:
             with self.place.adding():
                 self._check_layers(image)

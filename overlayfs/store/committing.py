@@ -13,6 +13,7 @@ from overlayfs.errors import UserError
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.overlay import Overlay
 from overlayfs.store import layout, records
+from overlayfs.store.adoption import NewLayer
 from overlayfs.store.commit import copy_upper
 from overlayfs.store.layers import Layer
 from overlayfs.store.manifest import Manifest
@@ -53,14 +54,14 @@ def commit_workspace(store: LayerStore, name: str, wish: Commit) -> Layer:
         if not _settle(workspace, below) and not wish.allow_empty:
             raise NothingToCommitError(f"workspace {name}")
         base = base_of(store, workspace.record.image, workspace.record.layers)
-        return store.adopt(
-            workspace.upper_path,
+        new = NewLayer(
             author=wish.author,
             message=wish.message,
             below=workspace.record.layers,
             workspace=name,
             image=None if wish.image is None else on_top(wish.image, below, base, wish),
         )
+        return store.adopt(workspace.upper_path, new)
 
 
 def _settle(workspace: Workspace, below: Sequence[Layer]) -> bool:

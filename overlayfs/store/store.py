@@ -18,7 +18,7 @@ from typing import Self
 from overlayfs import sysio
 from overlayfs.errors import UserError, oserror
 from overlayfs.store import finish, layout
-from overlayfs.store.adoption import Adopter, Adoption
+from overlayfs.store.adoption import Adopter, Adoption, NewLayer
 from overlayfs.store.gc import Collector, Garbage
 from overlayfs.store.images import Images
 from overlayfs.store.layers import Layer, Layers, StagedLayer, Summary
@@ -98,50 +98,18 @@ class LayerStore:
         """Remember the sha256 of a layer's canonical tar, which somebody has worked out."""
         return self._layers.note_diff_id(layer, diff_id)
 
-    def begin_adoption(
-        self,
-        *,
-        author: str = "",
-        message: str = "",
-        flags: tuple[str, ...] = (),
-        below: tuple[str, ...] = (),
-        created: str | None = None,
-        workspace: str | None = None,
-        image: ImageRecord | None = None,
-        like: int | None = None,
-    ) -> Adoption:
+    def begin_adoption(self, new: NewLayer, like: int | None = None) -> Adoption:
         """Prepare that a tree becomes a layer by one rename; `overlayfs.store.adoption` says how to go on.
 
-        `workspace`, whose lock the caller holds, will have the layer on top of its stack and a fresh upper that looks
-        like the open directory `like`; `image` is put with the layer on top of the `layers` it has.
+        The fresh upper of the workspace will look like the open directory `like`.
         """
-        return self._adopter.begin(
-            author=author,
-            message=message,
-            flags=flags,
-            below=below,
-            created=created,
-            workspace=workspace,
-            image=image,
-            like=like,
-        )
+        return self._adopter.begin(new, like)
 
-    def adopt(
-        self,
-        tree: bytes,
-        *,
-        author: str = "",
-        message: str = "",
-        flags: tuple[str, ...] = (),
-        below: tuple[str, ...] = (),
-        created: str | None = None,
-        workspace: str | None = None,
-        image: ImageRecord | None = None,
-    ) -> Layer:
+    def adopt(self, tree: bytes, new: NewLayer | None = None) -> Layer:
         """Make the directory `tree`, which nobody changes, a layer by renaming it; its state is "hashing".
 
-        Arguments as in `begin_adoption`. The layer is kept from gc as after `StagedLayer.publish`. OSError EXDEV when
-        the tree is not on the store's file system; nothing has happened then.
+        The layer is kept from gc as after `StagedLayer.publish`. OSError EXDEV when the tree is not on the store's file
+        system; nothing has happened then.
         """
         parent, name = os.path.split(os.path.abspath(tree))
         with contextlib.ExitStack() as closing:
@@ -151,17 +119,7 @@ class LayerStore:
             closing.callback(sysio.close, root)
             self._check_same_file_system(root, tree)
             sysio.syncfs(root)
-            adoption = self.begin_adoption(
-                author=author,
-                message=message,
-                flags=flags,
-                below=below,
-                created=created,
-                workspace=workspace,
-                image=image,
-                like=root,
-            )
-            with adoption:
+            with self.begin_adoption(new or NewLayer(), root) as adoption:
                 adoption.take(dirfd, name)
                 return adoption.settle()
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from overlayfs.library import Store
+from overlayfs.store.adoption import NewLayer
 from overlayfs.store.compare import compare
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import ImageRecord, now
@@ -196,7 +197,7 @@ def stored(store: Store, layers: list[Path], name: str) -> ImageRecord:
     """Make directories layers of a store, and an image of them; they are gone from their place."""
     ids: tuple[str, ...] = ()
     for path in reversed(layers):
-        adopted = store.adopt(os.fsencode(path), below=ids)
+        adopted = store.adopt(os.fsencode(path), NewLayer(below=ids))
         fd = adopted.tree_fd()
         try:
             with Manifest.build(fd, threads=2) as manifest:

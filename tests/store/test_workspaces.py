@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import UserError
+from overlayfs.store.adoption import NewLayer
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
 from tests.store.samples import add_image, add_layer, fill, finish, open_store, there
@@ -98,7 +99,8 @@ def test_adopting_moves_the_tree_and_renews_the_workspace(store: LayerStore, pla
     before = os.stat(workspace.upper_path)
     record = ImageRecord(name="site:2", layers=image.layers, created=now())
     layer = store.adopt(
-        workspace.upper_path, workspace="mine", image=record, author="me", message="b", below=image.layers
+        workspace.upper_path,
+        NewLayer(workspace="mine", image=record, author="me", message="b", below=image.layers),
     )
     assert os.stat(layer.tree_path).st_ino == before.st_ino
     assert Path(os.fsdecode(layer.tree_path), "b").read_text() == "22"
@@ -119,7 +121,7 @@ def test_an_equal_layer_leaves_no_workspace_behind(store: LayerStore, place: Pat
     store.put_image(ImageRecord(name="twin", layers=(twin.id, *image.layers), created=now()))
     fill(workspace.upper_path, {"b": "2"})
     record = ImageRecord(name="site:2", layers=image.layers, created=now())
-    layer = store.adopt(workspace.upper_path, workspace="mine", image=record, below=image.layers)
+    layer = store.adopt(workspace.upper_path, NewLayer(workspace="mine", image=record, below=image.layers))
     assert finish(store, layer).id == twin.id
     assert store.image("site:2").layers == (twin.id, *image.layers)
     assert store.workspace("mine").record.layers == (layer.id, *image.layers)
@@ -135,7 +137,7 @@ def test_an_equal_layer_leaves_no_workspace_behind(store: LayerStore, place: Pat
 
 def test_adopting_from_elsewhere(store: LayerStore, place: Path) -> None:
     fill(os.fsencode(place / "tree"), {"b": "2"})
-    layer = store.adopt(os.fsencode(place / "tree"), message="alone")
+    layer = store.adopt(os.fsencode(place / "tree"), NewLayer(message="alone"))
     assert not (place / "tree").exists()
     assert store.layer(layer.id).record.message == "alone"
 
@@ -158,7 +160,7 @@ def test_what_was_prepared_and_not_taken_is_undone(store: LayerStore, place: Pat
     like = os.open(workspace.upper_path, os.O_RDONLY)
     before = there(place)
     record = ImageRecord(name="site:2", layers=image.layers, created=now())
-    with store.begin_adoption(workspace="mine", image=record, like=like) as adoption:
+    with store.begin_adoption(NewLayer(workspace="mine", image=record), like) as adoption:
         assert os.path.isdir(adoption.next_upper)
         assert os.path.isdir(adoption.next_work)
         assert [layer.id for layer in store.layers()] == list(image.layers)
@@ -173,7 +175,7 @@ def test_an_image_of_missing_layers_begins_nothing(store: LayerStore, place: Pat
     before = there(place)
     record = ImageRecord(name="site:2", layers=("0" * 32,), created=now())
     with pytest.raises(UserError, match="is not in the store"):
-        store.begin_adoption(image=record)
+        store.begin_adoption(NewLayer(image=record))
     assert there(place) == before
 
 
