@@ -5,7 +5,7 @@ BIN = $(VENV)/bin/
 SOURCES = overlayfs cli tests scripts/bench
 PYTEST = $(BIN)python -m pytest -q -n 2  # two processes: most tests wait for the disk or for a daemon
 
-.PHONY: setup demo fmt lint types test test-mounted test-together check bench conformance clean
+.PHONY: setup demo fmt lint types test test-mounted test-together test-pyfuse3 check campaign steps bench conformance clean
 
 setup:          ## system packages and .venv
 	scripts/setup
@@ -39,6 +39,13 @@ test-pyfuse3:   ## the same on the portable engine
 check: lint types  ## all that CI runs; what differs between the engines runs on both
 	$(PYTEST)
 	$(PYTEST) --engine pyfuse3 tests/mounted tests/programs/test_work.py
+
+campaign:       ## the fault campaigns at full size, up to an hour; writes docs/reliability.md; needs root
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)python scripts/campaign
+
+steps:          ## a million random steps on each engine beside the model, some hours; needs root
+	$(BIN)python -m tests.model.walk --engine kernel --steps 1000000 --seed 1
+	$(BIN)python -m tests.model.walk --engine pyfuse3 --steps 1000000 --seed 1
 
 bench:          ## times beside a plain directory, the kernel's overlayfs and other FUSE overlays; needs root
 	$(BIN)python scripts/bench run

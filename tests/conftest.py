@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--engine", choices=engines.NAMES, help="the engine of every mount that names none (default: what users get)"
     )
     parser.addoption("--campaign", type=Path, help="run the fault campaigns at full size and append their facts here")
+    parser.addoption("--campaigns", default="", help="of the campaigns only these, with commas: T1,T4")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,13 +43,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("driver", _drivers(metafunc))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of which `--drivers` left no variant are not tests of this run."""
+    asked = set(filter(None, config.getoption("--campaigns").split(",")))
     items[:] = [
         item
         for item in items
-        if "NOTSET" not in getattr(getattr(item, "callspec", None), "id", "") and _is_of_this_engine(item)
+        if _is_of_campaigns(item, asked)
+        and "NOTSET" not in getattr(getattr(item, "callspec", None), "id", "")
+        and _is_of_this_engine(item)
     ]
+
+
+def _is_of_campaigns(item: pytest.Item, asked: set[str]) -> bool:
+    marker = item.get_closest_marker("campaign")
+    return not asked or (marker is not None and marker.args[0] in asked)
 
 
 def _is_of_this_engine(item: pytest.Item) -> bool:
