@@ -574,29 +574,37 @@ def read_at(fd: int, offset: int, size: int, nowait: bool = False) -> bytes:
     With `nowait`, BlockingIOError when not all of it is in memory (RWF_NOWAIT); where the file system does not
     know the flag the read is a plain one.
     """
-    read = _read_cached if nowait else _read_plain
-    data = read(fd, offset, size)
+    if nowait:
+        buffer = memoryview(bytearray(size))
+        return bytes(buffer[: fill_at(fd, offset, buffer)])
+    data = os.pread(fd, size, offset)
     while 0 < len(data) < size:
-        more = read(fd, offset + len(data), size - len(data))
+        more = os.pread(fd, size - len(data), offset + len(data))
         if not more:
             break
         data += more
     return data
 
 
-def _read_plain(fd: int, offset: int, size: int) -> bytes:
-    return os.pread(fd, size, offset)
+def fill_at(fd: int, offset: int, buffer: memoryview) -> int:
+    """Fill `buffer` with what is in memory, as `read_at` with `nowait` does; return how many bytes came.
+
+    A buffer that is used again saves a large read the fresh pages, which cost as much as the copying.
+    """
+    done = step = _fill_once(fd, offset, buffer)
+    while step and done < len(buffer):
+        step = _fill_once(fd, offset + done, buffer[done:])
+        done += step
+    return done
 
 
-def _read_cached(fd: int, offset: int, size: int) -> bytes:
-    buffer = bytearray(size)
+def _fill_once(fd: int, offset: int, buffer: memoryview) -> int:
     try:
-        done = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+        return os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
-            return os.pread(fd, size, offset)
+            return os.preadv(fd, [buffer], offset)
         raise
-    return bytes(memoryview(buffer)[:done])
 
 
 def read_into(fd: int, buffer: memoryview | bytearray, offset: int) -> int:

@@ -170,17 +170,16 @@ class AttributeVerbs:
             self.truncate(node, changes.size, writer)
             if changes.strip:
                 self.strip_set_id(node)
-        if changes.uid is not None or changes.gid is not None:
-            self._chown(node, changes)
         _, dirfd, name = self.locate(node)
+        if changes.uid is not None or changes.gid is not None:
+            self._chown(dirfd, name, changes)
         if changes.mode is not None:
             self.upper.set_mode(dirfd, name, stat.S_IMODE(changes.mode))
         if changes.atime_ns is not None or changes.mtime_ns is not None:
             sysio.utimens_at(dirfd, name, changes.atime_ns, changes.mtime_ns)
         self._lookup.fresh = None
 
-    def _chown(self, node: Node, changes: Changes) -> None:
-        _, dirfd, name = self.locate(node)
+    def _chown(self, dirfd: int, name: bytes, changes: Changes) -> None:
         keep = -1
         uid = keep if changes.uid is None else changes.uid
         gid = keep if changes.gid is None else changes.gid

@@ -147,6 +147,10 @@ class Files:
         """Read up to `size` bytes; BlockingIOError with `nowait` when a disk must be waited for."""
         return sysio.read_at(self.readable(number), offset, size, nowait)
 
+    def fill(self, number: int, offset: int, buffer: memoryview) -> int:
+        """Fill a buffer with what is in memory and return how many bytes came; BlockingIOError as `read`."""
+        return sysio.fill_at(self.readable(number), offset, buffer)
+
     def prepare_read(self, number: int, offset: int, size: int) -> Callable[[], bytes]:
         """Return the call that reads, from a descriptor of its own; any thread may make it."""
         fd = os.dup(self.readable(number))

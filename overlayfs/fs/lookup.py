@@ -222,6 +222,9 @@ class Lookup:
     # --- binding ---------------------------------------------------------------------------------------
 
     def _bind_below(self, parent: Dir, name: bytes) -> Node | None:
+        plain = self._bind_plain(parent, name)
+        if plain is not None:
+            return plain
         below = self._search(parent, name, name)
         if below.stat is None:
             return None
@@ -255,6 +258,10 @@ class Lookup:
         if found is not None and self._stack.upper is not None:
             numbers.append(self._number(self._stack.upper, found, marks))
         return numbers
+
+    def _numbers_of_file(self, layer: Layer, found: AnyStat, marks: Marks) -> tuple[int, ...]:
+        own = self._stack.number(layer.filesystem, found.st_ino)
+        return (own,) if marks.origin is None else (self._number(layer, found, marks), own)
 
     def _number(self, layer: Layer, found: AnyStat, marks: Marks) -> int:
         came_from = self.lasting_origin(marks)
@@ -302,8 +309,7 @@ class Lookup:
         key = (found.st_dev, found.st_ino)
         node = self._nodes.by_key(key)
         if node is None:
-            own = self._stack.number(upper.filesystem, found.st_ino)
-            number = self._nodes.free_number(self._number(upper, found, marks), own)
+            number = self._nodes.free_number(*self._numbers_of_file(upper, found, marks))
             node = File(number, stat.S_IFMT(found.st_mode), True, None)
             self._find_index(node, found, marks)
             self._nodes.add_key(node, key)
@@ -350,15 +356,31 @@ class Lookup:
         with self._by_origin(came_from) as fd:
             return None if fd is None else sysio.stat_at(fd, b"").st_nlink
 
+    def _bind_plain(self, parent: Dir, name: bytes) -> File | None:
+        """Bind a file of one name and no marks where the listing says that it lies; None for all else.
+
+        Most look-ups end here, at half the cost; it finds what `_search` and `_bind_lower_file` would.
+        """
+        known = None if parent.sealed or parent.below is None else parent.below.get(name)
+        if known is None:
+            return None
+        place = LowerFile(*parent.lower[known[0]], name)
+        found = place.layer.plain_file(place.path, name)
+        if found is None or found.st_nlink > 1 or self._nodes.by_key((found.st_dev, found.st_ino)) is not None:
+            return None
+        number = self._nodes.free_number(self._stack.number(place.layer.filesystem, found.st_ino))
+        node = File(number, stat.S_IFREG, False, place)
+        self._nodes.add_key(node, (found.st_dev, found.st_ino))
+        self._settle(node, parent, name, False, found)
+        return node
+
     def _bind_lower_file(self, parent: Dir, name: bytes, below: _Below, found: AnyStat) -> File:
         place = below.file
         assert place is not None
         key = (found.st_dev, found.st_ino)
         node = self._nodes.by_key(key) or self._bind_indexed(place, found, below)
         if node is None:
-            number = self._nodes.free_number(
-                self._number(place.layer, found, below.marks), self._stack.number(place.layer.filesystem, found.st_ino)
-            )
+            number = self._nodes.free_number(*self._numbers_of_file(place.layer, found, below.marks))
             node = File(number, stat.S_IFMT(found.st_mode), False, place)
             node.data = (below.data or self._no_data()) if below.marks.metacopy else None
             self._nodes.add_key(node, key)

@@ -199,9 +199,11 @@ class NodeTable:
         return self._spare
 
     def add(self, node: Node) -> None:
-        """Take a new node into the table; nobody counts on it yet."""
+        """Take a new node, which has its name, into the table; nobody counts on it yet."""
         self._by_number[node.number] = node
-        self._rest(node)
+        if not _is_used(node):
+            self._idle[node.number] = node
+            self._drop_oldest()
 
     def add_unnamed(self, node: Node) -> None:
         """Take in a node without a name; the caller gives it a handle before anything else happens."""
@@ -270,6 +272,9 @@ class NodeTable:
             return
         self._idle[node.number] = node
         self._idle.move_to_end(node.number)
+        self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
         while len(self._idle) > _IDLE:
             _, oldest = self._idle.popitem(last=False)
             if not _is_used(oldest):

@@ -237,6 +237,10 @@ class Overlay:
         """Read up to `size` bytes. With `nowait`, BlockingIOError when a disk must be waited for."""
         return self._files.read(fh, offset, size, nowait)
 
+    def fill(self, fh: int, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` and return how many bytes came; BlockingIOError when a disk must be waited for."""
+        return self._files.fill(fh, offset, buffer)
+
     def prepare_read(self, fh: int, offset: int, size: int) -> Callable[[], bytes]:
         """Return the call that reads up to `size` bytes; any thread may make it, and the handle may go meanwhile."""
         return self._files.prepare_read(fh, offset, size)
@@ -389,6 +393,11 @@ class Overlay:
     def prepare_reseat(self) -> Reseat:
         """Return what lets the upper become a layer while the tree, its handles and its numbers live on."""
         return Reseat(self._stack, self.nodes, self._lookup, self._attributes, self._lifting)
+
+    @property
+    def syncs_at_once(self) -> bool:
+        """Whether an fsync has nothing to wait for: no disk, and no commit that holds it."""
+        return self._stack.syncs_at_once and self._files.barrier is None
 
     def hold_syncs(self) -> SyncBarrier:
         """Let every fsync from now on wait until the barrier that is returned is finished, and given back."""

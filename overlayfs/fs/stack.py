@@ -11,7 +11,7 @@ from overlayfs.format.origin import Origin
 from overlayfs.format.xattrs import Mode
 from overlayfs.fs.config import StackConfig
 from overlayfs.tree.dirfds import DirFds, default_capacity
-from overlayfs.tree.filesystem import FileSystem
+from overlayfs.tree.filesystem import FileSystem, is_in_memory
 from overlayfs.tree.layer import Layer, open_directory
 from overlayfs.tree.upper import Features, Upper, find_features
 from overlayfs.tree.workdir import WorkDir, lock
@@ -25,6 +25,7 @@ class Stack:
 
     redirects, metacopy, index: what may be written, as asked for and as the file system allows. notices: sentences
     for the user about what is off. around: (st_dev, st_ino) of the layers in which the upper itself lies.
+    syncs_at_once: no fsync of the upper waits for a disk.
     """
 
     def __init__(self, config: StackConfig) -> None:
@@ -46,6 +47,7 @@ class Stack:
             self.lower = self._make_layers(roots, self._read_mode)
             self._undo = undo.pop_all()
         self.reference = (self.upper or self.lower[0]).filesystem
+        self.syncs_at_once = config.volatile or (self.upper is not None and is_in_memory(self.upper.root))
 
     def _open_upper(self, config: StackConfig, path: bytes, roots: list[int], undo: ExitStack) -> Upper:
         if config.work is None:

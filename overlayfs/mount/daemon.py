@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 SYNC_LIMIT = 5.0  # seconds for writing dirty pages out at SIGTERM; the rest of its ten goes to the requests
 BUSY_LIMIT = 1.0  # seconds that a mount in use lives on after it was detached at SIGTERM
+YOUNG = 20_000  # new objects between two looks for garbage: nodes are many, live long, and are no garbage
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 Tell = Callable[[tuple[str, ...]], None]
@@ -174,6 +175,7 @@ class _Life:
         control = Control(self._engine, self._mountpoint, record, self._commits())
         await self._publish(nursery, record, control)
         gc.freeze()  # what lives now lives as long as the daemon; a last look at it would cost more than it frees
+        gc.set_threshold(YOUNG)
         gc.enable()
         self._tell(record.notices)
 

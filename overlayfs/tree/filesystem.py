@@ -14,6 +14,7 @@ from overlayfs.format import origin as origin_format
 from overlayfs.format.origin import Origin
 
 _NUMBER_BITS = 48
+_IN_MEMORY = frozenset((0x0102_1994, 0x8584_58F6))  # TMPFS_MAGIC, RAMFS_MAGIC (linux/magic.h)
 _TAG_MASK = 0x7FFF
 
 
@@ -51,6 +52,11 @@ class FileSystem:
             return None
         inode, subvolume = found
         return inode if subvolume in (0, self.subvolume) else None
+
+
+def is_in_memory(root: int) -> bool:
+    """Return whether an open directory lies on a file system without a disk: nothing there is ever waited for."""
+    return sysio.fs_type(root) in _IN_MEMORY
 
 
 def _subvolume(root: int, uuid: bytes | None) -> int:

@@ -101,6 +101,19 @@ class Layer:
             return _ABSENT
         return Entry(self._kind(dirfd, name, found), found)
 
+    def plain_file(self, path: bytes, name: bytes) -> AnyStat | None:
+        """Return the attributes of a regular file that holds data and no extended attributes, so no mark either.
+
+        None for everything else, and for nothing: `probe` and `marks` tell what it is.
+        """
+        dirfd = self.dirfd(path)
+        try:
+            found = sysio.stat_at(dirfd, name)
+        except FileNotFoundError:
+            return None
+        plain = self.override is None and stat.S_ISREG(found.st_mode) and found.st_size > 0
+        return found if plain and not sysio.listxattr_at(dirfd, name) else None
+
     def _kind(self, dirfd: int, name: bytes, found: AnyStat) -> Kind:
         if stat.S_ISDIR(found.st_mode):
             return Kind.DIR
@@ -156,9 +169,11 @@ class Layer:
 
     def marks(self, path: bytes, name: bytes, found: AnyStat) -> Marks:
         """Return the marks of an entry; EIO for a malformed metacopy mark."""
-        dirfd = self.dirfd(path)
-        present = {a for a in sysio.listxattr_at(dirfd, name) if a.startswith(_PREFIXES) or a in _FOREIGN}
-        isdir = stat.S_ISDIR(found.st_mode)
+        dirfd, isdir = self.dirfd(path), stat.S_ISDIR(found.st_mode)
+        names = sysio.listxattr_at(dirfd, name)
+        if not names and not isdir:
+            return NO_MARKS
+        present = {a for a in names if a.startswith(_PREFIXES) or a in _FOREIGN}
         cut = isdir and not self.lowest and self._is_opaque(path, name, present)
         if not present:
             return Marks(opaque=True) if cut else NO_MARKS

@@ -108,7 +108,6 @@ _BOTH: dict[str, Callable[[Scene], Act]] = {
     "open": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
     "needs_of_open": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
     "next_lift": lambda scene: lambda: os.mkdir(scene.directory / "new"),
-    "read": _read_lower,
     "write": _on_open(FILE, os.O_WRONLY, lambda descriptor: os.write(descriptor, b"x")),
     "prepare_fsync": _on_open(FILE, os.O_WRONLY, os.fsync),
     "release": lambda scene: _closing(scene.file),
@@ -122,6 +121,7 @@ _BOTH: dict[str, Callable[[Scene], Act]] = {
 _OWN: dict[str, dict[str, Callable[[Scene], Act]]] = {
     engines.PYFUSE3: {
         "lookup": lambda scene: lambda: os.lstat(scene.directory / "absent"),
+        "read": _read_lower,
         "open_dir": lambda scene: lambda: os.listdir(scene.directory),
         "read_dir": lambda scene: lambda: os.listdir(scene.directory),
         "prepare_fsync_dir": _on_open(HERE, os.O_RDONLY, os.fsync),
@@ -129,6 +129,7 @@ _OWN: dict[str, dict[str, Callable[[Scene], Act]]] = {
     },
     engines.KERNEL: {
         "find": lambda scene: lambda: os.lstat(scene.directory / "absent"),
+        "fill": _read_lower,
         "read_dir_at": lambda scene: lambda: os.listdir(scene.directory),
         "prepare_fsync_dir_at": _on_open(HERE, os.O_RDONLY, os.fsync),
         "descriptor": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),

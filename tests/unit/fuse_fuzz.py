@@ -17,6 +17,7 @@ import trio
 
 from overlayfs import Overlay, StackConfig
 from overlayfs.fuse.engine import MountSettings
+from overlayfs.fuse.kernel.desk import Reply
 from overlayfs.fuse.kernel.engine import KernelEngine
 from overlayfs.fuse.kernel.openings import Io
 from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, OUT_HEADER, Op
@@ -70,7 +71,7 @@ class Recorder(KernelEngine):
         self.attach(b"/nowhere", MountSettings(xattrs=True))
         self.replies: list[bytes] = []
 
-    def _send(self, reply: bytes | tuple[bytes, bytes] | None) -> None:
+    def _send(self, reply: Reply) -> None:
         if reply is not None:
             self.replies.append(reply if isinstance(reply, bytes) else b"".join(reply))
 

@@ -527,13 +527,26 @@ def test_nowait_does_not_read_from_disk(place: Path) -> None:
 
 
 def test_nowait_unknown_to_the_file_system_is_a_plain_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def preadv(*_: object) -> int:
-        raise OSError(errno.EOPNOTSUPP, "unknown flag")
+    known = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "unknown flag")
+        return known(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
     _write(place, "file", "plain")
     with _Open(os.open(place / "file", os.O_RDONLY)) as fd:
         assert sysio.read_at(fd, 0, 100, nowait=True) == b"plain"
+
+
+def test_a_buffer_is_filled_with_what_is_there(place: Path) -> None:
+    _write(place, "file", "plain")
+    buffer = memoryview(bytearray(b"." * 8))
+    with _Open(os.open(place / "file", os.O_RDONLY)) as fd:
+        assert sysio.fill_at(fd, 1, buffer) == 4
+        assert sysio.fill_at(fd, 5, buffer[4:]) == 0
+    assert bytes(buffer) == b"lain...."
 
 
 # --- identity
@@ -715,6 +728,7 @@ READING = {
     "getxattr_at",
     "find_xattr",
     "listxattr_at",
+    "fill_at",
     "read_at",
     "read_into",
     "file_handle",

@@ -30,7 +30,7 @@ from overlayfs.fuse.kernel.workers import Workers
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-Reply: TypeAlias = bytes | tuple[bytes, bytes] | None
+Reply: TypeAlias = bytes | tuple[bytes, bytes | memoryview] | None
 Handler: TypeAlias = Callable[["Request"], Reply]
 Wanted: TypeAlias = Callable[[], Iterable[tuple[Node, Need]]]
 
@@ -96,6 +96,8 @@ class Desk:
         self.counters: Counter[str] = engine.counters
         self.identities = Identities(engine.overlay.nodes)
         self.threads = engine.threads
+        # Files without capabilities, as far as is known: the kernel asks before the first write and before each chown.
+        self.bare: set[int] = set()
         self.sent_back: dict[int, int] = {}  # by thread, the number that it was just told to look up again
         self.waiting: dict[int, trio.CancelScope] = {}  # by the unique number of a request that is answered later
         self.nursery: trio.Nursery | None = None  # set while serving
@@ -107,6 +109,11 @@ class Desk:
         self._entry_time = _split(engine.policy.entry)
         self._attr_time = _split(engine.policy.attributes)
         self._absent = _absent_entry(engine.policy.negative)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a task or a thread that answers later wants the processor: a loop that looks around keeps the GIL."""
+        return bool(self.waiting) or self._workers.busy > 0
 
     # --- nodes -----------------------------------------------------------------------------------------
 
@@ -226,6 +233,14 @@ class Desk:
                 self._send(self.error(request, error))
 
         self._workers.run(job)
+
+    def synced(self, request: Request, call: Callable[[], None]) -> Reply:
+        """Return the reply for when `call`, an fsync, has been made: now where no disk is waited for, else later."""
+        if self.overlay.syncs_at_once:
+            call()
+            return self.done(request)
+        self.in_thread(request, call, lambda _: self.done(request))
+        return None
 
     def change_in_thread(
         self, request: Request, wanted: Wanted, prepare: Callable[[], Callable[[], R]], reply: Callable[[R], Reply]

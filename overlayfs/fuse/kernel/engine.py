@@ -186,7 +186,7 @@ class KernelEngine(Engine):
                 answered += 1
                 empty_since = 0.0
             elif length is None:
-                if self._ended or self._desk.waiting:  # a task that answers later wants the loop
+                if self._ended or self._desk.is_busy:
                     return False
                 now = clock()
                 empty_since = empty_since or now

@@ -63,6 +63,7 @@ class FileRequests:
         self._kills = bool(desk.features & Init.HANDLE_KILLPRIV_V2)  # set-id bits are ours to drop
         self._opened: dict[int, _Opened] = {}
         self._unopened = _Unopened(desk.overlay)
+        self._buffer = memoryview(bytearray(MAX_WRITE))  # for what is read at once: its reply leaves before the next
         self.handlers: dict[int, Handler] = {
             Op.OPEN: self.open,
             Op.CREATE: self.create,
@@ -166,8 +167,12 @@ class FileRequests:
         def act() -> Reply:
             asked = self._desk.policy.backing_flags(flags)
             masked = self._desk.masked(parent, mode, umask)
+            is_new = self._overlay.find(parent, name) is None
             node, handle = self._overlay.create(parent, name, masked, asked, request.caller(umask))
-            return self._created(request, node, handle, flags)
+            reply = self._created(request, node, handle, flags)
+            if is_new:
+                self._desk.bare.add(self._desk.identities.number(node))
+            return reply
 
         return self._desk.change(request, lambda: self._needs_of_create(parent, name, flags), act)
 
@@ -234,7 +239,8 @@ class FileRequests:
         if not handle:
             handle = self._unopened.handle(request.nodeid, self._desk.node(request.nodeid))
         try:
-            return self._data(request, self._overlay.read(handle, offset, size, nowait=True))
+            count = self._overlay.fill(handle, offset, self._buffer[:size])
+            return self._data(request, self._buffer[:count])
         except BlockingIOError:
             pass
         call = self._overlay.prepare_read(handle, offset, size)
@@ -242,7 +248,7 @@ class FileRequests:
         return None
 
     @staticmethod
-    def _data(request: Request, data: bytes) -> Reply:
+    def _data(request: Request, data: bytes | memoryview) -> Reply:
         return _OUT.pack(_OUT.size + len(data), 0, request.unique), data
 
     def write(self, request: Request) -> Reply:
@@ -277,9 +283,7 @@ class FileRequests:
         handle, flags, _ = _FSYNC.unpack_from(request.body)
         if not handle:
             return self._desk.done(request)  # without an upper everything is as durable as it will be
-        call = self._overlay.prepare_fsync(handle, bool(flags & FSYNC_FDATASYNC))
-        self._desk.in_thread(request, call, lambda _: self._desk.done(request))
-        return None
+        return self._desk.synced(request, self._overlay.prepare_fsync(handle, bool(flags & FSYNC_FDATASYNC)))
 
     # --- space -----------------------------------------------------------------------------------------
 

@@ -72,6 +72,4 @@ class ListingRequests:
 
     def fsyncdir(self, request: Request) -> Reply:
         """Answer when the directory and the chain above it are durable."""
-        call = self._overlay.prepare_fsync_dir_at(self._desk.node(request.nodeid))
-        self._desk.in_thread(request, call, lambda _: self._desk.done(request))
-        return None
+        return self._desk.synced(request, self._overlay.prepare_fsync_dir_at(self._desk.node(request.nodeid)))

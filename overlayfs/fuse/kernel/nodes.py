@@ -28,6 +28,7 @@ _SIZE_SET, _KILL = int(Attr.SIZE), int(Attr.KILL_SUIDGID)
 _ATIME, _ATIME_NOW = int(Attr.ATIME), int(Attr.ATIME_NOW)
 _MTIME, _MTIME_NOW = int(Attr.MTIME), int(Attr.MTIME_NOW)
 
+_NOTHING = Changes()
 _CAPABILITY = b"security.capability"
 _ASKED_FOR_CAPABILITY = _CAPABILITY + b"\0"
 _LARGEST_IOCTL = 1 << 14  # as the number of a request encodes its size
@@ -43,8 +44,7 @@ class NodeRequests:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._overlay = desk.overlay
-        # Without capabilities, as far as was asked: the kernel asks before the first write and before each chown.
-        self._bare: set[int] = set()
+        self._bare = desk.bare
         extended = bool(desk.features & Init.SETXATTR_EXT)
         self._setxattr_in = _SETXATTR if extended else _OLD_SETXATTR
         self._kills = bool(desk.features & Init.HANDLE_KILLPRIV_V2)
@@ -102,7 +102,7 @@ class NodeRequests:
         """Change what the request names, all in one call: the kernel sends new modes together with owner or size."""
         fields = _SETATTR.unpack_from(request.body)
         node, changes = self._desk.node(request.nodeid), self._changes(fields)
-        if changes == Changes():
+        if changes == _NOTHING:
             return self.getattr(request)
         handle = fields[2] if fields[0] & _FH else None
         caller = request.caller()

@@ -18,14 +18,14 @@ class Workers:
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._started = 0
-        self._busy = 0
+        self.busy = 0  # jobs that are not done yet
         self._lock = threading.Lock()
 
     def run(self, job: Callable[[], None]) -> None:
         """Carry out a job, which must not raise; returns at once."""
         with self._lock:
-            self._busy += 1
-            short = self._busy > self._started and self._started < MOST
+            self.busy += 1
+            short = self.busy > self._started and self._started < MOST
             if short:
                 self._started += 1
         if short:
@@ -36,4 +36,4 @@ class Workers:
         while True:
             self._jobs.get()()
             with self._lock:
-                self._busy -= 1
+                self.busy -= 1
