@@ -19,7 +19,7 @@ from tests.cli.conftest import Ended, Run, process, program
 from tests.cli.test_terminal import Terminal
 from tests.oci import registries
 from tests.oci.registries import Answer, Proxy, Request
-from tests.oci.test_registry_transfer import BASE, TOP, foreign
+from tests.oci.transfers import BASE, TOP, foreign
 from tests.store.samples import add_image, open_store
 from tests.support import requirements
 

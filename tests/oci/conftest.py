@@ -1,12 +1,15 @@
 """Stores for the tests of images."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from overlayfs.store.store import LayerStore
-from tests.store.samples import open_store
+from tests.oci import registries
+from tests.oci.transfers import BASE, TOP, Side
+from tests.store.samples import add_image, open_store
 from tests.support.requirements import need_root
 
 
@@ -22,3 +25,37 @@ def store(place: Path) -> Iterator[LayerStore]:
     """An empty store in the test's directory."""
     with open_store(place) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def server(scratch: Path) -> Iterator[str]:
+    """A registry for the tests of one file; each uses repositories of its own."""
+    with registries.registry(scratch / "transfers") as host:
+        yield host
+
+
+@pytest.fixture
+def sides(place: Path) -> Iterator[Callable[[str], Side]]:
+    """Makes sides, each with a store of its own."""
+    with ExitStack() as undo:
+
+        def make(name: str) -> Side:
+            side = Side(place / name)
+            undo.callback(side.store.close)
+            return side
+
+        yield make
+
+
+@pytest.fixture
+def here(sides: Callable[[str], Side]) -> Side:
+    """A side with the image `it` of two layers."""
+    side = sides("here")
+    add_image(side.store, "it", BASE, TOP)
+    return side
+
+
+@pytest.fixture
+def away(sides: Callable[[str], Side]) -> Side:
+    """A side with an empty store."""
+    return sides("away")

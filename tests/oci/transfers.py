@@ -1,0 +1,119 @@
+"""Two sides of a registry, the images that travel, and images as others push them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from overlayfs.oci import media, platforms
+from overlayfs.oci.auth import Credential
+from overlayfs.oci.pull import Pulled, pull
+from overlayfs.oci.push import Pushed, push
+from overlayfs.oci.reference import Reference, parse
+from overlayfs.oci.registry import Repository, Source, sha256
+from overlayfs.oci.transfer import Step
+from overlayfs.oci.wire import Pace, Wire
+from overlayfs.store.store import LayerStore
+from tests.store.samples import there
+
+BASE = {"etc/motd": "hello\n", "usr/lib/big": "".join(f"{number}\n" for number in range(200_000))}
+TOP = {"etc/motd": "bye\n"}
+
+
+class Side:
+    """A store, and push and pull with it; pauses cost nothing and are kept in `waits`."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        place.mkdir()
+        self.store = LayerStore(os.fsencode(place / "store"))
+        self.waits: list[float] = []
+        self.steps: list[Step] = []
+        self.find: Callable[[Reference], Credential | None] = lambda _: None
+
+    def _wire(self) -> Wire:
+        return Wire(plain_http=True, pace=Pace(attempts=4, wait=self.waits.append, jitter=lambda: 1.0))
+
+    def pull(self, text: str, name: str = "it", platform: str | None = None) -> Pulled:
+        wanted = None if platform is None else platforms.parse(platform)
+        with self._wire() as wire:
+            return pull(
+                self.store, parse(text), name=name, wire=wire, platform=wanted, find=self.find,
+                on_step=self.steps.append,
+            )  # fmt: skip
+
+    def push(self, name: str, text: str) -> Pushed:
+        with self._wire() as wire:
+            return push(self.store, name, parse(text), wire=wire, find=self.find, on_step=self.steps.append)
+
+    def files(self, name: str = "it") -> list[dict[str, str]]:
+        """The regular files of each layer, top first."""
+        return [_files(Path(os.fsdecode(layer.tree_path))) for layer in self.store.stack_of(name)]
+
+    def is_clean(self) -> bool:
+        """Whether nothing half done lies in the store."""
+        rooms = there(self.place)
+        return not rooms["staging"] and not rooms["trash"]
+
+
+def _files(tree: Path) -> dict[str, str]:
+    return {str(path.relative_to(tree)): path.read_text() for path in sorted(tree.rglob("*")) if path.is_file()}
+
+
+def same(left: Side, right: Side) -> bool:
+    return left.files() == right.files() == [TOP, BASE]
+
+
+def foreign(host: str, repository: str, **words: Any) -> str:
+    """Put an image as Docker makes them: other media types, other compression, members unknown to us. Its digest."""
+    with Wire(plain_http=True) as wire:
+        target = Repository(wire, parse(f"{host}/{repository}"), lambda: None, push=True)
+
+        def upload(data: bytes) -> tuple[str, int]:
+            target.upload(Source(sha256(data), len(data), lambda: iter((data,))))
+            return sha256(data), len(data)
+
+        tar = _tar()
+        layer, size = upload(_gzip(tar))
+        config = {
+            "architecture": words.get("architecture", "amd64"), "os": "linux", "docker_version": "1", "x": [1.50],
+            "rootfs": {"type": "layers", "diff_ids": words.get("diff_ids", [sha256(tar)])},
+            "config": {"Env": ["A=b"], "Labels": {"l": "m"}}, "created": "2020-01-02T03:04:05.678901234Z",
+            "history": [{"created": "2020-01-02T03:04:05Z", "created_by": "ADD x"},
+                        {"created": "2020-01-02T03:04:06Z", "created_by": "CMD", "empty_layer": True}],
+        }  # fmt: skip
+        config_digest, config_size = upload(json.dumps(config, indent=3).encode())
+        manifest = {
+            "schemaVersion": 2, "mediaType": media.DOCKER_MANIFEST,
+            "config": {"mediaType": words.get("config_type", media.DOCKER_CONFIG), "size": config_size,
+                       "digest": config_digest},
+            "layers": [{"mediaType": words.get("layer_type", media.DOCKER_LAYER_GZIP), "size": size, "digest": layer}],
+        }  # fmt: skip
+        return target.put_manifest(
+            words.get("tag", "latest"), media.DOCKER_MANIFEST, json.dumps(manifest, indent=1).encode()
+        )
+
+
+def _tar() -> bytes:
+    import io
+    import tarfile
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as file:
+        member = tarfile.TarInfo("./etc/motd")
+        member.size = 6
+        file.addfile(member, io.BytesIO(b"hello\n"))
+    return buffer.getvalue()
+
+
+def _gzip(data: bytes) -> bytes:
+    import gzip
+
+    return gzip.compress(data, 1, mtime=7)
+
+
+def biggest(here: Side, server: str, repository: str) -> str:
+    """Push the image and return the digest of its largest blob."""
+    pushed = here.push("it", f"{server}/{repository}")
+    return max(pushed.layers, key=lambda layer: layer.size).digest
