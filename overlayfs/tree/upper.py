@@ -217,6 +217,8 @@ class Upper(Layer):
             self._move_aside(dirfd, name)
         elif not self.features.devices:
             self._hide_by_dot_file(place, is_dir)
+        elif how is Remove.HIDE:
+            sysio.mknod_at(dirfd, name, stat.S_IFCHR, 0)
         else:
             self._put_whiteout(dirfd, name, exchange=how is Remove.EXCHANGE_WHITEOUT)
 

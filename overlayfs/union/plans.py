@@ -41,7 +41,8 @@ class Remove(Enum):
     """How a name disappears."""
 
     UNLINK = auto()  # nothing below: unlink or rmdir
-    WHITEOUT = auto()  # a whiteout from the work directory is renamed over it or onto the free name
+    HIDE = auto()  # nothing in the upper: a whiteout is made on the free name, which is one step
+    WHITEOUT = auto()  # a whiteout from the work directory is renamed over it
     EXCHANGE_WHITEOUT = auto()  # an upper directory is exchanged with a whiteout, then emptied aside
     MOVE_ASIDE = auto()  # an upper directory that holds whiteouts, nothing below: moved aside, then emptied
 
@@ -85,7 +86,9 @@ def remove(spot: Spot) -> Remove:
         if spot.below:
             return Remove.EXCHANGE_WHITEOUT
         return Remove.UNLINK if spot.clean else Remove.MOVE_ASIDE
-    return Remove.WHITEOUT if spot.below else Remove.UNLINK
+    if not spot.below:
+        return Remove.UNLINK
+    return Remove.WHITEOUT if spot.in_upper else Remove.HIDE
 
 
 def rename(source: Spot, target: Spot, into_merged: bool, redirects: bool) -> Rename:
