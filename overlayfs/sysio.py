@@ -538,7 +538,7 @@ def clone_file(src_fd: int, dst_fd: int) -> bool:
 
 
 def copy_data(src_fd: int, dst_fd: int, size: int) -> int:
-    """Copy the first `size` bytes into an empty file, keep holes, set its size; return the bytes of data copied.
+    """Copy the first `size` bytes into an empty file, or a hole, keep holes, set its size; return the data in bytes.
 
     A source that has shrunk meanwhile ends in a hole.  The offset of `src_fd` moves.
     """
