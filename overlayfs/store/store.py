@@ -161,6 +161,7 @@ class LayerStore:
                 image=image,
                 like=root,
             )
+            closing.callback(adoption.let_go)
             with adoption:
                 adoption.take(dirfd, name)
                 return adoption.settle()
