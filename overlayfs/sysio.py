@@ -9,6 +9,8 @@ from: openat2(2) refuses symbolic links, magic links, mount points and ``..`` ab
 Descriptors made here are close-on-exec.  Modes are subject to the process's umask, which a daemon sets to 0.
 
 Calls that change something announce themselves to `fuse`, which a test replaces to make the n-th one fail.
+A call that a signal has interrupted is made again: where the interpreter does so by itself (PEP 475 has the list) it
+is left to it.
 
 Sources: the manual pages openat2(2), renameat2(2), name_to_handle_at(2), fchmodat(2), utimensat(2),
 getdents(2), xattr(7), copy_file_range(2), ioctl_ficlone(2), preadv2(2), statfs(2); for ioctl numbers
@@ -23,9 +25,12 @@ import functools
 import os
 import struct
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from overlayfs.errors import oserror
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -38,6 +43,20 @@ fuse: Callable[[str], None] | None = None
 def _changing(call: str) -> None:
     if fuse is not None:
         fuse(call)
+
+
+def _restarted(call: Callable[P, R]) -> Callable[P, R]:
+    """Make a call again when a signal has interrupted it: disks never do that, but a layer may lie on FUSE or CIFS."""
+
+    @functools.wraps(call)
+    def restarted(*args: P.args, **keywords: P.kwargs) -> R:
+        while True:
+            try:
+                return call(*args, **keywords)
+            except InterruptedError:
+                continue
+
+    return restarted
 
 
 # --- the C library -----------------------------------------------------------------------------------------
@@ -140,16 +159,14 @@ _WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _LONGEST_WALK = 4000  # PATH_MAX is 4096 with the final NUL
 
 
+@_restarted
 def _open(dirfd: int, path: bytes, flags: int, mode: int) -> int:
     if flags & _OPEN_CHANGES:
         _changing("open")
-    how = _how(flags, mode)
-    while True:
-        fd = _openat2(_NR_OPENAT2, dirfd, path, how, _HOW_SIZE)
-        if fd >= 0:
-            return fd
-        if ctypes.get_errno() != errno.EINTR:
-            raise _failed(path)
+    fd = _openat2(_NR_OPENAT2, dirfd, path, _how(flags, mode), _HOW_SIZE)
+    if fd < 0:
+        raise _failed(path)
+    return fd
 
 
 def _chunks(path: bytes) -> Iterator[bytes]:
@@ -176,11 +193,11 @@ def open_beneath(dirfd: int, path: bytes, flags: int, mode: int = 0) -> int:
         for chunk in leading:
             current, previous = _open(current, chunk, _WALK, 0), current
             if previous != dirfd:
-                os.close(previous)
+                close(previous)
         return _open(current, last or b".", flags, mode)
     finally:
         if current != dirfd:
-            os.close(current)
+            close(current)
 
 
 def open_child(dirfd: int, name: bytes, flags: int, mode: int = 0) -> int:
@@ -196,13 +213,15 @@ def open_child(dirfd: int, name: bytes, flags: int, mode: int = 0) -> int:
 
 
 def close(fd: int) -> None:
-    """Close a descriptor."""
-    os.close(fd)
+    """Close a descriptor; it is closed even if a signal has interrupted that (close(2))."""
+    with contextlib.suppress(InterruptedError):
+        os.close(fd)
 
 
 # --- looking -----------------------------------------------------------------------------------------------
 
 
+@_restarted
 def stat_at(dirfd: int, name: bytes) -> os.stat_result:
     """Return the attributes of the object itself, as lstat does.  A mount point answers for what is mounted."""
     if name:
@@ -252,6 +271,7 @@ def _open_listing(dirfd: int) -> int:
         return _open(dirfd, b".", flags, 0)
 
 
+@_restarted
 def list_dir(dirfd: int) -> list[tuple[bytes, int]]:
     """Return (name, type) of each entry but ``.`` and ``..``, in the order of the file system.
 
@@ -267,10 +287,11 @@ def list_dir(dirfd: int) -> list[tuple[bytes, int]]:
         if size < 0:
             raise _failed()
     finally:
-        os.close(fd)
+        close(fd)
     return [entry for entry in found if entry[0] not in _DOTS]
 
 
+@_restarted
 def readlink_at(dirfd: int, name: bytes) -> bytes:
     """Return the target of a symbolic link; ``b""`` needs a descriptor opened with O_PATH | O_NOFOLLOW."""
     return os.readlink(_component(name), dir_fd=dirfd)
@@ -279,18 +300,21 @@ def readlink_at(dirfd: int, name: bytes) -> bytes:
 # --- names -------------------------------------------------------------------------------------------------
 
 
+@_restarted
 def mkdir_at(dirfd: int, name: bytes, mode: int) -> None:
     """Make a directory.  mkdir(2) ignores S_ISUID and S_ISGID: set them with `chmod_at`."""
     _changing("mkdir_at")
     os.mkdir(_component(name), mode, dir_fd=dirfd)
 
 
+@_restarted
 def mknod_at(dirfd: int, name: bytes, mode: int, rdev: int) -> None:
     """Make a regular file, FIFO, socket or device; `mode` holds type and permissions."""
     _changing("mknod_at")
     os.mknod(_component(name), mode, rdev, dir_fd=dirfd)
 
 
+@_restarted
 def symlink_at(target: bytes, dirfd: int, name: bytes) -> None:
     """Make a symbolic link `name` holding `target`, which is not looked at."""
     if b"\0" in target:
@@ -299,6 +323,7 @@ def symlink_at(target: bytes, dirfd: int, name: bytes) -> None:
     os.symlink(target, _component(name), dir_fd=dirfd)
 
 
+@_restarted
 def link_at(src_dirfd: int, src_name: bytes, dirfd: int, name: bytes) -> None:
     """Give an object one more name.  An empty `src_name` links the descriptor, O_TMPFILE and O_PATH included.
 
@@ -311,18 +336,21 @@ def link_at(src_dirfd: int, src_name: bytes, dirfd: int, name: bytes) -> None:
         raise _failed(name)
 
 
+@_restarted
 def unlink_at(dirfd: int, name: bytes) -> None:
     """Remove a name that is not a directory's."""
     _changing("unlink_at")
     os.unlink(_component(name), dir_fd=dirfd)
 
 
+@_restarted
 def rmdir_at(dirfd: int, name: bytes) -> None:
     """Remove an empty directory."""
     _changing("rmdir_at")
     os.rmdir(_component(name), dir_fd=dirfd)
 
 
+@_restarted
 def rename_at(sdirfd: int, sname: bytes, ddirfd: int, dname: bytes, flags: int = 0) -> None:
     """Move a name in one step; `flags` are the RENAME_* constants of renameat2(2)."""
     _changing("rename_at")
@@ -333,6 +361,7 @@ def rename_at(sdirfd: int, sname: bytes, ddirfd: int, dname: bytes, flags: int =
 # --- attributes --------------------------------------------------------------------------------------------
 
 
+@_restarted
 def chmod_at(dirfd: int, name: bytes, mode: int) -> None:
     """Set permission bits; EOPNOTSUPP for a symbolic link, whose target is never touched.
 
@@ -356,7 +385,7 @@ def _chmod_pinned(dirfd: int, name: bytes, mode: int) -> None:
     try:
         _chmod_descriptor(fd, mode)
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def _chmod_descriptor(fd: int, mode: int) -> None:
@@ -366,6 +395,7 @@ def _chmod_descriptor(fd: int, mode: int) -> None:
     os.chmod(_through_proc(fd, b""), mode)
 
 
+@_restarted
 def chown_at(dirfd: int, name: bytes, uid: int, gid: int) -> None:
     """Set owner and group of the object itself; -1 keeps one.  Clears set-id bits and capabilities of files."""
     _changing("chown_at")
@@ -393,6 +423,7 @@ def _timespec(nanoseconds: int | None) -> tuple[int, int]:
     return divmod(nanoseconds, 1_000_000_000)
 
 
+@_restarted
 def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
     """Set the times of the object itself, in nanoseconds since 1970 or NOW; None keeps one."""
     _changing("utimens_at")
@@ -432,6 +463,7 @@ def _get_at(dirfd: int, name: bytes, attr: bytes) -> bytes | int:
     return ctypes.get_errno()
 
 
+@_restarted
 def getxattr_at(dirfd: int, name: bytes, attr: bytes) -> bytes:
     """Return the value of an extended attribute; ENODATA when there is none."""
     return os.getxattr(_through_proc(dirfd, name), attr, follow_symlinks=not name)
@@ -453,6 +485,7 @@ def find_xattr(dirfd: int, name: bytes, attr: bytes) -> bytes | None:
         raise
 
 
+@_restarted
 def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
     """Return the names of all extended attributes that the caller may see."""
     if _HAS_GETXATTRAT and name:  # listxattrat(2) came with it
@@ -468,12 +501,14 @@ def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
         raise
 
 
+@_restarted
 def setxattr_at(dirfd: int, name: bytes, attr: bytes, value: bytes, flags: int = 0) -> None:
     """Set an extended attribute; `flags` may be os.XATTR_CREATE or os.XATTR_REPLACE."""
     _changing("setxattr_at")
     os.setxattr(_through_proc(dirfd, name), attr, value, flags, follow_symlinks=not name)
 
 
+@_restarted
 def removexattr_at(dirfd: int, name: bytes, attr: bytes) -> None:
     """Remove an extended attribute; ENODATA when there is none."""
     _changing("removexattr_at")
@@ -489,6 +524,7 @@ _RANGE = 64 * 1024 * 1024  # a frozen or killed copy is noticed between two of t
 _BLOCK = 1024 * 1024
 
 
+@_restarted
 def clone_file(src_fd: int, dst_fd: int) -> bool:
     """Share all data of `src_fd` with `dst_fd` (FICLONE); False where the file systems cannot."""
     _changing("clone_file")
@@ -502,7 +538,7 @@ def clone_file(src_fd: int, dst_fd: int) -> bool:
 
 
 def copy_data(src_fd: int, dst_fd: int, size: int) -> int:
-    """Copy the first `size` bytes into an empty file, keep holes, set its size; return the bytes of data copied.
+    """Copy the first `size` bytes into an empty file, or a hole, keep holes, set its size; return the data in bytes.
 
     A source that has shrunk meanwhile ends in a hole.  The offset of `src_fd` moves.
     """
@@ -630,6 +666,7 @@ def fdatasync(fd: int) -> None:
     os.fdatasync(fd)
 
 
+@_restarted
 def syncfs(fd: int) -> None:
     """Make the whole file system behind a descriptor durable.  O_PATH descriptors give EBADF."""
     _changing("syncfs")
@@ -644,6 +681,7 @@ _MAX_HANDLE = 128
 _NO_HANDLE = (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM)
 
 
+@_restarted
 def file_handle(dirfd: int, name: bytes) -> tuple[int, bytes] | None:
     """Return (type, bytes) of the handle by which the file system names the object for ever, or None."""
     buffer = ctypes.create_string_buffer(_HANDLE.pack(_MAX_HANDLE, 0), _HANDLE.size + _MAX_HANDLE)
@@ -679,7 +717,7 @@ def fs_uuid(fd: int) -> bytes | None:
         answers = (_uuid_by(own, *query) for query in _UUID_QUERIES)
         return next((uuid for uuid in answers if uuid is not None), None)
     finally:
-        os.close(own)
+        close(own)
 
 
 def _uuid_by(fd: int, request: int, prepared: bytes, at: int) -> bytes | None:
@@ -694,6 +732,7 @@ _STATFS_SIZE = 256  # larger than any architecture's struct statfs
 _FSID_AT = 56  # after f_type, f_bsize and five counters of 64 bits
 
 
+@_restarted
 def _statfs(fd: int) -> bytes:
     buffer = ctypes.create_string_buffer(_STATFS_SIZE)
     if _fstatfs(fd, buffer) < 0:
@@ -766,7 +805,7 @@ def clone_mount(fd: int) -> int | None:
         return None
     # A copy of a shared mount would receive what is mounted in the original later on (mount_namespaces(7)).
     if _mount_setattr(_NR_MOUNT_SETATTR, clone, b"", _AT_EMPTY_PATH, _MADE_PRIVATE, len(_MADE_PRIVATE)) < 0:
-        os.close(clone)
+        close(clone)
         return None
     return clone
 
@@ -774,6 +813,7 @@ def clone_mount(fd: int) -> int | None:
 _open_by_handle_at = _function("open_by_handle_at", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 
 
+@_restarted
 def open_by_handle(fd: int, kind: int, handle: bytes) -> int | None:
     """Return an O_PATH descriptor of the object that a handle names on the file system of `fd`.
 
@@ -784,7 +824,7 @@ def open_by_handle(fd: int, kind: int, handle: bytes) -> int | None:
     try:
         found = _open_by_handle_at(own, buffer, os.O_PATH | os.O_CLOEXEC)
     finally:
-        os.close(own)
+        close(own)
     return found if found >= 0 else None
 
 
@@ -793,12 +833,12 @@ def open_by_handle(fd: int, kind: int, handle: bytes) -> int | None:
 _fallocate = _function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
+@_restarted
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """Allocate, punch, zero, collapse or insert a range of an open file; `mode` as in fallocate(2)."""
     _changing("fallocate")
-    while _fallocate(fd, mode, offset, length) < 0:
-        if ctypes.get_errno() != errno.EINTR:
-            raise _failed()
+    if _fallocate(fd, mode, offset, length) < 0:
+        raise _failed()
 
 
 def seek_data(fd: int, offset: int, whence: int) -> int:
@@ -826,6 +866,7 @@ _STATX_SIZE = 256
 _statx = _function("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 
 
+@_restarted
 def birth_time(dirfd: int, name: bytes) -> int | None:
     """Return when an object was made, in nanoseconds since 1970; None where the file system does not know."""
     found = ctypes.create_string_buffer(_STATX_SIZE)
@@ -836,11 +877,13 @@ def birth_time(dirfd: int, name: bytes) -> int | None:
     return seconds * 1_000_000_000 + nanoseconds if mask & _STATX_BTIME else None
 
 
+@_restarted
 def get_file_attributes(fd: int, request: int, size: int) -> bytes:
     """Return what an ioctl(2) that only reads says of an open file: `size` bytes."""
     return bytes(fcntl.ioctl(fd, request, bytes(size)))
 
 
+@_restarted
 def set_file_attributes(fd: int, request: int, value: bytes) -> None:
     """Change an open file by an ioctl(2) that takes a structure, as FS_IOC_SETFLAGS does."""
     _changing("set_file_attributes")

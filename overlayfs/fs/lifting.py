@@ -483,13 +483,23 @@ class _Cut(LiftStep):
         _, dirfd, name = self._lifting.attributes.locate(self.node)
         fd = sysio.open_child(dirfd, name, os.O_RDWR)
         try:
-            # Cut first: with the mark gone and the size still there a crash would show zeros.
-            sysio.truncate_fd(fd, 0)
             first = self._lifting.origin_without_metacopy(self._upper, fd)
-            self._upper.drop_mark(dirfd, name, xattrs.METACOPY)
+            self._cut(fd)
             self._lifting.renew_origin(self._upper, dirfd, name, first)
             if self.node.reader is not None:
                 _swap_reader(self.node, open_readable(self._lifting.stack.dirfds, fd, b"", keep_atime=False))
             self.node.data = None
         finally:
             sysio.close(fd)
+
+    def _cut(self, fd: int) -> None:
+        """Cut, then drop the mark: the other way round a crash between would show zeros."""
+        before = sysio.stat_at(fd, b"")
+        sysio.truncate_fd(fd, 0)
+        try:
+            self._upper.drop_mark(fd, b"", xattrs.METACOPY)
+        except OSError:
+            with suppress(OSError):  # still marked, it is as it was
+                sysio.truncate_fd(fd, before.st_size)
+                sysio.utimens_at(fd, b"", before.st_atime_ns, before.st_mtime_ns)
+            raise

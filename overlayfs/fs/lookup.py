@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.format import nlink, origin, whiteout
+from overlayfs.format import nlink, origin, whiteout, xattrs
 from overlayfs.format.origin import Origin
 from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, LowerFile, Node, NodeTable, Part
 from overlayfs.fs.stack import Stack
@@ -304,18 +304,24 @@ class Lookup:
                 sysio.close(fd)
 
     def _bind_upper_file(self, parent: Dir, name: bytes, found: AnyStat, marks: Marks) -> File:
-        upper = self._stack.upper
-        assert upper is not None
         key = (found.st_dev, found.st_ino)
         node = self._nodes.by_key(key)
         if node is None:
-            number = self._nodes.free_number(*self._numbers_of_file(upper, found, marks))
-            node = File(number, stat.S_IFMT(found.st_mode), True, None)
-            self._find_index(node, found, marks)
-            self._nodes.add_key(node, key)
-            if marks.metacopy:
-                node.data = self._data_below(parent, name, marks)
+            node = self._new_upper_file(parent, name, found, marks)
+            self._nodes.add_key(node, key)  # last: a node that an error left half made must not be found again
         self._settle(node, parent, name, True, found)
+        return node
+
+    def _new_upper_file(self, parent: Dir, name: bytes, found: AnyStat, marks: Marks) -> File:
+        upper = self._stack.upper
+        assert upper is not None
+        number = self._nodes.free_number(*self._numbers_of_file(upper, found, marks))
+        node = File(number, stat.S_IFMT(found.st_mode), True, None)
+        self._find_index(node, found, marks)
+        if marks.metacopy:
+            node.data = self._data_below(parent, name, marks)
+        if marks.emptied:
+            upper.drop_mark(upper.dirfd(self.path(parent)), name, xattrs.METACOPY)
         return node
 
     def _data_below(self, parent: Dir, name: bytes, marks: Marks) -> LowerFile:
@@ -414,12 +420,14 @@ class Lookup:
         node = self._nodes.by_key((entry.st_dev, entry.st_ino))
         if node is None:
             node = File(self._nodes.free_number(wanted), stat.S_IFMT(entry.st_mode), True, place)
-            self._nodes.add_key(node, (entry.st_dev, entry.st_ino))
             marks = upper.index_marks(name)
             node.index = name
             node.nlink_delta = self.nlink_delta(marks, entry)
             if marks.metacopy:
                 node.data = place
+            if marks.emptied:
+                upper.drop_mark(upper.work.index, name, xattrs.METACOPY)
+            self._nodes.add_key(node, (entry.st_dev, entry.st_ino))
         return node
 
     def _settle(self, node: Node, parent: Dir, name: bytes, in_upper: bool, found: AnyStat | None) -> None:

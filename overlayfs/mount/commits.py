@@ -8,9 +8,11 @@
    the commit is durable before the commit is. From here on the layer is usable. It is hashed by another process.
 
 Killed before the rename: the mount as it was. Killed after it: whoever opens the store next finds the intent and lets
-the records follow (overlayfs.store.adoption).
+the records follow (overlayfs.store.adoption). Where the disk fails in 3 the mount goes on, on its new upper, and the
+next commit begins with what is missing; fsync fails until then, unless the rename itself is durable.
 """
 
+import errno
 import logging
 import os
 import subprocess
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import trio
 
 from overlayfs import sysio
-from overlayfs.errors import UserError
+from overlayfs.errors import UserError, oserror
 from overlayfs.fs.files import SyncBarrier
 from overlayfs.fs.reseat import Reseat
 from overlayfs.fuse.engine import Engine
@@ -84,6 +86,7 @@ class Commits:
         self._turn = trio.Lock()
         self._store: LayerStore | None = None  # keeps the new layers from gc as long as the daemon lives
         self._hashing: dict[str, Followed] = {}
+        self._unsettled: tuple[Adoption, SyncBarrier] | None = None
 
     async def commit(self, wanted: Commit) -> Committed:
         """Make a layer of what was acknowledged until now; UserError with a sentence when there is none to make.
@@ -91,13 +94,12 @@ class Commits:
         Dirty pages must have been written out.
         """
         async with self._turn:
+            await self._catch_up()
             if not wanted.allow_empty and not self._overlay.is_changed:
                 raise committing.NothingToCommitError("the mount")
             store = await self._opened()
             with _prompt_threads():
                 made, held = await self._carry_out(store, wanted)
-            self._hashing[made.id] = _Beginning(hashing.Hashed("hashing"))
-            trio.lowlevel.spawn_system_task(self._begin_hashing, store.path, made.id)
             return Committed(made.id, None if wanted.image is None else layout.image_name(wanted.image), held)
 
     def hashed(self, layer_id: str) -> hashing.Hashed:
@@ -109,6 +111,9 @@ class Commits:
 
     def close(self) -> None:
         """Let go of the store: the mount's own hold of its layers must be there no longer than the mount."""
+        if self._unsettled is not None:
+            self._unsettled[0].let_go()
+            self._unsettled = None
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -132,16 +137,36 @@ class Commits:
         run = self._engine.threads.run
         adoption, directory = await run(self._begin, store, wanted)
         try:
-            with adoption:
-                await run(self._overlay.sync)
-                # From the rename on the mount and the records belong together: an unmount waits for both.
-                with trio.CancelScope(shield=True):
-                    barrier, held = await self._switch(store, adoption, directory)
-                    with self._released(barrier):
-                        await run(self._make_lasting, adoption)
-            return adoption.settle(), held
+            await run(self._overlay.sync)
+            # From the rename on the mount and the records belong together: an unmount waits for both.
+            with trio.CancelScope(shield=True):
+                barrier, held = await self._switch(store, adoption, directory)
+                self._unsettled = adoption, barrier
+                await self._catch_up()
+        except BaseException:
+            if not adoption.is_taken:
+                await run(adoption.cancel)
+            raise
         finally:
             sysio.close(directory)
+        return adoption.settle(), held
+
+    async def _catch_up(self) -> None:
+        """Settle the adoption whose tree has moved, if there is one. Until it is lasting fsyncs wait, or fail."""
+        if self._unsettled is None:
+            return
+        adoption, barrier = self._unsettled
+        try:
+            await self._engine.threads.run(self._make_lasting, adoption)
+        except BaseException as error:
+            barrier.finish(error if isinstance(error, OSError) else oserror(errno.EIO))
+            if adoption.is_lasting:
+                self._overlay.release_syncs(barrier)
+            raise
+        self._unsettled = None
+        self._overlay.release_syncs(barrier)
+        self._hashing[adoption.id] = _Beginning(hashing.Hashed("hashing"))
+        trio.lowlevel.spawn_system_task(self._begin_hashing, self._lodging.store, adoption.id)
 
     def _begin(self, store: LayerStore, wanted: Commit) -> tuple[Adoption, int]:
         """Prepare the adoption; return it with an open descriptor of the workspace. In a thread."""
@@ -156,13 +181,21 @@ class Commits:
         )
         adoption = store.begin_adoption(new, self._overlay.upper_root)
         try:
-            directory = workspace.open()
-            # The mount keeps its work directory: what is staged there, and its locks, go on.
-            sysio.rmdir_at(directory, layout.NEXT_WORK)
+            return adoption, self._keep_work(workspace)
         except BaseException:
             adoption.cancel()
             raise
-        return adoption, directory
+
+    @staticmethod
+    def _keep_work(workspace: Workspace) -> int:
+        """Return a descriptor of a workspace whose mount keeps its work directory: its locks, and what is staged."""
+        directory = workspace.open()
+        try:
+            sysio.rmdir_at(directory, layout.NEXT_WORK)
+        except BaseException:
+            sysio.close(directory)
+            raise
+        return directory
 
     @staticmethod
     def _image(store: LayerStore, workspace: Workspace, wanted: Commit) -> ImageRecord | None:
@@ -214,17 +247,6 @@ class Commits:
         """Sync, then let the workspace and the image follow. In a thread."""
         self._overlay.sync()
         adoption.settle()
-
-    @contextmanager
-    def _released(self, barrier: SyncBarrier) -> Iterator[None]:
-        """Let waiting fsyncs go on at the end of the context, with the error that ends it if there is one."""
-        try:
-            yield
-        except OSError as error:
-            self._overlay.release_syncs(barrier, error)
-            raise
-        finally:
-            self._overlay.release_syncs(barrier)
 
 
 @contextmanager

@@ -67,7 +67,8 @@ class Adoption:
     """One tree on its way to being a layer. `id` is the layer's, `next_upper` and `next_work` are absolute paths.
 
     With a workspace, those two lie ready in it; `settle` gives them their places. A context: leaving it before `take`
-    undoes all, leaving it after `take` settles.
+    undoes all, leaving it after `take` settles. Where even that fails the tree has moved and nothing has followed yet:
+    call `settle` again when it may succeed, or `let_go`, and whoever opens the store next recovers.
     """
 
     def __init__(self, adopter: "Adopter", intent: Intent, hold: Hold, like: int | None) -> None:
@@ -75,6 +76,7 @@ class Adoption:
         self._intent = intent
         self._hold = hold
         self._taken_from: int | None = None
+        self.is_lasting = False
         self.settled = False
         if intent.workspace is not None and like is not None:
             adopter.prepare_workspace(intent.workspace, like)
@@ -99,25 +101,39 @@ class Adoption:
         assert self._intent.workspace is not None
         return os.path.join(self._adopter.place.path, workspace_path(self._intent.workspace), name)
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether the tree has moved."""
+        return self._taken_from is not None
+
     def take(self, dirfd: int, name: bytes) -> None:
         """Make the directory `name` in `dirfd` the layer's tree: the one step that counts, a single system call.
 
-        What is in it must be on the disk already; that it is here now is, when `settle` returns. `dirfd` is open for
-        reading and stays so until then. OSError EXDEV when it lies on another file system.
+        What is in it must be on the disk already; that it is here now is, when `is_lasting` is true. `dirfd` is open
+        for reading. OSError EXDEV when it lies on another file system.
         """
-        sysio.rename_at(dirfd, name, self._directory, layout.TREE, sysio.RENAME_NOREPLACE)
-        self._taken_from = dirfd
+        parent = os.dup(dirfd)
+        try:
+            sysio.rename_at(dirfd, name, self._directory, layout.TREE, sysio.RENAME_NOREPLACE)
+        except BaseException:
+            sysio.close(parent)
+            raise
+        self._taken_from = parent
 
     def settle(self) -> Layer:
-        """Let the workspace and the image follow, and return the layer, kept from gc as after `publish`."""
+        """Let the workspace and the image follow, and return the layer, kept from gc as after `publish`.
+
+        May be called again when it has failed.
+        """
         assert self._taken_from is not None, "there is nothing to settle before the tree has moved"
         adopter = self._adopter
         if not self.settled:
             sysio.fsync(self._directory)
             sysio.fsync(self._taken_from)
-            adopter.layers.retain(self.id, self._hold)
+            self.is_lasting = True
             with adopter.place.adding():
                 adopter.follow(self._intent)
+            adopter.layers.retain(self.id, self._hold)
             self._end()
         layer = adopter.layers.get(self.id)
         assert layer is not None
@@ -126,12 +142,21 @@ class Adoption:
     def cancel(self) -> None:
         """Undo what was prepared; nothing has moved yet."""
         assert self._taken_from is None, "the tree is the layer's by now"
-        self._adopter.undo(self._intent)
-        self._hold.release()
-        self._end()
+        try:
+            self._adopter.undo(self._intent)
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Leave what is not settled to whoever opens the store next."""
+        if not self.settled:
+            self._hold.release()
+            self._end()
 
     def _end(self) -> None:
         sysio.close(self._directory)
+        if self._taken_from is not None:
+            sysio.close(self._taken_from)
         self.settled = True
 
     def __enter__(self) -> Self:
@@ -245,7 +270,8 @@ class Adopter:
             return
         directory = workspace.open()
         try:
-            fresh.drop_next(directory)
+            if sysio.exists_at(directory, layout.UPPER):  # else the next one is in use: it belongs to a tree that moved
+                fresh.drop_next(directory)
         finally:
             sysio.close(directory)
 

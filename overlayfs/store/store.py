@@ -119,7 +119,9 @@ class LayerStore:
             closing.callback(sysio.close, root)
             self._check_same_file_system(root, tree)
             sysio.syncfs(root)
-            with self.begin_adoption(new or NewLayer(), root) as adoption:
+            adoption = self.begin_adoption(new or NewLayer(), root)
+            closing.callback(adoption.let_go)
+            with adoption:
                 adoption.take(dirfd, name)
                 return adoption.settle()
 

@@ -10,6 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -21,7 +22,8 @@ from overlayfs.tree.upper import Upper
 # An upper that cannot hold these is no reason to fail: labels are set by policy, see semantics, section 8.
 _OPTIONAL = frozenset((b"security.selinux",))
 _OPTIONAL_PREFIXES = (b"trusted.",)
-_ACL = b"system.posix_acl_access"
+_CAPABILITY = b"security.capability"
+_PUNCH_HOLE = 1 | 2  # FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE of fallocate(2)
 
 
 class Content(Enum):
@@ -97,7 +99,7 @@ def _make_file(upper: Upper, source: Source, name: bytes) -> None:
 
 
 def copy_data(source: int, target: int) -> None:
-    """Fill an empty file with all data of another: shared blocks where possible, else a copy that keeps holes."""
+    """Fill an empty file, or a hole, with all data of another: shared blocks where possible, else holes are kept."""
     if not sysio.clone_file(source, target):
         sysio.copy_data(source, target, sysio.stat_at(source, b"").st_size)
 
@@ -148,15 +150,21 @@ def _sync(upper: Upper, name: bytes) -> None:
 def fill(upper: Upper, pin: int, target: int, data: int) -> None:
     """Give a metadata-only copy, open for writing at `target` and pinned, its data: complete, synced, then unmarked.
 
-    The mark goes last: until then a reader, also after a crash, takes the data from below. Times stay.
+    Nobody sees it: the size stays, and until the mark goes, which is last, a reader takes the data from below, also
+    after a crash. Times stay. On an error the room that the data took is given back.
     """
     before = sysio.stat_at(target, b"")
-    caps = sysio.find_xattr(target, b"", b"security.capability")
-    sysio.truncate_fd(target, 0)
-    copy_data(data, target)
-    if caps is not None:  # writing has removed it
-        sysio.setxattr_at(pin, b"", b"security.capability", caps)
-    sysio.utimens_at(target, b"", before.st_atime_ns, before.st_mtime_ns)
+    caps = sysio.find_xattr(target, b"", _CAPABILITY)
+    try:
+        copy_data(data, target)
+    except OSError:
+        with suppress(OSError):
+            sysio.fallocate(target, _PUNCH_HOLE, 0, before.st_size)
+        raise
+    finally:
+        if caps is not None:  # writing has removed it
+            sysio.setxattr_at(pin, b"", _CAPABILITY, caps)
+        sysio.utimens_at(target, b"", before.st_atime_ns, before.st_mtime_ns)
     if not upper.volatile:
         sysio.fsync(target)
     upper.drop_mark(pin, b"", xattrs.METACOPY)

@@ -41,6 +41,7 @@ class Marks(NamedTuple):
     metacopy: bool = False
     origin: Origin | None = None
     nlink: bytes | None = None
+    emptied: bool = False  # marked as metadata only, but empty: its truncation was cut short by a crash
     barred: bool = False  # a redirect is there that must not be followed: EPERM, never a silent half view
 
 
@@ -180,16 +181,13 @@ class Layer:
         value = self._read_own(dirfd, name, present)
         redirected = redirect.parse(value[xattrs.REDIRECT]) if xattrs.REDIRECT in value else None
         barred = redirected is not None and not self._may_follow(found) and not self.lowest
-        is_copy = not isdir and xattrs.METACOPY in value and metacopy.parse(value[xattrs.METACOPY]) is not None
-        came_from = origin.decode(value[xattrs.ORIGIN]) if xattrs.ORIGIN in value else None
-        return Marks(cut, None if barred else redirected, is_copy, came_from, value.get(xattrs.NLINK), barred)
+        file_marks = _file_marks(value, None if isdir else found.st_size)
+        return file_marks._replace(opaque=cut, redirect=None if barred else redirected, barred=barred)
 
     def marks_at(self, dirfd: int, name: bytes) -> Marks:
         """Return the marks of a file that is reached by a descriptor outside the tree, as the index is."""
         value = self._read_own(dirfd, name, set(sysio.listxattr_at(dirfd, name)))
-        is_copy = xattrs.METACOPY in value and metacopy.parse(value[xattrs.METACOPY]) is not None
-        came_from = origin.decode(value[xattrs.ORIGIN]) if xattrs.ORIGIN in value else None
-        return Marks(metacopy=is_copy, origin=came_from, nlink=value.get(xattrs.NLINK))
+        return _file_marks(value, sysio.stat_at(dirfd, name).st_size if xattrs.METACOPY in value else 0)
 
     def _read_own(self, dirfd: int, name: bytes, present: set[bytes]) -> dict[bytes, bytes]:
         values: dict[bytes, bytes] = {}
@@ -242,6 +240,15 @@ class Layer:
         """Return an O_PATH descriptor of any object: it outlives the object's names."""
         dirfd = self.dirfd(path)
         return self._dirfds.retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
+
+
+def _file_marks(value: dict[bytes, bytes], size: int | None) -> Marks:
+    """Return what the values of marks say of a file of `size` bytes, None for a directory."""
+    marked = size is not None and xattrs.METACOPY in value and metacopy.parse(value[xattrs.METACOPY]) is not None
+    came_from = origin.decode(value[xattrs.ORIGIN]) if xattrs.ORIGIN in value else None
+    # Copies of empty files are never metadata only: there is nothing that could stay below.
+    copied, emptied = marked and size != 0, marked and size == 0
+    return Marks(metacopy=copied, origin=came_from, nlink=value.get(xattrs.NLINK), emptied=emptied)
 
 
 _FOREIGN = frozenset((xattrs.FUSEOVERLAYFS_OPAQUE,))

@@ -2,10 +2,12 @@
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
+from unittest import mock
 
 from overlayfs import Overlay, StackConfig, sysio
 from overlayfs.errors import oserror
@@ -21,20 +23,51 @@ class Stopped(BaseException):
     """The process is dead: nothing catches this, and nothing changes any more."""
 
 
+TEARABLE = ("write_at", "copy_data", "copy_range")
+"""The changing calls that write data and may have written a part of it when the process ends."""
+
+
 @dataclass
 class Fuse:
-    """Counts changing calls; at number `at` it raises: `errno` once, or Stopped for ever."""
+    """Counts changing calls and blows at number `at`.
+
+    `errno` is what that call fails with, and every later one if `lasting`, until the fuse is taken out. Without one the
+    process is dead from there on (Stopped); `torn`: after half of the data of that call.
+    """
 
     at: int = -1
     errno: int = 0
+    lasting: bool = False
+    torn: bool = False
     calls: list[str] = field(default_factory=list)
+    _undo: ExitStack = field(default_factory=ExitStack)
 
     def __call__(self, call: str) -> None:
         self.calls.append(call)
-        if self.errno and len(self.calls) == self.at:
-            raise oserror(self.errno)
-        if not self.errno and 0 < self.at <= len(self.calls):
+        number = len(self.calls)
+        if not 0 < self.at <= number:
+            return
+        if self.torn and number == self.at:
+            self._tear(call)
+        elif not self.errno:
             raise Stopped(call)
+        elif self.lasting or number == self.at:
+            raise oserror(self.errno)
+
+    def _tear(self, call: str) -> None:
+        """Let the next call that writes data write half of it, and be the last."""
+        pwrite, copy_file_range = os.pwrite, os.copy_file_range
+
+        def write_half(fd: int, data: bytes | memoryview, offset: int) -> int:
+            pwrite(fd, memoryview(data)[: len(memoryview(data)) // 2], offset)
+            raise Stopped(call)
+
+        def copy_half(source: int, target: int, size: int, *offsets: int) -> int:
+            copy_file_range(source, target, size // 2, *offsets)
+            raise Stopped(call)
+
+        self._undo.enter_context(mock.patch.object(os, "pwrite", write_half))
+        self._undo.enter_context(mock.patch.object(os, "copy_file_range", copy_half))
 
     def __enter__(self) -> Self:
         sysio.fuse = self
@@ -42,6 +75,21 @@ class Fuse:
 
     def __exit__(self, *_: object) -> None:
         sysio.fuse = None
+        self._undo.close()
+
+    @property
+    def where(self) -> str:
+        """Which call it was, for a message."""
+        return f"at {self.calls[self.at - 1]}, call {self.at}" if self.at <= len(self.calls) else f"before {self.at}"
+
+
+@contextmanager
+def closed_again() -> Iterator[None]:
+    """What is opened within the context is closed at its end."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    left = set(os.listdir("/proc/self/fd")) - before
+    assert not left, f"{len(left)} descriptors are left open"
 
 
 class Site:

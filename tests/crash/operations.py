@@ -29,13 +29,22 @@ def _clear_merged(overlay: Overlay) -> None:
         overlay.unlink(merged, name)
 
 
+def _copy_metadata(overlay: Overlay) -> None:
+    overlay.set_attributes(_at(overlay, b"file"), Changes(mode=0o600), ROOT)
+
+
 PREPARATIONS: dict[str, Operation] = {
+    "write to a metadata-only copy": _copy_metadata,
+    "truncate a metadata-only copy": _copy_metadata,
     "rmdir of a merged directory": _clear_merged,
     "rename onto emptied": _clear_merged,
 }
 """What happens, undisturbed, before the operation of this name."""
 
 OPERATIONS: dict[str, Operation] = {
+    "write": lambda o: write(o, b"file", b"written"),
+    "write to a metadata-only copy": lambda o: write(o, b"file", b"written"),
+    "truncate a metadata-only copy": lambda o: write(o, b"file", b"", flags=os.O_WRONLY | os.O_TRUNC),
     "open for writing": lambda o: write(o, b"file", b""),
     "open a twin for writing": lambda o: write(o, b"one", b""),
     "open with truncation": lambda o: write(o, b"file", b"", flags=os.O_WRONLY | os.O_TRUNC),
@@ -70,3 +79,6 @@ OPERATIONS: dict[str, Operation] = {
     "exchange files": _rename(b"file", b"fresh", flags=sysio.RENAME_EXCHANGE),
     "exchange directories": _rename(b"merged", b"made", flags=sysio.RENAME_EXCHANGE),
 }
+
+COPYING = ("write", "write to a metadata-only copy", "open for writing", "open a twin for writing", "truncate")
+"""Those that copy data."""

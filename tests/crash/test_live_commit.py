@@ -2,25 +2,28 @@
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from overlayfs.store.layers import Layer
-from tests.crash.harness import Fuse, Stopped, View, _build_layers, _change_upper, view, write
+from tests.crash.harness import TEARABLE, Fuse, Stopped, View, _build_layers, _change_upper, closed_again, view, write
 from tests.crash.operations import OPERATIONS
 from tests.store.live import IMAGE, NAME, Site, Used
+from tests.support.campaign import Campaign
+from tests.support.points import Points, chosen
 from tests.support.requirements import need_root
 
 STOPPED, FAILED = 9, 1
 CHANGES = ("open a twin for writing", "chmod", "rename a merged directory", "unlink lower")
 NEW = "site:2"
-ERRORS = (errno.ENOSPC, errno.EIO)
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EMFILE, errno.ENOMEM)
+MakeSite = Callable[[], Site]
 
 
 @pytest.fixture
-def make_site(scratch: Path) -> Callable[[], Site]:
+def make_site(place: Path) -> Callable[[], Site]:
     """A maker of equal stores, each with a workspace in which there is something of each kind to commit."""
     need_root()
     made = 0
@@ -28,10 +31,10 @@ def make_site(scratch: Path) -> Callable[[], Site]:
     def make() -> Site:
         nonlocal made
         made += 1
-        place = scratch / f"live-{os.getpid()}-{id(make_site)}-{made}"
-        place.mkdir()
-        _build_layers(place)
-        site = Site(place, place / "top", place / "base")
+        base = place / str(made)
+        base.mkdir()
+        _build_layers(base)
+        site = Site(base, base / "top", base / "base")
         with site.used() as used:
             change(used)
         return site
@@ -59,26 +62,51 @@ def calls_of(site: Site) -> list[str]:
     return fuse.calls
 
 
-def test_stopped_at_every_call(make_site: Callable[[], Site]) -> None:
+@pytest.mark.campaign("T1")
+def test_stopped_at_every_call(campaign: Campaign, make_site: MakeSite) -> None:
+    tree, calls = undisturbed(make_site)
+    assert len(calls) > 40
+    stopped = _stop_at(make_site, tree, calls, map(Fuse, chosen(campaign, len(calls), 20)))
+    campaign.held("live commits stopped at every changing call", stopped.tried, stopped.violations)
+
+
+@pytest.mark.campaign("T1")
+def test_stopped_in_the_middle_of_every_write(campaign: Campaign, make_site: MakeSite) -> None:
+    tree, calls = undisturbed(make_site)
+    writes = [at for at, call in enumerate(calls, 1) if call in TEARABLE]
+    fuses = (Fuse(writes[number - 1], torn=True) for number in chosen(campaign, len(writes), 3))
+    stopped = _stop_at(make_site, tree, calls, fuses)
+    campaign.held("live commits stopped in the middle of every write", stopped.tried, stopped.violations)
+
+
+def undisturbed(make_site: MakeSite) -> tuple[View, list[str]]:
+    """Return what the workspace shows before and after a commit, and the changing calls of one."""
     first = make_site()
     tree = shown(first)
     calls = calls_of(first)
     assert shown(first) == tree
-    assert len(calls) > 40
-    for number, call in enumerate(calls, 1):
-        site = make_site()
-        _commit_and_die(site, number)
-        _check_after(site, tree, f"at {call}, call {number} of {len(calls)}")
-        site.remove()
     first.remove()
+    return tree, calls
 
 
-def _commit_and_die(site: Site, number: int) -> None:
+def _stop_at(make_site: MakeSite, tree: View, calls: list[str], fuses: Iterable[Fuse]) -> Points:
+    points = Points()
+    for fuse in fuses:
+        where = f"at {calls[fuse.at - 1]}, call {fuse.at} of {len(calls)}"
+        with points.at(where):
+            site = make_site()
+            _commit_and_die(site, fuse)
+            _check_after(site, tree, where)
+            site.remove()
+    return points
+
+
+def _commit_and_die(site: Site, fuse: Fuse) -> None:
     """Commit in a process that ends at a changing call, so that the kernel alone cleans up."""
     child = os.fork()
     if child == 0:
         try:
-            with site.used() as used, Fuse(number):
+            with site.used() as used, fuse:
                 used.commit(NEW)
         except BaseException as error:
             os._exit(STOPPED if _is_stopped(error) else FAILED)
@@ -134,29 +162,35 @@ def _check_leftovers(site: Site, where: str) -> None:
     assert len(os.listdir(rooms / "layers")) == len(kept), where
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda code: errno.errorcode[code])
-def test_failing_at_every_call(make_site: Callable[[], Site], error: int) -> None:
+@pytest.mark.campaign("T3")
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "for good"])
+def test_failing_at_every_call(campaign: Campaign, make_site: MakeSite, lasting: bool) -> None:
     """The tree stays, who asked hears of it unless the call did not matter, and the next commit succeeds."""
-    first = make_site()
-    tree = shown(first)
-    calls = calls_of(first)
-    first.remove()
-    for number, call in enumerate(calls, 1):
-        site = make_site()
-        where = f"at {call}, call {number} of {len(calls)}"
-        with site.used() as used:
-            with Fuse(number, error):
-                _commit_or_fail(used, error)
-            assert view(used.overlay) == tree, where
-            write(used.overlay, b"later", b"later", create=True)
-            later = view(used.overlay)
-            used.commit("site:3")
-            assert view(used.overlay) == later, where
-        assert shown(site) == later, where
-        with site.image_view("site:3") as image:
-            assert view(image) == later, where
-        _check_leftovers(site, where)
-        site.remove()
+    tree, calls = undisturbed(make_site)
+    points = Points()
+    for error in ERRORS if campaign.full else ERRORS[:1]:
+        for number in chosen(campaign, len(calls), 20):
+            where = f"{errno.errorcode[error]} at {calls[number - 1]}, call {number} of {len(calls)}"
+            with points.at(where), closed_again():
+                _fail(make_site(), tree, Fuse(number, error, lasting))
+    what = "from every changing call on" if lasting else "at every changing call"
+    campaign.held(f"live commits failing {what}", points.tried, points.violations)
+
+
+def _fail(site: Site, tree: View, fuse: Fuse) -> None:
+    with site.used() as used:
+        with fuse:
+            _commit_or_fail(used, fuse.errno)
+        assert view(used.overlay) == tree, "the tree has changed"
+        write(used.overlay, b"later", b"later", create=True)
+        later = view(used.overlay)
+        used.commit("site:3")
+        assert view(used.overlay) == later, "the next commit has changed the tree"
+    assert shown(site) == later, "the next mount shows another tree"
+    with site.image_view("site:3") as image:
+        assert view(image) == later, "the image shows another tree"
+    _check_leftovers(site, "after the next commit")
+    site.remove()
 
 
 def _commit_or_fail(used: Used, error: int) -> None:

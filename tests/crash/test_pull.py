@@ -17,6 +17,8 @@ from overlayfs.store.store import LayerStore
 from tests.crash.harness import Fuse, Stopped
 from tests.oci import registries
 from tests.store.samples import add_image, there
+from tests.support.campaign import Campaign
+from tests.support.points import Points, chosen
 from tests.support.requirements import need_root
 
 STOPPED, FAILED = 9, 1
@@ -92,24 +94,33 @@ def _contents(store: LayerStore) -> list[dict[str, str]]:
     return [{path.name: path.read_text() for path in tree.iterdir()} for tree in trees]
 
 
-def test_stopped_at_every_call(place: Path, image: Reference) -> None:
+@pytest.mark.campaign("T1")
+def test_stopped_at_every_call(campaign: Campaign, place: Path, image: Reference) -> None:
     calls = _calls(place, image)
-    for at in range(1, len(calls) + 1):
-        base = _empty(place)
-        _die_at(base, image, at)
-        _check(base, image, f"at {calls[at - 1]}, call {at} of {len(calls)}")
-        shutil.rmtree(base)
+    points = Points()
+    for at in chosen(campaign, len(calls), 8):
+        where = f"at {calls[at - 1]}, call {at} of {len(calls)}"
+        with points.at(where):
+            base = _empty(place)
+            _die_at(base, image, at)
+            _check(base, image, where)
+            shutil.rmtree(base)
+    campaign.held("pulls stopped at every changing call", points.tried, points.violations)
 
 
-def test_a_full_disk_at_every_call(place: Path, image: Reference) -> None:
+@pytest.mark.campaign("T3")
+def test_a_full_disk_at_every_call(campaign: Campaign, place: Path, image: Reference) -> None:
     calls = _calls(place, image)
-    told = 0
-    for at in range(1, len(calls) + 1):
-        base = _empty(place)
-        try:
-            _pull(base, image, Fuse(at, errno.ENOSPC))
-        except (UserError, OSError) as error:
-            told += "No space left on device" in str(error)
-        _check(base, image, f"at {calls[at - 1]}, call {at} of {len(calls)}")
-        shutil.rmtree(base)
-    assert told > len(calls) // 2
+    points, told = Points(), 0
+    for at in chosen(campaign, len(calls), 8):
+        where = f"at {calls[at - 1]}, call {at} of {len(calls)}"
+        with points.at(where):
+            base = _empty(place)
+            try:
+                _pull(base, image, Fuse(at, errno.ENOSPC))
+            except (UserError, OSError) as error:
+                told += "No space left on device" in str(error)
+            _check(base, image, where)
+            shutil.rmtree(base)
+    campaign.held("pulls failing at every changing call", points.tried, points.violations)
+    assert told > points.tried // 2

@@ -3,8 +3,8 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +15,14 @@ from overlayfs.store import committing
 from overlayfs.store.committing import Commit
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
-from tests.crash.harness import Fuse, Stopped
+from tests.crash.harness import TEARABLE, Fuse, Stopped, closed_again
 from tests.store.samples import add_image, add_layer, fill, finish
+from tests.support.campaign import Campaign
+from tests.support.points import Points, chosen
 from tests.support.requirements import need_root
 
 STOPPED, FAILED = 9, 1
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EMFILE, errno.ENOMEM)
 Tree = tuple[tuple[str, str], ...]
 
 
@@ -141,6 +144,15 @@ class Bench:
         with LayerStore(os.fsencode(whole)) as store:
             self.after = state(store)
 
+    @contextmanager
+    def tried(self) -> Iterator[Path]:
+        """Give a fresh copy of the prepared store and remove it."""
+        base = self.copy()
+        try:
+            yield base
+        finally:
+            shutil.rmtree(base)
+
     def copy(self) -> Path:
         """Return a fresh copy of the prepared store."""
         self._count += 1
@@ -149,12 +161,12 @@ class Bench:
         return made
 
 
-def _die_at(base: Path, operation: Callable[[LayerStore], None], at: int) -> None:
+def _die_at(base: Path, operation: Callable[[LayerStore], None], fuse: Fuse) -> None:
     """Run an operation in a process that ends at a changing call, so that the kernel alone cleans up."""
     child = os.fork()
     if child == 0:
         try:
-            with LayerStore(os.fsencode(base)) as store, Fuse(at):
+            with LayerStore(os.fsencode(base)) as store, fuse:
                 operation(store)
         except Stopped:
             os._exit(STOPPED)
@@ -190,15 +202,33 @@ def _check_clean(store: LayerStore, base: Path, where: str) -> None:
         assert sorted(os.listdir(os.fsdecode(workspace.path))) == ["lock", "record", "upper", "work"], where
 
 
+def _stop_at(bench: Bench, fuses: Iterable[Fuse]) -> Points:
+    points = Points()
+    for fuse in fuses:
+        where = f"at {bench.calls[fuse.at - 1]}, call {fuse.at} of {len(bench.calls)}"
+        with points.at(where), bench.tried() as base:
+            _die_at(base, bench.operation, fuse)
+            _check(bench, base, where)
+    return points
+
+
+@pytest.mark.campaign("T1")
 @every_operation
-def test_stopped_at_every_call(place: Path, name: str) -> None:
+def test_stopped_at_every_call(campaign: Campaign, place: Path, name: str) -> None:
     bench = Bench(place, name)
     assert (bench.before == bench.after) == (name in ("hash_late", "collect"))
-    for at in range(1, len(bench.calls) + 1):
-        base = bench.copy()
-        _die_at(base, bench.operation, at)
-        _check(bench, base, f"at {bench.calls[at - 1]}, call {at} of {len(bench.calls)}")
-        shutil.rmtree(base)
+    points = _stop_at(bench, (Fuse(at) for at in chosen(campaign, len(bench.calls), 8)))
+    campaign.held("changes of a store stopped at every changing call", points.tried, points.violations)
+
+
+@pytest.mark.campaign("T1")
+@pytest.mark.parametrize("name", ["publish", "tag", "commit", "hash_late", "make_workspace"])
+def test_stopped_in_the_middle_of_every_write(campaign: Campaign, place: Path, name: str) -> None:
+    bench = Bench(place, name)
+    writes = [at for at, call in enumerate(bench.calls, 1) if call in TEARABLE]
+    fuses = (Fuse(writes[number - 1], torn=True) for number in chosen(campaign, len(writes), 2))
+    points = _stop_at(bench, fuses)
+    campaign.held("changes of a store stopped in the middle of every write", points.tried, points.violations)
 
 
 def test_opening_with_a_full_disk(place: Path) -> None:
@@ -209,7 +239,7 @@ def test_opening_with_a_full_disk(place: Path) -> None:
     for later in range(at, len(bench.calls) + 1):
         shutil.rmtree(left)
         left = bench.copy()
-        _die_at(left, bench.operation, later)
+        _die_at(left, bench.operation, Fuse(later))
         if any((left / "intents").iterdir()) and not (left / "workspaces/mine/upper").exists():
             break
     for failing in range(1, 30):
@@ -224,13 +254,36 @@ def test_opening_with_a_full_disk(place: Path) -> None:
         shutil.rmtree(base)
 
 
-@every_operation
-def test_failing_at_every_call(place: Path, name: str) -> None:
-    """A full disk at any call: the same, and the process goes on."""
+def _fail_at(campaign: Campaign, place: Path, name: str, lasting: bool, quick: int) -> Points:
+    """A disk that fails, for a moment or until somebody mends it: the same, and the process goes on."""
     bench = Bench(place, name)
-    for at in range(1, len(bench.calls) + 1):
-        base = bench.copy()
-        with LayerStore(os.fsencode(base)) as store, Fuse(at, errno.ENOSPC), suppress(OSError, UserError):
-            bench.operation(store)
-        _check(bench, base, f"at {bench.calls[at - 1]}, call {at} of {len(bench.calls)}")
-        shutil.rmtree(base)
+    points = Points()
+    for error in ERRORS if campaign.full else ERRORS[:1]:
+        for at in chosen(campaign, len(bench.calls), quick):
+            where = f"{errno.errorcode[error]} at {bench.calls[at - 1]}, call {at} of {len(bench.calls)}"
+            with points.at(f"{name}: {where}"), bench.tried() as base, closed_again():
+                _fail(base, bench.operation, Fuse(at, error, lasting))
+                _check(bench, base, where)
+    return points
+
+
+def _fail(base: Path, operation: Callable[[LayerStore], None], fuse: Fuse) -> None:
+    with ExitStack() as stack:
+        store = stack.enter_context(LayerStore(os.fsencode(base)))
+        stack.enter_context(fuse)
+        stack.enter_context(suppress(OSError, UserError))
+        operation(store)
+
+
+@pytest.mark.campaign("T3")
+@every_operation
+def test_failing_at_every_call(campaign: Campaign, place: Path, name: str) -> None:
+    points = _fail_at(campaign, place, name, lasting=False, quick=6)
+    campaign.held("changes of a store failing at every changing call", points.tried, points.violations)
+
+
+@pytest.mark.campaign("T3")
+@every_operation
+def test_failing_from_every_call_on(campaign: Campaign, place: Path, name: str) -> None:
+    points = _fail_at(campaign, place, name, lasting=True, quick=3)
+    campaign.held("changes of a store failing from every changing call on", points.tried, points.violations)

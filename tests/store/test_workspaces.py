@@ -171,6 +171,23 @@ def test_what_was_prepared_and_not_taken_is_undone(store: LayerStore, place: Pat
     assert Path(os.fsdecode(workspace.upper_path), "b").read_text() == "2"
 
 
+def test_an_upper_in_use_is_not_what_a_dead_commit_prepared(store: LayerStore, place: Path) -> None:
+    """Two commits, the first given up where it could not be undone, the second not settled: the next upper is live."""
+    add_image(store, "site", {"a": "1"})
+    workspace = store.new_workspace("site", "mine")
+    like, directory = os.open(workspace.upper_path, os.O_RDONLY), os.open(workspace.path, os.O_RDONLY)
+    store.begin_adoption(workspace="mine", like=like).let_go()
+    second = store.begin_adoption(workspace="mine", like=like)
+    second.take(directory, b"upper")
+    fill(second.next_upper, {"written": "since"})
+    second.let_go()
+    for fd in (like, directory):
+        os.close(fd)
+    with open_store(place):
+        assert Path(os.fsdecode(workspace.upper_path), "written").read_text() == "since"
+        assert there(place)["intents"] == []
+
+
 def test_an_image_of_missing_layers_begins_nothing(store: LayerStore, place: Path) -> None:
     before = there(place)
     record = ImageRecord(name="site:2", layers=("0" * 32,), created=now())

@@ -750,6 +750,12 @@ EVERY_CHANGE: dict[str, Callable[[int], object]] = {
 }
 
 
+REPEATED_BY_THE_INTERPRETER = {  # PEP 475
+    *("copy_data", "copy_range", "write_at", "truncate_fd", "fsync", "fdatasync"),
+    *("open, truncating", "open, unnamed"),
+}
+
+
 def test_every_call_is_known_to_change_or_to_read() -> None:
     public = {name for name, _ in inspect.getmembers(sysio, inspect.isfunction) if not name.startswith("_")}
     changing = {name.partition(",")[0] for name in EVERY_CHANGE}
@@ -770,6 +776,56 @@ def test_a_blown_fuse_stops_the_call(place: Path, here: int, call: str, monkeypa
     assert attempt(EVERY_CHANGE[call], here) == errno.ENOSPC
     assert announced == [call.partition(",")[0]]
     assert before == ((place / "file").stat(), sorted(os.listdir(place)))
+
+
+@pytest.mark.parametrize("call", sorted(EVERY_CHANGE.keys() - REPEATED_BY_THE_INTERPRETER))
+def test_an_interrupted_change_is_made_again(here: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[str] = []
+
+    def interrupt(name: str) -> None:
+        announced.append(name)
+        raise InterruptedError if len(announced) < 4 else OSError(errno.ENOSPC, "enough")
+
+    monkeypatch.setattr(sysio, "fuse", interrupt)
+    assert attempt(EVERY_CHANGE[call], here) == errno.ENOSPC
+    assert announced == [call.partition(",")[0]] * 4
+
+
+READING_BY_NAME: dict[str, Callable[[int], object]] = {
+    "stat": lambda fd: sysio.stat_at(fd, b"file"),
+    "readlink": lambda fd: sysio.readlink_at(fd, b"link"),
+    "getxattr": lambda fd: sysio.getxattr_at(fd, b"file", b"user.x"),
+    "listxattr": lambda fd: sysio.listxattr_at(fd, b""),
+}
+
+
+@pytest.mark.parametrize("call", READING_BY_NAME)
+def test_an_interrupted_look_is_made_again(place: Path, here: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.symlink("target", place / "link")
+    os.setxattr(place / _write(place, "file").decode(), "user.x", b"1")
+    expected = READING_BY_NAME[call](here)
+    real, left = getattr(os, call), [InterruptedError] * 3
+
+    def interrupted(*words: object, **more: object) -> object:
+        if left:
+            raise left.pop()
+        return real(*words, **more)
+
+    monkeypatch.setattr(os, call, interrupted)
+    assert READING_BY_NAME[call](here) == expected
+    assert not left
+
+
+def test_an_interrupted_close_is_not_made_again(here: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def interrupted(fd: int) -> None:
+        closed.append(fd)
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "close", interrupted)
+    sysio.close(here)
+    assert closed == [here]
 
 
 def test_reading_announces_nothing(place: Path, here: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,105 @@
+"""What must not follow from a call that was cut short, however rare: each of these has lost data once."""
+
+import errno
+import os
+from contextlib import closing
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from overlayfs import Overlay
+from overlayfs.errors import oserror
+from overlayfs.fs import Changes
+from overlayfs.tree.layer import Entry, Layer
+from tests.crash.harness import ROOT, Fuse, Site, Stopped, abandon, write
+from tests.support.requirements import need_root
+
+CONTENT = b"content of a lower file" * 300
+
+
+@pytest.fixture
+def site(place: Path) -> Site:
+    """A stack in which a file has a metadata-only copy in the upper."""
+    need_root()
+    site = Site(place / "site")
+    overlay = site.open()
+    overlay.set_attributes(overlay.lookup(overlay.root, b"file"), Changes(mode=0o600), ROOT)
+    overlay.close()
+    return site
+
+
+def read(overlay: Overlay) -> bytes:
+    """Return the content of the file."""
+    fh = overlay.open(overlay.lookup(overlay.root, b"file"), os.O_RDONLY, ROOT)
+    try:
+        return overlay.read(fh, 0, 1 << 20)
+    finally:
+        overlay.release(fh)
+
+
+@pytest.fixture
+def emptied(site: Site) -> Site:
+    """The same, killed in the middle of a truncation: the size is 0 and the mark is still there."""
+    overlay = site.open()
+    with Fuse(2), pytest.raises(Stopped):
+        write(overlay, b"file", b"", flags=os.O_WRONLY | os.O_TRUNC)
+    abandon(overlay)
+    assert (site.place / "up" / "file").stat().st_size == 0
+    assert os.getxattr(site.place / "up" / "file", "trusted.overlay.metacopy") == b""
+    return site
+
+
+def test_what_was_cut_off_does_not_come_back(emptied: Site) -> None:
+    with closing(emptied.open()) as overlay:
+        overlay.set_attributes(overlay.lookup(overlay.root, b"file"), Changes(size=100), ROOT)
+        assert read(overlay) == bytes(100)
+
+
+def test_what_is_written_after_a_truncation_stays(emptied: Site) -> None:
+    with closing(emptied.open()) as overlay:
+        write(overlay, b"file", b"new")
+    with closing(emptied.open()) as overlay:
+        assert read(overlay) == b"new"
+
+
+def test_a_mark_that_cannot_go_lets_nobody_write(emptied: Site) -> None:
+    with closing(emptied.open()) as overlay:
+        with Fuse(1, errno.EIO), pytest.raises(OSError, match="Input/output"):
+            overlay.lookup(overlay.root, b"file")
+        assert read(overlay) == b""
+
+
+def test_a_look_up_that_fails_leaves_no_half_of_a_file(site: Site) -> None:
+    """Found again by its inode, it would be taken for a file with data of its own: zeros."""
+    with closing(site.open()) as overlay:
+        probe = Layer.probe
+
+        def fail_below(layer: Layer, path: bytes, name: bytes) -> Entry:
+            if layer.index > 0:
+                raise oserror(errno.EIO)
+            return probe(layer, path, name)
+
+        with mock.patch.object(Layer, "probe", fail_below), pytest.raises(OSError, match="Input/output"):
+            overlay.lookup(overlay.root, b"file")
+        assert read(overlay) == CONTENT
+
+
+def test_data_that_does_not_fit_gives_its_room_back(site: Site) -> None:
+    """And is tried again, complete, when there is room."""
+    copied, before = site.place / "up" / "file", (site.place / "up" / "file").stat()
+
+    def copy_half(source: int, target: int, size: int, *offsets: int) -> int:
+        mock.patch.stopall()
+        os.copy_file_range(source, target, size // 2, *offsets)
+        raise oserror(errno.ENOSPC)
+
+    with closing(site.open()) as overlay:
+        mock.patch.object(os, "copy_file_range", copy_half).start()
+        with pytest.raises(OSError, match="No space"):
+            write(overlay, b"file", b"")
+        found = copied.stat()
+        assert (found.st_size, found.st_blocks) == (len(CONTENT), before.st_blocks)
+        assert found.st_mtime_ns == before.st_mtime_ns
+        write(overlay, b"file", b"")
+        assert read(overlay) == CONTENT

@@ -1,0 +1,21 @@
+"""M1: a copy-up that syncs nothing before its name appears, or before the mark goes that its data lies below."""
+
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from unittest import mock
+
+from overlayfs import sysio
+from overlayfs.tree import copyup
+
+
+def _nothing(_fd: int) -> None:
+    """There is nothing to sync."""
+
+
+def without_fsync() -> AbstractContextManager[object]:
+    """Return the patch for M1."""
+    silent = SimpleNamespace(**{**vars(sysio), "fsync": _nothing, "syncfs": _nothing})
+    return mock.patch.object(copyup, "sysio", silent)
+
+
+MUTANTS = {"M1": without_fsync}

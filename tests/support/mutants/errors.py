@@ -1,0 +1,49 @@
+"""M5 and M7: errors that are taken for something else, or for nothing to care about."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from unittest import mock
+
+from overlayfs.fuse import engine, pyfuse3_engine
+from overlayfs.fuse.kernel import desk
+from overlayfs.tree.layer import Entry, Layer
+from overlayfs.union.resolve import Kind
+
+_probe = Layer.probe
+
+
+def _probe_or_absent(self: Layer, path: bytes, name: bytes) -> Entry:
+    try:
+        return _probe(self, path, name)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return Entry(Kind.ABSENT)
+
+
+def unreadable_is_absent() -> AbstractContextManager[object]:
+    """Return the patch for M5: a name that a layer cannot read is not there."""
+    return mock.patch.object(Layer, "probe", _probe_or_absent)
+
+
+_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE)
+
+
+def _map_disk_errors_alone(error: Exception, kind: str) -> int:
+    if isinstance(error, OSError) and error.errno not in _OF_THE_PROCESS:
+        return engine.reply_errno(error, kind)
+    raise error
+
+
+@contextmanager
+def escaping_exceptions() -> Iterator[None]:
+    """Return the patch for M7: the edge forgets descriptors and memory that have run out, and whatever is a defect."""
+    with (
+        mock.patch.object(desk, "reply_errno", _map_disk_errors_alone),
+        mock.patch.object(pyfuse3_engine, "reply_errno", _map_disk_errors_alone),
+    ):
+        yield
+
+
+MUTANTS = {"M5": unreadable_is_absent, "M7": escaping_exceptions}
