@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+from tests.support.mutants import walks
+
 Patch = Callable[[], "mock._patch[object]"]
 
-MUTANTS: dict[str, Patch] = {}
-"""By name, M1 to M9: what makes the patch; it is made only when it is asked for."""
+MUTANTS: dict[str, Patch] = {**walks.MUTANTS}
+"""By name, M1 to M9 or what is wrong: what makes the patch; it is made only when it is asked for."""
 
 
 @contextmanager
