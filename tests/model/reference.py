@@ -218,9 +218,9 @@ class Model:
         self.find(path).mode = mode
 
     def chown(self, path: str, uid: int, gid: int) -> None:
-        """Root's chown takes suid from files, and sgid from those that the group may run."""
+        """Root's chown takes suid from files, and sgid from those that the group may run; -1 keeps an id."""
         thing = self.find(path)
-        thing.uid, thing.gid = uid, gid
+        thing.uid, thing.gid = thing.uid if uid < 0 else uid, thing.gid if gid < 0 else gid
         if isinstance(thing, Item):
             thing.mode &= ~0o4000 if not thing.mode & 0o010 else ~0o6000
 

@@ -32,7 +32,7 @@ from tests.support.spec import flatten
 
 T = TypeVar("T")
 STEPS = 50
-EXAMPLES = int(os.environ.get("OVERLAYFS_MODEL_EXAMPLES", "320"))
+EXAMPLES = int(os.environ.get("OVERLAYFS_MODEL_EXAMPLES", "240"))
 SEED = os.environ.get("OVERLAYFS_MODEL_SEED")
 
 
