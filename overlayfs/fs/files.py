@@ -197,7 +197,7 @@ class Files:
     def is_stranded(self, number: int) -> bool:
         """Return whether a handle may write but its file must be lifted first: a commit came after it was opened."""
         handle = self.file(number)
-        return handle.writes and not handle.node.in_upper
+        return handle.writes and (not handle.node.in_upper or handle.node.data is not None)
 
     def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
         """Write all of `data`; EBADF for a handle that only reads."""

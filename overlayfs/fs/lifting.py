@@ -294,8 +294,9 @@ class _Build(LiftStep):
     def _marks(self, layer: Layer, pin: int) -> dict[bytes, bytes]:
         marks = {}
         self._origin = layer.filesystem.origin(sysio.file_handle(pin, b""))
-        kept = layer.marks_at(pin, b"").origin if self._content is not Content.BELOW else None
-        first = kept or self._origin
+        first = self._origin
+        if self._content is not Content.BELOW:
+            first = self._lifting.lookup.lasting_origin(layer.marks_at(pin, b"")) or first
         if first is not None:
             marks[xattrs.ORIGIN] = origin.encode(first)
         if self._content is Content.BELOW:

@@ -399,7 +399,7 @@ class Overlay:
     @property
     def syncs_at_once(self) -> bool:
         """Whether an fsync has nothing to wait for: no disk, and no commit that holds it."""
-        return self._stack.syncs_at_once and self._files.barrier is None
+        return self._stack.syncs_at_once and self._durability.barrier is None
 
     def hold_syncs(self) -> SyncBarrier:
         """Let every fsync from now on wait until the barrier that is returned is finished, and given back."""

@@ -336,8 +336,8 @@ def _path(place: Place) -> bytes:
 
 
 def _clears_bits(found: os.stat_result) -> bool:
-    # chown(2) of a file clears set-id bits even when it changes nothing: keep that.
-    return stat.S_ISREG(found.st_mode) and bool(found.st_mode & (stat.S_ISUID | stat.S_ISGID))
+    # chown(2) of anything but a directory clears set-id bits even when it changes nothing: keep that.
+    return not stat.S_ISDIR(found.st_mode) and bool(found.st_mode & (stat.S_ISUID | stat.S_ISGID))
 
 
 # --- what the file system can do -----------------------------------------------------------------------------

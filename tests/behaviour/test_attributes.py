@@ -188,6 +188,17 @@ def test_chown_of_one_id(stack: StackMaker) -> None:
     assert (tree.stat("f").uid, tree.stat("f").gid) == (before.uid, before.gid)
 
 
+@pytest.mark.parametrize("owner", [0, 1, -1], ids=["same", "other", "kept"])
+def test_chown_takes_set_id_bits_from_all_but_directories(stack: StackMaker, owner: int) -> None:
+    """Also root's, and also one that changes no owner."""
+    tree = stack({"f": File(mode=0o6755), "p": Special(kind="p", mode=0o6755), "d": Dir(mode=0o6755)})
+    for _ in ("in the layer", "in the upper"):
+        for path in ("f", "p", "d"):
+            tree.chmod(path, 0o6755)
+            tree.chown(path, owner, owner)
+        assert [tree.mode(path) for path in ("f", "p", "d")] == [0o755, 0o755, 0o6755]
+
+
 def test_chmod_of_every_type_and_bit(stack: StackMaker) -> None:
     tree = stack({"f": "", "d": {}, "p": Special(kind="p"), "c": Special(kind="c", major=1, minor=3)})
     for path in ("f", "d", "p", "c"):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from errno import EEXIST, EINVAL, EISDIR, ELOOP, ENODATA, ENOENT, ENOTDIR, ENOTEMPTY, EPERM
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from tests.support.spec import Dir, File, Link, Special, Symlink, entry
 from tests.support.spec import Tree as Spec
@@ -37,7 +37,18 @@ class Folder:
 
 
 Thing = Item | Folder
-Shown = tuple[str, int, int, int, bytes | None, int | None, tuple[tuple[str, bytes], ...], tuple[str, ...]]
+
+
+class Shown(NamedTuple):
+    """What a tree shows of a thing; `kind` is "dir" or that of the item, `data` None for directories."""
+
+    kind: str
+    mode: int
+    uid: int
+    gid: int
+    data: bytes | None
+    mtime_ns: int | None
+    xattrs: tuple[tuple[str, bytes], ...]
 
 
 def fail(errno: int) -> NoReturn:
@@ -153,31 +164,26 @@ class Model:
         folder.mtime_ns = None
 
     def rename(self, old: str, new: str, flags: int) -> None:
-        if new.startswith(old + "/") or (flags == EXCHANGE and old.startswith(new + "/")):
-            fail(EINVAL)
+        """The checks in the order of the kernel's do_renameat2."""
         source_dir, source_name = self._parent(old)
         target_dir, target_name = self._parent(new)
-        source = self.find(old)
+        source = self._child(source_dir, source_name)
         target = target_dir.entries.get(target_name)
-        if old.startswith(new + "/") and flags != NOREPLACE:
-            fail(ENOTEMPTY)
-        if flags == EXCHANGE:
-            if target is None:
-                fail(ENOENT)
-            source_dir.entries[source_name], target_dir.entries[target_name] = target, source
-        else:
-            self._check_replace(source, target, flags)
-            if source is target:
-                return
-            del source_dir.entries[source_name]
-            target_dir.entries[target_name] = source
-        source_dir.mtime_ns = target_dir.mtime_ns = None
-
-    def _check_replace(self, source: Thing, target: Thing | None, flags: int) -> None:
-        if target is None:
-            return
-        if flags == NOREPLACE:
+        if target is None and flags == EXCHANGE:
+            fail(ENOENT)
+        if target is not None and flags == NOREPLACE:
             fail(EEXIST)
+        if new.startswith(old + "/") or (flags == EXCHANGE and old.startswith(new + "/")):
+            fail(EINVAL)
+        if flags != EXCHANGE:
+            self._check_replace(old, source, new, target)
+        if source is not target:
+            _move(source_dir, source_name, target_dir, target_name, flags)
+
+    @staticmethod
+    def _check_replace(old: str, source: Thing, new: str, target: Thing | None) -> None:
+        if old.startswith(new + "/"):
+            fail(ENOTEMPTY)
         if isinstance(source, Item) and isinstance(target, Folder):
             fail(EISDIR)
         if isinstance(source, Folder) and isinstance(target, Item):
@@ -212,9 +218,9 @@ class Model:
         self.find(path).mode = mode
 
     def chown(self, path: str, uid: int, gid: int) -> None:
-        """Root's chown takes suid from files, and sgid from those that the group may run."""
+        """Root's chown takes suid from files, and sgid from those that the group may run; -1 keeps an id."""
         thing = self.find(path)
-        thing.uid, thing.gid = uid, gid
+        thing.uid, thing.gid = thing.uid if uid < 0 else uid, thing.gid if gid < 0 else gid
         if isinstance(thing, Item):
             thing.mode &= ~0o4000 if not thing.mode & 0o010 else ~0o6000
 
@@ -248,12 +254,13 @@ class Model:
                 if isinstance(thing, Folder):
                     waiting.append((path, thing))
 
-    def show(self) -> dict[str, Shown]:
-        """All that a dump of the tree can be compared with."""
-        names: dict[int, list[str]] = {}
-        for path, thing in self.paths():
-            names.setdefault(id(thing), []).append(path)
-        return {path: _shown(thing, sorted(names[id(thing)])) for path, thing in self.paths()}
+
+def _move(source_dir: Folder, source_name: str, target_dir: Folder, target_name: str, flags: int) -> None:
+    source = source_dir.entries.pop(source_name)
+    if flags == EXCHANGE:
+        source_dir.entries[source_name] = target_dir.entries[target_name]
+    target_dir.entries[target_name] = source
+    source_dir.mtime_ns = target_dir.mtime_ns = None
 
 
 def put(item: Item, data: bytes, offset: int) -> None:
@@ -263,11 +270,11 @@ def put(item: Item, data: bytes, offset: int) -> None:
     item.mtime_ns = None
 
 
-def _shown(thing: Thing, names: list[str]) -> Shown:
+def shown(thing: Thing) -> Shown:
+    """What the tree must show of it; a time that nobody knows is None."""
     xattrs = tuple(sorted(thing.xattrs.items()))
-    if isinstance(thing, Folder):
-        return "dir", thing.mode, thing.uid, thing.gid, None, thing.mtime_ns, xattrs, ()
-    return thing.kind, thing.mode, thing.uid, thing.gid, thing.data, thing.mtime_ns, xattrs, tuple(names)
+    kind, data = ("dir", None) if isinstance(thing, Folder) else (thing.kind, thing.data)
+    return Shown(kind, thing.mode, thing.uid, thing.gid, data, thing.mtime_ns, xattrs)
 
 
 def _fill(folder: Folder, spec: Spec, links: list[tuple[Folder, str, str]]) -> None:

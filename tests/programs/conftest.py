@@ -37,10 +37,6 @@ class Layers(Stack):
     def __init__(self, base: Path, count: int = 2) -> None:
         super().__init__(base, [{} for _ in range(count)], {})
 
-    def settle(self) -> None:
-        """From now on nobody may touch the lower layers."""
-        self.prints = self._prints()
-
 
 class Bench:
     """One stack and its mount. `low` lies below `top`; `mount` ends the time in which they may be filled."""

@@ -210,6 +210,31 @@ def test_writers_survive_many_commits(used: Used) -> None:
     overlay.release(fh)
 
 
+def test_a_writer_goes_on_after_others_have_changed_attributes(used: Used) -> None:
+    """The file is in the new upper then, without its data."""
+    overlay = used.overlay
+    fh = overlay.open(at(overlay, "file"), os.O_RDWR, ROOT)
+    used.commit(allow_empty=True)
+    overlay.set_attributes(at(overlay, "file"), Changes(mode=0o640), ROOT)
+    overlay.write(fh, 0, b"CONTENT")
+    overlay.release(fh)
+    assert read(overlay, "file").startswith(b"CONTENT of a lower file")
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_WRONLY | os.O_TRUNC])
+def test_a_number_outlives_data_over_attributes_over_data(site: Site, flags: int) -> None:
+    """Three uppers hold the file: with data, with new attributes alone, and with data again."""
+    with site.used() as used:
+        write(used.overlay, b"file", b"CONTENT")
+        used.commit()
+        used.overlay.set_attributes(at(used.overlay, "file"), Changes(mode=0o640), ROOT)
+        used.commit()
+        write(used.overlay, b"file", b"again", flags=flags)
+        before = numbers(used.overlay)
+    with site.used() as used:
+        assert numbers(used.overlay) == before
+
+
 def test_an_unlinked_file_stays_writable_and_out_of_the_layer(used: Used) -> None:
     overlay = used.overlay
     make(overlay, "doomed", b"here")

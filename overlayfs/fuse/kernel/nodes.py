@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
@@ -33,7 +34,6 @@ _CAPABILITY = b"security.capability"
 _ASKED_FOR_CAPABILITY = _CAPABILITY + b"\0"
 _LARGEST_IOCTL = 1 << 14  # as the number of a request encodes its size
 _BILLION = 1_000_000_000
-_S_ISGID = 0o2000
 _BASIC_STATS = 0x7FF  # STATX_BASIC_STATS of statx(2)
 _BTIME = 0x800
 
@@ -103,7 +103,9 @@ class NodeRequests:
         fields = _SETATTR.unpack_from(request.body)
         node, changes = self._desk.node(request.nodeid), self._changes(fields)
         if changes == _NOTHING:
-            return self.getattr(request)
+            changes = self._changes_of_nothing(node)
+            if changes == _NOTHING:
+                return self.getattr(request)
         handle = fields[2] if fields[0] & _FH else None
         caller = request.caller()
         return self._desk.change(
@@ -111,6 +113,15 @@ class NodeRequests:
             lambda: ((node, self._overlay.needs_of_change(changes)),),
             lambda: self._desk.attributes(request, node, self._overlay.set_attributes(node, changes, caller, handle)),
         )
+
+    def _changes_of_nothing(self, node: Node) -> Changes:
+        """Return what is meant by a request that names nothing: a chown(2) that keeps both ids.
+
+        It clears set-id bits as every chown does, and FUSE_HANDLE_KILLPRIV_V2 has left them to us.
+        """
+        found = self._overlay.attributes(node)
+        has_bits = not stat.S_ISDIR(found.mode) and found.mode & (stat.S_ISUID | stat.S_ISGID)
+        return Changes(uid=found.uid) if self._kills and has_bits else Changes()
 
     def _changes(self, fields: tuple[int, ...]) -> Changes:
         valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = fields
@@ -185,8 +196,8 @@ class NodeRequests:
 
     def _drop_set_gid(self, request: Request, node: Node) -> None:
         mode = self._overlay.attributes(node).mode & 0o7777
-        if mode & _S_ISGID:
-            self._overlay.set_attributes(node, Changes(mode=mode & ~_S_ISGID), request.caller())
+        if mode & stat.S_ISGID:
+            self._overlay.set_attributes(node, Changes(mode=mode & ~stat.S_ISGID), request.caller())
 
     def removexattr(self, request: Request) -> Reply:
         """Remove a value; one that is not there is refused before anything is lifted."""

@@ -197,12 +197,17 @@ class FsRaw:
         self._below(path, self.overlay.rmdir)
 
     def rename(self, old: bytes, new: bytes, flags: int) -> None:
-        if new.startswith(old + b"/") or (flags & EXCHANGE and old.startswith(new + b"/")):
-            raise oserror(EINVAL)
+        """What do_renameat2 checks before it asks."""
 
         def move(parent: Node, name: bytes, target: Node, last: bytes) -> None:
-            if old.startswith(new + b"/") and not flags & NOREPLACE:
-                self.overlay.lookup(parent, name)
+            self.overlay.lookup(parent, name)
+            if flags == NOREPLACE:
+                self._absent(target, last)
+            if flags == EXCHANGE:
+                self.overlay.lookup(target, last)
+            if new.startswith(old + b"/") or (flags == EXCHANGE and old.startswith(new + b"/")):
+                raise oserror(EINVAL)
+            if old.startswith(new + b"/"):
                 raise oserror(ENOTEMPTY)
             self.overlay.rename(parent, name, target, last, flags)
 
@@ -217,7 +222,11 @@ class FsRaw:
         self._change(path, Changes(mode=mode))
 
     def chown(self, path: bytes, uid: int, gid: int) -> None:
-        self._change(path, Changes(uid=None if uid < 0 else uid, gid=None if gid < 0 else gid))
+        """As the kernel asks for it: the new mode of a file comes along."""
+        mode = self.stat(path).mode
+        kept = mode & (~0o6000 if mode & 0o010 else ~0o4000)
+        stripped = None if modes.S_ISDIR(mode) or kept == mode else modes.S_IMODE(kept)
+        self._change(path, Changes(stripped, None if uid < 0 else uid, None if gid < 0 else gid))
 
     def utime(self, path: bytes, atime_ns: int, mtime_ns: int) -> None:
         self._change(path, Changes(atime_ns=atime_ns, mtime_ns=mtime_ns))
@@ -285,6 +294,7 @@ class FsDriver(Tree):
     """`overlayfs.Overlay` used directly; options are fields of its configuration."""
 
     name = "fs"
+    can_reseat = True
 
     def _start(self) -> Raw:
         stack = self.stack

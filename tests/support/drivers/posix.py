@@ -74,7 +74,7 @@ class PosixRaw:
         return posix_stat(os.stat(path or b".", dir_fd=self.fd, follow_symlinks=False))
 
     def scan(self, path: bytes) -> list[Listed]:
-        fd = os.open(path or b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.fd)
+        fd = os.open(path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
         try:
             with os.scandir(fd) as entries:
                 return [Listed(os.fsencode(item.name), _kind(item), item.inode()) for item in entries]

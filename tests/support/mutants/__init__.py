@@ -8,12 +8,13 @@ here has a table `MUTANTS` of its own.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from tests.support.mutants import atomicity, durability, errors, order
+from tests.support.mutants import atomicity, durability, errors, order, walks
 
 Patch = Callable[[], AbstractContextManager[object]]
 
-MUTANTS: dict[str, Patch] = {**durability.MUTANTS, **atomicity.MUTANTS, **errors.MUTANTS, **order.MUTANTS}
-"""By name, M1 to M9: what makes the patch; it is made only when it is asked for."""
+_TABLES = (durability.MUTANTS, atomicity.MUTANTS, errors.MUTANTS, order.MUTANTS, walks.MUTANTS)
+MUTANTS: dict[str, Patch] = {name: patch for table in _TABLES for name, patch in table.items()}
+"""By name, M1 to M9 or what is wrong: what makes the patch; it is made only when it is asked for."""
 
 
 @contextmanager

@@ -1,0 +1,105 @@
+"""Mounts of our program whose daemon is forked from this process: ready in milliseconds, and otherwise as any mount."""
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+from overlayfs.mount import commits, control, life, lodging
+from overlayfs.mount.options import Draft, MountOptions
+from overlayfs.store.records import ImageRecord, now
+from overlayfs.store.store import LayerStore
+from tests.support import processes
+from tests.support.drivers.base import Options, Tree
+from tests.support.drivers.mounts import option_string, unmount
+from tests.support.drivers.posix import PosixRaw
+from tests.support.drivers.raw import Raw
+from tests.support.drivers.stack import Stack
+
+IMAGE, WORKSPACE = "forked:1", "w"
+
+
+def load() -> None:
+    """Import what daemons need, so that they find it when they are forked."""
+    for name in ("mount.daemon", "mount.commits", "fuse.pyfuse3_engine", "fuse.kernel.engine"):
+        importlib.import_module(f"overlayfs.{name}")
+
+
+class ForkedMount(Tree):
+    """A mount of directories. Its daemon inherits what was patched here."""
+
+    name = "forked"
+
+    def _start(self) -> Raw:
+        self._mount(self._options())
+        return PosixRaw(self._point)
+
+    def _options(self) -> MountOptions:
+        draft = Draft()
+        draft.read(os.fsencode(option_string(self, self.options)))
+        return draft.build()
+
+    @property
+    def _point(self) -> bytes:
+        return os.fsencode(self.stack.mountpoint)
+
+    def _mount(self, options: MountOptions) -> None:
+        life.mount(options, self._point)
+        self.daemon = int(control.request(self._point, "status")["pid"])
+
+    def _stop(self) -> None:
+        unmount(self.stack.mountpoint)
+        status = processes.reap(self.daemon)
+        assert status == 0, f"the daemon ended with {status}"
+
+    def commit(self, layer: os.PathLike[str]) -> None:
+        """Copy the upper to a new layer."""
+        control.request(self._point, "commit", destination=os.fspath(layer))
+
+
+class ForkedImage(ForkedMount):
+    """A mount of an image: the layers of the stack become those of a store, which brings upper and work directory."""
+
+    name = "forked-image"
+    can_reseat = True
+
+    def __init__(self, stack: Stack, options: Options | None = None) -> None:
+        assert stack.upper is None
+        self.store = os.fsencode(stack.base / "store")
+        with LayerStore(self.store) as store:
+            ids = tuple(store.adopt(os.fsencode(layer)).id for layer in stack.lower)
+            store.put_image(ImageRecord(name=IMAGE, layers=ids, created=now()))
+            stack.lower = [Path(os.fsdecode(layer.tree_path)) for layer in store.stack_of(IMAGE)]
+        stack.settle()
+        super().__init__(stack, options)
+
+    def _mount(self, options: MountOptions) -> None:
+        with lodging.claimed(self.store, IMAGE, WORKSPACE, False, False) as claimed:
+            stack = replace(options.stack, lower=claimed.lower, upper=claimed.upper, work=claimed.work)
+            super()._mount(replace(options, stack=stack, lodging=claimed.lodging))
+
+    def rotate(self) -> None:
+        """Make the upper a layer of the store, and mount what is there then."""
+        self.reseat()
+        self.remount()
+
+    def reseat(self) -> None:
+        """Commit into the store."""
+        control.request(self._point, "commit-image", allow_empty=True)
+        with LayerStore(self.store) as store:
+            made, *_ = store.stack_of(WORKSPACE)
+        self.stack.lengthen(Path(os.fsdecode(made.tree_path)))
+
+
+@contextmanager
+def unhashed() -> Iterator[None]:
+    """Layers that are committed inside are not hashed, which takes a process each."""
+
+    async def begin(self: commits.Commits, store: bytes, layer_id: str) -> None:
+        """Leave the layer as it is."""
+
+    with mock.patch.object(commits.Commits, "_begin_hashing", begin):
+        yield
