@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs import Overlay, StackConfig
+from overlayfs.errors import UserError
 from overlayfs.store.commit import commit_unmounted
 from tests.crash.harness import Fuse, Site, Stopped, View, view
 from tests.crash.operations import OPERATIONS
@@ -88,3 +89,14 @@ def _check_after(stopped: Site, shown: View, where: str) -> None:
     commit(stopped.place)
     assert committed_view(stopped.place) == shown, where
     assert sorted(os.listdir(stopped.place)) == ["base", "layer", "top", "up", "work"], where
+
+
+def test_what_cannot_be_read_is_told_with_its_name(place: Path) -> None:
+    need_root()
+    site = Site(place / "site")
+    thin = site.place / "up" / "thin"
+    thin.touch()
+    os.setxattr(thin, "trusted.overlay.metacopy", b"")
+    with pytest.raises(UserError, match=r"Input/output error \(thin\)"):
+        commit(site.place)
+    assert not (site.place / "layer").exists()
