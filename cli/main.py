@@ -6,7 +6,7 @@ import os
 
 import click
 
-from overlayfs.errors import UserError
+from overlayfs.errors import UserError, one_line
 from overlayfs_cli.command import example_block
 from overlayfs_cli.version import VERSION
 
@@ -88,7 +88,7 @@ def _failed(error: Exception) -> int:
 
 def complain(sentence: str) -> None:
     """Write one line to standard error."""
-    click.echo(f"{PROGRAM}: {sentence}", err=True)
+    click.echo(f"{PROGRAM}: {one_line(sentence)}", err=True)
 
 
 def _path_of(error: OSError) -> str:

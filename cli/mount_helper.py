@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from overlayfs.errors import UsageError, UserError
+from overlayfs.errors import UsageError, UserError, one_line
 from overlayfs.mount.options import Draft, MountOptions
 
 PROGRAM = "overlayfs-mount"
@@ -70,7 +70,7 @@ def main() -> int:
 def complain(sentence: str) -> None:
     """Write one line to standard error, unless the caller has closed it."""
     if sys.stderr is not None:
-        sys.stderr.write(f"{PROGRAM}: {sentence}\n")
+        sys.stderr.write(f"{PROGRAM}: {one_line(sentence)}\n")
 
 
 def run(program: str, words: list[bytes]) -> int:

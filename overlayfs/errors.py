@@ -26,6 +26,16 @@ class MountError(UserError):
     exit_code = 32
 
 
+def one_line(text: str) -> str:
+    """Return text as a terminal may show it: line ends, controls, marks of direction and bytes that are none escaped.
+
+    A sentence may hold names that come from a layer or an archive.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def oserror(errno: int, path: bytes | str | None = None) -> OSError:
     """Return the `OSError` (of the fitting subclass) for an errno, as the interpreter itself would raise it."""
     if path is None:

@@ -549,19 +549,25 @@ def copy_data(src_fd: int, dst_fd: int, size: int) -> int:
 
 
 def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-            end = os.lseek(fd, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
-                return
-            if error.errno != errno.EINVAL:
-                raise
-            start, end = end, size  # the file system cannot tell
-        if start < size:
-            yield start, min(end, size)
+    start, end = next_data(fd, 0)
+    while start < min(end, size):
+        yield start, min(end, size)
+        start, end = next_data(fd, end)
+
+
+def next_data(fd: int, offset: int) -> tuple[int, int]:
+    """Return where the next data at or after `offset` begins, and where a hole follows it.
+
+    Where none is left, twice the size of the file; all the rest of it where the file system cannot tell.
+    """
+    try:
+        start = os.lseek(fd, offset, os.SEEK_DATA)
+        return start, os.lseek(fd, start, os.SEEK_HOLE)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EINVAL):
+            raise
+        size = os.fstat(fd).st_size
+        return size if error.errno == errno.ENXIO else offset, size
 
 
 def _copy_extent(src_fd: int, dst_fd: int, start: int, end: int) -> int:

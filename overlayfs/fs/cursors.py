@@ -8,7 +8,7 @@ back misses nothing and sees nothing twice, also while `rm -r` empties the direc
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from overlayfs.fs.files import Child
+from overlayfs.fs.files import Child, children
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.nodes import Dir
 
@@ -57,15 +57,12 @@ class Cursors:
         self._floor = 0  # no listing that was let go had a position beyond this one
 
     def read(self, node: Dir, position: int) -> Iterator[Child]:
-        """Yield entries from a position on, without `.` and `..`; position 0 looks at the directory anew."""
+        """Return entries from a position on, without `.` and `..`; position 0 looks at the directory anew."""
         listing = self._listing(node, anew=position == 0)
         # A reader from before a listing was begun anew sees all of it: rather a name twice than one never.
         first = max(position - listing.base, 0)
-        for at in range(first, len(listing.names)):
-            name = listing.names[at]
-            child = None if name is None else self._lookup.lookup(node, name)
-            if name is not None and child is not None:
-                yield Child(name, child, listing.base + at + 1)
+        names = ((listing.names[at], listing.base + at + 1) for at in range(first, len(listing.names)))
+        return children(self._lookup, node, names)
 
     def _listing(self, node: Dir, anew: bool) -> _Listing:
         listing = self._kept.pop(node, None)

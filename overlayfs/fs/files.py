@@ -8,7 +8,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from overlayfs import sysio
@@ -44,11 +44,28 @@ class DirHandle:
 
 
 class Child(NamedTuple):
-    """One entry of a directory that is being read; `offset` is where reading goes on after it."""
+    """One entry of a directory that is being read; `offset` is where reading goes on after it.
+
+    node: None for an entry that cannot be looked at. Its name is there, and whoever asks for more gets the error.
+    """
 
     name: bytes
-    node: Node
+    node: Node | None
     offset: int
+
+
+def children(lookup: Lookup, directory: Dir, names: Iterable[tuple[bytes | None, int]]) -> Iterator[Child]:
+    """Yield what is shown now of names, which come with the positions after them; None is a gap."""
+    for name, offset in names:
+        if name is None:
+            continue
+        try:
+            node = lookup.lookup(directory, name)
+        except OSError:  # one damaged entry must not hide all its neighbours
+            yield Child(name, None, offset)
+            continue
+        if node is not None:
+            yield Child(name, node, offset)
 
 
 def need_of_open(node: Node, flags: int) -> Need | None:
@@ -239,15 +256,12 @@ class Files:
         return self._add(DirHandle(node))
 
     def read_dir(self, number: int, offset: int) -> Iterator[Child]:
-        """Yield the entries from a position on, without `.` and `..`; offset 0 looks at the directory anew."""
+        """Return the entries from a position on, without `.` and `..`; offset 0 looks at the directory anew."""
         handle = self.directory(number)
         if offset == 0 or handle.names is None:
             handle.names = self._lookup.listing(handle.node)
-        for position in range(offset, len(handle.names)):
-            name = handle.names[position]
-            node = self._lookup.lookup(handle.node, name)
-            if node is not None:
-                yield Child(name, node, position + 1)
+        names = ((handle.names[at], at + 1) for at in range(offset, len(handle.names)))
+        return children(self._lookup, handle.node, names)
 
     def close(self) -> None:
         """Forget all handles; the node table closes their descriptors."""

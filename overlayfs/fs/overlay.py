@@ -22,7 +22,7 @@ from overlayfs.fs.config import StackConfig
 from overlayfs.fs.cursors import Cursors
 from overlayfs.fs.durability import Durability, SyncBarrier
 from overlayfs.fs.explain import Holder, explain
-from overlayfs.fs.files import Child, Files, need_of_open
+from overlayfs.fs.files import Child, Files, children, need_of_open
 from overlayfs.fs.lifting import Lifting, LiftStep, Need
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.names import Caller, Names
@@ -381,9 +381,10 @@ class Overlay:
         return node
 
     def list_names(self, node: Node) -> list[bytes]:
-        """Return the visible names in a directory."""
+        """Return the visible names in a directory, also of what cannot be looked at."""
         directory = _directory(node)
-        return [n for n in self._lookup.listing(directory) if self._lookup.lookup(directory, n) is not None]
+        names = ((name, 0) for name in self._lookup.listing(directory))
+        return [child.name for child in children(self._lookup, directory, names)]
 
     # --- for a commit that moves the upper ---------------------------------------------------------------
 

@@ -32,6 +32,7 @@ R = TypeVar("R")
 Handler: TypeAlias = Callable[Concatenate["_Requests", P], Coroutine[Any, Any, R]]
 
 ACL_ACCESS = b"system.posix_acl_access"
+_NOBODY = 0xFFFF_FFFF  # as FUSE_UNKNOWN_INO of libfuse; 0 would hide the name
 DOTS = 2  # offsets of a listing up to here belong to "." and ".."
 TASKS = 400  # requests in the works at once; those that wait at the gate or on a slow disk hold one each
 
@@ -434,12 +435,17 @@ class _Requests(pyfuse3.Operations):
         above = node.parent if isinstance(node, Dir) else None
         yield b"..", above.number if above is not None else node.number
 
-    def _reply_entry(self, token: pyfuse3.ReaddirToken, name: bytes, node: Node, offset: int) -> bool:
-        entry = self._attributes(node, self._overlay.attributes(node))
+    def _reply_entry(self, token: pyfuse3.ReaddirToken, name: bytes, node: Node | None, offset: int) -> bool:
+        try:
+            entry = None if node is None else self._attributes(node, self._overlay.attributes(node))
+        except OSError:
+            entry = None
+        if node is None or entry is None:
+            return bool(pyfuse3.readdir_reply(token, name, _unreadable(), offset))
         taken = pyfuse3.readdir_reply(token, name, entry, offset)
         if taken:
             self._overlay.nodes.remember(node)
-        return taken
+        return bool(taken)
 
     @_request("RELEASEDIR")
     async def releasedir(self, fh: int) -> None:
@@ -516,6 +522,17 @@ class _Requests(pyfuse3.Operations):
         reply.f_files, reply.f_ffree, reply.f_favail = found.f_files, found.f_ffree, found.f_favail
         reply.f_namemax = min(found.f_namemax, self._overlay.longest_name)
         return reply
+
+
+def _unreadable() -> EntryAttributes:
+    """Return the entry of a listing for what cannot be looked at: its name is shown and nothing else is taken over.
+
+    The kernel gives such a number back at once, for the entry has no type (fuse_direntplus_link of fs/fuse/readdir.c).
+    """
+    entry = EntryAttributes()
+    entry.st_ino = _NOBODY
+    entry.st_mode = 0
+    return entry
 
 
 def _caller(ctx: RequestContext) -> Caller:

@@ -4,6 +4,7 @@ Sources: image-spec ``image-layout.md``; moby ``image/tarexport`` for ``manifest
 """
 
 import os
+import stat
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -88,6 +89,8 @@ class Directory:
         except OSError as error:
             raise ArchiveError(f"its {os.fsdecode(name)} cannot be read: {error.strerror}") from error
         self._open.append(fd)
+        if not stat.S_ISREG(sysio.stat_at(fd, b"").st_mode):
+            raise ArchiveError(f"its {os.fsdecode(name)} is no regular file")
         return fd
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
-from overlayfs.errors import UserError
+from overlayfs.errors import UserError, one_line
 from overlayfs.format import whiteout
 
 LONGEST_NAME = 255
@@ -54,8 +54,7 @@ class Entry(NamedTuple):
 
 def shown(path: bytes) -> str:
     """Return a name of an archive as a person may read it: no control characters, no more than a line."""
-    text = path.decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = one_line(path.decode("utf-8", "backslashreplace"))
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 

@@ -174,6 +174,26 @@ def _shown_name(stored: bytes, overridden: bool) -> bytes | None:
     return covered or xattrs.shown_name(stored, overridden)
 
 
+@contextmanager
+def _reading(path: bytes) -> Iterator[None]:
+    """Within this context an error is told with the entry that it was met at."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {shown(path) or '/'}: {error.strerror}") from error
+
+
+def _held(layer: Layer, path: bytes) -> dict[bytes, LayerEntry]:
+    """Return what a directory of one layer holds, by names in order."""
+    with _reading(path):
+        names = sorted(layer.names(path))
+    found = {}
+    for name in names:
+        with _reading(join(path, name)):
+            found[name] = layer.probe(path, name)
+    return found
+
+
 def _deletions(path: bytes, held: Mapping[bytes, LayerEntry]) -> Iterator[Item]:
     for name, entry in held.items():
         if entry.kind is Held.WHITEOUT:
@@ -216,7 +236,7 @@ class _Plain:
 
         `cut`: it is opaque, and so the deletions in it say nothing.
         """
-        held = {name: self._layer.probe(path, name) for name in sorted(self._layer.names(path))}
+        held = _held(self._layer, path)
         if not cut:
             yield from _deletions(path, held)
         for name, entry in held.items():
@@ -230,12 +250,11 @@ class _Plain:
                 yield join(path, name), covers
 
     def _item(self, path: bytes, name: bytes, found: AnyStat) -> Iterator[Item]:
-        dirfd = self._layer.dirfd(path)
-        attributes = sysio.listxattr_at(dirfd, name)
-        if not _MARKED.isdisjoint(attributes):
-            raise UserError(f"{shown(join(path, name))} counts on layers below, and nothing says which they are")
-        where = _Where(self._layer, dirfd, name, attributes)
-        item = self._describer.item(join(path, name), where, found, lambda: self._layer.open_file(path, name))
+        with _reading(join(path, name)):
+            where = _where(self._layer, path, name)
+            if not _MARKED.isdisjoint(where.attributes):
+                raise UserError(f"{shown(join(path, name))} counts on layers below, and nothing says which they are")
+            item = self._describer.item(join(path, name), where, found, lambda: self._layer.open_file(path, name))
         if item is not None:
             yield item
 
@@ -266,28 +285,37 @@ class _Merged:
                 pending.append(self._inside(path, child))
 
     def _inside(self, path: bytes, node: Node) -> Iterator[tuple[bytes, Node]]:
-        for name in sorted(self.overlay.list_names(node)):
-            yield join(path, name), self.overlay.lookup(node, name)
+        with _reading(path):
+            names = sorted(self.overlay.list_names(node))
+        for name in names:
+            with _reading(join(path, name)):
+                child = self.overlay.lookup(node, name)
+            yield join(path, name), child
 
     def item(self, path: bytes, node: Node) -> Iterator[Item]:
         """Yield the item of one node, none for what archives cannot hold."""
-        if isinstance(node, Dir):
-            layer, place = node.lower[0]
-            item = self._describer.item(path, _where(layer, place, b""), layer.stat(place, b""), None)
-        else:
-            assert isinstance(node, File) and node.lower is not None
-            layer, place, name = node.lower
-            found = resized(layer.stat(place, name), self.overlay.attributes(node).size)
-            data = node.data or node.lower
-            item = self._describer.item(path, _where(layer, place, name), found, lambda: _open(data))
+        with _reading(path):
+            item = self._described(path, node)
         if item is not None:
             yield item
 
+    def _described(self, path: bytes, node: Node) -> Item | None:
+        if isinstance(node, Dir):
+            layer, place = node.lower[0]
+            return self._describer.item(path, _where(layer, place, b""), layer.stat(place, b""), None)
+        assert isinstance(node, File) and node.lower is not None
+        layer, place, name = node.lower
+        found = resized(layer.stat(place, name), self.overlay.attributes(node).size)
+        data = node.data or node.lower
+        return self._describer.item(path, _where(layer, place, name), found, lambda: _open(data, path))
 
-def _open(place: LowerFile) -> int:
-    if not place.name:
-        raise oserror(errno.EIO, place.path)
-    return place.layer.open_file(place.path, place.name)
+
+def _open(place: LowerFile, path: bytes) -> int:
+    """Open the data of a file that is shown at `path`."""
+    with _reading(path):
+        if not place.name:
+            raise oserror(errno.EIO, place.path)
+        return place.layer.open_file(place.path, place.name)
 
 
 class _Resolved:
@@ -322,13 +350,14 @@ class _Resolved:
 
         `beneath`: what the layers below show at its path. `cut`: it is opaque.
         """
-        held = {name: self._layer.probe(path, name) for name in sorted(self._layer.names(path))}
+        held = _held(self._layer, path)
         if not cut:
             yield from _deletions(path, held)
         for name, entry in held.items():
             if entry.stat is None or entry.kind in (Held.WHITEOUT, Held.ABSENT):
                 continue
-            child = self._view.lookup(node, name)
+            with _reading(join(path, name)):
+                child = self._view.lookup(node, name)
             yield from self._merged.item(join(path, name), child)
             if isinstance(child, Dir):
                 yield from self._directory(path, name, child, entry.stat, self._seen_beneath(beneath, name))

@@ -376,7 +376,12 @@ _TIME = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
 
 
 def _mtime(told: bytes | None, field: bytes, name: bytes) -> int:
-    return _number(field, b"time", name) * 1_000_000_000 if told is None else parse_time(told, name)
+    if told is not None:
+        return parse_time(told, name)
+    seconds = _number(field, b"time", name)
+    if abs(seconds) > _FURTHEST_TIME:
+        raise ArchiveError(f"the entry {shown(name)} has the impossible time {seconds}")
+    return seconds * 1_000_000_000
 
 
 def parse_time(told: bytes, name: bytes) -> int:

@@ -15,6 +15,7 @@ Where the process may not change owners, they go into override attributes (`form
 import errno
 import os
 import stat
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -33,6 +34,7 @@ _LARGEST_VALUE = 64 * 1024  # XATTR_SIZE_MAX
 _OPEN = 64  # directories
 _MOST_WAITING = 100_000  # deletions in directories that have not come yet
 _LARGE = 64 << 20  # bytes of a file for which it is worth asking how much room there is
+_MOST_CONTENT = 4  # times the file system's own size that the files of a layer may come to, holes counted
 _SOLID = 64 * 1024
 _NOTHING = bytes(_SOLID)
 _SMALLEST_HOLE = 4096
@@ -85,6 +87,8 @@ class Unpacker:
         self._waiting: list[tuple[bytes, Entry]] = []
         self._top = self._opened(sysio.open_child(root, b"", os.O_PATH | os.O_DIRECTORY), b"")
         self._closed = False
+        self._content = 0  # bytes of all files so far, holes counted
+        self._most_content = _most_content(root)
         self.dropped = 0
         self.devices = 0
         self._newest: int | None = 0  # time of a root that has no entry; None when it has one
@@ -366,6 +370,7 @@ class Unpacker:
     def _create_file(self, dirfd: int, name: bytes, entry: Entry, fill: Fill | None) -> None:
         if entry.size > _LARGE:
             self._require_room(entry)
+        self._count(entry)
         fd = sysio.open_child(dirfd, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             if fill is not None:
@@ -380,6 +385,15 @@ class Unpacker:
         if needed > free:
             raise UserError(
                 f"cannot unpack {shown(entry.path)}: it has {needed >> 20} MiB, and {free >> 20} MiB are free"
+            )
+
+    def _count(self, entry: Entry) -> None:
+        """Refuse content out of all proportion: zeros take no room and next to no archive, and are hashed for days."""
+        self._content += entry.size
+        if self._content > self._most_content:
+            told = f"the files of the layer come to {self._content >> 20} MiB with their holes"
+            raise UserError(
+                f"cannot unpack {shown(entry.path)}: {told}, and no more than {self._most_content >> 20} MiB are taken"
             )
 
     def _create_special(self, dirfd: int, name: bytes, entry: Entry) -> None:
@@ -500,6 +514,12 @@ def _find_mode(root: int) -> Mode | None:
         else:
             return mode
     return None
+
+
+def _most_content(root: int) -> int:
+    """Return how many bytes the files of a layer may come to; no bound where the file system tells no size."""
+    there = sysio.statvfs_fd(root)
+    return _MOST_CONTENT * there.f_blocks * there.f_frsize or sys.maxsize
 
 
 def write_pieces(fd: int, entry: Entry, pieces: Iterable[memoryview]) -> None:

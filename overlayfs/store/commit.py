@@ -9,7 +9,7 @@ lifted, is not part of a layer). Marks that only an upper has (`nlink`, `uuid`, 
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from overlayfs import sysio
@@ -20,6 +20,7 @@ from overlayfs.fs.nodes import File
 from overlayfs.fs.overlay import Overlay
 from overlayfs.store.twins import Twins
 from overlayfs.tree.copyup import copy_data
+from overlayfs.tree.dirfds import DirFds, default_capacity
 from overlayfs.tree.layer import join
 from overlayfs.tree.workdir import drop_inherited_acls, remove_tree
 
@@ -158,18 +159,29 @@ def copy_upper(overlay: Overlay, target: int, shown: bytes, progress: Progress |
 
 def _fill(overlay: Overlay, destination: bytes, staging: int, progress: Progress | None) -> Committed:
     view = Overlay(overlay.view_config())
+    copier = _Copier(overlay, view, staging, progress)
     try:
-        copier = _Copier(overlay, view, staging, progress)
         copier.copy_upper()
         for path, node in Twins(overlay, view).missing(copier.linked):
-            copier.add_twin(path, node)
+            with _named(path):
+                copier.add_twin(path, node)
         copier.finish()
         return Committed(destination, copier.entries, copier.size)
     except OSError as error:
-        place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, bytes) else ""
+        place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, bytes) and error.filename else ""
         raise UserError(f"cannot commit to {os.fsdecode(destination)}: {error.strerror}{place}") from error
     finally:
+        copier.close()
         view.close()
+
+
+@contextmanager
+def _named(path: bytes) -> Iterator[None]:
+    """Within this context an error is that of an entry of the upper."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 class _Copier:
@@ -181,6 +193,7 @@ class _Copier:
         self._view = view
         self._target = target
         self._progress = progress
+        self._dirfds = DirFds(default_capacity())
         self._directories: list[tuple[bytes, os.stat_result]] = []
         self.linked: dict[tuple[int, int], list[bytes]] = {}
         self.entries = 0
@@ -196,15 +209,12 @@ class _Copier:
             pending.extend(self._copy_directory(pending.pop()))
 
     def _copy_directory(self, path: bytes) -> Iterator[bytes]:
-        source = sysio.open_beneath(self._upper, path, os.O_PATH | os.O_DIRECTORY)
-        target = sysio.open_beneath(self._target, path, os.O_PATH | os.O_DIRECTORY)
-        try:
-            for name, _ in sysio.list_dir(source):
-                if self._copy_entry(source, target, path, name):
-                    yield join(path, name)
-        finally:
-            sysio.close(source)
-            sysio.close(target)
+        source, target = self._dirfds.get(self._upper, path), self._dirfds.get(self._target, path)
+        for name, _ in sysio.list_dir(source):
+            with _named(join(path, name)):
+                is_directory = self._copy_entry(source, target, path, name)
+            if is_directory:
+                yield join(path, name)
 
     def _copy_entry(self, source: int, target: int, path: bytes, name: bytes) -> bool:
         """Copy one entry; return whether it is a directory, whose entries are still to come."""
@@ -374,11 +384,12 @@ class _Copier:
     def finish(self) -> None:
         """Set the times of all directories, the deepest first: nothing is added to them any more."""
         for path, found in reversed(self._directories):
-            fd = sysio.open_beneath(self._target, path, os.O_PATH | os.O_DIRECTORY)
-            try:
-                sysio.utimens_at(fd, b"", found.st_atime_ns, found.st_mtime_ns)
-            finally:
-                sysio.close(fd)
+            fd = self._dirfds.get(self._target, path)
+            sysio.utimens_at(fd, b"", found.st_atime_ns, found.st_mtime_ns)
+
+    def close(self) -> None:
+        """Close the directories that are open."""
+        self._dirfds.close()
 
     def _count(self, size: int) -> None:
         self.entries += 1

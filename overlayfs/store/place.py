@@ -123,7 +123,7 @@ class Place:
 
     def read(self, dirfd: int, path: bytes) -> bytes:
         """Return a whole small file; FileNotFoundError."""
-        fd = sysio.open_beneath(dirfd, path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = sysio.open_beneath(dirfd, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # not for ever at a FIFO
         try:
             return sysio.read_at(fd, 0, max(sysio.stat_at(fd, b"").st_size, 1))
         finally:

@@ -15,6 +15,7 @@ from overlayfs import sysio
 
 SPARE = 32
 
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _Key = tuple[int, bytes]  # (the layer's root descriptor, path below it)
 
 
@@ -38,7 +39,7 @@ class DirFds:
         key = (root, path)
         fd = self._open.get(key)
         if fd is None:
-            fd = self._open[key] = self.retry(lambda: _open_directory(root, path))
+            fd = self._open[key] = self.retry(lambda: self._open_directory(root, path))
             if len(self._open) > self._capacity:
                 self._close_oldest()
         else:
@@ -78,9 +79,13 @@ class DirFds:
         while self._open:
             self._close_oldest()
 
+    def _open_directory(self, root: int, path: bytes) -> int:
+        """Open a directory from the one above it, if that is open: a deep tree would cost its depth at every step."""
+        above, _, name = path.rpartition(b"/")
+        known = self._open.get((root, above)) if above else None
+        if known is None:
+            return sysio.open_beneath(root, path, _DIRECTORY)
+        return sysio.open_child(known, name, _DIRECTORY)
+
     def _close_oldest(self) -> None:
         sysio.close(self._open.popitem(last=False)[1])
-
-
-def _open_directory(root: int, path: bytes) -> int:
-    return sysio.open_beneath(root, path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)

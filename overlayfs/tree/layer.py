@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from overlayfs import sysio
@@ -156,7 +157,8 @@ class Layer:
         if kind == stat.S_IFDIR:
             return Kind.DIR
         if kind in (0, stat.S_IFCHR) or self.override is not None:
-            return self._kind(dirfd, name, self.stat_at(dirfd, name))
+            with suppress(OSError):  # what is damaged is there: whoever asks for it gets the error, not its neighbours
+                return self._kind(dirfd, name, self.stat_at(dirfd, name))
         return Kind.FILE
 
     def _add_dot_whiteouts(self, dirfd: int, dotted: Iterable[bytes], found: dict[bytes, Kind]) -> None:

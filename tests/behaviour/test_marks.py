@@ -2,7 +2,7 @@
 
 import os
 import stat
-from errno import EIO, ENODATA, ENOENT
+from errno import EINVAL, EIO, ENODATA, ENOENT
 
 import pytest
 
@@ -287,6 +287,33 @@ def test_a_malformed_metacopy_mark(stack: StackMaker) -> None:
     for value in (b"\0", b"\0\1\0", b"\1\4\0\0", b"\0\11\0\0"):
         tree = stack({"f": "data"}, upper={"f": File(size=4, xattrs={METACOPY: value})})
         tree.read("f", err=EIO)
+
+
+DAMAGED: Spec = {
+    "whole": "whole",
+    "file": File(size=4, xattrs={METACOPY: b"\1\4\0\0"}),
+    "d": {"file": File(size=4, xattrs={METACOPY: b"\1\4\0\0"}), "x": "whole"},
+}
+
+
+@pytest.mark.parametrize("where", ["upper", "lower", "merged"])
+def test_a_damaged_entry_hides_no_other(stack: StackMaker, where: str) -> None:
+    """A directory with one is listed whole; the error is for whoever asks for more than the name."""
+    other: Spec = {"d": {"y": ""}} if where == "merged" else {}
+    tree = stack(*([DAMAGED, other] if where != "upper" else [other]), upper=DAMAGED if where == "upper" else {})
+    for _ in range(2):
+        assert tree.names() == ["d", "file", "whole"]
+        assert tree.names("d") == ["file", "x", *["y"] * (where == "merged")]
+        tree.stat("d/file", err=EIO)
+        assert tree.read("d/x") == tree.read("whole") == b"whole"
+        tree.remount()
+
+
+def test_a_damaged_override_hides_no_other(stack: StackMaker) -> None:
+    tree = stack(overridden({"bad": b"garbage", "good": b"1:2:0600"}), {"below": ""})
+    assert tree.names() == ["bad", "below", "good"]
+    tree.stat("bad", err=EINVAL)
+    assert tree.mode("good") == 0o600
 
 
 # Ownership in attributes, as other programs leave it

@@ -159,6 +159,13 @@ def test_an_error_of_the_system_is_a_sentence(overlayfs: Run, monkeypatch: pytes
     assert overlayfs("mounts") == (1, "", "overlayfs: /proc/self/mountinfo: Permission denied\n")
 
 
+def test_a_sentence_is_one_line_whatever_names_are_in_it(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsdecode(b"a\nb\x1b[31m\xff") + "\u202e"
+    monkeypatch.setattr(table, "mounts", _raising(OSError(5, "Input/output error", name)))
+    told = "a\\nb\\x1b[31m\\udcff\\u202e"
+    assert overlayfs("mounts") == (1, "", f"overlayfs: {told}: Input/output error\n")
+
+
 def test_a_defect_is_a_sentence_too(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "mounts", _raising(KeyError("x")))
     sentence = "unexpected KeyError: 'x' (a defect; OVERLAYFS_DEBUG=1 shows where)"

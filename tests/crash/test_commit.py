@@ -141,3 +141,14 @@ def _check_after(stopped: Site, shown: View, where: str) -> None:
     commit(stopped.place)
     assert committed_view(stopped.place) == shown, where
     assert sorted(os.listdir(stopped.place)) == ["base", "layer", "top", "up", "work"], where
+
+
+def test_what_cannot_be_read_is_told_with_its_name(place: Path) -> None:
+    need_root()
+    site = Site(place / "site")
+    thin = site.place / "up" / "thin"
+    thin.touch()
+    os.setxattr(thin, "trusted.overlay.metacopy", b"")
+    with pytest.raises(UserError, match=r"Input/output error \(thin\)"):
+        commit(site.place)
+    assert not (site.place / "layer").exists()

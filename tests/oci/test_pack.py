@@ -153,6 +153,17 @@ def test_what_has_become_shorter_is_noticed(place: Path) -> None:
         list(layertar.tar_pieces(map(shortened, items)))
 
 
+DAMAGED: Tree = {"d": {"f": File(size=9, xattrs={"trusted.overlay.metacopy": b"\1\4\0\0"})}, "g": b"g"}
+MISSING: Tree = {"d": {"f": File(size=9, xattrs={"trusted.overlay.metacopy": b""})}}
+
+
+@pytest.mark.parametrize(("tree", "reason"), [(DAMAGED, "d/f: Input/output error"), (MISSING, "d/f: Input/output")])
+def test_what_cannot_be_read_is_told_with_its_name(place: Path, tree: Tree, reason: str) -> None:
+    root = os.fsencode(layer(place, "layer", tree))
+    with pytest.raises(UserError, match=f"cannot read {reason}"), merged_items((root,), Losses()) as items:
+        list(layertar.tar_pieces(items))
+
+
 # --- owners in attributes
 
 

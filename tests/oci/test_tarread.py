@@ -224,6 +224,8 @@ NUMBERS = [
     (pax({b"size": b"9" * 19}) + header(b"n"), "impossible size"),
     (pax({b"mtime": b"9223372036854775808"}) + header(b"n"), "impossible time"),
     (pax({b"mtime": b"nan"}) + header(b"n"), "impossible time"),
+    (header(b"n", mtime=b"\x80" + b"\xff" * 11), "impossible time"),
+    (header(b"n", mtime=b"\xff\x80" + bytes(10)), "impossible time"),
     (pax({b"path": b"a\0b"}) + header(b"n"), "NUL"),
     (header(b"d", b"3", major=b"7777777\0"), "impossible number"),
 ]

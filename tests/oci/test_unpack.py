@@ -143,11 +143,11 @@ def test_zeros_become_holes(root: Path) -> None:
 
 
 def test_sparse_files_keep_their_holes(root: Path) -> None:
-    records = {b"GNU.sparse.map": b"1048576,4,1099511627776,4", b"GNU.sparse.size": b"2199023255552"}
+    records = {b"GNU.sparse.map": b"1048576,4,8589934592,4", b"GNU.sparse.size": b"17179869184"}
     made(root, pax(records) + file(b"s", b"aaaabbbb"))
-    assert (root / "s").stat().st_size == 2 << 40
+    assert (root / "s").stat().st_size == 16 << 30
     with open(root / "s", "rb") as stream:
-        assert (os.pread(stream.fileno(), 6, 1048575), os.pread(stream.fileno(), 5, 1 << 40)) == (
+        assert (os.pread(stream.fileno(), 6, 1048575), os.pread(stream.fileno(), 5, 8 << 30)) == (
             b"\0aaaa\0",
             b"bbbb\0",
         )
@@ -353,6 +353,25 @@ def test_refused_whole_with_the_entry(root: Path, name: str) -> None:
 def test_ten_thousand_attributes_end_in_a_sentence(root: Path) -> None:
     many = {b"SCHILY.xattr.user.n%d" % n: b"v" * 20 for n in range(10_000)}
     assert "cannot be kept" in refused(root, pax(many) + file(b"f"))
+
+
+def _hole(name: bytes, size: int) -> bytes:
+    return pax({b"GNU.sparse.map": b"0,1", b"GNU.sparse.size": b"%d" % size}) + file(name, b"x")
+
+
+@pytest.mark.parametrize("sizes", [[2**63 - 1], [5 << 20], [1 << 20] * 5])
+def test_holes_out_of_proportion_are_refused(place: Path, sizes: list[int]) -> None:
+    """A file system that takes files of any size takes them all; but they are hashed, and that would never end."""
+    archive = b"".join(_hole(b"f%d" % number, size) for number, size in enumerate(sizes))
+    with disk("tmpfs", place / "disk", 1 << 20) as point:
+        told = refused(point / "layer", archive)
+    assert "the files of the layer come to" in told
+    assert told.endswith("no more than 4 MiB are taken")
+
+
+def test_a_hole_in_proportion_is_taken(place: Path) -> None:
+    with disk("tmpfs", place / "disk", 1 << 20) as point:
+        assert (made(point / "layer", _hole(b"f", 4 << 20)) / "f").stat().st_size == 4 << 20
 
 
 def test_a_path_as_deep_as_they_go(root: Path) -> None:

@@ -16,7 +16,7 @@ import xxhash
 from overlayfs.store import scan
 from overlayfs.store.entries import Entry, Type, order
 from overlayfs.store.manifest import DamagedError, Manifest
-from tests.support.builder import build
+from tests.support.builder import build, write_file
 from tests.support.disks import disk
 from tests.support.spec import Dir, File, Link, Special, Symlink, Tree, Whiteout
 
@@ -74,6 +74,33 @@ def _write(manifest: Manifest, here: Path) -> None:
 
 def _read(here: Path) -> Manifest:
     return Manifest.open(os.open(here / "manifest", os.O_RDONLY))
+
+
+HOLES = [
+    (((0, b"a" * 5000),), 9 << 20),
+    (((3 << 20, b"middle"), ((8 << 20) + 17, b"end")), None),
+    (((1 << 20, b"x" * (2 << 20)),), (1 << 20) + (2 << 20) + 1),
+    ((), 3 << 20),
+    (((0, b"all of it" * 200_000),), None),
+]
+
+
+@pytest.mark.parametrize(("pieces", "size"), HOLES)
+def test_a_hole_is_hashed_as_the_zeros_that_it_reads_as(
+    place: Path, pieces: tuple[tuple[int, bytes], ...], size: int | None
+) -> None:
+    write_file(place / "f", File(pieces=pieces, size=size))
+    content = (place / "f").read_bytes()
+    with open(place / "f", "rb") as stream:
+        assert scan.hash_file(stream.fileno()) == (xxhash.xxh3_128_hexdigest(content), len(content))
+
+
+@pytest.mark.timeout(60)
+def test_a_hole_is_not_read(place: Path) -> None:
+    """Or a file that takes no room could keep whoever hashes it busy for hours."""
+    write_file(place / "f", File(pieces=((40 << 30, b"end"),)))
+    with open(place / "f", "rb") as stream:
+        assert scan.hash_file(stream.fileno())[1] == (40 << 30) + 3
 
 
 def test_every_entry_is_there_as_it_is(place: Path, opened: Callable[[Path], int]) -> None:

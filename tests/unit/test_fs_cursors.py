@@ -153,6 +153,7 @@ class Machine(RuleBasedStateMachine):
         reader = self.readers[which]
         taken = [child for child, _ in zip(self.found.read(self.node, reader["position"]), range(count), strict=False)]
         for name, node, position in taken:
+            assert node is not None
             assert name in self.lookup.names and node.number == int(name) + 10
             assert position > reader["position"], "positions grow"
             assert name not in reader["seen"] or name in reader["back"], f"{name!r} is seen twice"

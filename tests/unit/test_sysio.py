@@ -416,7 +416,7 @@ def copy_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         return 0
 
     if request.param == "none":
-        monkeypatch.setattr(sysio, "_extents", lambda _fd, size: iter([(0, size)] if size else []))
+        monkeypatch.setattr(sysio, "next_data", lambda fd, offset: (offset, os.fstat(fd).st_size))
     elif request.param != "copy_file_range":
         monkeypatch.setattr(os, "copy_file_range", refused if request.param == "refused" else silent)
 
@@ -646,6 +646,21 @@ def test_a_hole_is_punched_and_found(opened: int) -> None:
     assert attempt(lambda: sysio.seek_data(opened, 16384, os.SEEK_DATA)) == errno.ENXIO
 
 
+def test_data_is_found_piece_by_piece(opened: int) -> None:
+    sysio.fallocate(opened, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, 4096, 4096)
+    os.ftruncate(opened, 20000)
+    assert [sysio.next_data(opened, at) for at in (0, 4096, 8200)] == [(0, 4096), (8192, 16384), (8200, 16384)]
+    assert [sysio.next_data(opened, at) for at in (16384, 20000, 30000)] == [(20000, 20000)] * 3
+
+
+def test_where_holes_are_unknown_all_is_data(opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lseek(*_: object) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "lseek", lseek)
+    assert sysio.next_data(opened, 4096) == (4096, 16384)
+
+
 def test_what_cannot_be_allocated_is_an_error(opened: int) -> None:
     assert attempt(lambda: sysio.fallocate(opened, 0, 0, 0)) == errno.EINVAL
 
@@ -738,6 +753,7 @@ READING = {
     "fs_id",
     "clone_mount",
     "seek_data",
+    "next_data",
     "birth_time",
     "get_file_attributes",
     "try_lock",

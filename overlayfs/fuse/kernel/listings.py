@@ -13,6 +13,7 @@ _ENTRY = LAYOUTS["direntplus"]
 _NO_NODE = bytes(LAYOUTS["entry_out"].size)
 _DIRENT = LAYOUTS["dirent"]
 
+UNKNOWN = 0xFFFF_FFFF  # the number of what cannot be looked at, as FUSE_UNKNOWN_INO of libfuse; 0 would hide the name
 DOTS = 2  # positions up to here belong to "." and ".."
 
 
@@ -50,17 +51,24 @@ class ListingRequests:
         if position < DOTS:
             self._add_dots(reply, node, position)
         for name, child, onward in self._overlay.read_dir_at(node, max(position - DOTS, 0)):
-            record = self._record(name, child, onward + DOTS)
+            shown, record = self._record(name, child, onward + DOTS)
             if len(reply) + len(record) > size:
                 break
             reply += record
-            self._desk.identities.remember(child)
+            if shown is not None:
+                self._desk.identities.remember(shown)
         return self._desk.done(request, bytes(reply))
 
-    def _record(self, name: bytes, child: Node, onward: int) -> bytes:
-        found = self._overlay.attributes(child)
+    def _record(self, name: bytes, child: Node | None, onward: int) -> tuple[Node | None, bytes]:
+        """Return the node that counts as looked up, and the record: a name alone for what cannot be looked at."""
+        try:
+            found = None if child is None else self._overlay.attributes(child)
+        except OSError:
+            found = None
+        if child is None or found is None:
+            return None, _NO_NODE + _DIRENT.pack(UNKNOWN, onward, len(name), 0) + padded(name)
         fields = self._desk.entry_fields(self._desk.identities.number(child), child, found)
-        return _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
+        return child, _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
 
     def _add_dots(self, reply: bytearray, node: Dir, position: int) -> None:
         """Add "." and ".."; the kernel takes only their numbers and counts no look-up for them."""

@@ -145,7 +145,9 @@ class FsRaw:
         finally:
             self.overlay.release_dir(fh)
 
-    def _listed(self, name: bytes, child: Node) -> Listed:
+    def _listed(self, name: bytes, child: Node | None) -> Listed:
+        if child is None:
+            return Listed(name, 0, 0)
         found = self.overlay.attributes(child)
         return Listed(name, modes.S_IFMT(found.mode), found.ino)
 
