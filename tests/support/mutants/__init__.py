@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from tests.support.mutants import walks
+from tests.support.mutants import together
 
 Patch = Callable[[], "mock._patch[object]"]
 
-MUTANTS: dict[str, Patch] = {**walks.MUTANTS}
+MUTANTS: dict[str, Patch] = {**together.MUTANTS}
 """By name, M1 to M9 or what is wrong: what makes the patch; it is made only when it is asked for."""
 
 
