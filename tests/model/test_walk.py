@@ -12,11 +12,11 @@ from tests.model.minimise import smallest
 from tests.model.walk import STEPS, Step, Walk, Who, live, replay, replay_of, walk, walking
 from tests.support import engines
 from tests.support.campaign import Campaign
-from tests.support.mutants import seeded, walks
+from tests.support.mutants import seeded
+from tests.support.mutants.together import NO_OPAQUE, WRITER_KEPT
 from tests.support.requirements import need, need_root
 
 SEED = 7
-OPAQUE = "a new directory is not made opaque"
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_steps(memory: Path, campaign: Campaign, engine: str) -> None:
 
 
 @pytest.mark.campaign("T6")
-@pytest.mark.parametrize("mutant", walks.MUTANTS)
+@pytest.mark.parametrize("mutant", [NO_OPAQUE, WRITER_KEPT])
 def test_mutants(memory: Path, campaign: Campaign, mutant: str) -> None:
     """What is wrong is noticed."""
     who, steps = _first_difference(mutant, memory)
@@ -46,8 +46,8 @@ def test_mutants(memory: Path, campaign: Campaign, mutant: str) -> None:
 
 def test_a_difference_is_cut_down(memory: Path) -> None:
     """A few steps are left that show it again, and nothing without the bug."""
-    who, steps = _first_difference(OPAQUE, memory)
-    with seeded(OPAQUE):
+    who, steps = _first_difference(NO_OPAQUE, memory)
+    with seeded(NO_OPAQUE):
         told = replay_of(who, steps, memory)
         assert told.count("\n") - 1 < len(steps)
         assert replay(told, memory) is not None

@@ -146,8 +146,7 @@ class Walk:
     def clear(self) -> None:
         """Take away what is left, however the life has ended."""
         if self.tree is not None:
-            with suppress(OSError, AssertionError):
-                self.tree.close()
+            self.tree.kill()
         shutil.rmtree(self.place)
 
 

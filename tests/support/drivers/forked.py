@@ -2,8 +2,9 @@
 
 import importlib
 import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -12,9 +13,9 @@ from overlayfs.mount import commits, control, life, lodging
 from overlayfs.mount.options import Draft, MountOptions
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
-from tests.support import processes
+from tests.support import processes, syscalls
 from tests.support.drivers.base import Options, Tree
-from tests.support.drivers.mounts import option_string, unmount
+from tests.support.drivers.mounts import DETACH, option_string, unmount
 from tests.support.drivers.posix import PosixRaw
 from tests.support.drivers.raw import Raw
 from tests.support.drivers.stack import Stack
@@ -54,6 +55,16 @@ class ForkedMount(Tree):
         unmount(self.stack.mountpoint)
         status = processes.reap(self.daemon)
         assert status == 0, f"the daemon ended with {status}"
+
+    def kill(self) -> None:
+        """End it, unless ended, whatever the daemon is doing."""
+        if self.in_use:
+            self.in_use = False
+            os.kill(self.daemon, signal.SIGKILL)
+            processes.reap(self.daemon)
+            with suppress(OSError):  # the mount may be gone, and what is open in it answers with an error
+                syscalls.umount(self._point, DETACH)
+                self.raw.close()
 
     def commit(self, layer: os.PathLike[str]) -> None:
         """Copy the upper to a new layer."""

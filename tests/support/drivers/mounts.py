@@ -16,7 +16,7 @@ from tests.support.spec import Tree as Spec
 
 COMMAND = str(Path(sys.executable).with_name("overlayfs"))
 _RDONLY = 1
-_DETACH = 2
+DETACH = 2
 
 
 class PlainDirectory(Tree):
@@ -70,7 +70,7 @@ def unmount(point: Path) -> None:
     try:
         syscalls.umount(os.fsencode(point))
     except OSError:
-        syscalls.umount(os.fsencode(point), _DETACH)
+        syscalls.umount(os.fsencode(point), DETACH)
         raise
 
 

@@ -1,0 +1,55 @@
+"""Copy-ups that stop, in a daemon forked from here, between the last byte and the name; tests let them go on."""
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+from overlayfs.tree import copyup
+from overlayfs.tree.copyup import Content, Source
+from overlayfs.tree.upper import Upper
+
+LIMIT = 10.0  # seconds; whoever waits longer hangs
+MANY = 64
+
+
+class Hold:
+    """Copies of data are counted, and wait until `release`. The daemon must be forked within `applied`."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        # Not pipes: a daemon closes the descriptors that it was forked with.
+        self._begun, self._go = context.Semaphore(0), context.Semaphore(0)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Daemons that are forked within this context hold their copies."""
+        build = copyup.build
+
+        def held(upper: Upper, source: Source) -> bytes:
+            made = build(upper, source)
+            if source.content is Content.COPY:
+                self._begun.release()
+                assert self._go.acquire(timeout=LIMIT), "nobody lets the copy go on"
+            return made
+
+        with mock.patch.object(copyup, "build", held):
+            yield
+
+    def wait(self) -> None:
+        """Return when a copy is held."""
+        assert self._begun.acquire(timeout=LIMIT), "no copy-up has begun"
+
+    def release(self) -> None:
+        """Let it go on, and those that follow."""
+        for _ in range(MANY):
+            self._go.release()
+
+    def count(self) -> int:
+        """How many copies began beyond those that `wait` has seen; from now on they are held again."""
+        while self._go.acquire(block=False):
+            pass
+        found = 0
+        while self._begun.acquire(block=False):
+            found += 1
+        return found

@@ -1,0 +1,44 @@
+"""Bugs that show only after some steps on the same tree, with several clients, or after a long time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from overlayfs.fs import reseat
+from overlayfs.fs.lifting import Lifting, LiftStep, Need
+from overlayfs.fs.nodes import File, Node
+from overlayfs.fuse.lift import Lifter
+from overlayfs.tree.upper import Upper
+
+NO_OPAQUE = "a new directory is not made opaque"
+WRITER_KEPT = "a commit leaves writers their file"
+NO_LOCK = "copy-ups of a file do not wait for each other"
+
+
+def _no_opaque(self: Upper, dirfd: int, name: bytes) -> None:
+    """Leave what lies below in sight."""
+
+
+def _writer_kept(node: File, writer: int) -> None:
+    """Let who has a file open go on writing into the layer."""
+
+
+@contextmanager
+def _no_lock() -> Iterator[None]:
+    async def take(self: Lifter, step: LiftStep, node: Node, need: Need) -> None:
+        """Copy at once."""
+        await self._carry_out(step)
+
+    def begun(self: Lifting, node: Node) -> None:
+        """Let others begin too."""
+
+    with mock.patch.object(Lifter, "_take", take), mock.patch.object(Lifting, "begun", begun):
+        yield
+
+
+MUTANTS: dict[str, Callable[[], Any]] = {
+    NO_OPAQUE: lambda: mock.patch.object(Upper, "set_opaque", _no_opaque),
+    WRITER_KEPT: lambda: mock.patch.object(reseat, "_retire_writer", _writer_kept),
+    NO_LOCK: _no_lock,
+}
