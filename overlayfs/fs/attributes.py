@@ -119,6 +119,7 @@ class AttributeVerbs:
         """Return the attributes that the mount shows."""
         fresh, self._lookup.fresh = self._lookup.fresh, None
         found = fresh[1] if fresh is not None and fresh[0] is node else self.stat(node)
+        size, blocks = self._extent(node, found)
         uid, gid = found.st_uid, found.st_gid
         if not self._owners.plain:
             uid, gid = self._owners.shown(uid, gid)
@@ -129,9 +130,9 @@ class AttributeVerbs:
             uid,
             gid,
             found.st_rdev,
-            found.st_size,
+            size,
             found.st_blksize,
-            self._blocks(node, found),
+            blocks,
             found.st_atime_ns,
             found.st_mtime_ns,
             found.st_ctime_ns,
@@ -146,10 +147,20 @@ class AttributeVerbs:
         return 1 if merged or self._stack.config.static_nlink else found.st_nlink
 
     @staticmethod
-    def _blocks(node: Node, found: AnyStat) -> int:
+    def _extent(node: Node, found: AnyStat) -> tuple[int, int]:
+        """Return size and blocks. A copy of metadata only has the size of its data, whatever it says itself.
+
+        After a power cut it may say too little: btrfs makes a name durable without the size of a new inode, and a copy
+        that was being filled has been cut first.
+        """
         if isinstance(node, File) and node.data is not None and node.data.name:
-            return found.st_blocks + node.data.layer.stat(node.data.path, node.data.name).st_blocks
-        return found.st_blocks
+            below = node.data.layer.stat(node.data.path, node.data.name)
+            return below.st_size, found.st_blocks + below.st_blocks
+        return found.st_size, found.st_blocks
+
+    def size(self, node: Node, found: AnyStat) -> int:
+        """Return the size of a node that a stat of its real object found."""
+        return self._extent(node, found)[0]
 
     def readlink(self, node: Node) -> bytes:
         """Return the target of a symbolic link; EINVAL for anything else."""

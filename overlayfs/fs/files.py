@@ -8,7 +8,6 @@ import errno
 import itertools
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -70,7 +69,6 @@ class Files:
         self._lookup = lookup
         self._attributes = attributes
         self._handles: dict[int, FileHandle | DirHandle] = {}
-        self.barrier: SyncBarrier | None = None
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -226,56 +224,6 @@ class Files:
                 handle.node.sync_error = 0
             self._nodes.released(handle.node)
 
-    # --- durability ------------------------------------------------------------------------------------
-
-    def prepare_fsync(self, number: int, datasync: bool) -> Callable[[], None]:
-        """Return the call that makes a file durable, name included: descriptors and values only, for any thread.
-
-        A failed fsync is reported by every later one of the node until its last handle goes (reliability, C3).
-        """
-        node = self.file(number).node
-        if self._stack.config.volatile or not (node.in_upper or self.barrier or node.sync_error):
-            return _nothing
-        sync = sysio.fdatasync if datasync else sysio.fsync
-        own = node.writer if node.writer is not None else node.reader
-        fd = os.dup(own) if own is not None and node.in_upper else None
-        parents = self._unsynced(node)
-        barrier = self.barrier
-        return lambda: _sync_file(node, fd, sync, parents, barrier)
-
-    def prepare_fsyncdir(self, number: int) -> Callable[[], None]:
-        """Return the call that makes the names in a directory durable, and those that lead to it."""
-        return self.prepare_fsync_of(self.directory(number).node)
-
-    def prepare_fsync_of(self, node: Dir) -> Callable[[], None]:
-        """Return the same call for a directory that has no handle."""
-        if self._stack.config.volatile or not (node.in_upper or self.barrier):
-            return _nothing
-        own = [] if node.removed else [self._pinned(node)]
-        parents = own + self._unsynced(node)
-        barrier = self.barrier
-        return lambda: _sync_directories(parents, barrier)
-
-    def _unsynced(self, node: Node) -> list["_Unsynced"]:
-        """Return the directories that must be synced before the names that lead to a node are durable.
-
-        Other changes in those directories are nobody's business here: a journal that comes and goes beside a
-        database costs the database nothing.
-        """
-        found: dict[Dir, _Unsynced] = {}
-        walk = [node]
-        while walk:
-            child = walk.pop()
-            for parent in _parents(child):
-                if parent not in found and parent.in_upper and not parent.removed and parent.synced < child.appeared:
-                    found[parent] = self._pinned(parent)
-                walk.append(parent)
-        return list(found.values())
-
-    def _pinned(self, directory: Dir) -> "_Unsynced":
-        fd = sysio.open_child(self._attributes.locate(directory).dirfd, b"", os.O_RDONLY | os.O_DIRECTORY)
-        return _Unsynced(directory, directory.changed, fd)
-
     # --- directories -----------------------------------------------------------------------------------
 
     def open_dir(self, node: Node) -> int:
@@ -300,76 +248,3 @@ class Files:
     def close(self) -> None:
         """Forget all handles; the node table closes their descriptors."""
         self._handles.clear()
-
-
-class _Unsynced(NamedTuple):
-    node: Dir
-    changed: int
-    fd: int
-
-
-def _parents(node: Node) -> Iterator[Dir]:
-    if isinstance(node, File):
-        yield from (parent for parent, _ in node.names)
-    elif isinstance(node, Dir) and node.parent is not None:
-        yield node.parent
-
-
-def _nothing() -> None:
-    """There is nothing to make durable."""
-
-
-class SyncBarrier:
-    """What every fsync waits for while a commit is not durable yet: until then no new change can be, either."""
-
-    def __init__(self) -> None:
-        self._finished = threading.Event()
-        self._errno = 0
-
-    def finish(self, error: OSError | None = None) -> None:
-        """Let those who wait go on, or fail with the error that the commit met."""
-        self._errno = 0 if error is None else error.errno or errno.EIO
-        self._finished.set()
-
-    def wait(self) -> None:
-        """Wait. In any thread but the one that calls `finish`."""
-        self._finished.wait()
-        if self._errno:
-            raise oserror(self._errno)
-
-
-def _sync_file(
-    node: File,
-    fd: int | None,
-    sync: Callable[[int], None],
-    parents: list[_Unsynced],
-    barrier: SyncBarrier | None,
-) -> None:
-    try:
-        if node.sync_error:
-            raise oserror(node.sync_error)
-        if barrier is not None:
-            barrier.wait()
-        if fd is not None:
-            sync(fd)
-    except OSError as error:
-        node.sync_error = error.errno or errno.EIO
-        for parent in parents:
-            sysio.close(parent.fd)
-        raise
-    finally:
-        if fd is not None:
-            sysio.close(fd)
-    _sync_directories(parents, None)
-
-
-def _sync_directories(parents: list[_Unsynced], barrier: SyncBarrier | None) -> None:
-    try:
-        if barrier is not None:
-            barrier.wait()
-        for node, changed, fd in parents:
-            sysio.fsync(fd)
-            node.synced = changed
-    finally:
-        for parent in parents:
-            sysio.close(parent.fd)

@@ -17,12 +17,14 @@ from overlayfs.errors import oserror
 from overlayfs.format import metacopy, nlink, origin, xattrs
 from overlayfs.format.origin import Origin
 from overlayfs.fs.attributes import AttributeVerbs, Located
+from overlayfs.fs.durability import Durability
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.nodes import Dir, File, LowerFile, Node, NodeTable
 from overlayfs.fs.stack import Stack
 from overlayfs.tree import copyup
 from overlayfs.tree.copyup import Content, Source
 from overlayfs.tree.layer import Layer, open_readable
+from overlayfs.tree.stats import resized
 from overlayfs.tree.upper import Upper
 from overlayfs.union.plans import Create
 from overlayfs.union.resolve import Kind
@@ -81,7 +83,10 @@ class _Wait(LiftStep):
 class Lifting:
     """Decides which step comes next, and carries out the parts of steps that need the tables."""
 
-    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs) -> None:
+    def __init__(
+        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs, durability: Durability
+    ) -> None:
+        self.durability = durability
         self.stack = stack
         self.nodes = nodes
         self.lookup = lookup
@@ -239,7 +244,8 @@ class _Build(LiftStep):
         self._upper = upper
         self._need = need if isinstance(node, File) else Need.META
         found = lifting.attributes.stat(node)
-        self._content = self._choose_content(found.st_size)
+        self._size = lifting.attributes.size(node, found)
+        self._content = self._choose_content(self._size)
         self.heavy = self._content is Content.COPY
         self._nlink = found.st_nlink
         self._origin: Origin | None = None
@@ -269,7 +275,8 @@ class _Build(LiftStep):
             if self._content is Content.COPY:
                 data = self._open_data()
             marks = self._marks(layer, pin)
-            return Source(pin, layer.stat_at(pin, b""), self._content, data, marks, layer.override is not None)
+            found = resized(layer.stat_at(pin, b""), self._size)
+            return Source(pin, found, self._content, data, marks, layer.override is not None)
         except BaseException:
             sysio.close(pin)
             if data is not None:
@@ -450,8 +457,10 @@ class _Fill(LiftStep):
         self._origin = self._lifting.origin_without_metacopy(self._upper, pin)
         self._open.append(retry(lambda: sysio.open_child(pin, b"", os.O_RDWR)))
         self._open.append(self._data.layer.open_file(self._data.path, self._data.name))
+        self._sync_places_left = self._lifting.durability.of_places_left(self.node)
 
     def stage(self) -> None:
+        self._sync_places_left()
         copyup.fill(self._upper, *self._open)
 
     def publish(self) -> None:
@@ -459,7 +468,7 @@ class _Fill(LiftStep):
         try:
             if self.node.reader is not None:
                 _swap_reader(self.node, sysio.open_child(self._open[0], b"", os.O_RDONLY))
-            self.node.data = None
+            self.node.unmark()
             self._lifting.renew_origin(self._upper, self._open[0], b"", self._origin)
         finally:
             self.abort()
@@ -488,7 +497,7 @@ class _Cut(LiftStep):
             self._lifting.renew_origin(self._upper, dirfd, name, first)
             if self.node.reader is not None:
                 _swap_reader(self.node, open_readable(self._lifting.stack.dirfds, fd, b"", keep_atime=False))
-            self.node.data = None
+            self.node.unmark()
         finally:
             sysio.close(fd)
 

@@ -230,6 +230,8 @@ class Names:
             node.orphan = None
         self._nodes.attach(node, parent, name, True)
         parent.gain(name, Kind.FILE, node)
+        for other, _ in node.names:
+            parent.owe(*other.debts())
         self._lookup.fresh = None
 
     def _redirect_file(self, node: File) -> None:
@@ -502,6 +504,8 @@ class Names:
         self._nodes.attach(old.node, new_parent, new_name, True)
         old.parent.note(old.name, Kind.WHITEOUT if old.spot.below else Kind.ABSENT)
         self._moved(old.node, new_parent, new_name, plan.source_mark)
+        if old.spot.below or old.parent is not new_parent:
+            new_parent.owe(old.parent)
         if isinstance(target, File):
             self._forget_index(target)
         if target is not None:
@@ -515,6 +519,8 @@ class Names:
         self._nodes.attach(new.node, old.parent, old.name, True)
         self._moved(old.node, new.parent, new.name, plan.source_mark)
         self._moved(new.node, old.parent, old.name, plan.target_mark)
+        new.parent.owe(old.parent)
+        old.parent.owe(new.parent)
 
     def _moved(self, node: Node, parent: Dir, name: bytes, mark: Mark) -> None:
         parent.gain(name, Kind.DIR if isinstance(node, Dir) else Kind.FILE, node)

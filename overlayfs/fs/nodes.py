@@ -74,13 +74,14 @@ class Dir(Node):
     below: the merged names of the lower parts, index of the parts that make up each; they never change, so this is
     built at most once. upper_names: the kinds the upper holds, kept in step with our own changes. Both are None until
     somebody needs them. sealed: what former uppers hold, the newest first, that `below` does not count yet.
-    changed, synced: when names in the upper last changed, and up to when that is durable. heirloom: what objects
-    made in it get from it, None until somebody makes one and whenever its attributes have changed.
+    changed, synced: when names in the upper last changed, and up to when that is durable. owed: directories that must
+    be durable before this one is, because what lies here now has left something there, and since when. heirloom: what
+    objects made in it get from it, None until somebody makes one and whenever its attributes have changed.
     """
 
     __slots__ = (
         "barred", "below", "changed", "children", "heirloom", "impure", "lower", "name", "opaque",
-        "parent", "path_cache", "removed", "sealed", "synced", "upper_names",
+        "owed", "parent", "path_cache", "removed", "sealed", "synced", "upper_names",
     )  # fmt: skip
 
     def __init__(
@@ -101,6 +102,7 @@ class Dir(Node):
         self.sealed: tuple[dict[bytes, Kind], ...] = ()
         self.changed = 0
         self.synced = 0
+        self.owed: dict[Dir, int] | None = None
         self.path_cache: tuple[int, bytes] = (-1, b"")
 
     def gain(self, name: bytes, kind: Kind, node: Node) -> None:
@@ -117,6 +119,20 @@ class Dir(Node):
             self.upper_names.pop(name, None)
         else:
             self.upper_names[name] = kind
+
+    def owe(self, *left: "Dir") -> None:
+        """Note that what has a name here now has left these directories.
+
+        Were the name here durable and what took its place there not (nothing, a whiteout, what it was exchanged with),
+        an object would show twice, or not at all: btrfs makes durable what is asked for, and no more.
+        """
+        debts = [*self.debts(), *left, *(each for old in left for each in old.debts())]
+        if debts:
+            self.owed = dict.fromkeys(debts, self.changed)
+
+    def debts(self) -> "list[Dir]":
+        """Return the directories of the upper to be synced before this one: where one was removed, what held it."""
+        return [_standing(left) for left, since in (self.owed or {}).items() if self.synced < since]
 
     def seal(self) -> None:
         """Note that the upper is about to become the first of the lower parts; its listing is merged when needed."""
@@ -135,6 +151,12 @@ class Dir(Node):
         return walk is other
 
 
+def _standing(directory: Dir) -> Dir:
+    while directory.removed and directory.parent is not None:
+        directory = directory.parent
+    return directory
+
+
 class File(Node):
     """Anything but a directory.
 
@@ -143,10 +165,11 @@ class File(Node):
     one. nlink_delta: what the union's link count is beyond that of the real object that holds it.
     reader, writer: the descriptors through which all its handles read and write, used on the loop alone: a thread gets
     a duplicate, so one that is replaced can be closed. sync_error: the errno of a failed fsync, 0 for none.
+    unmarked: when the mark went that its data lies below, 0 where that is durable.
     """
 
     __slots__ = (
-        "data", "index", "keys", "lower", "names", "nlink_delta", "reader", "sync_error", "writer",
+        "data", "index", "keys", "lower", "names", "nlink_delta", "reader", "sync_error", "unmarked", "writer",
     )  # fmt: skip
 
     def __init__(self, number: int, kind: int, in_upper: bool, lower: LowerFile | None) -> None:
@@ -160,6 +183,12 @@ class File(Node):
         self.reader: int | None = None
         self.writer: int | None = None
         self.sync_error = 0
+        self.unmarked = 0
+
+    def unmark(self) -> None:
+        """Note that all data lies in the upper now, and that the mark has gone which said otherwise."""
+        self.data = None
+        self.unmarked = next(_moments)
 
 
 class NodeTable:

@@ -20,8 +20,9 @@ from overlayfs.fs.attributes import Attributes, AttributeVerbs, Changes
 from overlayfs.fs.changes import Change, changes
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.cursors import Cursors
+from overlayfs.fs.durability import Durability, SyncBarrier
 from overlayfs.fs.explain import Holder, explain
-from overlayfs.fs.files import Child, Files, SyncBarrier, need_of_open
+from overlayfs.fs.files import Child, Files, need_of_open
 from overlayfs.fs.lifting import Lifting, LiftStep, Need
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.names import Caller, Names
@@ -42,7 +43,8 @@ class Overlay:
         self.nodes = NodeTable(config.ino32)
         self._lookup = Lookup(self._stack, self.nodes)
         self._attributes = AttributeVerbs(self._stack, self._lookup)
-        self._lifting = Lifting(self._stack, self.nodes, self._lookup, self._attributes)
+        self._durability = Durability(self._stack, self._attributes)
+        self._lifting = Lifting(self._stack, self.nodes, self._lookup, self._attributes, self._durability)
         self._names = Names(self._stack, self.nodes, self._lookup, self._attributes, self._lifting)
         self._files = Files(self._stack, self.nodes, self._lookup, self._attributes)
         self._cursors = Cursors(self._lookup)
@@ -253,11 +255,11 @@ class Overlay:
 
     def fsync(self, fh: int, datasync: bool = False) -> None:
         """Make a file durable, its name included."""
-        self._files.prepare_fsync(fh, datasync)()
+        self.prepare_fsync(fh, datasync)()
 
     def prepare_fsync(self, fh: int, datasync: bool = False) -> Callable[[], None]:
         """Return the call that makes a file durable; any thread may make it."""
-        return self._files.prepare_fsync(fh, datasync)
+        return self._durability.of_file(self._files.file(fh).node, datasync)
 
     def release(self, fh: int) -> None:
         """Close a handle."""
@@ -277,15 +279,15 @@ class Overlay:
 
     def fsync_dir(self, fh: int) -> None:
         """Make the names in a directory durable."""
-        self._files.prepare_fsyncdir(fh)()
+        self.prepare_fsync_dir(fh)()
 
     def prepare_fsync_dir(self, fh: int) -> Callable[[], None]:
         """Return the call that makes the names in a directory durable; any thread may make it."""
-        return self._files.prepare_fsyncdir(fh)
+        return self._durability.of_directory(self._files.directory(fh).node)
 
     def prepare_fsync_dir_at(self, node: Node) -> Callable[[], None]:
         """Return the same call for a directory without a handle."""
-        return self._files.prepare_fsync_of(_directory(node))
+        return self._durability.of_directory(_directory(node))
 
     def release_dir(self, fh: int) -> None:
         """Close a directory handle."""
@@ -392,14 +394,14 @@ class Overlay:
 
     def hold_syncs(self) -> SyncBarrier:
         """Let every fsync from now on wait until the barrier that is returned is finished, and given back."""
-        self._files.barrier = SyncBarrier()
-        return self._files.barrier
+        self._durability.barrier = SyncBarrier()
+        return self._durability.barrier
 
     def release_syncs(self, barrier: SyncBarrier, error: OSError | None = None) -> None:
         """Let those who wait go on; with `error` they fail."""
         barrier.finish(error)
-        if self._files.barrier is barrier:
-            self._files.barrier = None
+        if self._durability.barrier is barrier:
+            self._durability.barrier = None
 
     # --- views -----------------------------------------------------------------------------------------
 

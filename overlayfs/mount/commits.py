@@ -26,7 +26,7 @@ import trio
 
 from overlayfs import sysio
 from overlayfs.errors import UserError, oserror
-from overlayfs.fs.files import SyncBarrier
+from overlayfs.fs.durability import SyncBarrier
 from overlayfs.fs.reseat import Reseat
 from overlayfs.fuse.engine import Engine
 from overlayfs.mount.options import Lodging

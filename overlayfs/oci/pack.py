@@ -27,7 +27,7 @@ from overlayfs.oci.entry import Entry, Kind, shown
 from overlayfs.tree.dirfds import DirFds, default_capacity
 from overlayfs.tree.layer import Entry as LayerEntry
 from overlayfs.tree.layer import Layer, join
-from overlayfs.tree.stats import AnyStat
+from overlayfs.tree.stats import AnyStat, resized
 from overlayfs.union.resolve import Kind as Held
 
 _KINDS = {
@@ -277,7 +277,7 @@ class _Merged:
         else:
             assert isinstance(node, File) and node.lower is not None
             layer, place, name = node.lower
-            found = layer.stat(place, name)
+            found = resized(layer.stat(place, name), self.overlay.attributes(node).size)
             data = node.data or node.lower
             item = self._describer.item(path, _where(layer, place, name), found, lambda: _open(data))
         if item is not None:

@@ -254,7 +254,7 @@ class _Copier:
         if kind == stat.S_IFREG:
             data = self._open_data(pin, path)
             try:
-                self._make_file(data, target, name, found.st_size)
+                self._make_file(data, target, name)
             finally:
                 sysio.close(data)
         elif kind == stat.S_IFLNK:
@@ -283,12 +283,10 @@ class _Copier:
         return node
 
     @staticmethod
-    def _make_file(data: int, target: int, name: bytes, size: int) -> None:
+    def _make_file(data: int, target: int, name: bytes) -> None:
         fd = sysio.open_child(target, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             copy_data(data, fd)
-            if sysio.stat_at(fd, b"").st_size != size:
-                sysio.truncate_fd(fd, size)
         finally:
             sysio.close(fd)
 
@@ -341,7 +339,7 @@ class _Copier:
             return
         data = below.layer.open_file(below.path, below.name)
         try:
-            self._make_file(data, target, name, found.st_size)
+            self._make_file(data, target, name)
         finally:
             sysio.close(data)
         self._copy_attributes(pin, found, target, name, keep_redirect=False)

@@ -217,8 +217,9 @@ class _Side:
             _rdev(found.st_mode, found.st_rdev),
         )
         kind, own = stat.S_IFMT(found.st_mode), (found.st_dev, found.st_ino)
-        size = found.st_size if kind == stat.S_IFREG else 0
-        return _Object(kind, about, size, own, (own,) if self._has_own_data(entry) else self._places(node, own))
+        if self._has_own_data(entry):
+            return _Object(kind, about, found.st_size if kind == stat.S_IFREG else 0, own, (own,))
+        return _Object(kind, about, self.overlay.attributes(node).size, own, self._places(node, own))
 
     def _has_own_data(self, entry: bytes) -> bool:
         assert self._index is not None

@@ -158,7 +158,7 @@ def _file_source(node: File) -> Source:
     pin = layer.pin(path, name)
     try:
         found = layer.stat_at(pin, b"")
-        if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+        if not stat.S_ISREG(found.st_mode) or (found.st_size == 0 and node.data is None):
             return Source(pin, found, override=layer.override is not None)
         place = node.data or node.lower
         data = place.layer.open_file(place.path, place.name)

@@ -46,3 +46,11 @@ def overridden(real: os.stat_result, override: Override) -> Stat:
         real.st_mtime_ns,
         real.st_ctime_ns,
     )
+
+
+def resized(real: AnyStat, size: int) -> AnyStat:
+    """Return `real` with another size."""
+    if real.st_size == size:
+        return real
+    fields = {name: getattr(real, name) for name in Stat._fields}
+    return Stat(**{**fields, "st_size": size})

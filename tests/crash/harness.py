@@ -159,10 +159,10 @@ def write(overlay: Overlay, name: bytes, data: bytes, create: bool = False, flag
         overlay.release(fh)
 
 
-def view(overlay: Overlay) -> View:
-    """Return all that a user can tell of a tree, apart from times of directories and access times."""
+def view(overlay: Overlay, top: Node | None = None) -> View:
+    """Return all that a user can tell of a tree, or of a part, apart from times of directories and access times."""
     found: View = {}
-    pending: list[tuple[Node, bytes]] = [(overlay.root, b"")]
+    pending: list[tuple[Node, bytes]] = [(top or overlay.root, b"")]
     while pending:
         node, path = pending.pop()
         found[path] = _facts(overlay, node)

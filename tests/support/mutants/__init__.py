@@ -8,11 +8,11 @@ here has a table `MUTANTS` of its own.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from tests.support.mutants import atomicity, durability, errors
+from tests.support.mutants import atomicity, durability, errors, order
 
 Patch = Callable[[], AbstractContextManager[object]]
 
-MUTANTS: dict[str, Patch] = {**durability.MUTANTS, **atomicity.MUTANTS, **errors.MUTANTS}
+MUTANTS: dict[str, Patch] = {**durability.MUTANTS, **atomicity.MUTANTS, **errors.MUTANTS, **order.MUTANTS}
 """By name, M1 to M9: what makes the patch; it is made only when it is asked for."""
 
 

@@ -1,0 +1,237 @@
+"""Loads on a real mount whose upper lies on a disk that remembers, and what power cuts at any moment make of them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Protocol
+
+from overlayfs import StackConfig
+from tests.crash.power.history import Twin
+from tests.crash.power.judge import Judge, found_things, look
+from tests.crash.power.steps import Held, Step, let_go, perform
+from tests.mounted.polling import until
+from tests.support import syscalls
+from tests.support.drivers.mounts import COMMAND
+from tests.support.watched import ROOT, Recording, WatchedDisk, watched
+from tests.support.writelog import State
+
+Mounter = Callable[[str, Path], list[str]]
+"""From an option string and a mount point, the words that mount in the foreground."""
+
+
+def ours(extra: str = "") -> Mounter:
+    """Our program, with options of the test."""
+    return lambda options, point: [COMMAND, "mount", "-f", "-o", ",".join(filter(None, (options, extra))), str(point)]
+
+
+def mutant(name: str) -> Mounter:
+    """Our program with a deliberate bug."""
+    return lambda options, point: [sys.executable, "-m", "tests.support.mutants", name, options, str(point)]
+
+
+def fuse_overlayfs(options: str, point: Path) -> list[str]:
+    """Debian's fuse-overlayfs."""
+    return ["fuse-overlayfs", "-f", "-o", options, str(point)]
+
+
+def kernel_overlay(options: str, point: Path) -> list[str]:
+    """The kernel's overlayfs: there is nothing to stay in the foreground."""
+    return ["mount", "-t", "overlay", "overlay", "-o", options, str(point)]
+
+
+@contextmanager
+def mounted(command: list[str], point: Path) -> Iterator[None]:
+    """A mount until the end of the block."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        until(lambda: process.poll() not in (None, 0) or os.path.ismount(point))
+        assert process.poll() in (None, 0), f"{command} did not mount"
+        yield
+    finally:
+        if os.path.ismount(point):
+            syscalls.umount(os.fsencode(point))
+        process.wait(20)
+
+
+class Program(Protocol):
+    """A load, as it is before it is run: what lies below, what comes before it, and its steps."""
+
+    @property
+    def name(self) -> str:
+        """The directory of the load, and what it is called in the log."""
+
+    @property
+    def setup(self) -> Sequence[Step]:
+        """Steps that are durable when the load begins."""
+
+    def build(self, base: Path) -> None:
+        """Make the objects of the lower layer."""
+
+    def run(self, twin: Twin) -> Iterator[Step]:
+        """Yield each step after it was performed on the twin."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where the parts of a stack lie: upper and work on a disk, the lower layer there too, or beside it in `place`."""
+
+    place: Path
+    shares: bool
+
+    def lower(self, disk: Path) -> Path:
+        """The lower layer; on the disk the upper may share its blocks."""
+        return (disk if self.shares else self.place) / "lower"
+
+    def options(self, disk: Path) -> str:
+        """The option string of a mount."""
+        return f"lowerdir={self.lower(disk)},upperdir={disk}/up,workdir={disk}/work"
+
+    def config(self, disk: Path) -> StackConfig:
+        """The same for a use without a mount."""
+        lower, upper, work = (os.fsencode(path) for path in (self.lower(disk), disk / "up", disk / "work"))
+        return StackConfig(lower=(lower,), upper=upper, work=work)
+
+    def build(self, disk: Path, programs: Sequence[Program]) -> None:
+        """Make all parts, with a directory for each load in the lower layer."""
+        for path in (disk / "up", disk / "work", self.lower(disk)):
+            path.mkdir()
+        for program in programs:
+            (self.lower(disk) / program.name).mkdir()
+            program.build(self.lower(disk) / program.name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One load that was performed on a mount and on a twin, and noted in the log of the disk."""
+
+    name: str
+    twin: Twin
+
+
+class Session:
+    """Runs loads, one after the other, on one mount whose upper lies on a watched disk; twins lie in `place`."""
+
+    def __init__(self, disk: WatchedDisk, stack: Stack, place: Path) -> None:
+        self._disk = disk
+        self._stack = stack
+        self._place = place
+        self.point = place / "mount"
+        self.point.mkdir()
+
+    def run(self, program: Program) -> Run:
+        """Perform one load."""
+        twin = self._prepare(program)
+        try:
+            self._perform(program.name, program.run(twin))
+        finally:
+            twin.close()
+        return Run(program.name, twin)
+
+    def _prepare(self, program: Program) -> Twin:
+        base = self._place / program.name
+        subprocess.run(["cp", "-a", str(self._stack.lower(self._disk.point) / program.name), str(base)], check=True)
+        for step in program.setup:
+            perform(base, step, {})
+            perform(self.point / program.name, step, {})
+        self._sync()
+        return Twin(base)
+
+    def _perform(self, name: str, steps: Iterable[Step]) -> None:
+        held: Held = {}
+        self._disk.mark(f"{name} start")
+        try:
+            for number, step in enumerate(steps, 1):
+                self._disk.mark(f"{name} {number} begun")
+                perform(self.point / name, step, held)
+                if step.verb == "sync":
+                    self._sync()
+                self._disk.mark(f"{name} {number} done")
+        finally:
+            let_go(held)
+        self._disk.mark(f"{name} end")
+
+    def _sync(self) -> None:
+        """What sync(2) does, for these two file systems alone."""
+        fd = os.open(self.point, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            syscalls.syncfs(fd)
+        finally:
+            os.close(fd)
+        self._disk.sync()
+
+
+@dataclass
+class Verdict:
+    """What was found: the number of states tried, and a line for each that is wrong."""
+
+    states: int = 0
+    violations: list[str] = field(default_factory=list)
+
+    def add(self, other: "Verdict") -> None:
+        """Take in what was found elsewhere."""
+        self.states += other.states
+        self.violations += other.violations
+
+
+class Replay:
+    """Power cuts in loads that were recorded."""
+
+    def __init__(self, recording: Recording, stack: Stack, random: Random) -> None:
+        self._recording = recording
+        self._stack = stack
+        self._random = random
+
+    def judge(self, run: Run, every: int) -> Verdict:
+        """Try every state of one load, or only every n-th."""
+        verdict = Verdict()
+        marked = self._recording.marked
+        states = self._recording.states(marked(f"{run.name} start"), marked(f"{run.name} end"), self._random)
+        for state in islice(states, every // 2, None, every):
+            verdict.states += 1
+            wrong = self._wrong(run, state)
+            if wrong:
+                steps = ", ".join(map(str, run.twin.steps))
+                verdict.violations.append(f"{self._recording.kind}: {steps}: {wrong}, with {state}")
+        return verdict
+
+    def _wrong(self, run: Run, state: State) -> str:
+        done, begun = (self._count(run, word, state.position) for word in ("done", "begun"))
+        try:
+            with self._recording.after(state) as point:
+                found = found_things(look(self._stack.config(point), run.name.encode()))
+        except Exception as error:  # whatever keeps the next mount from showing everything
+            return f"with {done} steps done: {error!r}"
+        lines = Judge(run.twin, done, begun).violations(found)
+        return f"with {done} of {begun} steps done: {'; '.join(lines)}" if lines else ""
+
+    def _count(self, run: Run, word: str, position: int) -> int:
+        numbers = range(1, len(run.twin.steps) + 1)
+        return sum(self._recording.marked(f"{run.name} {number} {word}") < position for number in numbers)
+
+
+def power_cuts(
+    kind: str, memory: Path, programs: Sequence[Program], mounter: Mounter, shares: bool = False, every: int = 1
+) -> Verdict:
+    """Run loads on a fresh disk of this kind, then cut the power at each moment of each, or at every n-th.
+
+    memory: an empty place. shares: the lower layer lies on the same disk as the upper.
+    """
+    stack = Stack(memory, shares)
+    with watched(kind, memory / "disk") as disk:
+        stack.build(disk.point, programs)
+        session = Session(disk, stack, memory)
+        with mounted(mounter(stack.options(disk.point), session.point), session.point):
+            runs = [session.run(program) for program in programs]
+    replay = Replay(disk.recording(), stack, Random(len(programs)))
+    verdict = Verdict()
+    for run in runs:
+        verdict.add(replay.judge(run, every))
+    return verdict

@@ -1,0 +1,34 @@
+"""The load of reliability, section 1: sixteen files of a lower layer get one byte changed, some are made durable."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.crash.power.history import Twin
+from tests.crash.power.steps import Step
+
+FILES = [f"f{number:02}" for number in range(16)]
+SIZE = 60_000
+DURABLE = 3  # every third is made durable at once
+
+
+class Sixteen:
+    """The load; with `prepared` the upper holds the metadata of each file already, so the change fetches the data."""
+
+    def __init__(self, prepared: bool = False) -> None:
+        self.name = "sixteen"
+        self.setup = [Step("chmod", file, size=0o600) for file in FILES] if prepared else []
+
+    def build(self, base: Path) -> None:
+        """Make the lower files."""
+        for number, file in enumerate(FILES, 97):
+            (base / file).write_bytes(bytes([number]) * SIZE)
+
+    def run(self, twin: Twin) -> Iterator[Step]:
+        """Yield each step after it was performed on the twin."""
+        for number, file in enumerate(FILES):
+            changed = Step("write", file, at=number * 3_000, size=1, tag=number + 1)
+            for step in (changed, *([Step("fsync-writer", file)] if number % DURABLE == 0 else [])):
+                twin.perform(step)
+                yield step
+        twin.perform(Step("sync", ""))
+        yield twin.steps[-1]
