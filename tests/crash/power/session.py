@@ -17,7 +17,8 @@ from tests.crash.power.judge import Judge, found_things, look
 from tests.crash.power.steps import Held, Step, let_go, perform
 from tests.mounted.polling import until
 from tests.support import syscalls
-from tests.support.drivers.mounts import COMMAND
+from tests.support.drivers.mounts import COMMAND, unmount
+from tests.support.leftovers import mounts_below
 from tests.support.watched import ROOT, Recording, WatchedDisk, watched
 from tests.support.writelog import State
 
@@ -46,18 +47,18 @@ def kernel_overlay(options: str, point: Path) -> list[str]:
 
 
 @contextmanager
-def mounted(command: list[str], point: Path) -> Iterator[None]:
-    """A mount until the end of the block."""
+def mounted(command: list[str], point: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A mount until the end of the block, and the process that serves it."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         until(lambda: process.poll() not in (None, 0) or os.path.ismount(point))
         assert process.poll() in (None, 0), f"{command} did not mount"
-        yield
+        yield process
     finally:
-        if os.path.ismount(point):
-            syscalls.umount(os.fsencode(point))
+        if mounts_below(point):  # os.path.ismount says no when the root cannot be looked at
+            unmount(point)
         process.wait(20)
 
 
@@ -81,27 +82,35 @@ class Program(Protocol):
 
 @dataclass(frozen=True)
 class Stack:
-    """Where the parts of a stack lie: upper and work on a disk, the lower layer there too, or beside it in `place`."""
+    """Where the parts of a stack lie: upper and work on a disk, the lower layer there too, or beside it in `place`.
+
+    inside: a directory of the disk in which upper and work lie.
+    """
 
     place: Path
     shares: bool
+    inside: str = ""
 
     def lower(self, disk: Path) -> Path:
         """The lower layer; on the disk the upper may share its blocks."""
         return (disk if self.shares else self.place) / "lower"
 
+    def _upper(self, disk: Path) -> tuple[Path, Path]:
+        return disk / self.inside / "up", disk / self.inside / "work"
+
     def options(self, disk: Path) -> str:
         """The option string of a mount."""
-        return f"lowerdir={self.lower(disk)},upperdir={disk}/up,workdir={disk}/work"
+        upper, work = self._upper(disk)
+        return f"lowerdir={self.lower(disk)},upperdir={upper},workdir={work}"
 
     def config(self, disk: Path) -> StackConfig:
         """The same for a use without a mount."""
-        lower, upper, work = (os.fsencode(path) for path in (self.lower(disk), disk / "up", disk / "work"))
+        lower, upper, work = (os.fsencode(path) for path in (self.lower(disk), *self._upper(disk)))
         return StackConfig(lower=(lower,), upper=upper, work=work)
 
     def build(self, disk: Path, programs: Sequence[Program]) -> None:
         """Make all parts, with a directory for each load in the lower layer."""
-        for path in (disk / "up", disk / "work", self.lower(disk)):
+        for path in (*self._upper(disk), self.lower(disk)):
             path.mkdir()
         for program in programs:
             (self.lower(disk) / program.name).mkdir()
