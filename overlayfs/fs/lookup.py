@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.format import nlink, origin, whiteout, xattrs
+from overlayfs.format import nlink, origin, whiteout
 from overlayfs.format.origin import Origin
 from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, LowerFile, Node, NodeTable, Part
 from overlayfs.fs.stack import Stack
@@ -314,8 +314,6 @@ class Lookup:
         self._find_index(node, found, marks)
         if marks.metacopy:
             node.data = self._data_below(parent, name, marks)
-        if marks.emptied:
-            upper.drop_mark(upper.dirfd(self.path(parent)), name, xattrs.METACOPY)
         return node
 
     def _data_below(self, parent: Dir, name: bytes, marks: Marks) -> LowerFile:
@@ -403,8 +401,6 @@ class Lookup:
             node.nlink_delta = self.nlink_delta(marks, entry)
             if marks.metacopy:
                 node.data = place
-            if marks.emptied:
-                upper.drop_mark(upper.work.index, name, xattrs.METACOPY)
             self._nodes.add_key(node, (entry.st_dev, entry.st_ino))
         return node
 

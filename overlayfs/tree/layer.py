@@ -41,7 +41,6 @@ class Marks(NamedTuple):
     metacopy: bool = False
     origin: Origin | None = None
     nlink: bytes | None = None
-    emptied: bool = False  # marked as metadata only, but empty: its truncation was cut short by a crash
     barred: bool = False  # a redirect is there that must not be followed: EPERM, never a silent half view
 
 
@@ -166,13 +165,14 @@ class Layer:
         value = self._read_own(dirfd, name, present)
         redirected = redirect.parse(value[xattrs.REDIRECT]) if xattrs.REDIRECT in value else None
         barred = redirected is not None and not self._may_follow(found) and not self.lowest
-        file_marks = _file_marks(value, None if isdir else found.st_size)
-        return file_marks._replace(opaque=cut, redirect=None if barred else redirected, barred=barred)
+        is_copy, came_from, links = _file_marks(value)
+        return Marks(cut, None if barred else redirected, not isdir and is_copy, came_from, links, barred)
 
     def marks_at(self, dirfd: int, name: bytes) -> Marks:
         """Return the marks of a file that is reached by a descriptor outside the tree, as the index is."""
         value = self._read_own(dirfd, name, set(sysio.listxattr_at(dirfd, name)))
-        return _file_marks(value, sysio.stat_at(dirfd, name).st_size if xattrs.METACOPY in value else 0)
+        is_copy, came_from, links = _file_marks(value)
+        return Marks(metacopy=is_copy, origin=came_from, nlink=links)
 
     def _read_own(self, dirfd: int, name: bytes, present: set[bytes]) -> dict[bytes, bytes]:
         values: dict[bytes, bytes] = {}
@@ -227,13 +227,11 @@ class Layer:
         return self._dirfds.retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
 
 
-def _file_marks(value: dict[bytes, bytes], size: int | None) -> Marks:
-    """Return what the values of marks say of a file of `size` bytes, None for a directory."""
-    marked = size is not None and xattrs.METACOPY in value and metacopy.parse(value[xattrs.METACOPY]) is not None
+def _file_marks(value: dict[bytes, bytes]) -> tuple[bool, Origin | None, bytes | None]:
+    """Return whether a file is metadata only, its origin and its link count, as the values of marks say."""
+    is_copy = xattrs.METACOPY in value and metacopy.parse(value[xattrs.METACOPY]) is not None
     came_from = origin.decode(value[xattrs.ORIGIN]) if xattrs.ORIGIN in value else None
-    # Copies of empty files are never metadata only: there is nothing that could stay below.
-    copied, emptied = marked and size != 0, marked and size == 0
-    return Marks(metacopy=copied, origin=came_from, nlink=value.get(xattrs.NLINK), emptied=emptied)
+    return is_copy, came_from, value.get(xattrs.NLINK)
 
 
 _FOREIGN = frozenset((xattrs.FUSEOVERLAYFS_OPAQUE,))
