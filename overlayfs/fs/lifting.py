@@ -503,7 +503,7 @@ class _Cut(LiftStep):
             sysio.close(fd)
 
     def _cut(self, fd: int) -> None:
-        """Cut, then drop the mark: the other way round a crash between would show zeros."""
+        """Cut, then drop the mark: the other way round a crash between would show zeros; so it shows what was there."""
         before = sysio.stat_at(fd, b"")
         sysio.truncate_fd(fd, 0)
         try:
