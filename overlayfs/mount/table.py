@@ -34,9 +34,19 @@ class Mount:
 
 def mounts() -> list[Mount]:
     """Return the mounts of this namespace that overlayfs made, oldest first; bind mounts of them are left out."""
-    known = {record.device: record for record in records.read_all()}
+    known = records.read_all()
     found = [mount for mount in kernel_mounts() if mount.type == TYPE and mount.root == b"/"]
-    return [_joined(mount, known.get(mount.device.decode())) for mount in found]
+    return [_joined(mount, _record_of(mount, known)) for mount in found]
+
+
+def _record_of(mount: KernelMount, known: list[Record]) -> Record | None:
+    """Return the record of the daemon behind a mount.
+
+    A daemon that is ending has lost its mount already, and the kernel gives the device to the next one.
+    """
+    same = (record for record in known if record.device == mount.device.decode())
+    own = mount.mountpoint
+    return max(same, key=lambda record: (os.fsencode(record.mountpoint) == own, record.started), default=None)
 
 
 def find(mountpoint: bytes) -> Mount:

@@ -1,11 +1,14 @@
 """Where the crash tests lie: no power is cut here, so that a disk in memory will do, and every sync is a quick one."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.disks import disk
+from tests.support.launcher import Launcher
+from tests.support.requirements import need, need_root
 
 SIZE = 1 << 30  # most of it is never written
 
@@ -15,3 +18,12 @@ def scratch(scratch: Path) -> Iterator[Path]:
     """The run's directory, for these tests: an ext4 whose image is in memory."""
     with disk("tmpfs", scratch / "memory") as memory, disk("ext4", memory / "disk", SIZE) as ext4:
         yield ext4
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Launcher]:
+    """What mounts fast."""
+    need_root()
+    need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
+    with Launcher() as launched:
+        yield launched

@@ -99,9 +99,9 @@ class Site:
         self.place = place
         for name in ("top", "base", "up", "work"):
             (place / name).mkdir(parents=True)
-        _build_layers(place)
+        build_layers(place / "base", place / "top")
         overlay = self.open()
-        _change_upper(overlay)
+        change_upper(overlay)
         overlay.close()
 
     def open(self, lock_wait: float = 0.0) -> Overlay:
@@ -122,8 +122,8 @@ class Site:
         return os.listdir(self.place / "work" / "work")
 
 
-def _build_layers(place: Path) -> None:
-    base, top = place / "base", place / "top"
+def build_layers(base: Path, top: Path) -> None:
+    """Fill two layers with something of each kind."""
     for directory in (base / "merged", base / "lower" / "inner", top / "merged", base / "gone", base / "empty"):
         directory.mkdir(parents=True)
     (base / "file").write_bytes(b"content of a lower file" * 300)
@@ -137,7 +137,8 @@ def _build_layers(place: Path) -> None:
     os.setxattr(base / "file", "user.kept", b"value")
 
 
-def _change_upper(overlay: Overlay) -> None:
+def change_upper(overlay: Overlay) -> None:
+    """Change something of each kind."""
     root = overlay.root
     overlay.unlink(root, b"hidden")
     overlay.rmdir(root, b"gone")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.store.layers import Layer
-from tests.crash.harness import TEARABLE, Fuse, Stopped, View, _build_layers, _change_upper, closed_again, view, write
+from tests.crash.harness import TEARABLE, Fuse, Stopped, View, build_layers, change_upper, closed_again, view, write
 from tests.crash.operations import OPERATIONS
 from tests.store.live import IMAGE, NAME, Site, Used
 from tests.support.campaign import Campaign
@@ -33,7 +33,7 @@ def make_site(place: Path) -> Callable[[], Site]:
         made += 1
         base = place / str(made)
         base.mkdir()
-        _build_layers(base)
+        build_layers(base / "base", base / "top")
         site = Site(base, base / "top", base / "base")
         with site.used() as used:
             change(used)
@@ -44,7 +44,7 @@ def make_site(place: Path) -> Callable[[], Site]:
 
 def change(used: Used) -> None:
     """Change something of each kind."""
-    _change_upper(used.overlay)
+    change_upper(used.overlay)
     for name in CHANGES:
         OPERATIONS[name](used.overlay)
 

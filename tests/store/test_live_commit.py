@@ -12,7 +12,7 @@ from overlayfs import Overlay, StackConfig, sysio
 from overlayfs.errors import UserError, oserror
 from overlayfs.fs import Changes, Node
 from overlayfs.store import hashing
-from tests.crash.harness import ROOT, _build_layers, view, write
+from tests.crash.harness import ROOT, build_layers, view, write
 from tests.crash.operations import OPERATIONS
 from tests.store.live import IMAGE, NAME, Site, Used
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.root
 @pytest.fixture
 def site(place: Path) -> Site:
     """An image of two layers."""
-    _build_layers(place)
+    build_layers(place / "base", place / "top")
     return Site(place, place / "top", place / "base")
 
 
@@ -128,10 +128,10 @@ def test_after_every_operation(site: Site, name: str) -> None:
 
 
 def _preparing(name: str) -> Iterator[Callable[[Overlay], object]]:
-    from tests.crash.harness import _change_upper
+    from tests.crash.harness import change_upper
     from tests.crash.operations import PREPARATIONS
 
-    yield _change_upper
+    yield change_upper
     if name in PREPARATIONS:
         yield PREPARATIONS[name]
 

@@ -30,3 +30,8 @@ class Points:
         except Exception as error:
             text = str(error) if isinstance(error, AssertionError) else repr(error)
             self.violations.append(f"{where}: {text or 'wrong'}")
+
+    def add(self, other: "Points") -> None:
+        """Take in what was found elsewhere."""
+        self.tried += other.tried
+        self.violations += other.violations

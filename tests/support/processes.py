@@ -52,6 +52,15 @@ def ends(pid: int, limit: float = LIMIT) -> bool:
     return bool(ready)
 
 
+def is_dead(pid: int) -> bool:
+    """Return whether a process has ended; a zombie has."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"Z"
+    except FileNotFoundError:
+        return True
+
+
 def reap(pid: int, limit: float = LIMIT) -> int:
     """Wait for a child's end and take its status; fail loudly if it lives on."""
     assert ends(pid, limit), f"process {pid} does not end: {command(pid)}"
