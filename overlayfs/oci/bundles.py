@@ -23,6 +23,7 @@ LAYOUT = b"oci-layout"
 INDEX = b"index.json"
 DOCKER_INDEX = b"manifest.json"
 _DEEPEST = 4  # indexes inside each other
+_LONGEST_SHOWN, _MOST_SHOWN = 80, 20
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -200,7 +201,10 @@ def _name_of(descriptor: Descriptor) -> str:
 
 
 def _listed(names: "Sequence[str] | dict[str, list[Descriptor]]") -> str:
-    return ", ".join(sorted(name or "one without a name" for name in names)) or "none"
+    """Return names for a sentence: no more of them, and of each, than a person reads."""
+    told = sorted(name[:_LONGEST_SHOWN] or "one without a name" for name in names)
+    rest = [f"{len(told) - _MOST_SHOWN} more"] if len(told) > _MOST_SHOWN else []
+    return ", ".join(told[:_MOST_SHOWN] + rest) or "none"
 
 
 # --- docker save ---------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Platform(msgspec.Struct, frozen=True, omit_defaults=True):
     variant: str = ""
 
     def __str__(self) -> str:
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))[:80]  # for sentences
 
 
 class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel"):
@@ -169,7 +169,7 @@ def decode(data: bytes, kind: type[Document], what: str) -> Document:
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise DocumentError(f"{what} cannot be used: {error}") from error
+        raise DocumentError(f"{what} cannot be used: {str(error)[:200]}") from error
     except RecursionError:
         raise DocumentError(f"{what} cannot be used: it is nested too deeply") from None
 

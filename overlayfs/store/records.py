@@ -107,8 +107,8 @@ def decode(document: bytes, kind: type[Kept], where: str) -> Kept:
         if not is_whole(document):
             raise msgspec.DecodeError("its check does not fit")
         return msgspec.json.decode(document, type=kind)
-    except msgspec.DecodeError as error:
-        raise UserError(f"{where} is damaged: {error}; restore it from a copy, or remove it") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is damaged: {str(error)[:200]}; restore it from a copy, or remove it") from None
 
 
 _CHECK = b',"check":"'

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import UserError
+from overlayfs.store import records
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
@@ -243,3 +244,18 @@ def test_ten_thousand_layers_are_not_looked_at(store: LayerStore, place: Path) -
         (place / "aside").rename(room)
     with open_store(place) as opened:
         assert opened.layer(layer.id).id == layer.id
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b'{"name": "\xff"}',
+        b'{"name": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+        b'{"name": "' + b"x" * 5000 + b'"}',
+        b"{}",
+    ],
+)
+def test_what_has_its_check_and_is_no_record_is_a_sentence(document: bytes) -> None:
+    with pytest.raises(UserError, match=r"the record is damaged: .*; restore it from a copy, or remove it") as caught:
+        records.decode(records.sealed(document), ImageRecord, "the record")
+    assert len(str(caught.value)) < 400

@@ -42,18 +42,30 @@ def run_as(user: User, act: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def become(user: User) -> None:
+    """Take on the ids of a user, for good."""
+    os.setgroups(list(user.groups))
+    os.setresgid(user.gid, user.gid, user.gid)
+    os.setresuid(user.uid, user.uid, user.uid)
+    os.umask(user.umask)
+
+
 def _child(writer: int, user: User, act: Callable[[], object]) -> None:
-    try:
-        os.setgroups(list(user.groups))
-        os.setresgid(user.gid, user.gid, user.gid)
-        os.setresuid(user.uid, user.uid, user.uid)
-        os.umask(user.umask)
-        answer = pickle.dumps((True, act()))
-    except BaseException as error:  # the parent raises it
-        answer = _packed(error)
+    def act_as() -> object:
+        become(user)
+        return act()
+
     with open(writer, "wb") as stream:
-        stream.write(answer)
+        stream.write(answer_of(act_as))
     os._exit(0)
+
+
+def answer_of(act: Callable[[], object]) -> bytes:
+    """Return, pickled, whether `act` worked, and what it returned or raised: the parent raises it."""
+    try:
+        return pickle.dumps((True, act()))
+    except BaseException as error:
+        return _packed(error)
 
 
 def _packed(error: BaseException) -> bytes:

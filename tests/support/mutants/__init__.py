@@ -8,11 +8,11 @@ here has a table `MUTANTS` of its own.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from tests.support.mutants import atomicity, durability, errors, order, together
+from tests.support.mutants import atomicity, confinement, durability, errors, order, together
 
 Patch = Callable[[], AbstractContextManager[object]]
 
-_TABLES = (each.MUTANTS for each in (atomicity, durability, errors, order, together))
+_TABLES = (each.MUTANTS for each in (atomicity, confinement, durability, errors, order, together))
 MUTANTS: dict[str, Patch] = {name: patch for table in _TABLES for name, patch in table.items()}
 """By name, M1 to M9 or what is wrong: what makes the patch; it is made only when it is asked for."""
 

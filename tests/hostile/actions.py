@@ -1,0 +1,273 @@
+"""What is done with each entry of the corpus, as acts of `tests.support.apart`: import, stack, read, copy-up, commit.
+
+An act goes through the tree like a program that has no idea of what it may meet: by descriptors, without following
+links, opening only regular files. An error of one object is an answer; it is counted, and the next one follows.
+"""
+
+import errno
+import os
+import resource
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from overlayfs import Store
+from overlayfs.errors import UserError
+from overlayfs.mount import control
+from overlayfs.store import committing, hashing
+from overlayfs.store.adoption import NewLayer
+from overlayfs.store.committing import Commit
+from overlayfs.store.layers import Layer
+from overlayfs.store.records import ImageRecord, now
+from tests.mounted.polling import until
+
+_ENDS = 1 << 20  # bytes of a large file that are read at either end
+_MOST = 4 << 20
+_NOWAIT = os.O_NONBLOCK | os.O_NOFOLLOW
+ANSWERS = frozenset({
+    "EACCES", "EIO", "EINVAL", "ENAMETOOLONG", "ENODATA", "ENOENT", "ENOSPC", "ENOTSUP", "ENXIO", "EPERM", "E2BIG",
+    "ESTALE", "EROFS", "EBUSY", "ENODEV", "EFBIG", "EOVERFLOW",
+})  # fmt: skip
+"""Errors that a program may get of an object. Others, such as ELOOP or EXDEV, would be our own ways showing."""
+
+
+class Seen:
+    """How many objects a walk met, how many errors of each kind, and what is wrong."""
+
+    def __init__(self, secret: bytes) -> None:
+        self.secret = secret
+        self.objects = 0
+        self.errors: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    def note(self, error: OSError, what: str, name: bytes) -> None:
+        """Count an error."""
+        told = errno.errorcode.get(error.errno or 0, "?").replace("EOPNOTSUPP", "ENOTSUP")
+        self.errors[told] += 1
+        if told not in ANSWERS:
+            self.wrong.append(f"{what} {name!r}: {told}")
+
+    def check(self, data: bytes, what: str, name: bytes) -> None:
+        """Look for the secret."""
+        if self.secret in data:
+            self.wrong.append(f"{what} {name!r} shows what lies outside")
+
+    @contextmanager
+    def counted(self, what: str, name: bytes) -> Iterator[None]:
+        """Count the error of one step."""
+        try:
+            yield
+        except OSError as error:
+            self.note(error, what, name)
+
+
+Visit = Callable[[int, bytes, os.stat_result], None]
+
+
+def _walk(top: bytes, seen: Seen, visit: Visit) -> None:
+    """Visit every object below a directory, however deep, before what is in it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    pending = [_opened(os.open(top, os.O_RDONLY | os.O_DIRECTORY))]
+    while pending:
+        fd, names = pending[-1]
+        if not names:
+            os.close(fd)
+            pending.pop()
+            continue
+        name = names.pop()
+        seen.objects += 1
+        with seen.counted("stat", name):
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            visit(fd, name, found)
+            if stat.S_ISDIR(found.st_mode):
+                pending.append(_opened(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)))
+
+
+def _opened(fd: int) -> tuple[int, list[bytes]]:
+    try:
+        return fd, [os.fsencode(name) for name in os.listdir(fd)]
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+# --- the five ----------------------------------------------------------------------------------------------
+
+
+def import_(store: bytes, source: bytes, name: str) -> str:
+    """Import; return the sentence of a refusal, empty for none."""
+    try:
+        with Store(store) as opened:
+            opened.import_image(source, name)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def place(store: bytes, trees: Sequence[bytes], name: str, hashed: bool) -> bool:
+    """Make directories, top first, the layers of an image."""
+    with Store(store) as opened:
+        layers: list[Layer] = []
+        for tree in reversed(trees):
+            below = tuple(layer.id for layer in reversed(layers))
+            layers.append(opened.adopt(tree, NewLayer(flags=("redirect", "metacopy"), below=below)))
+        ids = tuple(layer.id for layer in reversed(layers))
+        opened.put_image(ImageRecord(name=name, layers=ids, created=now()))
+        if hashed:
+            for layer in layers:
+                hashing.hash_layer(opened, layer)
+    return True
+
+
+def read(point: bytes, secret: bytes, shows: Mapping[str, bytes | None]) -> Seen:
+    """Read all that a mount shows: attributes, targets, names and content."""
+    seen = Seen(secret)
+    _walk(point, seen, partial(_read_one, seen))
+    for path, content in shows.items():
+        found = _content(point + b"/" + path.encode())
+        if found != content:
+            seen.wrong.append(f"{path}: {found!r} instead of {content!r}")
+    return seen
+
+
+def _content(path: bytes) -> bytes | None:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _read_one(seen: Seen, dirfd: int, name: bytes, found: os.stat_result) -> None:
+    path = b"/proc/self/fd/%d/%b" % (dirfd, name)
+    if stat.S_ISLNK(found.st_mode):
+        os.readlink(name, dir_fd=dirfd)
+    for attribute in os.listxattr(path, follow_symlinks=False):
+        with seen.counted("getxattr", name):
+            seen.check(os.getxattr(path, attribute, follow_symlinks=False), attribute, name)
+    if stat.S_ISREG(found.st_mode):
+        with seen.counted("read", name):
+            _read_file(seen, dirfd, name, found.st_size)
+    elif stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
+        _refused_to_open(seen, dirfd, name)
+
+
+def _read_file(seen: Seen, dirfd: int, name: bytes, size: int) -> None:
+    fd = os.open(name, os.O_RDONLY | _NOWAIT, dir_fd=dirfd)
+    try:
+        starts = (0,) if size <= _MOST else (0, max(size - _ENDS, 0))
+        for start in starts:
+            seen.check(os.pread(fd, _MOST if size <= _MOST else _ENDS, start), "the content of", name)
+    finally:
+        os.close(fd)
+
+
+def _refused_to_open(seen: Seen, dirfd: int, name: bytes) -> None:
+    """A device of a layer must not open: mounts are nodev."""
+    try:
+        os.close(os.open(name, os.O_RDONLY | _NOWAIT, dir_fd=dirfd))
+    except OSError as error:
+        seen.note(error, "open", name)
+    else:
+        seen.wrong.append(f"the device {name!r} opens")
+
+
+def copy_up(point: bytes, secret: bytes) -> Seen:
+    """Change everything: mode, owner, times, attributes, content, names."""
+    seen = Seen(secret)
+    _walk(point, seen, partial(_change_one, seen))
+    for name in os.listdir(point):
+        with seen.counted("rename", name):
+            os.rename(point + b"/" + name, point + b"/" + name[:200] + b".moved")
+    return seen
+
+
+def _change_one(seen: Seen, dirfd: int, name: bytes, found: os.stat_result) -> None:
+    path = b"/proc/self/fd/%d/%b" % (dirfd, name)
+    link = stat.S_ISLNK(found.st_mode)
+    steps: dict[str, Callable[[], object]] = {
+        "chown": partial(os.chown, name, 1, 1, dir_fd=dirfd, follow_symlinks=False),
+        "utime": partial(os.utime, name, ns=(1, 1), dir_fd=dirfd, follow_symlinks=False),
+    }
+    if not link:
+        steps["chmod"] = partial(os.chmod, name, 0o777, dir_fd=dirfd)
+        steps["setxattr"] = partial(os.setxattr, path, "user.changed", b"1", follow_symlinks=False)
+    if stat.S_ISREG(found.st_mode):
+        steps["write"] = partial(_write, dirfd, name)
+        steps["link"] = partial(os.link, name, name[:200] + b".linked", src_dir_fd=dirfd, dst_dir_fd=dirfd)
+    elif not stat.S_ISDIR(found.st_mode):
+        steps["unlink"] = partial(os.unlink, name, dir_fd=dirfd)
+    for what, step in steps.items():
+        with seen.counted(what, name):
+            step()
+
+
+def _write(dirfd: int, name: bytes) -> None:
+    fd = os.open(name, os.O_WRONLY | _NOWAIT, dir_fd=dirfd)
+    try:
+        os.pwrite(fd, b"changed", 0)
+    finally:
+        os.close(fd)
+
+
+def commit_copy(point: bytes, destination: bytes) -> str:
+    """Commit a mount to a directory; return the sentence of a refusal, empty for none."""
+    try:
+        control.request(point, "commit", destination=os.fsdecode(destination))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def commit_live(point: bytes, image: str) -> None:
+    """Commit a mounted image, and wait until the layer is hashed."""
+    layer = control.request(point, "commit-image", image=image, allow_empty=True)["layer"]
+    until(lambda: control.request(point, "hashing", layer=layer)["state"] != "hashing")
+    found = control.request(point, "hashing", layer=layer)
+    if found["state"] != "done":
+        raise UserError(f"hashing failed: {found['told']}")
+
+
+def commit_workspace(store: bytes, workspace: str, image: str, hashed: bool) -> bool:
+    """Commit a workspace that is not mounted any more; hashed False: to read it all there is no time."""
+    with Store(store) as opened:
+        if hashed:
+            opened.commit_workspace(workspace, image=image, allow_empty=True)
+        else:
+            committing.commit_workspace(opened, workspace, Commit(image=image, allow_empty=True))
+    return True
+
+
+def export(store: bytes, image: str, target: bytes) -> str:
+    """Export an image; return the sentence of a refusal, for no archive can hold every layer, empty for none."""
+    try:
+        with Store(store) as opened:
+            opened.export_image(image, target, form="oci-archive")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def verify(store: bytes) -> list[str]:
+    """Verify a store; return what is not as it was when it was committed."""
+    with Store(store) as opened:
+        return [f"{found.path!r} is {found.kind}: {found.differs}" for found in opened.verify().problems]
+
+
+def time_of(pid: int) -> float:
+    """Return how many seconds of the processors a process has used; 0 for one that is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            fields = stream.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_of(pid: int) -> int:
+    """Return the peak of a process's resident memory, in bytes."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))

@@ -1,0 +1,61 @@
+"""T13: what hostile layers and archives cannot do, whatever is done with them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.corpus import CORPUS
+from tests.hostile.trial import ACTIONS, MODULES, Trial
+from tests.support import engines
+from tests.support.apart import Apart
+from tests.support.campaign import Campaign
+from tests.support.requirements import need_root
+
+pytestmark = pytest.mark.root
+LINKED = (12, 13, 14, 16, 20)
+"""Entries that lead outside where a path is followed."""
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Apart]:
+    """Processes for the actions."""
+    need_root()
+    with Apart(*MODULES) as started:
+        yield started
+
+
+@pytest.fixture
+def make_trial(campaign: Campaign, apart: Apart, place: Path) -> Callable[..., Trial]:
+    """A maker of trials of the size of this run."""
+
+    def make(engine: str, mutant: str | None = None) -> Trial:
+        (place / engine).mkdir()
+        return Trial(place / engine, apart, engine, campaign.full, mutant)
+
+    return make
+
+
+@pytest.mark.campaign("T13")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", CORPUS)
+def test_nothing_gets_out_and_nothing_ends(campaign: Campaign, make_trial: Callable[..., Trial], number: int) -> None:
+    """Each entry, five actions: a point is one of them with all forms of the entry."""
+    for engine in engines.NAMES if campaign.full else (engines.current(),):
+        trial = make_trial(engine)
+        trial.run(number)
+        assert {action for _, action in trial.taken} == set(ACTIONS)
+        campaign.held(f"hostile objects by five actions, engine {engine}", len(trial.taken), trial.violations)
+
+
+@pytest.mark.campaign("T13")
+def test_joined_paths_are_noticed(campaign: Campaign, make_trial: Callable[..., Trial]) -> None:
+    trial = make_trial(engines.current(), mutant="M4")
+    for number in LINKED:
+        trial.run(number)
+    campaign.caught("M4", len(trial.taken), trial.violations)
+    assert any("outside" in violation for violation in trial.violations)
+
+
+def test_the_corpus_is_complete() -> None:
+    assert sorted(CORPUS) == list(range(1, 45))
