@@ -313,9 +313,9 @@ class Life:
             self.both(lambda: self.tree.chmod(path, mode), lambda: self.model.chmod(path, mode))
 
     def lasting(self, item: Item, mode: int) -> int:
-        """The part of a mode that the next write of root leaves alone."""
-        written = self.unseen_writers and any(file.writes for file in self.open_files if file.item is item)
-        return mode & 0o777 if written else mode
+        """The part of a mode that the next write of root leaves alone, where who has it open may keep it past us."""
+        passes = self.unseen_writers and any(file.item is item for file in self.open_files)
+        return mode & 0o777 if passes else mode
 
     @step(path=a_path, uid=one_of(NEW_IDS), gid=one_of(NEW_IDS))
     def chown(self, path: str, uid: int, gid: int) -> None:
