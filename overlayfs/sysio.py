@@ -213,9 +213,21 @@ def open_child(dirfd: int, name: bytes, flags: int, mode: int = 0) -> int:
 
 
 def close(fd: int) -> None:
-    """Close a descriptor; it is closed even if a signal has interrupted that (close(2))."""
-    with contextlib.suppress(InterruptedError):
+    """Close a descriptor, which it is afterwards whatever is reported (close(2)): only EBADF, a defect, is raised.
+
+    What is written is synced where it counts; `flush` is for those who want to hear what a close reports.
+    """
+    try:
         os.close(fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise
+
+
+@_restarted
+def flush(fd: int) -> None:
+    """Raise what the file system reports when an open file is closed, as NFS and quotas do; it stays open."""
+    os.close(os.dup(fd))
 
 
 # --- looking -----------------------------------------------------------------------------------------------

@@ -223,10 +223,10 @@ class Files:
         return sysio.write_at(fd, offset, data)
 
     def flush(self, number: int) -> None:
-        """Close a duplicate of the writing descriptor: the file system reports then what it would at a close."""
+        """Raise what the file system reports when the last writer closes."""
         handle = self.file(number)
         if handle.writes and handle.node.writer is not None:
-            sysio.close(os.dup(handle.node.writer))
+            sysio.flush(handle.node.writer)
 
     def writer_of(self, number: int | None) -> int | None:
         """Return the writing descriptor behind a handle, if there is one."""

@@ -320,7 +320,7 @@ class _Build(LiftStep):
             self._source.close()
             self._source = None
         if self._staged is not None:
-            self._upper.work.discard(self._staged)
+            self._upper.work.tidy(self._staged)
             self._staged = None
 
     def publish(self) -> None:
@@ -415,7 +415,7 @@ class _Build(LiftStep):
         # Unlinked while it was open: the copy lives as long as the node, without a name.
         assert self._staged is not None
         node.orphan = sysio.open_child(self._upper.work.fd, self._staged, os.O_PATH)
-        self._upper.work.discard(self._staged)
+        self._upper.work.tidy(self._staged)
         self._staged = None
 
     def _link(self, node: File, pinned: int, parent: Dir, name: bytes) -> None:

@@ -70,7 +70,7 @@ def build(upper: Upper, source: Source) -> bytes:
         if stat.S_ISREG(source.stat.st_mode) and source.content is Content.COPY and not upper.volatile:
             _sync(upper, name)
     except BaseException:
-        upper.work.discard(name)
+        upper.work.tidy(name)
         raise
     return name
 

@@ -179,7 +179,7 @@ class Upper(Layer):
                 dress(self.work.fd, temporary)
             self.publish(temporary, place, how)
         except BaseException:
-            self.work.discard(temporary)
+            self.work.tidy(temporary)
             raise
 
     def publish(self, temporary: bytes, place: Place, how: Create) -> None:
@@ -203,7 +203,7 @@ class Upper(Layer):
         try:
             self.publish(temporary, place, how)
         except BaseException:
-            self.work.discard(temporary)
+            self.work.tidy(temporary)
             raise
 
     # --- removing --------------------------------------------------------------------------------------

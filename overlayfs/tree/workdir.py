@@ -11,7 +11,6 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 
 from overlayfs import sysio
 from overlayfs.errors import InUseError, MountError
@@ -37,6 +36,7 @@ class WorkDir:
         self.index: int | None = None
         self._volatile = False
         self._numbers = itertools.count(1)
+        self._left: list[bytes] = []  # what could not be removed
 
     @classmethod
     def open(cls, path: bytes) -> "WorkDir":
@@ -109,6 +109,9 @@ class WorkDir:
 
     def temporary(self) -> bytes:
         """Return a name that is free in `work/`, in the kernel's form. Any thread may ask."""
+        left, self._left = self._left, []
+        for name in left:
+            self.tidy(name)
         return b"#%x" % next(self._numbers)
 
     def discard(self, name: bytes) -> None:
@@ -116,9 +119,11 @@ class WorkDir:
         remove_tree(self.fd, name)
 
     def tidy(self, name: bytes) -> None:
-        """Discard after the step that counts: a failure is no reason to fail that, the next mount empties the place."""
-        with suppress(OSError):
+        """Discard what nothing depends on: a failure is tried again later, and the next mount empties the place."""
+        try:
             self.discard(name)
+        except OSError:
+            self._left.append(name)
 
     def close(self, clean: bool) -> None:
         """Give the descriptors back; `clean`: all is synced, so that the volatile mark may go."""

@@ -13,7 +13,7 @@ from tests.support.launcher import Launcher
 from tests.support.points import Points
 from tests.support.tracer import Aim, Tracer
 
-MOST = 90  # system calls of one act
+MOST = 130  # system calls of one act
 QUICK_ACTS = 3  # of each group
 
 Make = Callable[..., Scene]

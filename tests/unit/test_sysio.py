@@ -735,6 +735,7 @@ READING = {
     "open_beneath",
     "open_child",
     "close",
+    "flush",
     "exists_at",
     "stat_at",
     "statvfs_fd",
@@ -832,16 +833,23 @@ def test_an_interrupted_look_is_made_again(place: Path, here: int, call: str, mo
     assert not left
 
 
-def test_an_interrupted_close_is_not_made_again(here: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = []
+@pytest.mark.parametrize("code", [errno.EINTR, errno.EIO, errno.EDQUOT])
+def test_what_a_close_reports_is_for_those_who_flush(place: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = os.open(place / _write(place, "file").decode(), os.O_WRONLY)
+    close, closed = os.close, []
 
-    def interrupted(fd: int) -> None:
-        closed.append(fd)
-        raise InterruptedError
+    def report(number: int) -> None:
+        close(number)
+        closed.append(number)
+        if len(closed) == 1:
+            raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "close", interrupted)
-    sysio.close(here)
-    assert closed == [here]
+    monkeypatch.setattr(os, "close", report)
+    assert attempt(sysio.flush, fd) == (None if code == errno.EINTR else code)
+    closed.clear()
+    sysio.close(fd)
+    assert closed == [fd]
+    assert attempt(sysio.close, fd) == errno.EBADF
 
 
 def test_reading_announces_nothing(place: Path, here: int, monkeypatch: pytest.MonkeyPatch) -> None:

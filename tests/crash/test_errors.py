@@ -1,0 +1,112 @@
+"""Every system call of the real daemon fails, once and for good, by both engines: campaign T3.
+
+The caller gets the error, the tree is as before, nothing is left behind, and the same call works afterwards (C3); the
+daemon lives on (C4).
+"""
+
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.crash.aimed import GROUPS, Scene, Undisturbed, is_one_of
+from tests.support import engines, processes
+from tests.support.campaign import Campaign
+from tests.support.launcher import Launcher
+from tests.support.points import Points
+from tests.support.tracer import Aim, Tracer
+
+FOR_GOOD = 1 << 30
+KINDS = (
+    *((error, times) for error in (errno.ENOSPC, errno.EIO, errno.EMFILE) for times in (1, FOR_GOOD)),
+    (errno.EINTR, 1),
+    (errno.EINTR, 20),  # for good it would be waited for until it ends
+)
+FEW = 2  # of the kinds, for calls that only look
+MOST = 330  # points of one act
+QUICK_ACTS = 2  # of each group
+
+Make = Callable[..., Scene]
+
+pytestmark = pytest.mark.timeout(1200)
+
+
+@pytest.fixture
+def make(place: Path, launch: Launcher) -> Make:
+    """A maker of scenes: engine, act, number of rooms, mutant."""
+    return lambda *words: Scene(place / "scene", launch, *words)
+
+
+def every_aim(first: Undisturbed) -> Iterator[Aim]:
+    """Each call that changes something fails in every way, each one that looks in a few."""
+    changing = set(first.changing)
+    for at in first.all:
+        shift = FEW * at
+        kinds = KINDS if at in changing else [KINDS[(shift + more) % len(KINDS)] for more in range(FEW)]
+        yield from (Aim(at, *kind) for kind in kinds)
+
+
+def fail(scene: Scene, choose: Callable[[Undisturbed], list[Aim]]) -> Points:
+    """Let calls of an act fail, each in a room of its own."""
+    points = Points()
+    first = scene.undisturbed()
+    aims = choose(first)
+    used = scene.free(len(aims))
+    for aim, room in zip(aims, used, strict=True):
+        with points.at(_named(scene, first, aim)):
+            points.tried -= not _fail(scene, room, aim, first)
+        if processes.is_dead(scene.pid):
+            scene.start()
+    with points.at(f"{scene.name} by {scene.engine}, at the end"):
+        scene.stop()
+        scene.start()
+        for room in used:
+            is_one_of(scene.view(room), new=first.new)
+        scene.check_layers()
+        scene.stop()
+    return points
+
+
+def _named(scene: Scene, first: Undisturbed, aim: Aim) -> str:
+    times = {1: "once", FOR_GOOD: "for good"}.get(aim.times, f"{aim.times} times")
+    where = f"at {first.calls[aim.at - 1]}, call {aim.at} of {len(first.calls)}"
+    return f"{scene.name} by {scene.engine}, {errno.errorcode[aim.error]} {times} {where}"
+
+
+def _fail(scene: Scene, room: str, aim: Aim, first: Undisturbed) -> bool:
+    with Tracer(scene.pid, aim) as tracer:
+        told = scene.do(room)
+    assert not processes.is_dead(scene.pid), "the daemon has died"
+    assert told is None or told.errno == aim.error != errno.EINTR, f"the caller was told {told!r}"
+    done = scene.check(room, first)
+    if aim.times != FOR_GOOD:
+        assert done == (told is None), "it failed and was done" if done else "it was not done"
+    if told is not None:
+        assert aim.times == FOR_GOOD or scene.staged == [], "something is left in the work directory"
+        _do_again(scene, room, aim)
+    assert scene.check(room, first), "the second attempt went wrong"
+    return tracer.hit
+
+
+def _do_again(scene: Scene, room: str, aim: Aim) -> None:
+    again = scene.do(room)
+    # What failed for good may have been done and could not be undone.
+    late = aim.times == FOR_GOOD and isinstance(again, FileExistsError | FileNotFoundError)
+    assert again is None or late, f"it cannot be done again: {again!r}"
+
+
+@pytest.mark.campaign("T3")
+@pytest.mark.parametrize("engine", engines.NAMES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_call_fails(campaign: Campaign, make: Make, engine: str, group: str) -> None:
+    def choose(first: Undisturbed) -> list[Aim]:
+        aims = list(every_aim(first))
+        return aims if campaign.full else aims[:: len(aims) // 8]
+
+    points = Points()
+    names = list(GROUPS[group])
+    for name in names if campaign.full else names[:: len(names) // QUICK_ACTS][:QUICK_ACTS]:
+        with make(engine, name, campaign.size(12, MOST)) as scene:
+            points.add(fail(scene, choose))
+    campaign.held(f"system calls of the daemon that fail, engine {engine}", points.tried, points.violations)
