@@ -269,7 +269,8 @@ class _Build(LiftStep):
             if self._content is Content.COPY:
                 data = self._open_data()
             marks = self._marks(layer, pin)
-            return Source(pin, layer.stat_at(pin, b""), self._content, data, marks, layer.override is not None)
+            suid = layer.suid or not self._upper.suid
+            return Source(pin, layer.stat_at(pin, b""), self._content, data, marks, layer.override is not None, suid)
         except BaseException:
             sysio.close(pin)
             if data is not None:

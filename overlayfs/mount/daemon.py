@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -53,6 +54,7 @@ def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
             stack.enter_context(_held(options.lodging))
         overlay = _open(options)
         stack.callback(_close, overlay)
+        overlay.notices.extend(_withheld(options, overlay))
         engine = engines.build(options, overlay)
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the loop can turn them into an unmount
         engine.attach(mountpoint, _settings(options, overlay))
@@ -74,7 +76,15 @@ def _prepare_process(options: MountOptions) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     foreground = options.foreground or options.debug
-    logs.set_up(foreground, options.debug, records.run_directory() / "log")
+    logs.set_up(foreground, options.debug, _log_file())
+
+
+def _log_file() -> Path | None:
+    """Return where the log goes on a system without syslog; nowhere, if others can write there."""
+    try:
+        return records.make_run_directory() / "log"
+    except OSError:
+        return None
 
 
 def _open(options: MountOptions) -> Overlay:
@@ -100,13 +110,22 @@ def _clear_remains(mountpoint: bytes) -> None:
         raise MountError(f"the mount at {os.fsdecode(mountpoint)} was cut off from the kernel")
 
 
+def _withheld(options: MountOptions, overlay: Overlay) -> list[str]:
+    """Return a sentence for each right that was asked for and that not every layer gives (CVE-2016-1576)."""
+    facts = (
+        (options.suid and not overlay.allows_suid, "a layer lies on a nosuid mount: set-id programs gain no rights"),
+        (options.dev and not overlay.allows_devices, "a layer lies on a nodev mount: devices do not open"),
+    )
+    return [text for withheld, text in facts if withheld]
+
+
 def _settings(options: MountOptions, overlay: Overlay) -> MountSettings:
     return MountSettings(
         source=options.source,
         allow_other=options.allow_other or (os.geteuid() == 0 and not options.allow_root),
         allow_root=options.allow_root,
-        suid=options.suid,
-        dev=options.dev,
+        suid=options.suid and overlay.allows_suid,
+        dev=options.dev and overlay.allows_devices,
         exec=options.exec,
         read_only=options.read_only or overlay.read_only,
         atime=options.atime,

@@ -21,7 +21,8 @@ from overlayfs.tree.upper import Upper
 # An upper that cannot hold these is no reason to fail: labels are set by policy, see semantics, section 8.
 _OPTIONAL = frozenset((b"security.selinux",))
 _OPTIONAL_PREFIXES = (b"trusted.",)
-_ACL = b"system.posix_acl_access"
+_CAPABILITY = b"security.capability"
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 class Content(Enum):
@@ -38,7 +39,8 @@ class Source:
 
     pin: an O_PATH descriptor. data: a descriptor open for reading, for Content.COPY of a regular file.
     marks: suffix and value of each attribute of the format that the copy gets. override: the layer's files carry
-    override attributes, which belong to the layer and are not copied.
+    override attributes, which belong to the layer and are not copied. suid: False when the copy of a file must not give
+    anybody rights that the layer, which lies on a nosuid mount, does not give.
     """
 
     pin: int
@@ -47,6 +49,7 @@ class Source:
     data: int | None = None
     marks: Mapping[bytes, bytes] = field(default_factory=dict)
     override: bool = False
+    suid: bool = True
 
     def close(self) -> None:
         """Give the descriptors back."""
@@ -109,7 +112,7 @@ def _copy_owner(upper: Upper, source: Source, name: bytes) -> None:
 def copy_xattrs(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
     """Copy all attributes but private ones and marks of the format; escaped ones stay escaped."""
     for attribute in sysio.listxattr_at(source.pin, b""):
-        if xattrs.is_private(attribute, source.override):
+        if xattrs.is_private(attribute, source.override) or (attribute == _CAPABILITY and not source.suid):
             continue
         try:
             sysio.setxattr_at(dirfd, name, attribute, sysio.getxattr_at(source.pin, b"", attribute))
@@ -126,7 +129,8 @@ def _is_optional(upper: Upper, attribute: bytes) -> bool:
 
 def _copy_mode_and_times(upper: Upper, source: Source, name: bytes) -> None:
     if not stat.S_ISLNK(source.stat.st_mode):
-        upper.set_mode(upper.work.fd, name, stat.S_IMODE(source.stat.st_mode))
+        kept = ~0 if source.suid or not stat.S_ISREG(source.stat.st_mode) else ~_SET_ID
+        upper.set_mode(upper.work.fd, name, stat.S_IMODE(source.stat.st_mode) & kept)
     cut = stat.S_ISREG(source.stat.st_mode) and source.content is Content.NONE and source.stat.st_size > 0
     mtime = time.time_ns() if cut else source.stat.st_mtime_ns  # truncating is a change of the content
     sysio.utimens_at(upper.work.fd, name, source.stat.st_atime_ns, mtime)
@@ -151,11 +155,11 @@ def fill(upper: Upper, pin: int, target: int, data: int) -> None:
     The mark goes last: until then a reader, also after a crash, takes the data from below. Times stay.
     """
     before = sysio.stat_at(target, b"")
-    caps = sysio.find_xattr(target, b"", b"security.capability")
+    caps = sysio.find_xattr(target, b"", _CAPABILITY)
     sysio.truncate_fd(target, 0)
     copy_data(data, target)
     if caps is not None:  # writing has removed it
-        sysio.setxattr_at(pin, b"", b"security.capability", caps)
+        sysio.setxattr_at(pin, b"", _CAPABILITY, caps)
     sysio.utimens_at(target, b"", before.st_atime_ns, before.st_mtime_ns)
     if not upper.volatile:
         sysio.fsync(target)
