@@ -20,13 +20,13 @@ import trio
 from overlayfs import Overlay
 from overlayfs.errors import InUseError, MountError
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.mount import engines, records, stale, table
+from overlayfs.mount import engines, neighbours, records, stale, table
 from overlayfs.mount import log as logs
 from overlayfs.mount.detach import detach
 from overlayfs.mount.mountinfo import KernelMount, mounted_on
 from overlayfs.mount.mountsync import sync_mount
 from overlayfs.mount.options import Lodging, MountOptions
-from overlayfs.mount.records import Record
+from overlayfs.mount.records import Record, Written
 from overlayfs.mount.server import Control
 
 if TYPE_CHECKING:
@@ -55,13 +55,14 @@ def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
         overlay = _open(options)
         stack.callback(_close, overlay)
         overlay.notices.extend(_withheld(options, overlay))
+        written = neighbours.written(options.stack)  # before the mount covers any of it
         engine = engines.build(options, overlay)
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the loop can turn them into an unmount
         engine.attach(mountpoint, _settings(options, overlay))
         stack.callback(_clear_remains, mountpoint)
         stack.callback(engine.detach)
         os.chdir("/")
-        _serve(_Life(options, mountpoint, engine, tell))
+        _serve(_Life(options, mountpoint, engine, tell, written))
 
 
 def _held(used: Lodging) -> contextlib.AbstractContextManager[None]:
@@ -169,7 +170,9 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 class _Life:
     """What runs on the loop: the engine, the control socket, the signals."""
 
-    def __init__(self, options: MountOptions, mountpoint: bytes, engine: Engine, tell: Tell) -> None:
+    def __init__(
+        self, options: MountOptions, mountpoint: bytes, engine: Engine, tell: Tell, written: tuple[Written, ...]
+    ) -> None:
         self.shown = os.fsdecode(mountpoint)
         self._options = options
         self._mountpoint = mountpoint
@@ -177,6 +180,7 @@ class _Life:
         self._tell = tell
         self._handshake = trio.Event()
         self._kernel: KernelMount | None = mounted_on(mountpoint)
+        self._written = written
 
     async def live(self) -> None:
         """Serve until the mount is gone."""
@@ -226,6 +230,7 @@ class _Life:
             work=None if stack.work is None else os.fsdecode(stack.work),
             engine=self._engine.name,
             notices=tuple(self._engine.overlay.notices),
+            written=self._written,
             **_lodging_words(self._options),
         )
 

@@ -13,6 +13,19 @@ import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Written(NamedTuple):
+    """A directory that a mount writes to: what it is to it, how the user called it, and where it lies.
+
+    `device` is the major:minor of its file system, `place` its path from the root of that.
+    """
+
+    what: str
+    path: str
+    device: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,7 @@ class Record:
     """What a daemon says about its mount.
 
     `device` is the major:minor of mountinfo, `started` the start of the process in clock ticks since boot. `image`,
-    `workspace` and `store` are set for a mount of an image.
+    `workspace` and `store` are set for a mount of an image. `written` are its upper and work directory.
     """
 
     pid: int
@@ -36,6 +49,7 @@ class Record:
     image: str | None = None
     workspace: str | None = None
     store: str | None = None
+    written: tuple[Written, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -125,6 +139,7 @@ def _read(path: Path) -> Record | None:
     try:
         fields = json.loads(path.read_text())
         fields.update(lower=tuple(fields["lower"]), notices=tuple(fields["notices"]))
+        fields.update(written=tuple(Written(*each) for each in fields.get("written", ())))
         record = Record(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
