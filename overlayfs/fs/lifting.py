@@ -276,7 +276,8 @@ class _Build(LiftStep):
                 data = self._open_data()
             marks = self._marks(layer, pin)
             found = resized(layer.stat_at(pin, b""), self._size)
-            return Source(pin, found, self._content, data, marks, layer.override is not None)
+            suid = layer.suid or not self._upper.suid
+            return Source(pin, found, self._content, data, marks, layer.override is not None, suid)
         except BaseException:
             sysio.close(pin)
             if data is not None:

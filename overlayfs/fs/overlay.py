@@ -72,6 +72,16 @@ class Overlay:
         return self._attributes.overrides
 
     @property
+    def allows_suid(self) -> bool:
+        """Whether every layer lies on a mount where set-id bits and capabilities count."""
+        return all(layer.suid for layer in self._stack.layers)
+
+    @property
+    def allows_devices(self) -> bool:
+        """Whether every layer lies on a mount where devices open."""
+        return all(layer.dev for layer in self._stack.layers)
+
+    @property
     def open_handles(self) -> int:
         """How many files and directories are open."""
         return len(self._files)

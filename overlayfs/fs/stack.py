@@ -128,10 +128,14 @@ class Stack:
         """Return the overlay's number for an inode."""
         return filesystem.number(inode, self.reference) if self.config.xino else inode
 
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers, top first."""
+        return self.lower if self.upper is None else (self.upper, *self.lower)
+
     def origin_number(self, origin: Origin) -> int | None:
         """Return the number of the object that an origin mark names, if it lies on a file system of the stack."""
-        layers: tuple[Layer, ...] = self.lower if self.upper is None else (self.upper, *self.lower)
-        for layer in layers:
+        for layer in self.layers:
             inode = layer.filesystem.inode_of(origin)
             if inode is not None:
                 return self.number(layer.filesystem, inode)

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -19,13 +20,13 @@ import trio
 from overlayfs import Overlay
 from overlayfs.errors import InUseError, MountError
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.mount import engines, records, stale, table
+from overlayfs.mount import engines, neighbours, records, stale, table
 from overlayfs.mount import log as logs
 from overlayfs.mount.detach import detach
 from overlayfs.mount.mountinfo import KernelMount, mounted_on
 from overlayfs.mount.mountsync import sync_mount
 from overlayfs.mount.options import Lodging, MountOptions
-from overlayfs.mount.records import Record
+from overlayfs.mount.records import Record, Written
 from overlayfs.mount.server import Control
 
 if TYPE_CHECKING:
@@ -53,13 +54,15 @@ def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
             stack.enter_context(_held(options.lodging))
         overlay = _open(options)
         stack.callback(_close, overlay)
+        overlay.notices.extend(_withheld(options, overlay))
+        written = neighbours.written(options.stack)  # before the mount covers any of it
         engine = engines.build(options, overlay)
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the loop can turn them into an unmount
         engine.attach(mountpoint, _settings(options, overlay))
         stack.callback(_clear_remains, mountpoint)
         stack.callback(engine.detach)
         os.chdir("/")
-        _serve(_Life(options, mountpoint, engine, tell))
+        _serve(_Life(options, mountpoint, engine, tell, written))
 
 
 def _held(used: Lodging) -> contextlib.AbstractContextManager[None]:
@@ -74,7 +77,15 @@ def _prepare_process(options: MountOptions) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     foreground = options.foreground or options.debug
-    logs.set_up(foreground, options.debug, records.run_directory() / "log")
+    logs.set_up(foreground, options.debug, _log_file())
+
+
+def _log_file() -> Path | None:
+    """Return where the log goes on a system without syslog; nowhere, if others can write there."""
+    try:
+        return records.make_run_directory() / "log"
+    except OSError:
+        return None
 
 
 def _open(options: MountOptions) -> Overlay:
@@ -100,13 +111,22 @@ def _clear_remains(mountpoint: bytes) -> None:
         raise MountError(f"the mount at {os.fsdecode(mountpoint)} was cut off from the kernel")
 
 
+def _withheld(options: MountOptions, overlay: Overlay) -> list[str]:
+    """Return a sentence for each right that was asked for and that not every layer gives (CVE-2016-1576)."""
+    facts = (
+        (options.suid and not overlay.allows_suid, "a layer lies on a nosuid mount: set-id programs gain no rights"),
+        (options.dev and not overlay.allows_devices, "a layer lies on a nodev mount: devices do not open"),
+    )
+    return [text for withheld, text in facts if withheld]
+
+
 def _settings(options: MountOptions, overlay: Overlay) -> MountSettings:
     return MountSettings(
         source=options.source,
         allow_other=options.allow_other or (os.geteuid() == 0 and not options.allow_root),
         allow_root=options.allow_root,
-        suid=options.suid,
-        dev=options.dev,
+        suid=options.suid and overlay.allows_suid,
+        dev=options.dev and overlay.allows_devices,
         exec=options.exec,
         read_only=options.read_only or overlay.read_only,
         atime=options.atime,
@@ -150,7 +170,9 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 class _Life:
     """What runs on the loop: the engine, the control socket, the signals."""
 
-    def __init__(self, options: MountOptions, mountpoint: bytes, engine: Engine, tell: Tell) -> None:
+    def __init__(
+        self, options: MountOptions, mountpoint: bytes, engine: Engine, tell: Tell, written: tuple[Written, ...]
+    ) -> None:
         self.shown = os.fsdecode(mountpoint)
         self._options = options
         self._mountpoint = mountpoint
@@ -158,6 +180,7 @@ class _Life:
         self._tell = tell
         self._handshake = trio.Event()
         self._kernel: KernelMount | None = mounted_on(mountpoint)
+        self._written = written
 
     async def live(self) -> None:
         """Serve until the mount is gone."""
@@ -207,6 +230,7 @@ class _Life:
             work=None if stack.work is None else os.fsdecode(stack.work),
             engine=self._engine.name,
             notices=tuple(self._engine.overlay.notices),
+            written=self._written,
             **_lodging_words(self._options),
         )
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount import places, stale, table
+from overlayfs.mount import neighbours, places, stale, table
 from overlayfs.mount.options import MountOptions
 
 Notify = Callable[[str], None]
@@ -31,6 +31,7 @@ def mount(options: MountOptions, mountpoint: bytes, notify: Notify = lambda noti
     point = table.resolved(mountpoint)
     stale.prepare(point)
     places.check(point, options.stack)
+    neighbours.check(options.stack)
     if options.foreground or options.debug:
         _stay(options, point, notify)
     else:

@@ -57,6 +57,15 @@ class Syslog(logging.Handler):
             self._socket.send(message)
 
 
+class LogFile(logging.FileHandler):
+    """A file that is opened with the first message. What cannot be written is lost: a log must not end a daemon."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, if the file can be opened."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+
 def _connected() -> socket.socket:
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -67,8 +76,8 @@ def _connected() -> socket.socket:
     return sender
 
 
-def set_up(foreground: bool, debug: bool, fallback: Path) -> None:
-    """Send the log of this process where it belongs; `fallback` is the file for a system without syslog."""
+def set_up(foreground: bool, debug: bool, fallback: Path | None) -> None:
+    """Send the log of this process where it belongs; `fallback` is the file for a system without syslog, if any."""
     logging.raiseExceptions = False  # a full disk or a closed pipe behind the log is no reason to complain into it
     handler = _to_stderr() if foreground else _to_system(fallback)
     root = logging.getLogger()
@@ -95,12 +104,14 @@ def _is_journal(descriptor: int) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-def _to_system(fallback: Path) -> logging.Handler:
+def _to_system(fallback: Path | None) -> logging.Handler:
     handler: logging.Handler
     try:
         handler = Syslog()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     except OSError:
-        handler = logging.FileHandler(fallback, delay=True, errors="backslashreplace")
+        if fallback is None:
+            return logging.NullHandler()
+        handler = LogFile(fallback, delay=True, errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     return handler

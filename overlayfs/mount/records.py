@@ -1,6 +1,6 @@
 """Run-time records: one small JSON file and one socket per running daemon.
 
-They live in /run/overlayfs for root and $XDG_RUNTIME_DIR/overlayfs otherwise, mode 0700, and only describe:
+They live in /run/overlayfs for root and $XDG_RUNTIME_DIR/overlayfs for users, mode 0700, and only describe:
 nothing depends on them being there. A record whose process is gone is garbage, whoever finds it.
 Paths are text in the surrogateescape form of `os.fsdecode`, so that any byte survives JSON.
 """
@@ -9,9 +9,23 @@ import contextlib
 import dataclasses
 import json
 import os
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Written(NamedTuple):
+    """A directory that a mount writes to: what it is to it, how the user called it, and where it lies.
+
+    `device` is the major:minor of its file system, `place` its path from the root of that.
+    """
+
+    what: str
+    path: str
+    device: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,7 @@ class Record:
     """What a daemon says about its mount.
 
     `device` is the major:minor of mountinfo, `started` the start of the process in clock ticks since boot. `image`,
-    `workspace` and `store` are set for a mount of an image.
+    `workspace` and `store` are set for a mount of an image. `written` are its upper and work directory.
     """
 
     pid: int
@@ -35,6 +49,7 @@ class Record:
     image: str | None = None
     workspace: str | None = None
     store: str | None = None
+    written: tuple[Written, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -54,20 +69,36 @@ def start_time(pid: int) -> int | None:
 
 def run_directory() -> Path:
     """Return the directory of the records of this user; it need not exist."""
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and _owns_run():
         return Path("/run/overlayfs")
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base) / "overlayfs" if base else Path(tempfile.gettempdir()) / f"overlayfs-{os.geteuid()}"
+
+
+def _owns_run() -> bool:
+    """Return whether /run is root's as this process sees it: the root of a user's own namespace is that user."""
+    try:
+        return Path("/run").stat().st_uid == 0
+    except OSError:
+        return False
 
 
 def make_run_directory() -> Path:
     """Return the directory, made if need be; PermissionError if it is not ours alone."""
     directory = run_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.lstat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    if not _is_ours_alone(directory):
         raise PermissionError(f"{directory} must belong to uid {os.geteuid()} with mode 0700")
     return directory
+
+
+def _is_ours_alone(directory: Path) -> bool:
+    """Return whether nobody else can have put anything here; without a directory of his own a user's lies in /tmp."""
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
 
 
 def record_path(pid: int) -> Path:
@@ -98,15 +129,19 @@ def remove(pid: int) -> None:
 
 def read_all() -> list[Record]:
     """Return the records of running daemons and remove those of dead ones."""
-    return [record for path in sorted(run_directory().glob("*.json")) if (record := _read(path))]
+    directory = run_directory()
+    if not _is_ours_alone(directory):
+        return []
+    return [record for path in sorted(directory.glob("*.json")) if (record := _read(path))]
 
 
 def _read(path: Path) -> Record | None:
     try:
         fields = json.loads(path.read_text())
         fields.update(lower=tuple(fields["lower"]), notices=tuple(fields["notices"]))
+        fields.update(written=tuple(Written(*each) for each in fields.get("written", ())))
         record = Record(**fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if record.alive:
         return record

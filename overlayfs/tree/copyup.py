@@ -24,6 +24,7 @@ _OPTIONAL = frozenset((b"security.selinux",))
 _OPTIONAL_PREFIXES = (b"trusted.",)
 _CAPABILITY = b"security.capability"
 _PUNCH_HOLE = 1 | 2  # FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE of fallocate(2)
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 class Content(Enum):
@@ -40,7 +41,8 @@ class Source:
 
     pin: an O_PATH descriptor. data: a descriptor open for reading, for Content.COPY of a regular file.
     marks: suffix and value of each attribute of the format that the copy gets. override: the layer's files carry
-    override attributes, which belong to the layer and are not copied.
+    override attributes, which belong to the layer and are not copied. suid: False when the copy of a file must not give
+    anybody rights that the layer, which lies on a nosuid mount, does not give.
     """
 
     pin: int
@@ -49,6 +51,7 @@ class Source:
     data: int | None = None
     marks: Mapping[bytes, bytes] = field(default_factory=dict)
     override: bool = False
+    suid: bool = True
 
     def close(self) -> None:
         """Give the descriptors back."""
@@ -111,7 +114,7 @@ def _copy_owner(upper: Upper, source: Source, name: bytes) -> None:
 def copy_xattrs(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
     """Copy all attributes but private ones and marks of the format; escaped ones stay escaped."""
     for attribute in sysio.listxattr_at(source.pin, b""):
-        if xattrs.is_private(attribute, source.override):
+        if xattrs.is_private(attribute, source.override) or (attribute == _CAPABILITY and not source.suid):
             continue
         try:
             sysio.setxattr_at(dirfd, name, attribute, sysio.getxattr_at(source.pin, b"", attribute))
@@ -128,7 +131,8 @@ def _is_optional(upper: Upper, attribute: bytes) -> bool:
 
 def _copy_mode_and_times(upper: Upper, source: Source, name: bytes) -> None:
     if not stat.S_ISLNK(source.stat.st_mode):
-        upper.set_mode(upper.work.fd, name, stat.S_IMODE(source.stat.st_mode))
+        kept = ~0 if source.suid or not stat.S_ISREG(source.stat.st_mode) else ~_SET_ID
+        upper.set_mode(upper.work.fd, name, stat.S_IMODE(source.stat.st_mode) & kept)
     cut = stat.S_ISREG(source.stat.st_mode) and source.content is Content.NONE and source.stat.st_size > 0
     mtime = time.time_ns() if cut else source.stat.st_mtime_ns  # truncating is a change of the content
     sysio.utimens_at(upper.work.fd, name, source.stat.st_atime_ns, mtime)

@@ -51,7 +51,10 @@ _WHITEOUT = Entry(Kind.WHITEOUT)
 
 
 class Layer:
-    """One layer of a stack. `index` counts from 0, the upper or the top; `lowest` marks the last one."""
+    """One layer of a stack. `index` counts from 0, the upper or the top; `lowest` marks the last one.
+
+    suid, dev: whether the mount that it lies on lets programs gain rights by their set-id bits, and devices open.
+    """
 
     def __init__(self, index: int, root: int, dirfds: DirFds, mode: Mode | None, lowest: bool) -> None:
         self.index = index
@@ -62,6 +65,8 @@ class Layer:
         self._dirfds = dirfds
         self._prefix = xattrs.prefix(mode) if mode else b"\0"
         self.hidden: frozenset[tuple[int, int]] = frozenset()  # directories that do not count as part of the layer
+        flags = sysio.statvfs_fd(root).f_flag
+        self.suid, self.dev = not flags & os.ST_NOSUID, not flags & os.ST_NODEV
         self.override = next((a for a in override.ATTRIBUTES if sysio.find_xattr(root, b"", a) is not None), None)
 
     def close(self) -> None:

@@ -31,7 +31,8 @@ def make_trial(campaign: Campaign, apart: Apart, place: Path) -> Callable[..., T
 
     def make(engine: str, mutant: str | None = None) -> Trial:
         (place / engine).mkdir()
-        return Trial(place / engine, apart, engine, campaign.full, mutant)
+        every = campaign.full and engine == engines.current()
+        return Trial(place / engine, apart, engine, campaign.full, every, mutant)
 
     return make
 

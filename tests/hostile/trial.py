@@ -37,15 +37,19 @@ class Taken(NamedTuple):
 
 
 class Trial:
-    """Tries entries in `place`, a context. taken: what each (number, action) took; violations: sentences.
+    """Tries entries in `place`. taken: what each (number, action) took; violations: sentences.
 
-    full: at full size, every form that is taken is mounted. mutant: the bug of whoever imports, places and serves.
+    full: at full size. every: each form that is taken is mounted, not only what is made by hand. mutant: the bug of
+    whoever imports, places and serves.
     """
 
-    def __init__(self, place: Path, apart: Apart, engine: str, full: bool = False, mutant: str | None = None) -> None:
+    def __init__(
+        self, place: Path, apart: Apart, engine: str, full: bool = False, every: bool = False, mutant: str | None = None
+    ) -> None:
         self.place = place
         self.apart = apart
         self.full = full
+        self.every = every
         self.engine = engine
         self.mutant = mutant
         self.canary = Canary(place / "canary")
@@ -63,7 +67,7 @@ class Trial:
             self.forms += 1
             attempt = _Attempt(self, hostile, form)
             try:
-                attempt.run(wanted if self.full or form in mounted else wanted[:1])
+                attempt.run(wanted if self.every or form in mounted else wanted[:1])
             finally:
                 attempt.clear()
 

@@ -4,8 +4,10 @@ import dataclasses
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -24,18 +26,21 @@ from overlayfs.mount import (  # all of it: a user may not read our interpreter
     records,
     unmount,
 )
+from overlayfs.mount.mountinfo import kernel_mounts
 from overlayfs.mount.options import Draft
 from overlayfs.store import committing, hashing
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import Mount
 from tests.mounted.polling import until
 from tests.store.samples import add_image
-from tests.support import processes
+from tests.support import processes, syscalls
+from tests.support.outcome import errno_of
 from tests.support.requirements import need_program
-from tests.support.users import ALICE, run_as
+from tests.support.users import ALICE, BOB, ROOT, run_as
 
 T = TypeVar("T")
 DEVICE = "/dev/fuse"
+_NEW_USER, _NEW_MOUNTS = 0x1000_0000, 0x0002_0000  # unshare(2)
 assert daemon and commits and committing and hashing and pyfuse3_engine
 
 
@@ -67,10 +72,10 @@ def _as_alice(mount: Mount, act: Callable[[], T]) -> T:
     return run_as(ALICE, with_directory)
 
 
-def _start(mount: Mount) -> None:
+def _start(mount: Mount, options: str = "") -> None:
     def act() -> None:
         draft = Draft()
-        draft.read(os.fsencode(mount.stack.options))
+        draft.read(os.fsencode(f"{mount.stack.options},{options}"))
         life.mount(draft.build(), os.fsencode(mount.point))
 
     before = processes.children()
@@ -103,6 +108,69 @@ def test_a_whole_life(alices: Mount) -> None:
     os.kill(alices.pid, signal.SIGTERM)
     assert processes.reap(alices.pids.pop()) == 0
     until(lambda: not os.path.ismount(point))
+
+
+def test_a_users_mount_gives_no_rights(alices: Mount) -> None:
+    """Whatever she asks for: set-id programs and devices are none, nobody else gets in, marks cannot be forged."""
+    shutil.copy("/usr/bin/id", alices.stack.base / "top" / "id")
+    os.chown(alices.stack.base / "top" / "id", 0, 0)
+    (alices.stack.base / "top" / "id").chmod(0o4755)
+    _start(alices, options="suid,dev")
+    (mount,) = [each for each in kernel_mounts() if each.mountpoint == os.fsencode(alices.point)]
+    assert {b"nosuid", b"nodev"} <= mount.options
+
+    def forge() -> tuple[int | None, ...]:
+        point = alices.point
+        return (
+            errno_of(os.mknod, point / "hidden", stat.S_IFCHR, 0),
+            errno_of(os.setxattr, point / "d", "user.fuseoverlayfs.opaque", b"y"),
+            errno_of(os.setxattr, point / "d", "user.overlay.opaque", b"y"),
+            errno_of(os.stat, point / "d" / "f"),
+        )
+
+    assert _as_alice(alices, forge) == (errno.EPERM, errno.EPERM, None, None)
+    assert _as_alice(alices, lambda: subprocess.check_output([alices.point / "id", "-u"])) == b"1000\n"
+    for other in (ROOT, BOB):
+        assert run_as(other, lambda: errno_of(os.stat, alices.point)) == errno.EACCES
+        assert run_as(other, lambda: errno_of(os.listdir, alices.stack.base / "run" / "overlayfs")) in (
+            (None,) if other == ROOT else (errno.EACCES,)
+        )
+    _as_alice(alices, lambda: unmount.unmount(os.fsencode(alices.point)))
+    assert processes.reap(alices.pids.pop()) == 0
+
+
+def _enter_namespace() -> None:
+    """Become root of a user namespace of one's own, with mounts of its own (user_namespaces(7))."""
+    uid, gid = os.geteuid(), os.getegid()
+    syscalls.unshare(_NEW_USER | _NEW_MOUNTS)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        Path(f"/proc/self/{name}").write_text(text)
+
+
+def test_inside_a_user_namespace(alices: Mount) -> None:
+    """Where she is root she may mount without fusermount3; what she makes is hers outside."""
+    point = alices.point
+
+    def live() -> tuple[int | None, list[str], bytes]:
+        _enter_namespace()
+        draft = Draft()
+        draft.read(os.fsencode(alices.stack.options))
+        life.mount(draft.build(), os.fsencode(point))
+        try:
+            (point / "d" / "f").write_bytes(b"changed")
+            (point / "t").unlink()
+            os.rename(point / "d", point / "moved")
+            forged = errno_of(os.mknod, point / "hidden", stat.S_IFCHR, 0)
+            return forged, sorted(os.listdir(point)), (point / "moved" / "f").read_bytes()
+        finally:
+            syscalls.umount(os.fsencode(point))
+
+    before = processes.children()
+    found = _as_alice(alices, live)
+    processes.reap_since(before)
+    assert found == (errno.EPERM, ["moved"], b"changed")
+    assert (alices.stack.upper / "moved" / "f").stat().st_uid == ALICE.uid
+    assert not os.path.ismount(point)
 
 
 def test_a_dead_daemons_mount_is_replaced(alices: Mount) -> None:

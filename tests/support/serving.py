@@ -9,17 +9,22 @@ import select
 import socket
 from typing import NamedTuple, NoReturn
 
-from overlayfs.errors import UserError
+from overlayfs.errors import MountError, UserError
 from overlayfs.mount import lodging
 from overlayfs.mount.options import Draft, MountOptions
+from tests.support import syscalls
 from tests.support.mutants import seeded
 
-READY = b"READY=1"
+_NEW_MOUNTS = 0x0002_0000  # unshare(2)
+_RECURSIVE, _PRIVATE = 0x4000, 0x4_0000  # mount(2)
 LIMIT = 20.0  # seconds
 
 
 class Wish(NamedTuple):
-    """A mount that is wanted: an option string, or an image of a store with further options; and where its log goes."""
+    """A mount that is wanted: an option string, or an image of a store with further options; and where its log goes.
+
+    patience: seconds to wait for a lock. alone: in a mount namespace of its own. mutant: with this bug.
+    """
 
     point: bytes
     log: bytes
@@ -27,11 +32,16 @@ class Wish(NamedTuple):
     store: bytes = b""
     image: str = ""
     workspace: str | None = None
+    patience: float = 5.0
+    alone: bool = False
     mutant: str | None = None
 
 
 def serve(wish: Wish) -> int:
-    """Mount and return the pid of the daemon when the mount answers; UserError with its sentence if there is none."""
+    """Mount and return the pid of the daemon when the mount answers.
+
+    UserError with its sentence if there is none, MountError where that is the exit code of a failed mount.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(b"\0ofs-%d" % os.getpid())
         address = manager.getsockname().decode()
@@ -49,7 +59,9 @@ def serve(wish: Wish) -> int:
             assert ready, f"neither a mount nor a refusal within {LIMIT:g} s"
             _, status = os.waitpid(child, 0)
             sentence = complaint.read().decode()
-    raise UserError(sentence or f"the daemon ended with {os.waitstatus_to_exitcode(status)}")
+    code = os.waitstatus_to_exitcode(status)
+    kind = MountError if code == MountError.exit_code else UserError
+    raise kind(sentence or f"the daemon ended with {code}")
 
 
 def _live(wish: Wish, address: str, writing: int) -> NoReturn:
@@ -74,6 +86,9 @@ def _live(wish: Wish, address: str, writing: int) -> NoReturn:
 def _mount(wish: Wish) -> None:
     from overlayfs.mount import life  # not before the bug is in place
 
+    if wish.alone:
+        syscalls.unshare(_NEW_MOUNTS)
+        syscalls.mount(b"none", b"/", b"none", _RECURSIVE | _PRIVATE, b"")
     with contextlib.ExitStack() as stack:
         life.mount(_options(wish, stack), wish.point)
 
@@ -82,7 +97,12 @@ def _options(wish: Wish, stack: contextlib.ExitStack) -> MountOptions:
     draft = Draft(mount={"foreground": True, "allow_other": True})
     draft.read(wish.options)
     if not wish.image:
-        return draft.build()
+        return _patient(draft, wish)
     found = stack.enter_context(lodging.claimed(wish.store, wish.image, wish.workspace, ephemeral=False, create=False))
     draft.lower, draft.upper, draft.work = list(found.lower), found.upper, found.work
-    return dataclasses.replace(draft.build(), lodging=found.lodging)
+    return dataclasses.replace(_patient(draft, wish), lodging=found.lodging)
+
+
+def _patient(draft: Draft, wish: Wish) -> MountOptions:
+    draft.stack["lock_wait"] = wish.patience
+    return draft.build()

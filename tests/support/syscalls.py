@@ -7,6 +7,7 @@ import struct
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE, UNSHARE_RANGE = 1, 2, 8, 16, 32, 64
 _SUBREAPER = 36
+_DUMPABLE = 4
 _AT_FDCWD = -100
 _AT_SYMLINK_FOLLOW = 0x400
 _AT_EMPTY_PATH = 0x1000
@@ -34,6 +35,12 @@ def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) ->
 def umount(target: bytes, flags: int = 0) -> None:
     """umount2(2)."""
     _check(_libc.umount2(target, flags), target)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2), which Python has since 3.12; who has changed its ids may write its own maps afterwards (prctl(2))."""
+    _check(_libc.prctl(_DUMPABLE, 1, 0, 0, 0))
+    _check(_libc.unshare(flags))
 
 
 def link_descriptor(fd: int, path: bytes) -> None:

@@ -50,6 +50,13 @@ def test_without_syslog_a_file_is_made_when_there_is_something_to_say(
     assert "INFO requests: LOOKUP=1" in file.read_text()
 
 
+def test_a_file_that_cannot_be_made_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "SYSLOG", str(tmp_path / "nobody"))
+    for fallback in (tmp_path / "missing" / "x.log", None):
+        logs.set_up(foreground=False, debug=False, fallback=fallback)
+        logging.error("into the void")
+
+
 def test_syslog_gets_the_message_with_its_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = str(tmp_path / "log")
     monkeypatch.setattr(logs, "SYSLOG", address)

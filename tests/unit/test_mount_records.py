@@ -61,6 +61,16 @@ def test_nonsense_is_passed_over(directory: Path) -> None:
     assert records.read_all() == []
 
 
+def test_what_others_can_have_written_is_not_read(directory: Path) -> None:
+    records.write(_own())
+    directory.chmod(0o777)
+    assert records.read_all() == []
+    directory.rename(directory.with_name("elsewhere"))
+    directory.symlink_to("elsewhere")
+    (directory / ".").resolve().chmod(0o700)
+    assert records.read_all() == []
+
+
 def test_a_directory_that_others_may_enter_is_refused(directory: Path) -> None:
     directory.mkdir()
     directory.chmod(0o755)

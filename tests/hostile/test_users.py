@@ -1,0 +1,251 @@
+"""T15: what each of several users may do, and what becomes of owners, set-id bits and capabilities, is as on ext4."""
+
+import errno
+import os
+import shutil
+import stat
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from overlayfs.mount import records
+from overlayfs.store.store import LayerStore
+from tests.hostile import forgery, rights
+from tests.hostile.rights import Check
+from tests.mounted.polling import until
+from tests.store.samples import add_image
+from tests.support import engines, processes, serving, syscalls
+from tests.support.apart import Apart
+from tests.support.builder import build
+from tests.support.campaign import Campaign
+from tests.support.disks import disk
+from tests.support.drivers.posix import PosixRaw
+from tests.support.dump import Dump, differences, dump
+from tests.support.outcome import errno_of
+from tests.support.requirements import need_root
+from tests.support.serving import Wish
+from tests.support.users import ALICE, run_as
+
+pytestmark = pytest.mark.root
+WHERE = ("lower", "upper")
+MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.fuse.kernel.engine",
+           "overlayfs.fuse.pyfuse3_engine")  # fmt: skip
+_DETACH = 2
+_NOSUID, _NODEV, _REMOUNT = 2, 4, 32  # mount(2)
+_LAG = 10**9  # nanoseconds by which the clock of a file system may be behind, and more
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Apart]:
+    """Processes that daemons come from."""
+    need_root()
+    with Apart(*MODULES) as started:
+        yield started
+
+
+@contextmanager
+def mounted(apart: Apart, base: Path, words: str, **more: Any) -> Iterator[tuple[Path, int]]:
+    """A mount of directories below `base`, its point and the pid of its daemon."""
+    point = base / "m"
+    point.mkdir(exist_ok=True)
+    wish = Wish(os.fsencode(point), os.fsencode(base / "log"), words.encode(), **more)
+    pid = apart.run(serving.serve, wish).value
+    try:
+        yield point, pid
+    finally:
+        syscalls.umount(os.fsencode(point), _DETACH)
+        assert processes.reap(pid) == 0
+
+
+class Seen(NamedTuple):
+    """What users were told, and what the tree was afterwards."""
+
+    told: list[str]
+    tree: Dump
+
+
+class Scene:
+    """The same objects on a plain ext4, in a lower layer and in an upper, all on one disk."""
+
+    def __init__(self, base: Path, apart: Apart, wanted: list[Check]) -> None:
+        self.base = base
+        self.wanted = wanted
+        self._apart = apart
+        for name in ("plain", *WHERE):
+            (base / name).mkdir()
+            build(base / name, rights.tree(wanted))
+        self._began = time.time_ns() - _LAG
+
+    def plain(self) -> Seen:
+        """Make the checks on the plain tree."""
+        return Seen(rights.results(self.base / "plain", self.wanted), self._dump(self.base / "plain"))
+
+    def mounted(self, where: str, engine: str, mutant: str | None = None) -> tuple[Seen, Dump]:
+        """Make the checks on a mount; return what was seen, and what another mount shows afterwards."""
+        with self._mount(where, engine, mutant) as (point, _):
+            seen = Seen(rights.results(point, self.wanted), self._dump(point))
+        with self._mount(where, engine, mutant) as (point, _):
+            return seen, self._dump(point)
+
+    def _dump(self, top: Path) -> Dump:
+        raw = PosixRaw(os.fsencode(top))
+        try:
+            found = dump(raw, times_before=self._began)
+        finally:
+            raw.close()
+        del found[b""]  # of a mount it is the upper's own
+        return found
+
+    def _mount(self, where: str, engine: str, mutant: str | None) -> AbstractContextManager[tuple[Path, int]]:
+        base = self.base / f"of-{where}"
+        for name in ("empty", "work"):
+            (base / name).mkdir(exist_ok=True, parents=True)
+        lower, upper = (base / "empty", self.base / where)[:: -1 if where == "lower" else 1]
+        words = f"lowerdir={lower},upperdir={upper},workdir={base}/work,suid,dev,engine={engine}"
+        return mounted(self._apart, base, words, mutant=mutant)
+
+
+def violations(wanted: list[Check], plain: Seen, seen: Seen, later: Dump) -> list[str]:
+    """Every answer that differs, and everything that was left otherwise than on ext4."""
+    lines = [
+        f"{check.who}, {check.act}, {check.object}: {told}, on ext4 {expected}"
+        for check, told, expected in zip(wanted, seen.told, plain.told, strict=True)
+        if told != expected
+    ]
+    for when, tree in (("", seen.tree), ("mounted again, ", later)):
+        for line in differences(tree, plain.tree):
+            number = line.partition("b'")[2].partition("/")[0].rstrip("'")
+            about = wanted[int(number)] if number.isdigit() else line
+            lines.append(f"{when}{about}: {line}")
+    return lines
+
+
+@pytest.mark.campaign("T15")
+def test_everybody_may_do_what_ext4_allows(campaign: Campaign, apart: Apart, place: Path) -> None:
+    wanted = rights.checks()
+    for engine in engines.NAMES if campaign.full else (engines.current(),):
+        with disk("ext4", place / engine, 512 << 20) as point:
+            scene = Scene(point, apart, wanted)
+            plain = scene.plain()
+            for where in WHERE:
+                found = violations(wanted, plain, *scene.mounted(where, engine))
+                when = {"lower": "before copy-up", "upper": "after copy-up"}[where]
+                campaign.held(f"acts of three users, {when}, engine {engine}", len(wanted), found)
+
+
+@pytest.mark.campaign("T15")
+def test_bits_that_stay_are_noticed(campaign: Campaign, apart: Apart, place: Path) -> None:
+    wanted = rights.checks(rights.SET_ID)
+    with disk("ext4", place / "disk", 128 << 20) as point:
+        scene = Scene(point, apart, wanted)
+        plain = scene.plain()
+        found = [
+            each
+            for where in WHERE
+            for each in violations(wanted, plain, *scene.mounted(where, engines.current(), mutant="M9"))
+        ]
+    campaign.caught("M9", 2 * len(wanted), found)
+
+
+@pytest.mark.campaign("T15")
+def test_nobody_forges_a_mark(campaign: Campaign, apart: Apart, place: Path) -> None:
+    for engine in engines.NAMES if campaign.full else (engines.current(),):
+        base = place / engine
+        for name, tree in (("top", forgery.TREE), ("low", forgery.BELOW), ("u", {}), ("w", {})):
+            (base / name).mkdir(parents=True)
+            build(base / name, tree)
+        words = f"lowerdir={base}/top:{base}/low,upperdir={base}/u,workdir={base}/w,engine={engine}"
+        for turn in ("first", "again"):  # what was set the first time is no mark the second time either
+            with mounted(apart, base, words) as (point, _):
+                points, wrong = forgery.break_rules(point)
+            campaign.held(f"forged marks, engine {engine}", points, [f"{turn}: {each}" for each in wrong])
+
+
+@pytest.mark.campaign("T15")
+def test_what_is_the_programs_is_closed_to_others(campaign: Campaign, apart: Apart, place: Path) -> None:
+    store = os.fsencode(place / "store")
+    umask = os.umask(0)
+    try:
+        with LayerStore(store) as opened:
+            add_image(opened, "site", {"f": "f"})
+    finally:
+        os.umask(umask)
+    wish = {"store": store, "image": "site", "workspace": "w"}
+    with mounted(apart, place, f"engine={engines.current()}", **wish) as (_, pid):
+        until(records.socket_path(pid).exists)
+        inside = [path for path in (place / "store").rglob("*") if "tree" not in path.parts]
+        places = [place / "store", *inside, records.run_directory(), records.record_path(pid)]
+        points, wrong = forgery.reach_into(places, [records.socket_path(pid)])
+    campaign.held("the store, the records and the socket of others", points, wrong)
+
+
+_READS_ALL = struct.pack("<5I", 0x0200_0001, 1 << 2, 0, 0, 0)  # CAP_DAC_READ_SEARCH, effective (capability.h)
+_GIVES, _TAKES = ("0", "secret", None), (str(ALICE.uid), "", errno.EACCES)
+
+
+@pytest.mark.campaign("T15")
+@pytest.mark.parametrize("restricted", [False, True])
+def test_a_layer_gives_the_rights_of_its_own_mount(
+    campaign: Campaign, apart: Apart, place: Path, restricted: bool
+) -> None:
+    """Set-id programs, programs with capabilities, devices: nobody gains by a stack over them (CVE-2016-1576)."""
+    expected = _TAKES if restricted else _GIVES
+    wrong: list[str] = []
+    (place / "secret").write_text("secret")
+    (place / "secret").chmod(0o600)
+    for engine in engines.NAMES if campaign.full else (engines.current(),):
+        with disk("tmpfs", place / f"disk-{engine}", 16 << 20) as layer:
+            _fill(layer)
+            if restricted:
+                syscalls.mount(b"none", os.fsencode(layer), b"tmpfs", _REMOUNT | _NOSUID | _NODEV, b"")
+            upper = _upper(place / engine)
+            words = f"lowerdir={layer},upperdir={upper},workdir={upper}.work,suid,dev,engine={engine}"
+            with mounted(apart, place / engine, words) as (point, _):
+                for when in ("below", "copied up"):
+                    told = run_as(ALICE, partial(_use, point, place / "secret"))
+                    wrong += [f"{when}, {engine}: {told}"] * (told != expected)
+                    os.utime(point / "id")
+                    os.utime(point / "cat")
+            wrong += [f"copied up, {engine}: {each}" for each in _rights_in(upper) if restricted]
+    campaign.held(f"rights of a {'nosuid' if restricted else 'suid'} layer", 6 * len(_GIVES), wrong)
+
+
+def _fill(layer: Path) -> None:
+    for program in ("id", "cat"):
+        shutil.copy(f"/usr/bin/{program}", layer / program)
+    (layer / "id").chmod(0o4755)
+    os.setxattr(layer / "cat", "security.capability", _READS_ALL)
+    os.mknod(layer / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    (layer / "null").chmod(0o666)
+
+
+def _upper(base: Path) -> Path:
+    (base / "upper.work").mkdir(parents=True)
+    (base / "upper").mkdir()
+    return base / "upper"
+
+
+def _use(point: Path, secret: Path) -> tuple[str, str, int | None]:
+    """Return who `id` says that one is, what `cat` shows of a file that is root's alone, and how the device opens."""
+    shown = [
+        subprocess.run([point / program, *words], capture_output=True, text=True, check=False).stdout.strip()
+        for program, words in (("id", ["-u"]), ("cat", [secret]))
+    ]
+    return shown[0], shown[1], errno_of(lambda: os.close(os.open(point / "null", os.O_RDONLY)))
+
+
+def _rights_in(upper: Path) -> list[str]:
+    """Return what in an upper would give rights to whoever finds a way to it."""
+    found = [
+        f"{path.name} is set-id" for path in upper.iterdir() if path.stat().st_mode & (stat.S_ISUID | stat.S_ISGID)
+    ]
+    return found + [
+        f"{path.name} has capabilities" for path in upper.iterdir() if "security.capability" in os.listxattr(path)
+    ]

@@ -1,0 +1,301 @@
+"""T16: an upper, a work directory and a workspace have one user at a time, by whatever way a second one comes."""
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overlayfs import StackConfig, Store
+from overlayfs.errors import MountError, UserError
+from overlayfs.mount import control
+from overlayfs.store import workspaces
+from overlayfs.store.commit import commit_unmounted
+from overlayfs.store.store import LayerStore
+from tests.mounted.polling import until
+from tests.store.samples import add_image
+from tests.support import engines, processes, serving, syscalls
+from tests.support.apart import Apart
+from tests.support.campaign import Campaign
+from tests.support.mutants import seeded
+from tests.support.requirements import need_root
+from tests.support.serving import Wish
+
+pytestmark = pytest.mark.root
+
+MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.commits",
+           "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3_engine")  # fmt: skip
+PATIENCE = 0.1  # seconds that a second mount waits for the first to go: here none goes
+_BIND, _DETACH = 4096, 2
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process nobody waits long for a workspace, either."""
+    monkeypatch.setattr(workspaces, "_LEAVING", PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Apart]:
+    """Processes that daemons come from."""
+    need_root()
+    with Apart(*MODULES) as started:
+        yield started
+
+
+class Scene:
+    """A stack in `base`, mounted or not, and what is tried beside it."""
+
+    def __init__(self, base: Path, apart: Apart, mutant: str | None = None) -> None:
+        self.base = base
+        self._apart = apart
+        self._mutant = mutant
+        for name in ("low", "u", "w", "m", "m2", "other", "other.w"):
+            (base / name).mkdir(parents=True)
+        (base / "low" / "f").write_bytes(b"f")
+
+    def words(self, upper: str = "u", work: str = "w") -> str:
+        """Options by names in the base, or absolute paths."""
+        return f"lowerdir={self.base}/low,upperdir={self.base / upper},workdir={self.base / work}"
+
+    def wish(self, point: str, words: str, **more: Any) -> Wish:
+        """A mount at a point by its name."""
+        options = engines.option(words).encode()
+        wish = Wish(os.fsencode(self.base / point), os.fsencode(self.base / "log"), options, mutant=self._mutant)
+        return wish._replace(patience=PATIENCE, **more)
+
+    @contextmanager
+    def mounted(self, words: str, point: str = "m", **more: Any) -> Iterator[int]:
+        """The first mount; its daemon's pid."""
+        pid = self._apart.run(serving.serve, self.wish(point, words, **more)).value
+        try:
+            yield pid
+        finally:
+            self._end(point, pid, more.get("alone", False))
+
+    def _end(self, point: str, pid: int, alone: bool) -> None:
+        if alone:
+            os.kill(pid, signal.SIGTERM)
+        else:
+            with suppress(OSError):
+                syscalls.umount(os.fsencode(self.base / point), _DETACH)
+        processes.reap(pid)
+
+    def second(self, words: str, **more: Any) -> str:
+        """Try a second mount; return the sentence of its refusal, empty when there is one."""
+
+        def mount() -> None:
+            with self.mounted(words, "m2", **more):
+                pass
+
+        return self.refusal(mount, MountError)
+
+    def refusal(self, act: Callable[[], object], kind: type[UserError] = UserError) -> str:
+        """Try something; return the sentence of its refusal, empty for none, a remark where the exit code is wrong."""
+        with nullcontext() if self._mutant is None else seeded(self._mutant):
+            try:
+                act()
+            except UserError as error:
+                wrong = "" if isinstance(error, kind) else f"[exit code {error.exit_code}] "
+                return wrong + str(error)
+        return ""
+
+    @contextmanager
+    def bound(self, source: str, alias: str) -> Iterator[None]:
+        """A directory seen at another place."""
+        (self.base / alias).mkdir()
+        syscalls.mount(os.fsencode(self.base / source), os.fsencode(self.base / alias), b"none", _BIND, b"")
+        try:
+            yield
+        finally:
+            syscalls.umount(os.fsencode(self.base / alias))
+
+
+Case = Callable[[Scene], str]
+"""Tries one kind of double use; returns the sentence of the refusal, empty when nothing was refused."""
+
+
+def _same(scene: Scene) -> str:
+    with scene.mounted(scene.words()):
+        return scene.second(scene.words())
+
+
+def _other_work(scene: Scene) -> str:
+    with scene.mounted(scene.words()):
+        return scene.second(scene.words(work="other.w"))
+
+
+def _other_upper(scene: Scene) -> str:
+    with scene.mounted(scene.words()):
+        return scene.second(scene.words(upper="other"))
+
+
+def _by_bind_mount(scene: Scene) -> str:
+    with scene.mounted(scene.words()), scene.bound(".", "alias"):
+        return scene.second(scene.words(upper="alias/u", work="alias/w"))
+
+
+def _by_link(scene: Scene) -> str:
+    (scene.base / "link").symlink_to(scene.base)
+    with scene.mounted(scene.words()):
+        return scene.second(scene.words(upper="link/u", work="link/w"))
+
+
+def _by_namespace(scene: Scene) -> str:
+    with scene.mounted(scene.words()):
+        return scene.second(scene.words(), alone=True)
+
+
+def _from_a_namespace(scene: Scene) -> str:
+    with scene.mounted(scene.words(), alone=True):
+        return scene.second(scene.words())
+
+
+def _inside(scene: Scene) -> str:
+    (scene.base / "u" / "inner" / "u").mkdir(parents=True)
+    (scene.base / "u" / "inner" / "w").mkdir()
+    with scene.mounted(scene.words()):
+        return scene.second(scene.words(upper="u/inner/u", work="u/inner/w"))
+
+
+def _around(scene: Scene) -> str:
+    (scene.base / "u" / "inner").mkdir()
+    with scene.mounted(scene.words(upper="u/inner", work="other.w")):
+        return scene.second(scene.words())
+
+
+def _inside_by_bind_mount(scene: Scene) -> str:
+    (scene.base / "u" / "inner").mkdir()
+    with scene.mounted(scene.words()), scene.bound("u/inner", "alias"):
+        return scene.second(scene.words(upper="alias", work="other.w"))
+
+
+def _of_the_kernel(scene: Scene) -> str:
+    syscalls.mount(b"overlay", os.fsencode(scene.base / "m"), b"overlay", 0, scene.words().encode())
+    try:
+        return scene.second(scene.words())
+    finally:
+        syscalls.umount(os.fsencode(scene.base / "m"))
+
+
+def _commit_of_the_upper(scene: Scene) -> str:
+    low, upper, work = (os.fsencode(scene.base / name) for name in ("low", "u", "w"))
+    config = StackConfig((low,), upper, work, lock_wait=PATIENCE)
+    with scene.mounted(scene.words()):
+        return scene.refusal(lambda: commit_unmounted(config, os.fsencode(scene.base / "layer")))
+
+
+def _workspace(scene: Scene) -> dict[str, Any]:
+    """Make an image; return what mounts a workspace of it."""
+    store = os.fsencode(scene.base / "store")
+    with LayerStore(store) as opened:
+        add_image(opened, "site", {"f": "f"})
+    return {"store": store, "image": "site", "workspace": "draft"}
+
+
+def _workspace_again(scene: Scene) -> str:
+    wanted = _workspace(scene)
+    with scene.mounted("", **wanted):
+        return scene.second("", **wanted)
+
+
+def _commit_of_a_workspace(scene: Scene) -> str:
+    wanted = _workspace(scene)
+    with scene.mounted("", **wanted), Store(wanted["store"]) as store:
+        return scene.refusal(lambda: store.commit_workspace("draft", allow_empty=True))
+
+
+def _removal_of_a_workspace(scene: Scene) -> str:
+    wanted = _workspace(scene)
+    with scene.mounted("", **wanted), Store(wanted["store"]) as store:
+        return scene.refusal(lambda: store.remove_workspace("draft"))
+
+
+def _upper_of_a_workspace(scene: Scene) -> str:
+    wanted = _workspace(scene)
+    with scene.mounted("", **wanted):
+        room = scene.base / "store" / "workspaces" / "draft"
+        return scene.second(scene.words(upper=f"{room}/upper", work=f"{room}/work"))
+
+
+CASES: dict[str, tuple[Case, str]] = {
+    "the same directories": (_same, "is in use by the mount at"),
+    "the same upper, another work directory": (_other_work, "upper .* is in use by the mount at"),
+    "the same work directory, another upper": (_other_upper, "work directory .* is in use by the mount at"),
+    "by a bind mount": (_by_bind_mount, "is in use by the mount at"),
+    "by a symbolic link": (_by_link, "is in use by the mount at"),
+    "from another mount namespace": (_by_namespace, "is in use by"),
+    "in use in another mount namespace": (_from_a_namespace, "is in use by"),
+    "an upper inside one in use": (_inside, "upper .* lies inside .*, the upper of the mount at"),
+    "an upper around one in use": (_around, "upper .* holds .*, the upper of the mount at"),
+    "an upper inside one in use, by a bind mount": (_inside_by_bind_mount, "upper .* lies inside .*, the upper of"),
+    "in use by the kernel's overlayfs": (_of_the_kernel, " is .*, the .* of the kernel's overlayfs at"),
+    "a commit of an upper in use": (_commit_of_the_upper, "is in use by"),
+    "a workspace that is mounted": (_workspace_again, "workspace draft is in use by the mount at"),
+    "a commit of a mounted workspace": (_commit_of_a_workspace, "workspace draft is mounted"),
+    "the removal of a mounted workspace": (_removal_of_a_workspace, "workspace draft is mounted"),
+    "the upper of a mounted workspace": (_upper_of_a_workspace, "is in use by the mount at"),
+}
+
+
+OF_LOCKS = tuple(CASES)[:7]
+
+
+def _violations(place: Path, apart: Apart, names: Iterable[str] = CASES, mutant: str | None = None) -> list[str]:
+    """Return the cases in which a second user was let in, or sent away with other words."""
+    found = []
+    for number, name in enumerate(names):
+        case, wanted = CASES[name]
+        sentence = case(Scene(place / str(number), apart, mutant))
+        if re.search(wanted, sentence) is None or "[exit code" in sentence:
+            found.append(f"{name}: {sentence or 'let in'}")
+    return found
+
+
+@pytest.mark.campaign("T16")
+def test_one_user_at_a_time(campaign: Campaign, apart: Apart, place: Path) -> None:
+    found = _violations(place, apart)
+    campaign.held(f"ways to use a stack twice, engine {engines.current()}", len(CASES), found)
+
+
+@pytest.mark.campaign("T16")
+def test_a_missing_lock_is_noticed(campaign: Campaign, apart: Apart, place: Path) -> None:
+    campaign.caught("M8", len(OF_LOCKS), _violations(place, apart, OF_LOCKS, "M8"))
+
+
+HOLE = 2 << 40  # bytes: enough to be hashed for a while
+
+
+@contextmanager
+def _hashing(scene: Scene) -> Iterator[None]:
+    """Commit the mounted workspace; within this context its hashing goes on, in a process that the daemon began."""
+    before = processes.children()
+    with open(scene.base / "m" / "hole", "wb") as stream:
+        stream.truncate(HOLE)
+    control.request(os.fsencode(scene.base / "m"), "commit-image", image="next")
+    until(lambda: processes.children() - before)
+    (hasher,) = processes.children() - before
+    os.kill(hasher, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(hasher, signal.SIGKILL)
+        processes.reap(hasher)
+
+
+@pytest.mark.campaign("T16")
+@pytest.mark.parametrize("what", ["directories", "a workspace", "a workspace whose layer is being hashed"])
+def test_a_dead_owner_blocks_nobody(campaign: Campaign, apart: Apart, place: Path, what: str) -> None:
+    """kill -9 of the daemon, whatever it has begun and left behind."""
+    scene = Scene(place / "s", apart)
+    more = {} if what == "directories" else _workspace(scene)
+    options = "" if more else scene.words()
+    with scene.mounted(options, **more) as pid, _hashing(scene) if "hashed" in what else nullcontext():
+        os.kill(pid, signal.SIGKILL)
+        assert processes.ends(pid)
+        sentence = scene.second(options, **more)
+    campaign.held(f"locks of dead owners, engine {engines.current()}", 1, [f"{what}: {sentence}"] * bool(sentence))
