@@ -11,6 +11,7 @@ from overlayfs.store.layers import Layer
 from tests.crash.harness import Fuse, Stopped, View, _build_layers, _change_upper, view, write
 from tests.crash.operations import OPERATIONS
 from tests.store.live import IMAGE, NAME, Site, Used
+from tests.support.campaign import Campaign
 from tests.support.requirements import need_root
 
 STOPPED, FAILED = 9, 1
@@ -59,7 +60,8 @@ def calls_of(site: Site) -> list[str]:
     return fuse.calls
 
 
-def test_stopped_at_every_call(make_site: Callable[[], Site]) -> None:
+@pytest.mark.campaign("T18")
+def test_stopped_at_every_call(make_site: Callable[[], Site], campaign: Campaign) -> None:
     first = make_site()
     tree = shown(first)
     calls = calls_of(first)
@@ -71,6 +73,7 @@ def test_stopped_at_every_call(make_site: Callable[[], Site]) -> None:
         _check_after(site, tree, f"at {call}, call {number} of {len(calls)}")
         site.remove()
     first.remove()
+    campaign.held("changing calls of a live commit, the process ends there", len(calls), [])
 
 
 def _commit_and_die(site: Site, number: int) -> None:
@@ -134,8 +137,9 @@ def _check_leftovers(site: Site, where: str) -> None:
     assert len(os.listdir(rooms / "layers")) == len(kept), where
 
 
+@pytest.mark.campaign("T18")
 @pytest.mark.parametrize("error", ERRORS, ids=lambda code: errno.errorcode[code])
-def test_failing_at_every_call(make_site: Callable[[], Site], error: int) -> None:
+def test_failing_at_every_call(make_site: Callable[[], Site], campaign: Campaign, error: int) -> None:
     """The tree stays, who asked hears of it unless the call did not matter, and the next commit succeeds."""
     first = make_site()
     tree = shown(first)
@@ -157,6 +161,7 @@ def test_failing_at_every_call(make_site: Callable[[], Site], error: int) -> Non
             assert view(image) == later, where
         _check_leftovers(site, where)
         site.remove()
+    campaign.held(f"changing calls of a live commit, {errno.errorcode[error]} there", len(calls), [])
 
 
 def _commit_or_fail(used: Used, error: int) -> None:
