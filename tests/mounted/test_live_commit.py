@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
 
 import pytest
 
@@ -20,7 +19,9 @@ from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import PROGRAM, Mount
 from tests.mounted.images import IMAGE, ImageMount
 from tests.mounted.polling import until
-from tests.support import processes
+from tests.mounted.writers import NewFiles, files_in
+from tests.support import engines, processes
+from tests.support.campaign import Campaign
 from tests.support.drivers.posix import PosixRaw
 from tests.support.dump import Dump, dump
 from tests.support.requirements import need, need_root
@@ -185,83 +186,14 @@ def test_working_directory_and_listing(image: ImageMount) -> None:
 # --- writers at work ---------------------------------------------------------------------------------------
 
 
-class Writer:
-    """Writes one sequence number after the other into a file of its own, and begins a new file now and then."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.acknowledged = 0
-        self.ended = threading.Event()
-        self.error: OSError | None = None
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Self:
-        self.directory.mkdir()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while not self.ended.is_set():
-                with (self.directory / f"{self.acknowledged:08}").open("wb", buffering=0) as file:
-                    for _ in range(20):
-                        file.write(b"%08d\n" % self.acknowledged)
-                        self.acknowledged += 1
-        except OSError as error:
-            self.error = error
-
-
-def last(directory: Path) -> int:
-    """How many numbers in a row the files of a writer hold; every one before must be there."""
-    expected = 0
-    names = sorted(os.listdir(directory)) if directory.exists() else []
-    for position, name in enumerate(names):
-        assert int(name) == expected
-        numbers = [int(line) for line in (directory / name).read_bytes().split()]
-        assert numbers == list(range(expected, expected + len(numbers)))
-        expected += len(numbers)
-        assert len(numbers) == 20 or position == len(names) - 1
-    return expected
-
-
-def test_the_layer_holds_what_was_acknowledged(image: ImageMount) -> None:
-    """Four writers; each layer, with those below, holds a whole number of steps between the call and the answer."""
-    with LayerStore(os.fsencode(image.store)) as store:
-        writers = [Writer(image.point / f"w{number}") for number in range(WRITERS)]
-        with writers[0], writers[1], writers[2], writers[3]:
-            for turn in range(8):
-                until(lambda: all(writer.acknowledged > 50 * (turn + 1) for writer in writers))  # noqa: B023
-                before = [writer.acknowledged for writer in writers]
-                image.commit("-t", "site:now")
-                after = [writer.acknowledged + 1 for writer in writers]  # one may be done and not yet counted
-                held = [_held(store, f"w{number}") for number in range(WRITERS)]
-                assert all(low <= count <= high for low, count, high in zip(before, held, after, strict=True))
-        assert [writer.error for writer in writers] == [None] * WRITERS
-    for writer in writers:
-        assert last(writer.directory) == writer.acknowledged
-    image.unmount()
-
-
-def _held(store: LayerStore, directory: str) -> int:
-    """How many numbers a writer's files hold in the newest image."""
-    newest: dict[str, Path] = {}
-    for layer in reversed(store.stack_of("site:now")):
-        place = Path(os.fsdecode(layer.tree_path)) / directory
-        for name in os.listdir(place) if place.exists() else ():
-            newest[name] = place / name
-    return sum(len(path.read_bytes().split()) for path in newest.values())
-
-
+@pytest.mark.campaign("T18")
 @pytest.mark.timeout(240)
-def test_killed_at_any_moment(made: ImageMount) -> None:
+def test_killed_at_any_moment(made: ImageMount, campaign: Campaign) -> None:
     """kill -9 while commits and writers run: all that was acknowledged is there after the next mount."""
-    for turn in range(6):
+    acknowledged, lost = 0, list[str]()
+    for turn in range(campaign.size(3, 10)):
         made.start()
-        writers = [Writer(made.point / f"t{turn}w{number}") for number in range(WRITERS)]
+        writers = [NewFiles(made.point / f"t{turn}w{number}") for number in range(WRITERS)]
         with writers[0], writers[1], writers[2], writers[3]:
             until(lambda: all(writer.acknowledged > 10 for writer in writers))  # noqa: B023
             before = processes.children()
@@ -274,12 +206,14 @@ def test_killed_at_any_moment(made: ImageMount) -> None:
         made.start()
         for writer in writers:
             assert writer.error is not None
-            assert last(made.point / writer.directory.name) in (writer.acknowledged, writer.acknowledged + 1)
+            acknowledged += writer.acknowledged
+            lost += writer.compare(files_in(writer.directory), writer.acknowledged, writer.acknowledged + 1)
         made.commit("-t", "site:now", "--allow-empty")
         made.unmount()
     with LayerStore(os.fsencode(made.store)) as store:
         store.gc()
     assert os.listdir(made.store / "intents") == []
+    campaign.held(f"acknowledged writes, kill -9 during commits, engine {engines.current()}", acknowledged, lost)
 
 
 def _commits_until_killed(made: ImageMount) -> threading.Thread:
