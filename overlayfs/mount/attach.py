@@ -6,17 +6,15 @@ import ctypes
 import os
 import socket
 import stat
-import subprocess
 from pathlib import Path
 
 from overlayfs.errors import MountError
 from overlayfs.fuse.engine import MountSettings
-from overlayfs.mount.detach import detach
+from overlayfs.mount.detach import FUSERMOUNT, detach, run_fusermount
 from overlayfs.mount.mountinfo import mounted_on
 
 _DEVICE = "/dev/fuse"
 _COMMFD = "_FUSE_COMMFD"  # how fusermount3 learns where to send the descriptor
-_FUSERMOUNT = "fusermount3"
 
 # mount(2)
 _RDONLY = 1
@@ -133,17 +131,12 @@ def _fusermount(mountpoint: bytes, settings: MountSettings) -> int:
     """Let fusermount3, which may mount, do it; it sends the descriptor over a socket (mount.fuse3(8))."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        command: list[str | bytes] = [_FUSERMOUNT, "-o", b",".join(_words(settings)), "--", mountpoint]
+        words = (b"-o", b",".join(_words(settings)), b"--", mountpoint)
         environment = {**os.environ, _COMMFD: str(theirs.fileno())}
         try:
-            done = subprocess.run(
-                command, env=environment, pass_fds=[theirs.fileno()], capture_output=True, check=False
-            )
-        except FileNotFoundError:
-            raise MountError(f"{_FUSERMOUNT} is missing; install the package fuse3") from None
-        if done.returncode != 0:
-            reason = done.stderr.decode(errors="replace").strip().removeprefix(f"{_FUSERMOUNT}: ")
-            raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {reason}")
+            run_fusermount(words, env=environment, pass_fds=[theirs.fileno()])
+        except ValueError as reason:
+            raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {reason}") from None
         return _received(ours)
 
 
@@ -175,4 +168,4 @@ def _received(ours: socket.socket) -> int:
             descriptors.frombytes(data[: descriptors.itemsize])
             os.set_inheritable(descriptors[0], False)
             return descriptors[0]
-    raise MountError(f"{_FUSERMOUNT} sent no descriptor")
+    raise MountError(f"{FUSERMOUNT} sent no descriptor")

@@ -3,11 +3,14 @@
 import ctypes
 import os
 import subprocess
+from collections.abc import Sequence
+from typing import Any
 
 from overlayfs.errors import MountError
 
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
+FUSERMOUNT = "fusermount3"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -25,11 +28,19 @@ def detach(mountpoint: bytes, lazy: bool = False) -> None:
 
 
 def _fusermount(mountpoint: bytes, lazy: bool) -> None:
-    command = [b"fusermount3", b"-u", *([b"-z"] if lazy else []), b"--", mountpoint]
+    words = [b"-u", *([b"-z"] if lazy else []), b"--", mountpoint]
     try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        raise MountError("fusermount3 is missing; install the package fuse3") from None
-    except subprocess.CalledProcessError as error:
-        reason = error.stderr.decode(errors="replace").strip().removeprefix("fusermount3: ")
+        run_fusermount(words)
+    except ValueError as reason:
         raise MountError(f"cannot unmount {os.fsdecode(mountpoint)}: {reason}") from None
+
+
+def run_fusermount(words: Sequence[bytes], **more: Any) -> None:
+    """Run fusermount3, which may do what we may not. ValueError with the reason when it fails, MountError for none."""
+    try:
+        done = subprocess.run([FUSERMOUNT, *words], check=False, capture_output=True, **more)
+    except FileNotFoundError:
+        raise MountError(f"{FUSERMOUNT} is missing; install the package fuse3") from None
+    if done.returncode != 0:
+        told = done.stderr.decode(errors="replace").strip().removeprefix(f"{FUSERMOUNT}: ")
+        raise ValueError(told or f"{FUSERMOUNT} was ended by signal {-done.returncode}")

@@ -82,17 +82,20 @@ def with_mount(error: "WorkspaceInUseError") -> UserError:
 
 
 def resolved(mountpoint: bytes) -> bytes:
-    """Return a mount point as the kernel names it, without asking a daemon that may be dead.
+    """Return a mount point as the kernel names it, without asking a daemon that may be dead, or hang.
 
-    Only the directory above is looked at: resolving the last component would stat the mount itself.
+    Only the directory above is looked at: stat and lstat of the last component are a request to the mount itself. That
+    it is no link is known to the kernel.
     """
     path = os.path.abspath(mountpoint)
     head, tail = os.path.split(path)
     if not tail:
         return path
-    if os.path.islink(path):
-        return os.path.realpath(path)
-    return os.path.join(os.path.realpath(head), tail)
+    try:
+        os.readlink(path)
+    except OSError:
+        return os.path.join(os.path.realpath(head), tail)
+    return os.path.realpath(path)
 
 
 def _joined(mount: KernelMount, record: Record | None) -> Mount:

@@ -20,6 +20,7 @@ from overlayfs.store.store import LayerStore
 from tests.hostile import forgery, rights
 from tests.hostile.rights import Check
 from tests.mounted.polling import until
+from tests.mounted.scene import MODULES
 from tests.store.samples import add_image
 from tests.support import engines, processes, serving, syscalls
 from tests.support.apart import Apart
@@ -35,8 +36,6 @@ from tests.support.users import ALICE, run_as
 
 pytestmark = pytest.mark.root
 WHERE = ("lower", "upper")
-MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.fuse.kernel.engine",
-           "overlayfs.fuse.pyfuse3_engine")  # fmt: skip
 _DETACH = 2
 _NOSUID, _NODEV, _REMOUNT = 2, 4, 32  # mount(2)
 _LAG = 10**9  # nanoseconds by which the clock of a file system may be behind, and more

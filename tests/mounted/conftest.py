@@ -12,7 +12,9 @@ from typing import IO
 import pytest
 
 from tests.mounted.polling import until
+from tests.mounted.scene import MODULES
 from tests.support import engines, processes, syscalls
+from tests.support.apart import Apart
 from tests.support.requirements import need, need_root
 
 PROGRAM = str(Path(sys.executable).with_name("overlayfs"))
@@ -171,3 +173,11 @@ def make_mount(place: Path) -> Iterator[Callable[[], Mount]]:
 def mount(make_mount: Callable[[], Mount]) -> Mount:
     """One mount, not started."""
     return make_mount()
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Apart]:
+    """Processes that daemons come from."""
+    need_root()
+    with Apart(*MODULES) as started:
+        yield started

@@ -4,115 +4,28 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from overlayfs import StackConfig, Store
-from overlayfs.errors import MountError, UserError
 from overlayfs.mount import control
 from overlayfs.store import workspaces
 from overlayfs.store.commit import commit_unmounted
-from overlayfs.store.store import LayerStore
 from tests.mounted.polling import until
-from tests.store.samples import add_image
-from tests.support import engines, processes, serving, syscalls
+from tests.mounted.scene import PATIENCE, Scene
+from tests.support import engines, processes, syscalls
 from tests.support.apart import Apart
 from tests.support.campaign import Campaign
-from tests.support.mutants import seeded
-from tests.support.requirements import need_root
-from tests.support.serving import Wish
 
 pytestmark = pytest.mark.root
-
-MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.commits",
-           "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3_engine")  # fmt: skip
-PATIENCE = 0.1  # seconds that a second mount waits for the first to go: here none goes
-_BIND, _DETACH = 4096, 2
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process nobody waits long for a workspace, either."""
     monkeypatch.setattr(workspaces, "_LEAVING", PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def apart() -> Iterator[Apart]:
-    """Processes that daemons come from."""
-    need_root()
-    with Apart(*MODULES) as started:
-        yield started
-
-
-class Scene:
-    """A stack in `base`, mounted or not, and what is tried beside it."""
-
-    def __init__(self, base: Path, apart: Apart, mutant: str | None = None) -> None:
-        self.base = base
-        self._apart = apart
-        self._mutant = mutant
-        for name in ("low", "u", "w", "m", "m2", "other", "other.w"):
-            (base / name).mkdir(parents=True)
-        (base / "low" / "f").write_bytes(b"f")
-
-    def words(self, upper: str = "u", work: str = "w") -> str:
-        """Options by names in the base, or absolute paths."""
-        return f"lowerdir={self.base}/low,upperdir={self.base / upper},workdir={self.base / work}"
-
-    def wish(self, point: str, words: str, **more: Any) -> Wish:
-        """A mount at a point by its name."""
-        options = engines.option(words).encode()
-        wish = Wish(os.fsencode(self.base / point), os.fsencode(self.base / "log"), options, mutant=self._mutant)
-        return wish._replace(patience=PATIENCE, **more)
-
-    @contextmanager
-    def mounted(self, words: str, point: str = "m", **more: Any) -> Iterator[int]:
-        """The first mount; its daemon's pid."""
-        pid = self._apart.run(serving.serve, self.wish(point, words, **more)).value
-        try:
-            yield pid
-        finally:
-            self._end(point, pid, more.get("alone", False))
-
-    def _end(self, point: str, pid: int, alone: bool) -> None:
-        if alone:
-            os.kill(pid, signal.SIGTERM)
-        else:
-            with suppress(OSError):
-                syscalls.umount(os.fsencode(self.base / point), _DETACH)
-        processes.reap(pid)
-
-    def second(self, words: str, **more: Any) -> str:
-        """Try a second mount; return the sentence of its refusal, empty when there is one."""
-
-        def mount() -> None:
-            with self.mounted(words, "m2", **more):
-                pass
-
-        return self.refusal(mount, MountError)
-
-    def refusal(self, act: Callable[[], object], kind: type[UserError] = UserError) -> str:
-        """Try something; return the sentence of its refusal, empty for none, a remark where the exit code is wrong."""
-        with nullcontext() if self._mutant is None else seeded(self._mutant):
-            try:
-                act()
-            except UserError as error:
-                wrong = "" if isinstance(error, kind) else f"[exit code {error.exit_code}] "
-                return wrong + str(error)
-        return ""
-
-    @contextmanager
-    def bound(self, source: str, alias: str) -> Iterator[None]:
-        """A directory seen at another place."""
-        (self.base / alias).mkdir()
-        syscalls.mount(os.fsencode(self.base / source), os.fsencode(self.base / alias), b"none", _BIND, b"")
-        try:
-            yield
-        finally:
-            syscalls.umount(os.fsencode(self.base / alias))
 
 
 Case = Callable[[Scene], str]
@@ -189,34 +102,26 @@ def _commit_of_the_upper(scene: Scene) -> str:
         return scene.refusal(lambda: commit_unmounted(config, os.fsencode(scene.base / "layer")))
 
 
-def _workspace(scene: Scene) -> dict[str, Any]:
-    """Make an image; return what mounts a workspace of it."""
-    store = os.fsencode(scene.base / "store")
-    with LayerStore(store) as opened:
-        add_image(opened, "site", {"f": "f"})
-    return {"store": store, "image": "site", "workspace": "draft"}
-
-
 def _workspace_again(scene: Scene) -> str:
-    wanted = _workspace(scene)
+    wanted = scene.image()
     with scene.mounted("", **wanted):
         return scene.second("", **wanted)
 
 
 def _commit_of_a_workspace(scene: Scene) -> str:
-    wanted = _workspace(scene)
+    wanted = scene.image()
     with scene.mounted("", **wanted), Store(wanted["store"]) as store:
         return scene.refusal(lambda: store.commit_workspace("draft", allow_empty=True))
 
 
 def _removal_of_a_workspace(scene: Scene) -> str:
-    wanted = _workspace(scene)
+    wanted = scene.image()
     with scene.mounted("", **wanted), Store(wanted["store"]) as store:
         return scene.refusal(lambda: store.remove_workspace("draft"))
 
 
 def _upper_of_a_workspace(scene: Scene) -> str:
-    wanted = _workspace(scene)
+    wanted = scene.image()
     with scene.mounted("", **wanted):
         room = scene.base / "store" / "workspaces" / "draft"
         return scene.second(scene.words(upper=f"{room}/upper", work=f"{room}/work"))
@@ -245,12 +150,14 @@ CASES: dict[str, tuple[Case, str]] = {
 OF_LOCKS = tuple(CASES)[:7]
 
 
-def _violations(place: Path, apart: Apart, names: Iterable[str] = CASES, mutant: str | None = None) -> list[str]:
+def _violations(
+    place: Path, apart: Apart, engine: str, names: Iterable[str] = CASES, mutant: str | None = None
+) -> list[str]:
     """Return the cases in which a second user was let in, or sent away with other words."""
     found = []
     for number, name in enumerate(names):
         case, wanted = CASES[name]
-        sentence = case(Scene(place / str(number), apart, mutant))
+        sentence = case(Scene(place / f"{engine}{number}", apart, engine, mutant))
         if re.search(wanted, sentence) is None or "[exit code" in sentence:
             found.append(f"{name}: {sentence or 'let in'}")
     return found
@@ -258,13 +165,14 @@ def _violations(place: Path, apart: Apart, names: Iterable[str] = CASES, mutant:
 
 @pytest.mark.campaign("T16")
 def test_one_user_at_a_time(campaign: Campaign, apart: Apart, place: Path) -> None:
-    found = _violations(place, apart)
-    campaign.held(f"ways to use a stack twice, engine {engines.current()}", len(CASES), found)
+    for engine in engines.NAMES if campaign.full else (engines.current(),):
+        found = _violations(place, apart, engine)
+        campaign.held(f"ways to use a stack twice, engine {engine}", len(CASES), found)
 
 
 @pytest.mark.campaign("T16")
 def test_a_missing_lock_is_noticed(campaign: Campaign, apart: Apart, place: Path) -> None:
-    campaign.caught("M8", len(OF_LOCKS), _violations(place, apart, OF_LOCKS, "M8"))
+    campaign.caught("M8", len(OF_LOCKS), _violations(place, apart, engines.current(), OF_LOCKS, "M8"))
 
 
 HOLE = 2 << 40  # bytes: enough to be hashed for a while
@@ -291,11 +199,12 @@ def _hashing(scene: Scene) -> Iterator[None]:
 @pytest.mark.parametrize("what", ["directories", "a workspace", "a workspace whose layer is being hashed"])
 def test_a_dead_owner_blocks_nobody(campaign: Campaign, apart: Apart, place: Path, what: str) -> None:
     """kill -9 of the daemon, whatever it has begun and left behind."""
-    scene = Scene(place / "s", apart)
-    more = {} if what == "directories" else _workspace(scene)
-    options = "" if more else scene.words()
-    with scene.mounted(options, **more) as pid, _hashing(scene) if "hashed" in what else nullcontext():
-        os.kill(pid, signal.SIGKILL)
-        assert processes.ends(pid)
-        sentence = scene.second(options, **more)
-    campaign.held(f"locks of dead owners, engine {engines.current()}", 1, [f"{what}: {sentence}"] * bool(sentence))
+    for engine in engines.NAMES if campaign.full else (engines.current(),):
+        scene = Scene(place / engine, apart, engine)
+        more = {} if what == "directories" else scene.image()
+        options = "" if more else scene.words()
+        with scene.mounted(options, **more) as pid, _hashing(scene) if "hashed" in what else nullcontext():
+            os.kill(pid, signal.SIGKILL)
+            assert processes.ends(pid)
+            sentence = scene.second(options, **more)
+        campaign.held(f"locks of dead owners, engine {engine}", 1, [f"{what}: {sentence}"] * bool(sentence))

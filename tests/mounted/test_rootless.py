@@ -33,7 +33,8 @@ from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import Mount
 from tests.mounted.polling import until
 from tests.store.samples import add_image
-from tests.support import processes, syscalls
+from tests.support import engines, processes, syscalls
+from tests.support.campaign import Campaign
 from tests.support.outcome import errno_of
 from tests.support.requirements import need_program
 from tests.support.users import ALICE, BOB, ROOT, run_as
@@ -184,6 +185,46 @@ def test_a_dead_daemons_mount_is_replaced(alices: Mount) -> None:
     assert _as_alice(alices, (alices.point / "t").read_bytes) == b"top"
     _as_alice(alices, lambda: unmount.unmount(os.fsencode(alices.point)))
     assert processes.reap(alices.pids.pop()) == 0
+
+
+DIES = "#!/bin/sh\nkill -9 $$\n"
+MOUNTS_AND_DIES = """#!/usr/bin/python3
+import os, socket, subprocess, sys
+ours, theirs = socket.socketpair()
+environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
+subprocess.run(["/usr/bin/fusermount3", *sys.argv[1:]], env=environment, pass_fds=[theirs.fileno()], check=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.engine(engines.KERNEL)
+@pytest.mark.campaign("T17")
+@pytest.mark.parametrize("program", [DIES, MOUNTS_AND_DIES])
+def test_a_helper_that_is_killed(
+    campaign: Campaign, alices: Mount, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fusermount3 dies before or after it mounts, or when it is to unmount: it is said, and the next one works."""
+    helper = alices.stack.base / "bin" / "fusermount3"
+    helper.parent.mkdir()
+    helper.write_text(program)
+    helper.chmod(0o755)
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", f"{helper.parent}:{path}")
+    before = processes.children()
+    with pytest.raises(MountError, match=r"cannot mount on .*: fusermount3 was ended by signal 9"):
+        _start(alices)
+    processes.reap_since(before)
+    monkeypatch.setenv("PATH", path)
+    _start(alices)
+    assert _as_alice(alices, (alices.point / "t").read_bytes) == b"top"
+    helper.write_text(DIES)
+    monkeypatch.setenv("PATH", f"{helper.parent}:{path}")
+    with pytest.raises(MountError, match=r"cannot unmount .*: fusermount3 was ended by signal 9"):
+        _as_alice(alices, lambda: unmount.unmount(os.fsencode(alices.point)))
+    monkeypatch.setenv("PATH", path)
+    _as_alice(alices, lambda: unmount.unmount(os.fsencode(alices.point)))
+    assert processes.reap(alices.pids.pop()) == 0
+    campaign.held("ways to die, fusermount3", 2, [])
 
 
 def test_the_reason_of_a_refusal_is_told(alices: Mount) -> None:

@@ -77,8 +77,8 @@ def _live(wish: Wish, address: str, writing: int) -> NoReturn:
             _mount(wish)
         code = 0
     except UserError as error:
-        os.write(writing, str(error).encode(errors="backslashreplace"))
         code = error.exit_code
+        os.write(writing, str(error).encode(errors="backslashreplace"))
     finally:
         os._exit(code)
 

@@ -1,0 +1,71 @@
+"""Daemons that are killed at a chosen moment of their life.
+
+What stands in the tables puts the kill into this process; the daemon that it forks then meets it.
+"""
+
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from overlayfs import Overlay, sysio
+from overlayfs.mount import daemon, engines, records
+from tests.support import serving
+from tests.support.serving import Wish
+
+
+def _die(*_: Any, **__: Any) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
+
+
+def _dying(owner: Any, name: str) -> Callable[[], None]:
+    return lambda: setattr(owner, name, _die)
+
+
+def _after(owner: Any, name: str) -> Callable[[], None]:
+    def put() -> None:
+        act = getattr(owner, name)
+
+        def act_and_die(*args: Any, **words: Any) -> None:
+            act(*args, **words)
+            _die()
+
+        setattr(owner, name, act_and_die)
+
+    return put
+
+
+MOUNTING: dict[str, Callable[[], None]] = {
+    "the upper is locked and prepared": _dying(engines, "build"),
+    "the kernel has the mount, nobody serves": _dying(daemon, "_serve"),
+    "it answers, nobody has been told": _dying(records, "write"),
+    "the record is written": _after(records, "write"),
+}
+"""By what is true at that moment. The mount that was asked for never comes."""
+
+UNMOUNTING: dict[str, Callable[[], None]] = {
+    "the kernel has let go": _dying(daemon, "_close"),
+    "the upper is synced, still locked": _dying(Overlay, "close"),
+    "all is closed, the record is there": _dying(records, "remove"),
+}
+"""The mount comes, and its daemon dies at its end."""
+
+
+def serve_dying(moment: str, wish: Wish) -> int:
+    """Mount with a daemon that dies at a moment."""
+    {**MOUNTING, **UNMOUNTING}[moment]()
+    return serving.serve(wish)
+
+
+def serve_until_call(number: int, wish: Wish) -> int:
+    """Mount with a daemon that dies before its changing system call of this number, which counts from 0."""
+    calls = itertools.count()
+
+    def count(_: str) -> None:
+        if next(calls) == number:
+            _die()
+
+    sysio.fuse = count
+    return serving.serve(wish)
