@@ -3,7 +3,8 @@
 import errno
 import os
 import stat
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
@@ -15,6 +16,8 @@ from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import Layer
 from overlayfs.tree.stats import AnyStat
 from overlayfs.tree.upper import Upper
+
+T = TypeVar("T")
 
 _ACL_PREFIX = b"system.posix_acl_"
 _CAPABILITY = b"security.capability"
@@ -58,6 +61,14 @@ class Located(NamedTuple):
     layer: Layer
     dirfd: int
     name: bytes
+
+
+def after_change(look: Callable[[], T]) -> T:
+    """Return what is seen after a change. Looks twice: an error would say that nothing was changed."""
+    try:
+        return look()
+    except OSError:
+        return look()
 
 
 class AttributeVerbs:
@@ -202,6 +213,8 @@ class AttributeVerbs:
             raise oserror(errno.EISDIR)
         if node.kind != stat.S_IFREG:
             raise oserror(errno.EINVAL)
+        if writer is None and isinstance(node, File):
+            writer = node.writer
         _, dirfd, name = self.locate(node)
         fd = sysio.open_child(dirfd, name, os.O_WRONLY | os.O_NONBLOCK) if writer is None else writer
         try:

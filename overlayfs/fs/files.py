@@ -118,13 +118,23 @@ class Files:
         if not isinstance(node, File) or node.kind != stat.S_IFREG:
             raise oserror(errno.EISDIR if node.kind == stat.S_IFDIR else errno.ENXIO)
         writes = flags & os.O_ACCMODE in _WRITES
-        if writes and node.writer is None:
-            node.writer = self._open_writer(node)
-        elif not writes and node.reader is None:
-            node.reader = self._open_reader(node)
-        if flags & os.O_TRUNC:
-            self._truncate(node, strip)
+        try:
+            if writes and node.writer is None:
+                node.writer = self._open_writer(node)
+            elif not writes and node.reader is None:
+                node.reader = self._open_reader(node)
+            if flags & os.O_TRUNC:
+                self._truncate(node, strip)
+        except BaseException:
+            self.close_unused(node)
+            raise
         return self._add(FileHandle(node, writes))
+
+    @staticmethod
+    def close_unused(node: Node) -> None:
+        """Close the descriptors of a file that nobody has open: lifting to cut it has opened one (fs.lifting)."""
+        if isinstance(node, File) and not node.handles:
+            close_backing(node)
 
     def open_later(self, node: File) -> int:
         """Return a handle for reading a file that is opened when somebody reads from it."""

@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum, auto
 
 from overlayfs import sysio
@@ -363,30 +363,43 @@ class _Build(LiftStep):
             sysio.close(pinned)
 
     def _settle(self, node: File, pinned: int) -> None:
-        # The reader is opened first: when descriptors have run out nothing has happened yet.
-        reader = self._open_reader(node, pinned)
-        try:
-            self._place(node, pinned)
-        except BaseException:
-            if reader is not None:
-                sysio.close(reader)
-            raise
+        # All that may fail comes first: when descriptors have run out nothing has happened yet.
         found = sysio.stat_at(pinned, b"")
+        with ExitStack() as failing:
+            reader = self._open_reader(node, pinned)
+            if reader is not None:
+                failing.callback(sysio.close, reader)
+            writer = self._open_writer(node, pinned)
+            if writer is not None:
+                failing.callback(sysio.close, writer)
+            links = self._place(node, pinned)
+            failing.pop_all()
         self._lifting.nodes.add_key(node, (found.st_dev, found.st_ino))
-        node.nlink_delta += self._nlink - found.st_nlink
+        node.nlink_delta += self._nlink - links
         node.in_upper = True
         node.data = (node.data or node.lower) if self._content is Content.BELOW else None
         with suppress(OSError):  # the mark that was staged with it, relative to the lower count, is as good
             self._lifting.persist_nlink(node)
         if reader is not None:
             _swap_reader(node, reader)
+        if writer is not None:
+            node.writer = writer
 
     def _open_reader(self, node: File, pinned: int) -> int | None:
         if node.reader is None or self._content is Content.BELOW:
             return None
         return self._lifting.stack.dirfds.retry(lambda: sysio.open_child(pinned, b"", os.O_RDONLY))
 
-    def _place(self, node: File, pinned: int) -> None:
+    def _open_writer(self, node: File, pinned: int) -> int | None:
+        """Open what a truncated file is written through: no content may be lost for an open that fails after all."""
+        if self._need is not Need.TRUNCATED or node.writer is not None:
+            return None
+        with suppress(PermissionError):  # without privilege the mode may stand against reading
+            return self._lifting.stack.dirfds.retry(lambda: sysio.open_child(pinned, b"", os.O_RDWR | os.O_NONBLOCK))
+        return None
+
+    def _place(self, node: File, pinned: int) -> int:
+        """Give the copy its names in the upper; return how many links it has then. On an error it has none of them."""
         names = self._reachable_names(node)
         if self._is_indexed():
             self._place_in_index(node)
@@ -395,10 +408,26 @@ class _Build(LiftStep):
             self._named(node, names[0])
         else:
             self._place_nowhere(node)
+            return 0
         # Without an index nothing else would keep the other known names together.
         rest = names[:1] if node.index is not None else names[1:]
-        for parent, name in rest:
-            self._link(node, pinned, parent, name)
+        try:
+            for parent, name in rest:
+                self._link(node, pinned, parent, name)
+        except BaseException:
+            self._displace(node)
+            raise
+        return 1 + len(rest)
+
+    def _displace(self, node: File) -> None:
+        """Take the names away again; what the index has is replaced by the next attempt."""
+        for (parent, name), in_upper in node.names.items():
+            if in_upper:
+                with suppress(OSError):
+                    sysio.unlink_at(self._upper.dirfd(self._lifting.lookup.path(parent)), name)
+                    node.names[parent, name] = False
+                    parent.note(name, Kind.ABSENT)
+        node.index = None
 
     def _reachable_names(self, node: File) -> list[tuple[Dir, bytes]]:
         # The name whose parents were lifted may have gone while the copy was staged.
@@ -408,8 +437,9 @@ class _Build(LiftStep):
 
     def _place_in_index(self, node: File) -> None:
         assert self._origin is not None and self._staged is not None and self._upper.work.index is not None
-        node.index = origin.index_name(self._origin)
-        sysio.rename_at(self._upper.work.fd, self._staged, self._upper.work.index, node.index)
+        name = origin.index_name(self._origin)
+        sysio.rename_at(self._upper.work.fd, self._staged, self._upper.work.index, name)
+        node.index = name
         self._staged = None
 
     def _place_nowhere(self, node: File) -> None:
@@ -492,15 +522,27 @@ class _Cut(LiftStep):
     def publish(self) -> None:
         assert isinstance(self.node, File)
         _, dirfd, name = self._lifting.attributes.locate(self.node)
-        fd = sysio.open_child(dirfd, name, os.O_RDWR)
-        try:
+        with ExitStack() as failing:
+            fd = sysio.open_child(dirfd, name, os.O_RDWR)
+            failing.callback(sysio.close, fd)
             first = self._lifting.origin_without_metacopy(self._upper, fd)
-            self._cut(fd)
-            self._lifting.renew_origin(self._upper, dirfd, name, first)
             if self.node.reader is not None:
-                _swap_reader(self.node, open_readable(self._lifting.stack.dirfds, fd, b"", keep_atime=False))
-            self.node.unmark()
-        finally:
+                reader = open_readable(self._lifting.stack.dirfds, fd, b"", keep_atime=False)
+                failing.callback(sysio.close, reader)
+            self._cut(fd)
+            failing.pop_all()
+        self._lifting.renew_origin(self._upper, fd, b"", first)
+        if self.node.reader is not None:
+            _swap_reader(self.node, reader)
+        self._keep_writer(self.node, fd)
+        self.node.unmark()
+
+    @staticmethod
+    def _keep_writer(node: File, fd: int) -> None:
+        """Keep what a truncated file is written through, so that the open that wants it cannot fail after all."""
+        if node.writer is None:
+            node.writer = fd
+        else:
             sysio.close(fd)
 
     def _cut(self, fd: int) -> None:

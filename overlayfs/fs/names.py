@@ -7,13 +7,13 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import acl, redirect, whiteout, xattrs
-from overlayfs.fs.attributes import AttributeVerbs
+from overlayfs.fs.attributes import AttributeVerbs, after_change
 from overlayfs.fs.lifting import Lifting, Need
 from overlayfs.fs.lookup import LONGEST_NAME, Lookup
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable
@@ -163,7 +163,7 @@ class Names:
 
     def _appeared(self, parent: Dir, name: bytes, opaque: bool) -> Node:
         upper, path = self._upper, self._lookup.path(parent)
-        found = upper.stat(path, name)
+        found = after_change(lambda: upper.stat(path, name))
         node: Node
         if stat.S_ISDIR(found.st_mode):
             number = self._nodes.free_number(self._number_of(found))
@@ -232,7 +232,7 @@ class Names:
         parent.gain(name, Kind.FILE, node)
         for other, _ in node.names:
             parent.owe(*other.debts())
-        self._lookup.fresh = None
+        self._lookup.fresh = (node, after_change(lambda: self._attributes.stat(node)))
 
     def _redirect_file(self, node: File) -> None:
         # Metadata only under another name than below: the copy must say where its data lies.
@@ -351,8 +351,10 @@ class Names:
         return Kind.WHITEOUT if spot.below else Kind.ABSENT
 
     def _forget_index(self, node: File) -> None:
-        if node.index is not None and not node.names and self._attributes.attributes(node).nlink == 0:
-            self._lifting.drop_index(node)
+        if node.index is not None and not node.names:
+            with suppress(OSError):  # an entry that stands for no name: the kernel drops it at its next mount
+                if self._attributes.attributes(node).nlink == 0:
+                    self._lifting.drop_index(node)
         elif node.orphan is not None and node.names:
             sysio.close(node.orphan)
             node.orphan = None

@@ -16,7 +16,7 @@ from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import origin, xattrs
 from overlayfs.fs import index
-from overlayfs.fs.attributes import Attributes, AttributeVerbs, Changes
+from overlayfs.fs.attributes import Attributes, AttributeVerbs, Changes, after_change
 from overlayfs.fs.changes import Change, changes
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.cursors import Cursors
@@ -149,8 +149,11 @@ class Overlay:
         """Change attributes and return what they are then. `fh`: the open file through which it is asked, if any."""
         need = need_of_change(changes)
         self._lifting.lift(node, need)
-        self._attributes.change(node, changes, self._files.writer_of(fh))
-        return self._attributes.attributes(node)
+        try:
+            self._attributes.change(node, changes, self._files.writer_of(fh))
+        finally:
+            self._files.close_unused(node)
+        return after_change(lambda: self._attributes.attributes(node))
 
     def check_xattr(self, name: bytes) -> None:
         """Raise what a change of an extended attribute with this name would raise for its name alone."""

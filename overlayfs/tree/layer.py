@@ -236,9 +236,12 @@ class Layer:
     def open_file(self, path: bytes, name: bytes, keep_atime: bool = True) -> int:
         """Open a regular file for reading; EIO when something else has taken its place (CVE-2024-9676)."""
         fd = open_readable(self._dirfds, self.dirfd(path), name, keep_atime)
-        if not stat.S_ISREG(sysio.stat_at(fd, b"").st_mode):
+        try:
+            if not stat.S_ISREG(sysio.stat_at(fd, b"").st_mode):
+                raise oserror(errno.EIO, name)
+        except BaseException:
             sysio.close(fd)
-            raise oserror(errno.EIO, name)
+            raise
         return fd
 
     def pin(self, path: bytes, name: bytes) -> int:

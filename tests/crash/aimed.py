@@ -34,10 +34,10 @@ def _write(path: Path, data: bytes, flags: int = 0) -> None:
         os.close(fd)
 
 
-def _append_and_sync(path: Path) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+def _write_and_sync(path: Path) -> None:
+    fd = os.open(path, os.O_WRONLY)
     try:
-        os.write(fd, b"appended")
+        os.write(fd, b"written")
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -75,7 +75,7 @@ BEFORE: dict[str, Act] = {
 WRITES: dict[str, Act] = {
     "write": lambda room: _write(room / "file", b"written"),
     "write to a metadata-only copy": lambda room: _write(room / "file", b"written"),
-    "append and fsync": lambda room: _append_and_sync(room / "file"),
+    "write and fsync": lambda room: _write_and_sync(room / "file"),
     "truncate": lambda room: os.truncate(room / "file", 10),
     "truncate a metadata-only copy": lambda room: _write(room / "file", b"", os.O_TRUNC),
     "create over a whiteout": lambda room: os.close(os.open(room / "hidden", os.O_WRONLY | os.O_CREAT | os.O_EXCL)),
@@ -101,6 +101,8 @@ ACTS = {**WRITES, **ATTRIBUTES, **NAMES}
 GROUPS = {"writes": WRITES, "attributes": ATTRIBUTES, "names": NAMES}
 
 
+COMPOUND = ("write and fsync",)
+"""More than one call: what fails may be the second one."""
 TOUCHING = ("write to a metadata-only copy",)
 """The file's time moves while its copy gets the data, and is set back then; the kernel's overlayfs does so too."""
 

@@ -27,6 +27,13 @@ TEARABLE = ("write_at", "copy_data", "copy_range")
 """The changing calls that write data and may have written a part of it when the process ends."""
 
 
+LOOKING = (
+    *("open_beneath", "open_child", "stat_at", "list_dir", "readlink_at", "getxattr_at", "find_xattr", "listxattr_at"),
+    *("file_handle", "open_by_handle", "statvfs_fd"),
+)
+"""Calls of `sysio` that look, or open what is to be looked at."""
+
+
 @dataclass
 class Fuse:
     """Counts changing calls and blows at number `at`.
@@ -81,6 +88,22 @@ class Fuse:
     def where(self) -> str:
         """Which call it was, for a message."""
         return f"at {self.calls[self.at - 1]}, call {self.at}" if self.at <= len(self.calls) else f"before {self.at}"
+
+
+class Blindness(Fuse):
+    """The same for the calls that only look: number `at` of those fails with `errno`."""
+
+    def __enter__(self) -> Self:
+        for name in LOOKING:
+            self._undo.enter_context(mock.patch.object(sysio, name, self._guarded(name, getattr(sysio, name))))
+        return self
+
+    def _guarded(self, name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def guarded(*words: object, **more: object) -> object:
+            self(name)
+            return call(*words, **more)
+
+        return guarded
 
 
 @contextmanager

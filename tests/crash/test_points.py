@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs import Overlay
-from tests.crash.harness import Fuse, Operation, Site, Stopped, View, abandon, closed_again, view
+from tests.crash.harness import Blindness, Fuse, Operation, Site, Stopped, View, abandon, closed_again, view
 from tests.crash.operations import COPYING, OPERATIONS, PREPARATIONS
 from tests.support.campaign import Campaign
 from tests.support.mutants import seeded
@@ -21,6 +21,8 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EMFILE, errno.ENOMEM)
 QUICK_ERRORS = ERRORS[:2]
 
 REPEATED_BY_THE_INTERPRETER = ("copy_data", "write_at", "truncate_fd", "fsync")  # below the fuse (PEP 475)
+
+THIRD = "a third tree"
 
 MakeSite = Callable[[], Site]
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
@@ -73,10 +75,12 @@ def stop_at(make: MakeSite, name: str, chosen_of: Callable[[list[str]], list[Fus
         with points.at(f"{name}, at {calls[fuse.at - 1]}, call {fuse.at} of {len(calls)}"):
             stopped = make()
             overlay = stopped.open()
-            with fuse, pytest.raises(Stopped):
-                OPERATIONS[name](overlay)
-            abandon(overlay)
-            assert stopped.view() in (old, new), "a third tree"
+            try:
+                with fuse, pytest.raises(Stopped):
+                    OPERATIONS[name](overlay)
+            finally:
+                abandon(overlay)
+            assert stopped.view() in (old, new), THIRD
             assert stopped.staged() == [], "something is left in the work directory"
     return points
 
@@ -100,7 +104,7 @@ def test_stopped_in_the_middle_of_copying(campaign: Campaign, site: MakeSite, na
 def test_mutants_are_caught(campaign: Campaign, site: MakeSite, mutant: str, name: str) -> None:
     with seeded(mutant):
         points = stop_at(site, name, lambda calls: [Fuse(at + 1) for at in range(len(calls))])
-    campaign.caught(mutant, points.tried, points.violations)
+    campaign.caught(mutant, points.tried, [line for line in points.violations if THIRD in line])
 
 
 # --- failing -----------------------------------------------------------------------------------------------
@@ -175,6 +179,30 @@ def test_failing_at_every_call(campaign: Campaign, site: MakeSite, name: str) ->
 def test_failing_from_every_call_on(campaign: Campaign, site: MakeSite, name: str) -> None:
     points = fail_at(campaign, site, name, lasting=True, quick=2)
     campaign.held("changes failing from every changing call on", points.tried, points.violations)
+
+
+@pytest.mark.campaign("T3")
+@every_operation
+def test_looking_fails_at_every_call(campaign: Campaign, site: MakeSite, name: str) -> None:
+    """What cannot be seen is not absent: the caller hears of it, and nothing has changed."""
+    old, new, _ = outcome(site(), OPERATIONS[name])
+    calls = looks(site(), OPERATIONS[name])
+    points = Points()
+    for error in (errno.EIO, errno.EMFILE) if campaign.full else (errno.EIO,):
+        for at in chosen(campaign, len(calls), 4):
+            where = f"{name}, {errno.errorcode[error]} at {calls[at - 1]}, look {at} of {len(calls)}"
+            with points.at(where), closed_again():
+                _fail(site(), OPERATIONS[name], Blindness(at, error), old, new)
+    campaign.held("changes failing at every look", points.tried, points.violations)
+
+
+def looks(site: Site, operation: Operation) -> list[str]:
+    """Return the calls of an operation that only look."""
+    overlay = site.open()
+    with Blindness() as blindness:
+        operation(overlay)
+    overlay.close()
+    return blindness.calls
 
 
 @pytest.mark.campaign("T3")

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from overlayfs.errors import oserror
+from overlayfs.fs.attributes import after_change
 from overlayfs.fs.lifting import Need
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import File, Node
@@ -129,7 +130,7 @@ class FileRequests:
         writes = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)  # a fourth value, 3, is for ioctls alone (open(2))
         try:
             fd = self._overlay.descriptor(handle, writes)
-            found = os.fstat(fd)
+            found = after_change(lambda: os.fstat(fd))
             own, direct, maps = _has_own_data(node), bool(flags & os.O_DIRECT), flags & os.O_ACCMODE == os.O_RDWR
             through, reply_flags, backing = self._openings.open(
                 Target(nodeid, fd, own, writes, found.st_size, found.st_mode, direct, maps)

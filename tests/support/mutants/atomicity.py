@@ -7,26 +7,25 @@ from overlayfs import sysio
 from overlayfs.fs import lifting
 from overlayfs.fs.nodes import Dir, File, Node
 from overlayfs.tree.upper import Place, Upper
-from overlayfs.tree.workdir import WorkDir, remove_tree
+from overlayfs.tree.workdir import WorkDir
 from overlayfs.union.plans import Create, Move
 
 _begin = lifting._Build.begin
 _move = Upper._move
 
 
-class _PlaceOfItsOwn:
+class _PlaceOfItsOwn(WorkDir):
     """A work directory whose one staging place is the final one: a name in a directory of the upper."""
 
     def __init__(self, work: WorkDir, dirfd: int, name: bytes) -> None:
-        self.root, self.index = work.root, work.index
+        super().__init__(work.root, work.path)
+        self.index = work.index
         self.fd = dirfd
         self._name = name
 
     def temporary(self) -> bytes:
+        """Return the final name."""
         return self._name
-
-    def discard(self, name: bytes) -> None:
-        remove_tree(self.fd, name)
 
 
 class _InPlace:
