@@ -67,6 +67,12 @@ class Cursors:
             if name is not None and child is not None:
                 yield Child(name, child, listing.base + at + 1)
 
+    def drop(self, node: Dir) -> None:
+        """Let go of the listing of a directory that nobody reads any more: its node has left the table."""
+        listing = self._kept.pop(node, None)
+        if listing is not None:
+            self._names -= len(listing.names)
+
     def _listing(self, node: Dir, anew: bool) -> _Listing:
         listing = self._kept.pop(node, None)
         if listing is not None:
