@@ -64,6 +64,12 @@ class Cursors:
         names = ((listing.names[at], listing.base + at + 1) for at in range(first, len(listing.names)))
         return children(self._lookup, node, names)
 
+    def drop(self, node: Dir) -> None:
+        """Let go of the listing of a directory that nobody reads any more: its node has left the table."""
+        listing = self._kept.pop(node, None)
+        if listing is not None:
+            self._names -= len(listing.names)
+
     def _listing(self, node: Dir, anew: bool) -> _Listing:
         listing = self._kept.pop(node, None)
         if listing is not None:

@@ -493,6 +493,13 @@ class Lookup:
             return False
         return sum(part.layer.stat(part.path, b"").st_size for part in node.lower) < _HUGE
 
+    def drop(self, node: Dir) -> None:
+        """Count no names of a directory whose node has left the table."""
+        kept, size = self._kept.get(node.number, (None, 0))
+        if kept is node:
+            del self._kept[node.number]
+            self._kept_names -= size
+
     def _keep(self, node: Dir) -> None:
         size = len(node.below or ()) + len(node.upper_names or ())
         _, before = self._kept.pop(node.number, (node, 0))

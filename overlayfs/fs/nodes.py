@@ -7,7 +7,7 @@ little longer (`_IDLE`). All state here changes on one loop only; threads never 
 import itertools
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from overlayfs import sysio
@@ -201,6 +201,7 @@ class NodeTable:
         self._mask = _MASK_32 if ino32 else -1
         self._spare = _FIRST_SPARE_32 if ino32 else _FIRST_SPARE
         self.unnamed: set[File] = set()  # files that have lost every name that is known of them
+        self.on_drop: list[Callable[[Dir], None]] = []  # are told of each directory that leaves the table
         self.epoch = 0  # grows when a directory moves: cached paths of an older epoch are void
 
     def __len__(self) -> int:
@@ -320,8 +321,11 @@ class NodeTable:
                     del self._by_key[key]
             for parent, name in list(node.names):
                 self._leave(node, parent, name)
-        elif isinstance(node, Dir) and node.parent is not None:
-            self._leave(node, node.parent, node.name)
+        elif isinstance(node, Dir):
+            for told in self.on_drop:
+                told(node)
+            if node.parent is not None:
+                self._leave(node, node.parent, node.name)
 
     def _leave(self, node: Node, parent: Dir, name: bytes) -> None:
         if parent.children.get(name) is node:

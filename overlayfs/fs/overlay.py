@@ -48,6 +48,7 @@ class Overlay:
         self._names = Names(self._stack, self.nodes, self._lookup, self._attributes, self._lifting)
         self._files = Files(self._stack, self.nodes, self._lookup, self._attributes)
         self._cursors = Cursors(self._lookup)
+        self.nodes.on_drop += [self._lookup.drop, self._cursors.drop]
         self.space = Space(self._attributes, self._lookup, self._files)
         self.root = self._lookup.root
 

@@ -171,3 +171,15 @@ class Machine(RuleBasedStateMachine):
 
 Machine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestMachine = Machine.TestCase
+
+
+def test_nothing_is_kept_of_a_directory_that_has_left_the_table() -> None:
+    """However many directories come and go, empty ones too."""
+    for names in ((), NAMES):
+        _, found = made(*names)
+        node = directory()
+        read_all(found, node)
+        found.drop(node)
+        found.drop(node)
+        assert not found._kept
+        assert found._names == 0

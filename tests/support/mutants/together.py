@@ -7,12 +7,13 @@ from unittest import mock
 
 from overlayfs.fs import reseat
 from overlayfs.fs.lifting import Lifting, LiftStep, Need
-from overlayfs.fs.nodes import File, Node
+from overlayfs.fs.nodes import File, Node, NodeTable
 from overlayfs.fuse.lift import Lifter
 from overlayfs.tree.upper import Upper
 
 NO_OPAQUE = "a new directory is not made opaque"
 WRITER_KEPT = "a commit leaves writers their file"
+DEAF = "look-ups are not given back"
 NO_LOCK = "copy-ups of a file do not wait for each other"
 
 
@@ -37,8 +38,13 @@ def _no_lock() -> Iterator[None]:
         yield
 
 
+def _deaf(self: NodeTable, number: int, count: int) -> None:
+    """Count the look-ups of a number for ever."""
+
+
 MUTANTS: dict[str, Callable[[], Any]] = {
     NO_OPAQUE: lambda: mock.patch.object(Upper, "set_opaque", _no_opaque),
     WRITER_KEPT: lambda: mock.patch.object(reseat, "_retire_writer", _writer_kept),
     NO_LOCK: _no_lock,
+    DEAF: lambda: mock.patch.object(NodeTable, "forget", _deaf),
 }

@@ -1,0 +1,78 @@
+"""T19: whatever has gone on in a mount, it holds no more afterwards than before. For hours: tests.mounted.soak."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.mounted.polling import LIMIT, until
+from tests.mounted.soak import DIRECTORIES, SPARE, SPARE_OBJECTS, Held, Soaked, soak, turn
+from tests.support import engines
+from tests.support.campaign import Campaign
+from tests.support.mutants import seeded
+from tests.support.mutants.together import DEAF
+from tests.support.requirements import need, need_root
+
+SPARE_MEMORY = 4096  # KiB that the allocator may not give back
+
+
+@pytest.fixture
+def make_soaked() -> Iterator[Callable[[], Soaked]]:
+    """A maker of one mount that tells what it holds; in memory, where no inode number is given out twice."""
+    need_root()
+    need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
+    with ExitStack() as made:
+        place = Path(made.enter_context(tempfile.TemporaryDirectory(prefix="ofs-", dir="/dev/shm")))
+
+        def make() -> Soaked:
+            soaked = Soaked(place, engines.current())
+            made.callback(soaked.tree.kill)
+            return soaked
+
+        yield make
+
+
+def leaks(soaked: Soaked, turns: int, limit: float = LIMIT) -> list[str]:
+    """What a mount holds after some turns and has not held before them."""
+    for number in range(DIRECTORIES):
+        turn(soaked.point, 0, number)
+    before = soaked.held()
+    for number in range(turns):
+        turn(soaked.point, 0, number)
+    with suppress(AssertionError):  # the kernel forgets in its own time
+        until(lambda: not _more(before, soaked.held()), limit)
+    return _more(before, soaked.held())
+
+
+def _more(before: Held, after: Held) -> list[str]:
+    spare = {"descriptors": SPARE, "objects": SPARE_OBJECTS, "memory": SPARE_MEMORY}
+    counts = zip(Held._fields, before, after, strict=True)
+    return [f"{name}: {now}, and {was} before" for name, was, now in counts if now > was + spare.get(name, 0)]
+
+
+@pytest.mark.campaign("T19")
+def test_nothing_is_held_that_was_not_before(make_soaked: Callable[[], Soaked], campaign: Campaign) -> None:
+    turns = campaign.size(150, 1000)
+    wrong = leaks(make_soaked(), turns)
+    campaign.held(f"turns of work after which a mount holds what it held, engine {engines.current()}", turns, wrong)
+
+
+@pytest.mark.campaign("T19")
+def test_soak(make_soaked: Callable[[], Soaked], campaign: Campaign) -> None:
+    """Several processes at work; in the end the kernel forgets all."""
+    soaked = make_soaked()
+    found = soak(soaked, engines.current(), campaign.size(3, 120))
+    soaked.end()
+    growth = ", ".join(f"{found.growth[name]:+.0f} {name}" for name in ("descriptors", "nodes"))
+    what = f"requests in {found.seconds} s of soak, engine {found.engine}; {growth} an hour"
+    campaign.held(what, found.requests, found.wrong())
+
+
+@pytest.mark.campaign("T19")
+def test_mutant(make_soaked: Callable[[], Soaked], campaign: Campaign) -> None:
+    with seeded(DEAF):
+        soaked = make_soaked()
+    campaign.caught(f"{DEAF}, engine {engines.current()}", 1, leaks(soaked, 1, limit=1))
