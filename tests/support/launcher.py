@@ -4,6 +4,7 @@ What a command does is what it does for users; a mount's daemon is forked by the
 to load. `mutant` is a bug that the command, and the daemon that comes of it, shall have (tests/support/mutants).
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -95,7 +96,7 @@ def _forked(mutant: str, words: list[str]) -> tuple[int, str]:
 
 def _become(mutant: str, words: list[str], output: int) -> NoReturn:
     from overlayfs_cli.main import main
-    from tests.support.mutants import MUTANTS
+    from tests.support.mutants import seeded
 
     code = 1
     try:
@@ -105,9 +106,8 @@ def _become(mutant: str, words: list[str], output: int) -> NoReturn:
         os.close(null)
         os.close(output)
         sys.argv = ["overlayfs", *words]
-        if mutant:
-            MUTANTS[mutant]().__enter__()  # for good
-        code = main()
+        with seeded(mutant) if mutant else contextlib.nullcontext():
+            code = main()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
