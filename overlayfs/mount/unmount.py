@@ -1,18 +1,22 @@
 """Unmounting, so that the next mount of the same upper can follow at once."""
 
 import contextlib
+import ctypes
 import os
 import select
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from overlayfs.errors import MountError
+from overlayfs.errors import MountError, oserror
 from overlayfs.mount import table
-from overlayfs.mount.detach import detach
+from overlayfs.mount.detach import MNT_DETACH, detach
+from overlayfs.mount.mountinfo import kernel_mounts
 
 CONNECTIONS = Path("/sys/fs/fuse/connections")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 
 def unmount(mountpoint: bytes, *, lazy: bool = False, wait: float = 10.0) -> None:
@@ -23,8 +27,8 @@ def unmount(mountpoint: bytes, *, lazy: bool = False, wait: float = 10.0) -> Non
     with ECONNABORTED and the unmount succeed.
     """
     mount = table.find(mountpoint)
-    with _watched(mount.pid) as daemon:
-        _detach_or_cut_off(mount, lazy, wait)
+    with _watched(mount.pid) as daemon, _connection(mount) as connection:
+        _detach_or_cut_off(mount, connection, lazy, wait)
         if not lazy and daemon is not None and not _ended(daemon, wait):
             raise MountError(
                 f"{os.fsdecode(mountpoint)} is unmounted, but its daemon (pid {mount.pid}) still runs after {wait:g} s"
@@ -51,7 +55,7 @@ def _ended(daemon: int, wait: float) -> bool:
     return bool(poller.poll(wait * 1000))
 
 
-def _detach_or_cut_off(mount: table.Mount, lazy: bool, wait: float) -> None:
+def _detach_or_cut_off(mount: table.Mount, connection: int | None, lazy: bool, wait: float) -> None:
     """Detach in a thread of its own, since a hung daemon makes the call wait for dirty pages without end."""
     failures: list[MountError] = []
 
@@ -64,8 +68,8 @@ def _detach_or_cut_off(mount: table.Mount, lazy: bool, wait: float) -> None:
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(wait)
-    if worker.is_alive():
-        cut_off(mount)
+    if worker.is_alive() and connection is not None:
+        os.write(connection, b"1")
         worker.join(wait)
     if worker.is_alive():
         failures.append(MountError(f"cannot unmount {os.fsdecode(mount.mountpoint)}: its daemon hangs"))
@@ -74,20 +78,42 @@ def _detach_or_cut_off(mount: table.Mount, lazy: bool, wait: float) -> None:
 
 
 def cut_off(mount: table.Mount) -> None:
-    """Cut the connection of a mount; its directory under fusectl is named by the minor number of the mount."""
-    minor = mount.device.partition(b":")[2].decode()
-    with contextlib.suppress(OSError), _fusectl(minor):
-        (CONNECTIONS / minor / "abort").write_text("1")
+    """Cut the connection of a mount, if it still is there: whoever waits for its daemon gets ECONNABORTED."""
+    with _connection(mount) as connection:
+        if connection is not None:
+            os.write(connection, b"1")
 
 
 @contextlib.contextmanager
-def _fusectl(minor: str) -> Iterator[None]:
+def _connection(mount: table.Mount) -> Iterator[int | None]:
+    """Give a descriptor that cuts the connection of a mount when it is written to; None where there is none to be had.
+
+    fusectl names connections by the minor number of the mount, which belongs to the next mount as soon as this one has
+    gone. So it is opened first, and is known to be the right one if the mount is there afterwards. Once the connection
+    has gone the kernel takes what is written for nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptor = None
+        with contextlib.suppress(OSError), _fusectl():
+            minor = mount.device.partition(b":")[2].decode()
+            descriptor = os.open(CONNECTIONS / minor / "abort", os.O_WRONLY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+        yield descriptor if _is_there(mount) else None
+
+
+def _is_there(mount: table.Mount) -> bool:
+    return any((found.device, found.mountpoint) == (mount.device, mount.mountpoint) for found in kernel_mounts())
+
+
+@contextlib.contextmanager
+def _fusectl() -> Iterator[None]:
     """See to it that fusectl is mounted at its place, as a service manager does at boot; as it was afterwards."""
-    if (CONNECTIONS / minor).exists():
+    if os.path.ismount(CONNECTIONS):
         yield
         return
-    subprocess.run(["mount", "-t", "fusectl", "fusectl", CONNECTIONS], check=False, capture_output=True)
+    if _libc.mount(b"fusectl", os.fsencode(CONNECTIONS), b"fusectl", 0, None) < 0:
+        raise oserror(ctypes.get_errno())
     try:
         yield
     finally:
-        subprocess.run(["umount", CONNECTIONS], check=False, capture_output=True)
+        _libc.umount2(os.fsencode(CONNECTIONS), MNT_DETACH)  # what was opened in it stays open

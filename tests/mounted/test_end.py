@@ -1,5 +1,6 @@
 """Ending: by umount, by signals, by force; nothing written is lost, the upper is free, the records are gone."""
 
+import dataclasses
 import mmap
 import os
 import signal
@@ -174,6 +175,20 @@ def test_a_cut_connection_is_cleared_away_and_told_by_the_exit_code(mount: Mount
     assert code == 32
     assert written == f"overlayfs: the mount at {mount.point} was cut off from the kernel\n"
     assert not _is_mounted(mount.point)
+
+
+def test_who_gets_the_number_of_a_mount_is_not_cut_off_for_it(mount: Mount) -> None:
+    """The kernel names connections by numbers that it gives out again at once."""
+    mount.start()
+    gone = table.find(os.fsencode(mount.point))
+    known = gone
+    while known == gone or known.device != gone.device:  # others mount, too
+        mount.unmount()
+        mount.start()
+        known = table.find(os.fsencode(mount.point))
+    unmount.cut_off(dataclasses.replace(gone, mountpoint=gone.mountpoint + b".gone"))
+    assert (mount.point / "t").read_bytes() == b"top"
+    assert mount.unmount() == 0
 
 
 def test_a_daemon_that_hangs_is_reported_in_time(mount: Mount) -> None:

@@ -103,9 +103,7 @@ class NodeRequests:
         fields = _SETATTR.unpack_from(request.body)
         node, changes = self._desk.node(request.nodeid), self._changes(fields)
         if changes == _NOTHING:
-            changes = self._changes_of_nothing(node)
-            if changes == _NOTHING:
-                return self.getattr(request)
+            return self.getattr(request)
         handle = fields[2] if fields[0] & _FH else None
         caller = request.caller()
         return self._desk.change(
@@ -113,15 +111,6 @@ class NodeRequests:
             lambda: ((node, self._overlay.needs_of_change(changes)),),
             lambda: self._desk.attributes(request, node, self._overlay.set_attributes(node, changes, caller, handle)),
         )
-
-    def _changes_of_nothing(self, node: Node) -> Changes:
-        """Return what is meant by a request that names nothing: a chown(2) that keeps both ids.
-
-        It clears set-id bits as every chown does, and FUSE_HANDLE_KILLPRIV_V2 has left them to us.
-        """
-        found = self._overlay.attributes(node)
-        has_bits = not stat.S_ISDIR(found.mode) and found.mode & (stat.S_ISUID | stat.S_ISGID)
-        return Changes(uid=found.uid) if self._kills and has_bits else Changes()
 
     def _changes(self, fields: tuple[int, ...]) -> Changes:
         valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = fields
