@@ -44,8 +44,8 @@ campaign:       ## the fault campaigns at full size, up to an hour; writes docs/
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)python scripts/campaign
 
 steps:          ## a million random steps on each engine beside the model, some hours; needs root
-	$(BIN)python -m tests.model.walk --engine kernel --steps 1000000 --seed 1
-	$(BIN)python -m tests.model.walk --engine pyfuse3 --steps 1000000 --seed 1
+	$(BIN)python -m tests.model.walk --engine kernel --steps 1000000 --seed 1 --record docs/reliability-steps.json
+	$(BIN)python -m tests.model.walk --engine pyfuse3 --steps 1000000 --seed 1 --record docs/reliability-steps.json
 
 bench:          ## times beside a plain directory, the kernel's overlayfs and other FUSE overlays; needs root
 	$(BIN)python scripts/bench run

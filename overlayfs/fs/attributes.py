@@ -161,8 +161,8 @@ class AttributeVerbs:
     def _extent(node: Node, found: AnyStat) -> tuple[int, int]:
         """Return size and blocks. A copy of metadata only has the size of its data, whatever it says itself.
 
-        After a crash it may say too little: btrfs makes a name durable without the size of a new inode, and a truncation
-        that was stopped has cut the copy and not unmarked it.
+        After a crash it may say too little: btrfs makes a name durable without the size of a new inode, and a
+        truncation that was stopped has cut the copy and not unmarked it.
         """
         if isinstance(node, File) and node.data is not None and node.data.name:
             below = node.data.layer.stat(node.data.path, node.data.name)

@@ -23,6 +23,10 @@ from overlayfs.fuse.policy import CachingPolicy
 log = logging.getLogger(__name__)
 
 
+UNKNOWN_NUMBER = 0xFFFF_FFFF
+"""The inode number in a listing of what cannot be looked at, as FUSE_UNKNOWN_INO of libfuse; 0 would hide the name."""
+
+
 @dataclass(frozen=True)
 class MountSettings:
     """How the mount shall look to the kernel.

@@ -24,7 +24,7 @@ from overlayfs.fs.lifting import Need
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Dir, Node
 from overlayfs.fuse import needs
-from overlayfs.fuse.engine import Engine, MountSettings, reply_errno
+from overlayfs.fuse.engine import UNKNOWN_NUMBER, Engine, MountSettings, reply_errno
 from overlayfs.fuse.stderr import captured_stderr
 
 P = ParamSpec("P")
@@ -32,7 +32,6 @@ R = TypeVar("R")
 Handler: TypeAlias = Callable[Concatenate["_Requests", P], Coroutine[Any, Any, R]]
 
 ACL_ACCESS = b"system.posix_acl_access"
-_NOBODY = 0xFFFF_FFFF  # as FUSE_UNKNOWN_INO of libfuse; 0 would hide the name
 DOTS = 2  # offsets of a listing up to here belong to "." and ".."
 TASKS = 400  # requests in the works at once; those that wait at the gate or on a slow disk hold one each
 
@@ -530,7 +529,7 @@ def _unreadable() -> EntryAttributes:
     The kernel gives such a number back at once, for the entry has no type (fuse_direntplus_link of fs/fuse/readdir.c).
     """
     entry = EntryAttributes()
-    entry.st_ino = _NOBODY
+    entry.st_ino = UNKNOWN_NUMBER
     entry.st_mode = 0
     return entry
 

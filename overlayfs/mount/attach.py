@@ -2,7 +2,6 @@
 
 import array
 import contextlib
-import ctypes
 import os
 import socket
 import stat
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from overlayfs.errors import MountError
 from overlayfs.fuse.engine import MountSettings
+from overlayfs.mount import syscalls
 from overlayfs.mount.detach import FUSERMOUNT, detach, run_fusermount
 from overlayfs.mount.mountinfo import mounted_on
 
@@ -25,9 +25,6 @@ _SYNCHRONOUS = 16
 _DIRSYNC = 128
 _NOATIME = 1024
 _NODIRATIME = 2048
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 
 class FuseMount:
@@ -99,10 +96,11 @@ def _mount(mountpoint: bytes, settings: MountSettings) -> int:
         )
     )
     kind = b"fuse." + settings.subtype
-    if _libc.mount(settings.source, mountpoint, kind, _flags(settings), data) < 0:
-        code = ctypes.get_errno()
+    try:
+        syscalls.mount(settings.source, mountpoint, kind, _flags(settings), data)
+    except OSError as error:
         os.close(fd)
-        raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {os.strerror(code)}")
+        raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {error.strerror}") from None
     return fd
 
 

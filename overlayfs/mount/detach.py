@@ -1,30 +1,24 @@
 """Taking a mount out of the tree: umount2(2) where allowed, fusermount3 otherwise."""
 
-import ctypes
 import os
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
 from overlayfs.errors import MountError
+from overlayfs.mount.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
 
-MNT_DETACH = 2
-UMOUNT_NOFOLLOW = 8
 FUSERMOUNT = "fusermount3"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def detach(mountpoint: bytes, lazy: bool = False) -> None:
     """Unmount what is uppermost on `mountpoint`; `lazy` also when it is in use. MountError with the reason."""
-    flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
-    if _libc.umount2(mountpoint, flags) == 0:
-        return
-    code = ctypes.get_errno()
-    if os.geteuid() != 0:
+    try:
+        umount(mountpoint, UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0))
+    except OSError as error:
+        if os.geteuid() == 0:
+            raise MountError(f"cannot unmount {os.fsdecode(mountpoint)}: {error.strerror}") from None
         _fusermount(mountpoint, lazy)
-    else:
-        raise MountError(f"cannot unmount {os.fsdecode(mountpoint)}: {os.strerror(code)}")
 
 
 def _fusermount(mountpoint: bytes, lazy: bool) -> None:

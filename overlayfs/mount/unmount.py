@@ -1,22 +1,18 @@
 """Unmounting, so that the next mount of the same upper can follow at once."""
 
 import contextlib
-import ctypes
 import os
 import select
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from overlayfs.errors import MountError, oserror
-from overlayfs.mount import table
-from overlayfs.mount.detach import MNT_DETACH, detach
+from overlayfs.errors import MountError
+from overlayfs.mount import syscalls, table
+from overlayfs.mount.detach import detach
 from overlayfs.mount.mountinfo import kernel_mounts
 
 CONNECTIONS = Path("/sys/fs/fuse/connections")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 
 def unmount(mountpoint: bytes, *, lazy: bool = False, wait: float = 10.0) -> None:
@@ -111,9 +107,9 @@ def _fusectl() -> Iterator[None]:
     if os.path.ismount(CONNECTIONS):
         yield
         return
-    if _libc.mount(b"fusectl", os.fsencode(CONNECTIONS), b"fusectl", 0, None) < 0:
-        raise oserror(ctypes.get_errno())
+    point = os.fsencode(CONNECTIONS)
+    syscalls.mount(b"fusectl", point, b"fusectl")
     try:
         yield
     finally:
-        _libc.umount2(os.fsencode(CONNECTIONS), MNT_DETACH)  # what was opened in it stays open
+        syscalls.umount(point, syscalls.MNT_DETACH)  # what was opened in it stays open

@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 
 from tests.crash.harness import build_layers
 from tests.support import launcher, syscalls
+from tests.support.campaign import Campaign
 from tests.support.drivers.posix import PosixRaw
 from tests.support.dump import Dump, differences, dump
 from tests.support.launcher import Launcher
@@ -258,3 +259,9 @@ def is_one_of(found: Dump, **trees: Dump) -> str:
             return name
     lines = (f"not {name}: {', '.join(differences(found, tree))}" for name, tree in trees.items())
     raise AssertionError("; ".join(lines))
+
+
+def acts(campaign: Campaign, group: str, quick: int) -> list[str]:
+    """Return the names of the acts of a group to try: all in a full run, else `quick` evenly spaced ones."""
+    names = list(GROUPS[group])
+    return names if campaign.full else names[:: len(names) // quick][:quick]

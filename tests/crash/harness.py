@@ -12,6 +12,8 @@ from unittest import mock
 from overlayfs import Overlay, StackConfig, sysio
 from overlayfs.errors import oserror
 from overlayfs.fs import Caller, Changes, Node
+from tests.support.campaign import Campaign
+from tests.support.points import chosen
 
 ROOT = Caller(0, 0)
 SOMEBODY = Caller(1000, 1000)
@@ -212,3 +214,9 @@ def abandon(overlay: Overlay) -> None:
     """Let go of everything as the kernel does for a process that was killed: descriptors close, nothing else."""
     overlay.nodes.close()
     overlay._stack.close(clean=False)
+
+
+def torn(campaign: Campaign, calls: list[str], quick: int) -> Iterator[Fuse]:
+    """Yield fuses that stop in the middle of a write, for each of `calls` that writes: `quick` of them, or all."""
+    writes = [at for at, call in enumerate(calls, 1) if call in TEARABLE]
+    return (Fuse(writes[number - 1], torn=True) for number in chosen(campaign, len(writes), quick))

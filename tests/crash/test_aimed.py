@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.aimed import GROUPS, Scene, Undisturbed, is_one_of
+from tests.crash.aimed import GROUPS, Scene, Undisturbed, acts, is_one_of
 from tests.support import engines, processes
 from tests.support.campaign import Campaign
 from tests.support.launcher import Launcher
@@ -76,8 +76,7 @@ def test_killed_at_every_call(campaign: Campaign, make: Make, engine: str, group
         return first.all if campaign.full else [changing[len(changing) // 2]]
 
     points = Points()
-    names = list(GROUPS[group])
-    for name in names if campaign.full else names[:: len(names) // QUICK_ACTS][:QUICK_ACTS]:
+    for name in acts(campaign, group, QUICK_ACTS):
         with make(engine, name, campaign.size(3, MOST)) as scene:
             points.add(kill(scene, choose))
     campaign.held(f"kill -9 of the daemon at every system call, engine {engine}", points.tried, points.violations)

@@ -12,7 +12,7 @@ import pytest
 from overlayfs import Overlay, StackConfig
 from overlayfs.errors import UserError
 from overlayfs.store.commit import commit_unmounted
-from tests.crash.harness import TEARABLE, Fuse, Site, Stopped, View, closed_again, view
+from tests.crash.harness import Fuse, Site, Stopped, View, closed_again, torn, view
 from tests.crash.operations import OPERATIONS
 from tests.support.campaign import Campaign
 from tests.support.points import Points, chosen
@@ -92,9 +92,7 @@ def test_stopped_at_every_call(campaign: Campaign, changed: MakeSite) -> None:
 @pytest.mark.campaign("T1")
 def test_stopped_in_the_middle_of_copying(campaign: Campaign, changed: MakeSite) -> None:
     shown, calls = undisturbed(changed)
-    copies = [at for at, call in enumerate(calls, 1) if call in TEARABLE]
-    fuses = (Fuse(copies[number - 1], torn=True) for number in chosen(campaign, len(copies), 2))
-    points = _stop_at(changed, shown, calls, fuses)
+    points = _stop_at(changed, shown, calls, torn(campaign, calls, 2))
     campaign.held("commits to a directory stopped in the middle of copying", points.tried, points.violations)
 
 

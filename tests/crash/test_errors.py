@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.aimed import COMPOUND, GROUPS, Scene, Undisturbed, is_one_of
+from tests.crash.aimed import COMPOUND, GROUPS, Scene, Undisturbed, acts, is_one_of
 from tests.support import engines, processes
 from tests.support.campaign import Campaign
 from tests.support.launcher import Launcher
@@ -112,8 +112,7 @@ def test_every_call_fails(campaign: Campaign, make: Make, engine: str, group: st
         return aims if campaign.full else aims[:: len(aims) // 8]
 
     points = Points()
-    names = list(GROUPS[group])
-    for name in names if campaign.full else names[:: len(names) // QUICK_ACTS][:QUICK_ACTS]:
+    for name in acts(campaign, group, QUICK_ACTS):
         with make(engine, name, campaign.size(12, MOST)) as scene:
             points.add(fail(scene, choose))
     campaign.held(f"system calls of the daemon that fail, engine {engine}", points.tried, points.violations)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.store.layers import Layer
-from tests.crash.harness import TEARABLE, Fuse, Stopped, View, build_layers, change_upper, closed_again, view, write
+from tests.crash.harness import Fuse, Stopped, View, build_layers, change_upper, closed_again, torn, view, write
 from tests.crash.operations import OPERATIONS
 from tests.store.live import IMAGE, NAME, Site, Used
 from tests.support.campaign import Campaign
@@ -73,9 +73,7 @@ def test_stopped_at_every_call(campaign: Campaign, make_site: MakeSite) -> None:
 @pytest.mark.campaign("T1")
 def test_stopped_in_the_middle_of_every_write(campaign: Campaign, make_site: MakeSite) -> None:
     tree, calls = undisturbed(make_site)
-    writes = [at for at, call in enumerate(calls, 1) if call in TEARABLE]
-    fuses = (Fuse(writes[number - 1], torn=True) for number in chosen(campaign, len(writes), 3))
-    stopped = _stop_at(make_site, tree, calls, fuses)
+    stopped = _stop_at(make_site, tree, calls, torn(campaign, calls, 3))
     campaign.held("live commits stopped in the middle of every write", stopped.tried, stopped.violations)
 
 

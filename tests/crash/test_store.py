@@ -11,7 +11,7 @@ import pytest
 
 from overlayfs.errors import UserError
 from overlayfs.store.store import LayerStore
-from tests.crash.harness import TEARABLE, Fuse, Stopped, closed_again
+from tests.crash.harness import Fuse, Stopped, closed_again, torn
 from tests.crash.stores import OPERATIONS, check, prepare, state
 from tests.support.campaign import Campaign
 from tests.support.points import Points, chosen
@@ -96,9 +96,7 @@ def test_stopped_at_every_call(campaign: Campaign, place: Path, name: str) -> No
 @pytest.mark.parametrize("name", ["publish", "tag", "commit", "hash_late", "make_workspace"])
 def test_stopped_in_the_middle_of_every_write(campaign: Campaign, place: Path, name: str) -> None:
     bench = Bench(place, name)
-    writes = [at for at, call in enumerate(bench.calls, 1) if call in TEARABLE]
-    fuses = (Fuse(writes[number - 1], torn=True) for number in chosen(campaign, len(writes), 2))
-    points = _stop_at(bench, fuses)
+    points = _stop_at(bench, torn(campaign, bench.calls, 2))
     campaign.held("changes of a store stopped in the middle of every write", points.tried, points.violations)
 
 

@@ -7,19 +7,16 @@ Run as `python -m tests.mounted.faulty FAULT OPTIONS MOUNTPOINT`.
 
 import errno
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from overlayfs.errors import UserError
 from overlayfs.fs.nodes import NodeTable
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fs.space import Space
-from overlayfs.mount import life
-from overlayfs.mount.options import Draft
+from tests.support import foreground
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "EDQUOT": lambda: OSError(errno.EDQUOT, "disk quota"),
@@ -36,13 +33,7 @@ def main(fault: str, options: str, mountpoint: str) -> int:
     verbs = [(owner, name) for owner in (Overlay, Space) for name in _verbs(owner)]
     for owner, name in (*verbs, (NodeTable, "forget"), (NodeTable, "remember")):
         setattr(owner, name, _failing(getattr(owner, name), name, Path(fault)))
-    draft = Draft()
-    draft.read(f"{options},debug".encode())
-    try:
-        life.mount(draft.build(), os.fsencode(mountpoint))
-    except UserError as error:
-        return error.exit_code
-    return 0
+    return foreground.mount(options, mountpoint)
 
 
 def _verbs(owner: type) -> list[str]:

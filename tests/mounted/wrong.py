@@ -5,20 +5,18 @@ Run as `python -m tests.mounted.wrong FAULT OPTIONS MOUNTPOINT`.
 
 import contextlib
 import errno
-import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from overlayfs import sysio
-from overlayfs.errors import UserError, oserror
+from overlayfs.errors import oserror
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.kernel import files, openings
 from overlayfs.fuse.kernel.connection import Connection
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Notify
-from overlayfs.mount import life
-from overlayfs.mount.options import Draft
+from tests.support import foreground
 
 _Files, _Openings = files.FileRequests, openings.Openings
 
@@ -131,13 +129,7 @@ def _replace(owner: type | ModuleType, name: str, value: Any) -> None:
 def main(fault: str, options: str, mountpoint: str) -> int:
     """Mount until the end of the mount."""
     FAULTS[fault]()
-    draft = Draft()
-    draft.read(f"{options},debug,engine=kernel".encode())
-    try:
-        life.mount(draft.build(), os.fsencode(mountpoint))
-    except UserError as error:
-        return error.exit_code
-    return 0
+    return foreground.mount(f"{options},engine=kernel", mountpoint)
 
 
 if __name__ == "__main__":

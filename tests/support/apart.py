@@ -7,6 +7,7 @@ that can be pickled; what it starts and leaves behind, a daemon, becomes a child
 
 import gc
 import importlib
+import io
 import os
 import pickle
 import resource
@@ -111,8 +112,8 @@ class _Server:
     """Forks a child for each act that is asked for, and hands on what it answers."""
 
     def __init__(self) -> None:
-        self._asked = open(os.dup(0), "rb")  # noqa: SIM115 - as long as the process
-        self._told = open(os.dup(1), "wb")  # noqa: SIM115
+        self._asked = io.BufferedReader(io.FileIO(os.dup(0)))
+        self._told = io.BufferedWriter(io.FileIO(os.dup(1), "w"))
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.dup2(2, 1)  # what an act prints is no answer

@@ -5,6 +5,7 @@ to load. `mutant` is a bug that the command, and the daemon that comes of it, sh
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -80,7 +81,7 @@ def _serve() -> None:
 
 def _load() -> None:
     """Import what commands import when they need it."""
-    import tests.support.mutants  # noqa: F401
+    importlib.import_module("tests.support.mutants")
 
 
 def _forked(mutant: str, words: list[str]) -> tuple[int, str]:

@@ -5,6 +5,7 @@ import stat
 
 from overlayfs.errors import oserror
 from overlayfs.fs.nodes import Dir, Node
+from overlayfs.fuse.engine import UNKNOWN_NUMBER
 from overlayfs.fuse.kernel.desk import Desk, Handler, Reply, Request, file_type
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Op, padded
 
@@ -13,7 +14,6 @@ _ENTRY = LAYOUTS["direntplus"]
 _NO_NODE = bytes(LAYOUTS["entry_out"].size)
 _DIRENT = LAYOUTS["dirent"]
 
-UNKNOWN = 0xFFFF_FFFF  # the number of what cannot be looked at, as FUSE_UNKNOWN_INO of libfuse; 0 would hide the name
 DOTS = 2  # positions up to here belong to "." and ".."
 
 
@@ -66,7 +66,7 @@ class ListingRequests:
         except OSError:
             found = None
         if child is None or found is None:
-            return None, _NO_NODE + _DIRENT.pack(UNKNOWN, onward, len(name), 0) + padded(name)
+            return None, _NO_NODE + _DIRENT.pack(UNKNOWN_NUMBER, onward, len(name), 0) + padded(name)
         fields = self._desk.entry_fields(self._desk.identities.number(child), child, found)
         return child, _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
 

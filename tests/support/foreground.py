@@ -1,0 +1,18 @@
+"""A mount in the foreground of a process that a test has prepared."""
+
+import os
+
+from overlayfs.errors import UserError
+from overlayfs.mount import life
+from overlayfs.mount.options import Draft
+
+
+def mount(options: str, mountpoint: str) -> int:
+    """Mount until the end of the mount; return the exit code."""
+    draft = Draft()
+    draft.read(f"{options},debug".encode())
+    try:
+        life.mount(draft.build(), os.fsencode(mountpoint))
+    except UserError as error:
+        return error.exit_code
+    return 0
