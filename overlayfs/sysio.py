@@ -25,7 +25,7 @@ import functools
 import os
 import struct
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from overlayfs.errors import oserror
 
@@ -40,9 +40,42 @@ fuse: Callable[[str], None] | None = None
 """Called with the name of each changing call before it acts; what it raises is what the call raises."""
 
 
-def _changing(call: str) -> None:
-    if fuse is not None:
-        fuse(call)
+class Guard(Protocol):
+    """Told when a changing call begins and ends, in any thread; `end` may wait before it lets the caller go on."""
+
+    def begin(self) -> None:
+        """A call is about to be made."""
+
+    def end(self) -> None:
+        """It is back."""
+
+
+guard: Guard | None = None
+"""Whoever wants to know that a changing call takes long: a disk may be slow, or its file system frozen."""
+
+
+def _changing(call: Callable[P, R], announced: str = "") -> Callable[P, R]:
+    """Announce a changing call, and make it again when a signal has interrupted it."""
+    name = announced or call.__name__
+
+    @functools.wraps(call)
+    def changing(*args: P.args, **keywords: P.kwargs) -> R:
+        watching = guard
+        if watching is not None:
+            watching.begin()
+        try:
+            while True:
+                try:
+                    if fuse is not None:
+                        fuse(name)
+                    return call(*args, **keywords)
+                except InterruptedError:
+                    continue
+        finally:
+            if watching is not None:
+                watching.end()
+
+    return changing
 
 
 def _restarted(call: Callable[P, R]) -> Callable[P, R]:
@@ -161,12 +194,18 @@ _LONGEST_WALK = 4000  # PATH_MAX is 4096 with the final NUL
 
 @_restarted
 def _open(dirfd: int, path: bytes, flags: int, mode: int) -> int:
-    if flags & _OPEN_CHANGES:
-        _changing("open")
     fd = _openat2(_NR_OPENAT2, dirfd, path, _how(flags, mode), _HOW_SIZE)
     if fd < 0:
         raise _failed(path)
     return fd
+
+
+def _reopen(fd: int, flags: int, mode: int) -> int:
+    return os.open(_through_proc(fd, b""), (flags | os.O_CLOEXEC) & ~os.O_NOFOLLOW, mode)
+
+
+_open_changing = _changing(_open, "open")
+_reopen_changing = _changing(_reopen, "open")
 
 
 def _chunks(path: bytes) -> Iterator[bytes]:
@@ -194,7 +233,7 @@ def open_beneath(dirfd: int, path: bytes, flags: int, mode: int = 0) -> int:
             current, previous = _open(current, chunk, _WALK, 0), current
             if previous != dirfd:
                 close(previous)
-        return _open(current, last or b".", flags, mode)
+        return (_open_changing if flags & _OPEN_CHANGES else _open)(current, last or b".", flags, mode)
     finally:
         if current != dirfd:
             close(current)
@@ -205,11 +244,10 @@ def open_child(dirfd: int, name: bytes, flags: int, mode: int = 0) -> int:
 
     ELOOP for a symbolic link unless O_PATH is asked, EXDEV for a mount point.
     """
+    changes = flags & _OPEN_CHANGES
     if name:
-        return _open(dirfd, _component(name), flags | os.O_NOFOLLOW, mode)
-    if flags & _OPEN_CHANGES:
-        _changing("open")
-    return os.open(_through_proc(dirfd, b""), (flags | os.O_CLOEXEC) & ~os.O_NOFOLLOW, mode)
+        return (_open_changing if changes else _open)(dirfd, _component(name), flags | os.O_NOFOLLOW, mode)
+    return (_reopen_changing if changes else _reopen)(dirfd, flags, mode)
 
 
 def close(fd: int) -> None:
@@ -312,60 +350,53 @@ def readlink_at(dirfd: int, name: bytes) -> bytes:
 # --- names -------------------------------------------------------------------------------------------------
 
 
-@_restarted
+@_changing
 def mkdir_at(dirfd: int, name: bytes, mode: int) -> None:
     """Make a directory.  mkdir(2) ignores S_ISUID and S_ISGID: set them with `chmod_at`."""
-    _changing("mkdir_at")
     os.mkdir(_component(name), mode, dir_fd=dirfd)
 
 
-@_restarted
+@_changing
 def mknod_at(dirfd: int, name: bytes, mode: int, rdev: int) -> None:
     """Make a regular file, FIFO, socket or device; `mode` holds type and permissions."""
-    _changing("mknod_at")
     os.mknod(_component(name), mode, rdev, dir_fd=dirfd)
 
 
-@_restarted
+@_changing
 def symlink_at(target: bytes, dirfd: int, name: bytes) -> None:
     """Make a symbolic link `name` holding `target`, which is not looked at."""
     if b"\0" in target:
         raise oserror(errno.EINVAL, target)
-    _changing("symlink_at")
     os.symlink(target, _component(name), dir_fd=dirfd)
 
 
-@_restarted
+@_changing
 def link_at(src_dirfd: int, src_name: bytes, dirfd: int, name: bytes) -> None:
     """Give an object one more name.  An empty `src_name` links the descriptor, O_TMPFILE and O_PATH included.
 
     The descriptor goes through /proc because AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH (linkat(2)).
     """
-    _changing("link_at")
     source = _component(src_name) or _through_proc(src_dirfd, b"")
     flags = 0 if src_name else _AT_SYMLINK_FOLLOW
     if _linkat(src_dirfd, source, dirfd, _component(name), flags) < 0:
         raise _failed(name)
 
 
-@_restarted
+@_changing
 def unlink_at(dirfd: int, name: bytes) -> None:
     """Remove a name that is not a directory's."""
-    _changing("unlink_at")
     os.unlink(_component(name), dir_fd=dirfd)
 
 
-@_restarted
+@_changing
 def rmdir_at(dirfd: int, name: bytes) -> None:
     """Remove an empty directory."""
-    _changing("rmdir_at")
     os.rmdir(_component(name), dir_fd=dirfd)
 
 
-@_restarted
+@_changing
 def rename_at(sdirfd: int, sname: bytes, ddirfd: int, dname: bytes, flags: int = 0) -> None:
     """Move a name in one step; `flags` are the RENAME_* constants of renameat2(2)."""
-    _changing("rename_at")
     if _renameat2(sdirfd, _component(sname), ddirfd, _component(dname), flags) < 0:
         raise _failed(sname)
 
@@ -373,14 +404,13 @@ def rename_at(sdirfd: int, sname: bytes, ddirfd: int, dname: bytes, flags: int =
 # --- attributes --------------------------------------------------------------------------------------------
 
 
-@_restarted
+@_changing
 def chmod_at(dirfd: int, name: bytes, mode: int) -> None:
     """Set permission bits; EOPNOTSUPP for a symbolic link, whose target is never touched.
 
     fchmodat2(2) exists since Linux 6.6; before, or where a filter forbids it, the mode goes through an O_PATH
     descriptor, which pins the object between the check and the change.
     """
-    _changing("chmod_at")
     flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
     if _fchmodat2(_NR_FCHMODAT2, dirfd, _component(name), mode & 0o7777, flags) == 0:
         return
@@ -407,10 +437,9 @@ def _chmod_descriptor(fd: int, mode: int) -> None:
     os.chmod(_through_proc(fd, b""), mode)
 
 
-@_restarted
+@_changing
 def chown_at(dirfd: int, name: bytes, uid: int, gid: int) -> None:
     """Set owner and group of the object itself; -1 keeps one.  Clears set-id bits and capabilities of files."""
-    _changing("chown_at")
     if name:
         os.chown(_component(name), uid, gid, dir_fd=dirfd, follow_symlinks=False)
     else:
@@ -435,10 +464,9 @@ def _timespec(nanoseconds: int | None) -> tuple[int, int]:
     return divmod(nanoseconds, 1_000_000_000)
 
 
-@_restarted
+@_changing
 def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
     """Set the times of the object itself, in nanoseconds since 1970 or NOW; None keeps one."""
-    _changing("utimens_at")
     times = _TIMES.pack(*_timespec(atime_ns), *_timespec(mtime_ns))
     flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
     if _utimensat(dirfd, _component(name), times, flags) < 0:
@@ -513,17 +541,15 @@ def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
         raise
 
 
-@_restarted
+@_changing
 def setxattr_at(dirfd: int, name: bytes, attr: bytes, value: bytes, flags: int = 0) -> None:
     """Set an extended attribute; `flags` may be os.XATTR_CREATE or os.XATTR_REPLACE."""
-    _changing("setxattr_at")
     os.setxattr(_through_proc(dirfd, name), attr, value, flags, follow_symlinks=not name)
 
 
-@_restarted
+@_changing
 def removexattr_at(dirfd: int, name: bytes, attr: bytes) -> None:
     """Remove an extended attribute; ENODATA when there is none."""
-    _changing("removexattr_at")
     os.removexattr(_through_proc(dirfd, name), attr, follow_symlinks=not name)
 
 
@@ -536,10 +562,9 @@ _RANGE = 64 * 1024 * 1024  # a frozen or killed copy is noticed between two of t
 _BLOCK = 1024 * 1024
 
 
-@_restarted
+@_changing
 def clone_file(src_fd: int, dst_fd: int) -> bool:
     """Share all data of `src_fd` with `dst_fd` (FICLONE); False where the file systems cannot."""
-    _changing("clone_file")
     try:
         fcntl.ioctl(dst_fd, _FICLONE, src_fd)
     except OSError as error:
@@ -549,12 +574,12 @@ def clone_file(src_fd: int, dst_fd: int) -> bool:
     return True
 
 
+@_changing
 def copy_data(src_fd: int, dst_fd: int, size: int) -> int:
     """Copy the first `size` bytes into an empty file, or a hole, keep holes, set its size; return the data in bytes.
 
     A source that has shrunk meanwhile ends in a hole.  The offset of `src_fd` moves.
     """
-    _changing("copy_data")
     copied = sum(_copy_extent(src_fd, dst_fd, start, end) for start, end in _extents(src_fd, size))
     os.ftruncate(dst_fd, size)
     return copied
@@ -615,9 +640,9 @@ def _write_all(fd: int, offset: int, data: bytes | bytearray | memoryview) -> in
     return done
 
 
+@_changing
 def write_at(fd: int, offset: int, data: bytes | bytearray | memoryview) -> int:
     """Write all of `data` at `offset`; return its length.  An error after a part has been written is raised."""
-    _changing("write_at")
     return _write_all(fd, offset, data)
 
 
@@ -666,28 +691,27 @@ def read_into(fd: int, buffer: memoryview | bytearray, offset: int) -> int:
     return os.preadv(fd, [buffer], offset)
 
 
+@_changing
 def truncate_fd(fd: int, size: int) -> None:
     """Set the size of an open file."""
-    _changing("truncate_fd")
     os.ftruncate(fd, size)
 
 
+@_changing
 def fsync(fd: int) -> None:
     """Make data and attributes of an open file, or the names of a directory, durable."""
-    _changing("fsync")
     os.fsync(fd)
 
 
+@_changing
 def fdatasync(fd: int) -> None:
     """Make the data of an open file durable, with what is needed to read it back."""
-    _changing("fdatasync")
     os.fdatasync(fd)
 
 
-@_restarted
+@_changing
 def syncfs(fd: int) -> None:
     """Make the whole file system behind a descriptor durable.  O_PATH descriptors give EBADF."""
-    _changing("syncfs")
     if _syncfs(fd) < 0:
         raise _failed()
 
@@ -851,10 +875,9 @@ def open_by_handle(fd: int, kind: int, handle: bytes) -> int | None:
 _fallocate = _function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
-@_restarted
+@_changing
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """Allocate, punch, zero, collapse or insert a range of an open file; `mode` as in fallocate(2)."""
-    _changing("fallocate")
     if _fallocate(fd, mode, offset, length) < 0:
         raise _failed()
 
@@ -864,12 +887,12 @@ def seek_data(fd: int, offset: int, whence: int) -> int:
     return os.lseek(fd, offset, whence)
 
 
+@_changing
 def copy_range(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int) -> int:
     """Copy up to `length` bytes between open files, shared where the file system can; return how many were.
 
     Where copy_file_range(2) cannot serve the pair the first block goes by read and write.
     """
-    _changing("copy_range")
     try:
         return os.copy_file_range(src_fd, dst_fd, length, src_offset, dst_offset)
     except OSError as error:
@@ -901,10 +924,9 @@ def get_file_attributes(fd: int, request: int, size: int) -> bytes:
     return bytes(fcntl.ioctl(fd, request, bytes(size)))
 
 
-@_restarted
+@_changing
 def set_file_attributes(fd: int, request: int, value: bytes) -> None:
     """Change an open file by an ioctl(2) that takes a structure, as FS_IOC_SETFLAGS does."""
-    _changing("set_file_attributes")
     fcntl.ioctl(fd, request, value)
 
 

@@ -119,7 +119,7 @@ class Durability:
         """
         if self._stack.config.volatile:
             return _nothing
-        listed = self._list(dict.fromkeys(left for each in _ancestors(node) for left in each.debts()))
+        listed = self._list(dict.fromkeys(left for _, each in _way_up(node) for left in each.debts()))
 
         def call() -> None:
             try:
@@ -146,14 +146,11 @@ class Durability:
         Other changes in those directories are nobody's business here: a journal that comes and goes beside a
         database costs the database nothing.
         """
-        found: dict[Dir, None] = {}
-        walk = [node]
-        while walk:
-            child = walk.pop()
-            for parent in _parents(child):
-                if parent.in_upper and not parent.removed and parent.synced < child.appeared:
-                    found[parent] = None
-                walk.append(parent)
+        found = {
+            parent: None
+            for child, parent in _way_up(node)
+            if parent.in_upper and not parent.removed and parent.synced < child.appeared
+        }
         return list(found)
 
     def _list(self, directories: Iterable[Dir]) -> list[_Listed]:
@@ -177,10 +174,19 @@ def _parents(node: Node) -> Iterator[Dir]:
         yield node.parent
 
 
-def _ancestors(node: Node) -> Iterator[Dir]:
-    for parent in _parents(node):
-        yield parent
-        yield from _ancestors(parent)
+def _way_up(node: Node) -> Iterator[tuple[Node, Dir]]:
+    """Yield each pair of a child and a parent of it from a node to the root.
+
+    Not recursive: a tree may be deeper than the interpreter's stack.
+    """
+    walk, seen = [node], {node}
+    while walk:
+        child = walk.pop()
+        for parent in _parents(child):
+            yield child, parent
+            if parent not in seen:
+                seen.add(parent)
+                walk.append(parent)
 
 
 def _nothing() -> None:

@@ -198,7 +198,7 @@ class NodeTable:
         self._by_number: dict[int, Node] = {}
         self._by_key: dict[Key, File] = {}
         self._idle: OrderedDict[int, Node] = OrderedDict()
-        self._dropping = False
+        self._kept = False
         self._mask = _MASK_32 if ino32 else -1
         self._spare = _FIRST_SPARE_32 if ino32 else _FIRST_SPARE
         self.unnamed: set[File] = set()  # files that have lost every name that is known of them
@@ -305,18 +305,23 @@ class NodeTable:
         self._idle.move_to_end(node.number)
         self._drop_oldest()
 
+    def keep(self, kept: bool) -> None:
+        """Let no node go that only rests, or do so again: somebody may be at work on it."""
+        self._kept = kept
+        self._drop_oldest()
+
     def _drop_oldest(self) -> None:
         # Who goes may leave a parent that rests from now on: that one waits for its turn in this very loop.
-        if self._dropping:
+        if self._kept:
             return
-        self._dropping = True
+        self._kept = True
         try:
             while len(self._idle) > _IDLE:
                 _, oldest = self._idle.popitem(last=False)
                 if not _is_used(oldest):
                     self._drop(oldest)
         finally:
-            self._dropping = False
+            self._kept = False
 
     def _drop(self, node: Node) -> None:
         del self._by_number[node.number]

@@ -317,6 +317,15 @@ class Overlay:
         if upper is not None:
             sysio.syncfs(upper.sync_fd)
 
+    def keep_open(self, kept: bool) -> None:
+        """Close no descriptor that a verb may have borrowed, or do so again.
+
+        So that another thread may look things up while a verb waits in a system call: between two of them, that is.
+        """
+        self._stack.dirfds.keep_open(kept)
+        self.nodes.keep(kept)
+        self._lookup.fresh = None
+
     # --- lifting, for engines --------------------------------------------------------------------------
 
     def next_lift(self, node: Node, need: Need = Need.META) -> LiftStep | None:

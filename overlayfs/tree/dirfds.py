@@ -31,6 +31,7 @@ class DirFds:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._open: OrderedDict[_Key, int] = OrderedDict()
+        self._kept = False
 
     def get(self, root: int, path: bytes) -> int:
         """Return a borrowed O_PATH descriptor of the directory `path` below `root`; OSError as open_beneath."""
@@ -40,8 +41,7 @@ class DirFds:
         fd = self._open.get(key)
         if fd is None:
             fd = self._open[key] = self.retry(lambda: self._open_directory(root, path))
-            if len(self._open) > self._capacity:
-                self._close_oldest()
+            self._shrink()
         else:
             self._open.move_to_end(key)
         return fd
@@ -51,11 +51,20 @@ class DirFds:
         try:
             return opener()
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or len(self._open) <= SPARE:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or len(self._open) <= SPARE or self._kept:
                 raise
         for _ in range(len(self._open) // 2):
             self._close_oldest()
         return opener()
+
+    def keep_open(self, kept: bool) -> None:
+        """Close nothing, or do so again: what is borrowed may stay so for long."""
+        self._kept = kept
+        self._shrink()
+
+    def _shrink(self) -> None:
+        while len(self._open) > self._capacity and not self._kept:
+            self._close_oldest()
 
     def forget(self, root: int, path: bytes) -> None:
         """Close one directory if it is open."""

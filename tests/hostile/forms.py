@@ -139,7 +139,9 @@ def deep(root: Path, depth: int, name: bytes) -> None:
         inner = os.open(name, os.O_RDONLY, dir_fd=at)
         os.close(at)
         at = inner
-    os.close(os.open(b"f", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=at))
+    fd = os.open(b"f", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=at)
+    os.write(fd, b"deep")
+    os.close(fd)
     os.close(at)
 
 

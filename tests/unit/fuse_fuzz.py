@@ -17,7 +17,7 @@ import trio
 
 from overlayfs import Overlay, StackConfig
 from overlayfs.fuse.engine import MountSettings
-from overlayfs.fuse.kernel.desk import Reply
+from overlayfs.fuse.kernel.desk import Reply, received
 from overlayfs.fuse.kernel.engine import KernelEngine
 from overlayfs.fuse.kernel.openings import Io
 from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, OUT_HEADER, Op
@@ -80,7 +80,7 @@ class Recorder(KernelEngine):
         length = IN_HEADER.size + len(body)
         self._buffer[: IN_HEADER.size] = IN_HEADER.pack(length, op, unique, nodeid, uid, uid, 4711, 0, 0)
         self._buffer[IN_HEADER.size : length] = body
-        request = self._request(length)
+        request = received(self._buffer, self._view, length)
         if self._handlers:
             self._handle(request)
         else:

@@ -1,31 +1,52 @@
-"""The table of nodes: who goes when many only rest."""
+"""The table of nodes: who goes, in which order, and who must stay."""
 
 import stat
 
-from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, Node, NodeTable
+from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, NodeTable
 
 
-def _known(table: NodeTable, node: Node, parent: Dir, name: bytes) -> None:
-    """Take in a node that nobody counts on."""
-    table.attach(node, parent, name, False)
-    table.add(node)
+def directory(table: NodeTable, number: int, parent: Dir, name: bytes) -> Dir:
+    """A directory that nobody counts on."""
+    made = Dir(number, parent, name, False, (), False)
+    table.attach(made, parent, name, False)
+    table.add(made)
+    return made
+
+
+def file(table: NodeTable, number: int, parent: Dir) -> File:
+    """A file that nobody counts on."""
+    made = File(number, stat.S_IFREG, False, None)
+    table.attach(made, parent, b"file", False)
+    table.add(made)
+    return made
+
+
+def root(table: NodeTable) -> Dir:
+    """The root, which never rests."""
+    made = Dir(ROOT_NUMBER, None, b"", True, (), False)
+    table.add(made)
+    return made
 
 
 def test_files_that_leave_empty_directories_behind() -> None:
     """Each that goes lets its directory rest, which may let another one go: however many, one after the other."""
     table = NodeTable(ino32=False)
-    root = Dir(ROOT_NUMBER, None, b"", True, (), False)
-    table.add(root)
+    top = root(table)
     files = []
     for number in range(2, 10_000, 2):
-        directory, file = (
-            Dir(number, root, b"%d" % number, False, (), False),
-            File(number + 1, stat.S_IFREG, False, None),
-        )
-        _known(table, directory, root, b"%d" % number)
-        _known(table, file, directory, b"file")
-        table.remember(file)
-        files.append(file)
-    for file in files:
-        table.forget(file.number, 1)
+        files.append(file(table, number + 1, directory(table, number, top, b"%d" % number)))
+        table.remember(files[-1])
+    for each in files:
+        table.forget(each.number, 1)
     assert len(table) < 5_000
+
+
+def test_nobody_goes_while_somebody_may_be_at_work() -> None:
+    table = NodeTable(ino32=False)
+    top = root(table)
+    table.keep(True)
+    for number in range(2, 10_000):
+        directory(table, number, top, b"%d" % number)
+    assert len(table) == 9_999
+    table.keep(False)
+    assert len(table) < 2_000

@@ -24,7 +24,7 @@ from overlayfs.fuse.engine import Engine, MountSettings, reply_errno
 from overlayfs.fuse.kernel.connection import Connection
 from overlayfs.fuse.kernel.identities import Identities
 from overlayfs.fuse.kernel.openings import Openings
-from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Op
+from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, Init, Op
 from overlayfs.fuse.kernel.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,14 @@ class Request:
         if not between or rest[-1:] != b"\0" or rest.count(b"\0") != 1:
             raise oserror(errno.EINVAL)
         return first, rest[:-1]
+
+
+def received(buffer: bytearray, view: memoryview, length: int) -> Request:
+    """Return the request of `length` bytes that lies in a buffer; EPROTO when it says another length."""
+    size, op, unique, nodeid, uid, gid, pid, _, _ = IN_HEADER.unpack_from(buffer)
+    if size != length:
+        raise oserror(errno.EPROTO)
+    return Request(op, unique, nodeid, uid, gid, pid, view[IN_HEADER.size : length])
 
 
 class Desk:

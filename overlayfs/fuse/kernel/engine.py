@@ -9,25 +9,28 @@ not once per request.
 import errno
 import logging
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import trio
 
-from overlayfs.errors import MountError, oserror
+from overlayfs import sysio
+from overlayfs.errors import MountError
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.engine import Engine, MountSettings
+from overlayfs.fuse.kernel.aside import Aside
 from overlayfs.fuse.kernel.connection import Attacher, Attachment, Backings, Connection
-from overlayfs.fuse.kernel.desk import KINDS, Desk, Handler, Reply, Request
+from overlayfs.fuse.kernel.desk import KINDS, Desk, Handler, Reply, Request, received
 from overlayfs.fuse.kernel.files import FileRequests
 from overlayfs.fuse.kernel.handshake import MAX_WRITE, Agreement, TooOldError, Wishes, agree
 from overlayfs.fuse.kernel.listings import ListingRequests
 from overlayfs.fuse.kernel.names import NameRequests
 from overlayfs.fuse.kernel.nodes import NodeRequests
 from overlayfs.fuse.kernel.openings import Io, Openings
-from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, MAJOR, OUT_HEADER, Init, Op
+from overlayfs.fuse.kernel.protocol import LAYOUTS, MAJOR, OUT_HEADER, Init, Op
 from overlayfs.fuse.kernel.spin import Spin
+from overlayfs.fuse.kernel.standin import StandIn
 from overlayfs.fuse.policy import CachingPolicy
 
 log = logging.getLogger(__name__)
@@ -74,9 +77,22 @@ class KernelEngine(Engine):
         ready()
         async with trio.open_nursery() as nursery:
             self._desk.nursery = nursery
-            with self._scope:
+            with self._scope, self._stood_in_for():
                 await self._serve()
             nursery.cancel_scope.cancel()
+
+    @contextmanager
+    def _stood_in_for(self) -> Iterator[None]:
+        """Within this context somebody else answers while a change waits for a disk. Without an upper none does."""
+        if self.overlay.read_only:
+            yield
+            return
+        sysio.guard = stand_in = StandIn(Aside(self._fd, _BUFFER, self.overlay, self._handle))
+        try:
+            yield
+        finally:
+            sysio.guard = None
+            stand_in.close()
 
     def stop(self) -> None:
         """Make `serve` return."""
@@ -116,7 +132,7 @@ class KernelEngine(Engine):
             await trio.lowlevel.wait_readable(self._fd)
             length = self._receive()
             if length:
-                self._answer_init(self._request(length))
+                self._answer_init(received(self._buffer, self._view, length))
 
     def _answer_init(self, request: Request) -> None:
         if request.op != Op.INIT:
@@ -182,7 +198,7 @@ class KernelEngine(Engine):
         while answered < _TURN:
             length = self._receive()
             if length:
-                self._handle(self._request(length))
+                self._handle(received(self._buffer, self._view, length))
                 answered += 1
                 empty_since = 0.0
             elif length is None:
@@ -207,12 +223,6 @@ class KernelEngine(Engine):
                 self._ended = True
                 return None
             raise
-
-    def _request(self, length: int) -> Request:
-        size, op, unique, nodeid, uid, gid, pid, _, _ = IN_HEADER.unpack_from(self._buffer)
-        if size != length:
-            raise oserror(errno.EPROTO)
-        return Request(op, unique, nodeid, uid, gid, pid, self._view[IN_HEADER.size : length])
 
     def _handle(self, request: Request) -> None:
         """Answer one request; whatever a handler raises becomes an errno, and the mount lives on."""

@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +35,24 @@ class Rig:
 
 
 @contextmanager
-def rigged(kind: str, memory: Path, mounter: Mounter, options: str = "", inside: str = "") -> Iterator[Rig]:
+def rigged(
+    kind: str,
+    memory: Path,
+    mounter: Mounter,
+    options: str = "",
+    inside: str = "",
+    build: Callable[[Path], object] = lambda _: None,
+) -> Iterator[Rig]:
     """A stack of a lower layer beside the disk and an upper on it, mounted. `memory`: an empty place.
 
-    inside: a subvolume of btrfs in which upper and work lie.
+    inside: a subvolume of btrfs in which upper and work lie. build: makes more of the lower layer.
     """
     stack = Stack(memory, False, inside)
     for name, size in LOWER.items():
         path = memory / "lower" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name[-1].encode() * size)
+    build(memory / "lower")
     point = memory / "mount"
     point.mkdir()
     with watched(kind, memory / "disk", options) as disk:

@@ -36,6 +36,10 @@ def _fill(ballast: Path) -> None:
         os.close(fd)
 
 
+def _large(lower: Path) -> None:
+    (lower / "large").write_bytes(b"l" * BIG)
+
+
 def _big(path: Path) -> None:
     path.write_bytes(bytes(BIG))
 
@@ -89,8 +93,7 @@ def _works(rig: Rig) -> Iterator[str]:
 def test_a_full_disk(campaign: Campaign, memory: Memory, kind: str, engine: str) -> None:
     """What is in the upper can still be deleted."""
     base = memory.fresh()
-    with rigged(kind, base, ours(f"engine={engine}")) as rig:
-        (rig.stack.lower(rig.disk.point) / "large").write_bytes(b"l" * BIG)
+    with rigged(kind, base, ours(f"engine={engine}"), build=_large) as rig:
         (rig.point / "upper").write_bytes(b"u" * 5_000)
         rig.disk.sync()
         _fill(rig.disk.point / "ballast")
@@ -109,8 +112,7 @@ def test_a_quota(campaign: Campaign, memory: Memory, engine: str) -> None:
     """A subvolume of btrfs that may hold 1 MiB."""
     need_program("btrfs")
     base = memory.fresh()
-    with rigged("btrfs", base, ours(f"engine={engine}"), inside="sub") as rig:
-        (rig.stack.lower(rig.disk.point) / "large").write_bytes(b"l" * BIG)
+    with rigged("btrfs", base, ours(f"engine={engine}"), inside="sub", build=_large) as rig:
         _btrfs("quota", "enable", str(rig.disk.point))
         _btrfs("qgroup", "limit", "1M", str(rig.disk.point / "sub"))
         wrong = list(_goes_on(rig, errno.EDQUOT))
@@ -129,8 +131,7 @@ def _btrfs(*words: str) -> None:
 def test_an_upper_that_turns_read_only(campaign: Campaign, memory: Memory, kind: str, engine: str) -> None:
     """As after an error that the file system could not bear; then somebody mends it."""
     base = memory.fresh()
-    with rigged(kind, base, ours(f"engine={engine}")) as rig:
-        (rig.stack.lower(rig.disk.point) / "large").write_bytes(b"l" * BIG)
+    with rigged(kind, base, ours(f"engine={engine}"), build=_large) as rig:
         _remount(rig, "ro")
         wrong = list(_goes_on(rig, errno.EROFS))
         for name, error in {

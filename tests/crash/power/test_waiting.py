@@ -1,0 +1,137 @@
+"""T11: a disk that keeps somebody waiting does not keep the others waiting, and the daemon ends once it is well."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.crash.power import waiting
+from tests.crash.power.conftest import Memory
+from tests.crash.power.rig import ENDING, Rig, left, rigged
+from tests.crash.power.session import ours
+from tests.crash.power.test_failing import every_engine, every_kind
+from tests.crash.power.waiting import Running, build, changes, frozen, looks, waits_for_disk
+from tests.mounted.polling import until
+from tests.support import engines, processes
+from tests.support.campaign import Campaign
+
+MANY = 1_500
+QUICK = ("mkdir", "chmod a lower file", "rename", "first write")
+
+pytestmark = [pytest.mark.campaign("T11"), pytest.mark.timeout(600)]
+
+
+def _prepared(rig: Rig, name: str) -> Path:
+    """The directory of one change."""
+    waiting.prepare(rig, rig.point / name)
+    return rig.point / name
+
+
+def _names(campaign: Campaign) -> list[str]:
+    return [name for name in changes(Path()) if campaign.full or name in QUICK]
+
+
+@every_kind
+def test_a_frozen_upper_keeps_only_changes_waiting(campaign: Campaign, memory: Memory, kind: str) -> None:
+    """Whatever the loop hangs in, others look and read; then the change is made as if nothing had been."""
+    wrong, points = [], 0
+    with rigged(kind, memory.fresh(), ours(f"engine={engines.KERNEL},io=cached"), build=build) as rig:
+        for name in _names(campaign):
+            place = _prepared(rig, name)
+            with frozen(rig.disk.point):
+                change = Running(changes(place)[name])
+                until(lambda: waits_for_disk(rig.daemon.pid))
+                for look, act in looks(rig).items():
+                    points += 1
+                    why = Running(act).wrong()
+                    wrong += [f"during {name}: {look}: {why}"] if why else []
+            why = change.wrong()
+            wrong += [f"{name}: {why}"] if why else []
+        shown = _shown(rig.point)
+        rig.end()
+    wrong += _differences(shown, left(rig))
+    campaign.held(f"looks while {kind} is frozen", points, wrong)
+
+
+@every_kind
+def test_changes_that_came_while_it_was_frozen(campaign: Campaign, memory: Memory, kind: str) -> None:
+    """All at once: they wait their turn, and nobody who looks at everything meanwhile puts them out."""
+    with rigged(kind, memory.fresh(), ours(f"engine={engines.KERNEL},io=cached"), build=_many) as rig:
+        places = {name: _prepared(rig, name) for name in changes(Path())}
+        with frozen(rig.disk.point):
+            running = {name: Running(changes(place)[name]) for name, place in places.items()}
+            until(lambda: waits_for_disk(rig.daemon.pid))
+            why = Running(lambda: _shown(rig.point / "many")).wrong()
+            wrong = [f"looking at everything: {why}"] if why else []
+        wrong += [f"{name}: {why}" for name, change in running.items() if (why := change.wrong())]
+        shown = _shown(rig.point)
+        rig.end()
+    wrong += _differences(shown, left(rig))
+    campaign.held(f"changes while {kind} is frozen", len(running), wrong)
+
+
+def _many(lower: Path) -> None:
+    """More than the daemon keeps in mind at once."""
+    build(lower)
+    for number in range(MANY):
+        (lower / "many" / str(number)).mkdir(parents=True)
+        (lower / "many" / str(number) / "file").write_bytes(b"one of many")
+
+
+def _shown(point: Path) -> dict[str, bytes | None]:
+    """Every path of the mount, with the content of files."""
+    files = (path for path in point.rglob("*") if not path.is_symlink())
+    return {str(path.relative_to(point)): path.read_bytes() if path.is_file() else None for path in files}
+
+
+def _differences(shown: dict[str, bytes | None], found: dict[bytes, tuple[object, ...]]) -> Iterator[str]:
+    """What the mount has shown is what is there."""
+    there = {os.fsdecode(path).strip("/"): facts for path, facts in found.items() if path}
+    for path, content in shown.items():
+        if path not in there or (content is not None and there[path][-1] != content):
+            yield f"{path} was shown, and is {there.get(path)}"
+    hidden = set(there) - set(shown) - {"way"} - {path for path in there if path.endswith("/soft")}
+    if hidden:
+        yield f"{hidden} were not shown"
+
+
+@every_engine
+@every_kind
+def test_a_daemon_that_was_frozen_ends_in_time(campaign: Campaign, memory: Memory, kind: str, engine: str) -> None:
+    """Told so while it hangs: ten seconds count from the moment when the disk is well again."""
+    with rigged(kind, memory.fresh(), ours(f"engine={engine}"), build=build) as rig:
+        place = _prepared(rig, "mkdir")
+        with frozen(rig.disk.point):
+            change = Running(changes(place)["mkdir"])
+            until(lambda: waits_for_disk(rig.daemon.pid))
+            os.kill(rig.daemon.pid, signal.SIGTERM)
+        ends = processes.ends(rig.daemon.pid, ENDING)
+        change.wrong()
+    wrong = [] if ends else ["SIGTERM did not end the daemon in time"]
+    campaign.held(f"the end of a mount whose upper, {kind}, was frozen, {engine}", 1, wrong)
+
+
+@every_engine
+def test_an_fsync_that_waits_keeps_nobody_waiting(campaign: Campaign, memory: Memory, engine: str) -> None:
+    """The disk holds every flush until all others have had their answers, those who write included."""
+    wrong, points = [], 0
+    with rigged("ext4", memory.fresh(), ours(f"engine={engine}"), build=build) as rig:
+        place = _prepared(rig, "mkdir")
+        fd = os.open(place / "up1", os.O_WRONLY)
+        os.write(fd, b"written")
+        rig.disk.behave("stuck")
+        syncing = Running(lambda: os.fsync(fd))
+        others = {**looks(rig), "write": changes(place)["write"]}
+        for name, act in others.items():
+            points += 1
+            why = Running(act).wrong()
+            wrong += [f"{name}: {why}"] if why else []
+        assert syncing.hangs(), "the disk did not hold the flush"
+        rig.disk.behave("")
+        why = syncing.wrong()
+        wrong += [f"fsync: {why}"] if why else []
+        os.close(fd)
+        rig.end()
+    campaign.held(f"others beside an fsync that waits, {engine}", points, wrong)

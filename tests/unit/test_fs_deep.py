@@ -1,0 +1,51 @@
+"""Trees that are deeper than the interpreter's stack, whose paths no system call takes."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from overlayfs import Overlay
+from overlayfs.fs.attributes import Changes
+from overlayfs.fs.config import StackConfig
+from overlayfs.fs.names import Caller
+from overlayfs.fs.nodes import Node
+from tests.hostile import forms
+from tests.support.requirements import need_root
+
+DEPTH = 1500
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Overlay]:
+    """A stack whose layer holds one file, below `DEPTH` directories."""
+    need_root()
+    lower, upper, work = (tmp_path / name for name in ("lower", "upper", "work"))
+    for path in (lower, upper, work):
+        path.mkdir()
+    forms.deep(lower, DEPTH, b"d")
+    opened = Overlay(StackConfig((os.fsencode(lower),), os.fsencode(upper), os.fsencode(work)))
+    yield opened
+    opened.close()
+    subprocess.run(["rm", "-rf", lower, upper], check=True)  # pytest's own way is a recursion
+
+
+def bottom(overlay: Overlay) -> Node:
+    """The file."""
+    at = overlay.root
+    for _ in range(DEPTH):
+        at = overlay.lookup(at, b"d")
+    return overlay.lookup(at, b"f")
+
+
+def test_the_file_at_the_bottom_is_changed_and_made_durable(overlay: Overlay) -> None:
+    """First its mode, in a copy without data, then its data."""
+    file = bottom(overlay)
+    overlay.set_attributes(file, Changes(mode=0o600), Caller(0, 0))
+    fh = overlay.open(file, os.O_RDWR, Caller(0, 0))
+    overlay.write(fh, 0, b"changed")
+    overlay.fsync(fh)
+    assert overlay.read(fh, 0, 100) == b"changed"
+    overlay.release(fh)
