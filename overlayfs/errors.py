@@ -6,6 +6,9 @@ code of the process; only the start of a mount and the command line raise it.
 """
 
 import os
+from collections.abc import Iterable
+
+_LONGEST_SHOWN, _MOST_SHOWN = 80, 10
 
 
 class UserError(Exception):
@@ -34,6 +37,13 @@ def one_line(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(names: Iterable[str], empty: str = "") -> str:
+    """Return names for a sentence: no more of them, and of each, than a person reads; `empty` tells an empty one."""
+    told = sorted(name[:_LONGEST_SHOWN] or empty for name in names)
+    rest = [f"{len(told) - _MOST_SHOWN} more"] if len(told) > _MOST_SHOWN else []
+    return ", ".join(told[:_MOST_SHOWN] + rest) or "none"
 
 
 def oserror(errno: int, path: bytes | str | None = None) -> OSError:

@@ -598,8 +598,8 @@ def next_data(fd: int, offset: int) -> tuple[int, int]:
     Where none is left, twice the size of the file; all the rest of it where the file system cannot tell.
     """
     try:
-        start = os.lseek(fd, offset, os.SEEK_DATA)
-        return start, os.lseek(fd, start, os.SEEK_HOLE)
+        start = seek_data(fd, offset, os.SEEK_DATA)
+        return start, seek_data(fd, start, os.SEEK_HOLE)
     except OSError as error:
         if error.errno not in (errno.ENXIO, errno.EINVAL):
             raise
@@ -882,6 +882,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise _failed()
 
 
+@_restarted
 def seek_data(fd: int, offset: int, whence: int) -> int:
     """Return where data (SEEK_DATA) or a hole (SEEK_HOLE) begins at or after `offset`; ENXIO beyond the end."""
     return os.lseek(fd, offset, whence)

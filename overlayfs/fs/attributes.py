@@ -165,7 +165,8 @@ class AttributeVerbs:
         truncation that was stopped has cut the copy and not unmarked it.
         """
         if isinstance(node, File) and node.data is not None and node.data.name:
-            below = node.data.layer.stat(node.data.path, node.data.name)
+            layer, path, name = node.data.layer, node.data.path, node.data.name
+            below = after_change(lambda: layer.stat(path, name))  # a link has been made, perhaps
             return below.st_size, found.st_blocks + below.st_blocks
         return found.st_size, found.st_blocks
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from overlayfs import sysio
-from overlayfs.errors import UserError
+from overlayfs.errors import UserError, listed
 from overlayfs.oci import image, media
 from overlayfs.oci.blobs import DigestError
 from overlayfs.oci.entry import ArchiveError
@@ -23,7 +23,7 @@ LAYOUT = b"oci-layout"
 INDEX = b"index.json"
 DOCKER_INDEX = b"manifest.json"
 _DEEPEST = 4  # indexes inside each other
-_LONGEST_SHOWN, _MOST_SHOWN = 80, 20
+_NAMELESS = "one without a name"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -183,11 +183,11 @@ def _named(descriptors: Sequence[Descriptor], reference: str | None, what: str) 
         by_name.setdefault(_name_of(each), []).append(each)
     if reference is None:
         if len(by_name) > 1:
-            raise UserError(f"{what} holds several images ({_listed(by_name)}); name one as SRC:NAME")
+            raise UserError(f"{what} holds several images ({listed(by_name, _NAMELESS)}); name one as SRC:NAME")
         return descriptors
     found = [each for each in descriptors if reference in _names_of(each)]
     if not found:
-        raise UserError(f"{what} has no image {reference}; it has {_listed(by_name)}")
+        raise UserError(f"{what} has no image {reference}; it has {listed(by_name, _NAMELESS)}")
     return found
 
 
@@ -198,13 +198,6 @@ def _names_of(descriptor: Descriptor) -> list[str]:
 
 def _name_of(descriptor: Descriptor) -> str:
     return next(iter(_names_of(descriptor)), "")
-
-
-def _listed(names: "Sequence[str] | dict[str, list[Descriptor]]") -> str:
-    """Return names for a sentence: no more of them, and of each, than a person reads."""
-    told = sorted(name[:_LONGEST_SHOWN] or "one without a name" for name in names)
-    rest = [f"{len(told) - _MOST_SHOWN} more"] if len(told) > _MOST_SHOWN else []
-    return ", ".join(told[:_MOST_SHOWN] + rest) or "none"
 
 
 # --- docker save ---------------------------------------------------------------------------------------------
@@ -236,7 +229,7 @@ def _tagged(saved: Sequence[DockerSaved], reference: str | None, what: str) -> D
         for each in saved:
             if reference in (each.repo_tags or ()):
                 return each
-        raise UserError(f"{what} has no image {reference}; it has {_listed(offered)}")
+        raise UserError(f"{what} has no image {reference}; it has {listed(offered, _NAMELESS)}")
     if len(saved) != 1:
-        raise UserError(f"{what} holds {len(saved)} images ({_listed(offered)}); name one as SRC:NAME")
+        raise UserError(f"{what} holds {len(saved)} images ({listed(offered, _NAMELESS)}); name one as SRC:NAME")
     return saved[0]

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from overlayfs.errors import UsageError, UserError
+from overlayfs.errors import UsageError, UserError, listed
 from overlayfs.oci.media import Descriptor, Index, Platform
 
 _MACHINES = {
@@ -57,9 +57,8 @@ def choose(index: Index, wanted: Platform, what: str) -> Descriptor:
         return min(fitting, key=lambda each: _rank(wanted, each.platform or Platform()))
     if len(index.manifests) == 1 and index.manifests[0].platform is None:
         return index.manifests[0]
-    offered = dict.fromkeys(str(each.platform) for each in index.manifests if each.platform is not None)
-    listed = ", ".join(list(offered)[:20]) or "none that says so"
-    raise UserError(f"{what} is not for {wanted}; it has {listed}: choose one with --platform")
+    offered = {str(each.platform) for each in index.manifests if each.platform is not None}
+    raise UserError(f"{what} is not for {wanted}; it has {listed(offered)}: choose one with --platform")
 
 
 def _rank(wanted: Platform, found: Platform) -> int:

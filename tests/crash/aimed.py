@@ -104,7 +104,7 @@ GROUPS = {"writes": WRITES, "attributes": ATTRIBUTES, "names": NAMES}
 
 COMPOUND = ("write and fsync",)
 """More than one call: what fails may be the second one."""
-TOUCHING = ("write to a metadata-only copy",)
+TOUCHING = ("write to a metadata-only copy", "truncate a metadata-only copy")
 """The file's time moves while its copy gets the data, and is set back then; the kernel's overlayfs does so too."""
 
 

@@ -24,7 +24,7 @@ KINDS = (
     (errno.EINTR, 20),  # for good it would be waited for until it ends
 )
 FEW = 2  # of the kinds, for calls that only look
-MOST = 330  # points of one act
+MOST = 450  # points of one act
 QUICK_ACTS = 2  # of each group
 
 Make = Callable[..., Scene]

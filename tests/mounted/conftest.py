@@ -100,6 +100,11 @@ class Mount:
         command = [sys.executable, "-m", "tests.mounted.wrong", fault, words, str(self.point)]
         return self._watch(command, subprocess.DEVNULL, {})
 
+    def mutant(self, name: str) -> "Foreground":
+        """Mount in the foreground by a program that has a planted bug (tests/support/mutants)."""
+        command = [sys.executable, "-m", "tests.support.mutants", name, self.stack.options, str(self.point)]
+        return self._watch(command, subprocess.DEVNULL, {})
+
     def _watch(self, command: list[str], errors: IO[str] | int, environment: dict[str, str]) -> "Foreground":
         process = subprocess.Popen(
             command,

@@ -15,8 +15,6 @@ from overlayfs.mount.options import Draft, MountOptions
 from tests.support import syscalls
 from tests.support.mutants import seeded
 
-_NEW_MOUNTS = 0x0002_0000  # unshare(2)
-_RECURSIVE, _PRIVATE = 0x4000, 0x4_0000  # mount(2)
 LIMIT = 20.0  # seconds
 
 
@@ -87,8 +85,7 @@ def _mount(wish: Wish) -> None:
     from overlayfs.mount import life  # not before the bug is in place
 
     if wish.alone:
-        syscalls.unshare(_NEW_MOUNTS)
-        syscalls.mount(b"none", b"/", b"none", _RECURSIVE | _PRIVATE, b"")
+        syscalls.own_mounts()
     with contextlib.ExitStack() as stack:
         life.mount(_options(wish, stack), wish.point)
 

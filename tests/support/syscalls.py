@@ -7,6 +7,8 @@ import struct
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE, UNSHARE_RANGE = 1, 2, 8, 16, 32, 64
 _SUBREAPER = 36
+_NEW_MOUNTS = 0x0002_0000
+_RECURSIVE, _PRIVATE = 0x4000, 1 << 18
 _DUMPABLE = 4
 _AT_FDCWD = -100
 _AT_SYMLINK_FOLLOW = 0x400
@@ -41,6 +43,12 @@ def unshare(flags: int) -> None:
     """unshare(2), which Python has since 3.12; who has changed its ids may write its own maps afterwards (prctl(2))."""
     _check(_libc.prctl(_DUMPABLE, 1, 0, 0, 0))
     _check(_libc.unshare(flags))
+
+
+def own_mounts() -> None:
+    """Go into a mount namespace where nobody else sees what is mounted from now on, and where nothing new comes in."""
+    unshare(_NEW_MOUNTS)
+    mount(b"none", b"/", b"none", _RECURSIVE | _PRIVATE, b"")
 
 
 def link_descriptor(fd: int, path: bytes) -> None:

@@ -34,7 +34,7 @@ def overlay(tmp_path: Path) -> Iterator[Overlay]:
 
 def bottom(overlay: Overlay) -> Node:
     """The file."""
-    at = overlay.root
+    at: Node = overlay.root
     for _ in range(DEPTH):
         at = overlay.lookup(at, b"d")
     return overlay.lookup(at, b"f")

@@ -6,14 +6,17 @@ from typing import Any
 from unittest import mock
 
 from overlayfs.fs import reseat
+from overlayfs.fs.attributes import Attributes, Changes
 from overlayfs.fs.lifting import Lifting, LiftStep, Need
 from overlayfs.fs.nodes import File, Node, NodeTable
+from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.lift import Lifter
 from overlayfs.tree.upper import Upper
 
 NO_OPAQUE = "a new directory is not made opaque"
 WRITER_KEPT = "a commit leaves writers their file"
 DEAF = "look-ups are not given back"
+CUTS_IGNORED = "a file that is cut keeps its tail"
 NO_LOCK = "copy-ups of a file do not wait for each other"
 
 
@@ -42,9 +45,18 @@ def _deaf(self: NodeTable, number: int, count: int) -> None:
     """Count the look-ups of a number for ever."""
 
 
+def _cut(self: Overlay, node: Node, changes: Changes, *rest: Any) -> Attributes:
+    """Change anything but make a file shorter."""
+    keeps = changes.size is not None and changes.size < self.attributes(node).size
+    return _CHANGE(self, node, changes._replace(size=None) if keeps else changes, *rest)
+
+
+_CHANGE = Overlay.set_attributes
+
 MUTANTS: dict[str, Callable[[], Any]] = {
     NO_OPAQUE: lambda: mock.patch.object(Upper, "set_opaque", _no_opaque),
     WRITER_KEPT: lambda: mock.patch.object(reseat, "_retire_writer", _writer_kept),
     NO_LOCK: _no_lock,
+    CUTS_IGNORED: lambda: mock.patch.object(Overlay, "set_attributes", _cut),
     DEAF: lambda: mock.patch.object(NodeTable, "forget", _deaf),
 }
