@@ -50,7 +50,7 @@ def test_it_is_taken_or_refused(campaign: Campaign, apart: Apart, name: str) -> 
 
 
 ON_A_DISK = {
-    "archives, unpacked": (trees.unpack, 200, 20_000),
+    "archives, unpacked": (trees.unpack, 200, FULL),
     "marks of layers, in a stack": (trees.stacks, 200, 20_000),
     "requests of the kernel": (trees.requests, QUICK, FULL),
 }

@@ -276,5 +276,5 @@ def test_during_a_copy_up(
         scene = make_scene(rounds, ForkedImage if commits else ForkedMount)
         wrong += [word for turn in range(rounds) for word in Round(scene, turn, ACTS[act], commits=commits).run()]
         scene.end()
-    what = f"{act}{' and commit' if commits else ''} during a copy-up, engine {engines.current()}"
+    what = f"a change{' and a commit' if commits else ''} during a copy-up, engine {engines.current()}"
     campaign.held(what, campaign.size(4, 200), wrong)

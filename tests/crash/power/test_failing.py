@@ -73,7 +73,7 @@ def test_a_loss_is_told_until_the_file_is_opened_again(
             with suppress(OSError):  # of a file system that has shut down
                 wrong += _silent({"one that was opened later": _opened(rig.point / "a", os.O_RDWR, held)})
         wrong += _recovers(rig)
-    campaign.held(f"a loss on {kind}, {loss}, {engine}", 4, wrong)
+    campaign.held(f"a disk that lost data, engine {engine}", 4, wrong)
 
 
 def _opened(path: Path, flags: int, held: ExitStack) -> int:
@@ -131,7 +131,7 @@ def test_what_was_told_durable_is_there(campaign: Campaign, memory: Memory, kind
             wrong += [f"failing before change {at}: {line}" for line in _goes_on(rig)]
             rig.end()
         wrong += [f"failing before change {at}: {line}" for line in _lost(left(rig), told)]
-    campaign.held(f"errors that stay on {kind}, {engine}", points, wrong)
+    campaign.held(f"errors that stay, engine {engine}", points, wrong)
 
 
 class Change(NamedTuple):

@@ -10,12 +10,13 @@ import pytest
 from tests.crash.power import waiting
 from tests.crash.power.conftest import Memory
 from tests.crash.power.rig import ENDING, Rig, left, rigged
-from tests.crash.power.session import ours
+from tests.crash.power.session import mutant, ours
 from tests.crash.power.test_failing import every_engine, every_kind
 from tests.crash.power.waiting import Running, build, changes, frozen, looks, waits_for_disk
 from tests.mounted.polling import until
 from tests.support import engines, processes
 from tests.support.campaign import Campaign
+from tests.support.mutants.together import ALONE
 
 MANY = 1_500
 QUICK = ("mkdir", "chmod a lower file", "rename", "first write")
@@ -52,7 +53,7 @@ def test_a_frozen_upper_keeps_only_changes_waiting(campaign: Campaign, memory: M
         shown = _shown(rig.point)
         rig.end()
     wrong += _differences(shown, left(rig))
-    campaign.held(f"looks while {kind} is frozen", points, wrong)
+    campaign.held("looks while the upper is frozen, engine kernel", points, wrong)
 
 
 @every_kind
@@ -69,7 +70,21 @@ def test_changes_that_came_while_it_was_frozen(campaign: Campaign, memory: Memor
         shown = _shown(rig.point)
         rig.end()
     wrong += _differences(shown, left(rig))
-    campaign.held(f"changes while {kind} is frozen", len(running), wrong)
+    campaign.held("changes while the upper is frozen, engine kernel", len(running), wrong)
+
+
+def test_a_loop_that_is_alone_is_noticed(campaign: Campaign, memory: Memory) -> None:
+    with rigged("ext4", memory.fresh(), mutant(ALONE), build=build) as rig:
+        place = _prepared(rig, "mkdir")
+        with frozen(rig.disk.point):
+            change = Running(changes(place)["mkdir"])
+            until(lambda: waits_for_disk(rig.daemon.pid))
+            look = Running(looks(rig)["look up"])
+            why = look.wrong(within=1.0)
+        change.wrong()
+        look.wrong()
+        rig.end()
+    campaign.caught(ALONE, 1, [why] if why else [])
 
 
 def _many(lower: Path) -> None:
@@ -110,7 +125,7 @@ def test_a_daemon_that_was_frozen_ends_in_time(campaign: Campaign, memory: Memor
         ends = processes.ends(rig.daemon.pid, ENDING)
         change.wrong()
     wrong = [] if ends else ["SIGTERM did not end the daemon in time"]
-    campaign.held(f"the end of a mount whose upper, {kind}, was frozen, {engine}", 1, wrong)
+    campaign.held(f"the end of a mount whose upper was frozen, engine {engine}", 1, wrong)
 
 
 @every_engine
@@ -134,4 +149,4 @@ def test_an_fsync_that_waits_keeps_nobody_waiting(campaign: Campaign, memory: Me
         wrong += [f"fsync: {why}"] if why else []
         os.close(fd)
         rig.end()
-    campaign.held(f"others beside an fsync that waits, {engine}", points, wrong)
+    campaign.held(f"others beside an fsync that waits, engine {engine}", points, wrong)

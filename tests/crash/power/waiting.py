@@ -48,9 +48,9 @@ class Running:
         """Whether it is still at it."""
         return self._thread.is_alive()
 
-    def wrong(self) -> str:
+    def wrong(self, within: float = LIMIT) -> str:
         """Wait for the end; why it did not come, or was not a good one."""
-        self._thread.join(LIMIT)
+        self._thread.join(within)
         if self._thread.is_alive():
             return "hangs"
         return repr(self._error) if self._error else ""

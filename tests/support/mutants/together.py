@@ -1,7 +1,7 @@
 """Bugs that show only after some steps on the same tree, with several clients, or after a long time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -10,12 +10,14 @@ from overlayfs.fs.attributes import Attributes, Changes
 from overlayfs.fs.lifting import Lifting, LiftStep, Need
 from overlayfs.fs.nodes import File, Node, NodeTable
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.kernel.engine import KernelEngine
 from overlayfs.fuse.lift import Lifter
 from overlayfs.tree.upper import Upper
 
 NO_OPAQUE = "a new directory is not made opaque"
 WRITER_KEPT = "a commit leaves writers their file"
 DEAF = "look-ups are not given back"
+ALONE = "nobody stands in for the loop"
 CUTS_IGNORED = "a file that is cut keeps its tail"
 NO_LOCK = "copy-ups of a file do not wait for each other"
 
@@ -57,6 +59,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     NO_OPAQUE: lambda: mock.patch.object(Upper, "set_opaque", _no_opaque),
     WRITER_KEPT: lambda: mock.patch.object(reseat, "_retire_writer", _writer_kept),
     NO_LOCK: _no_lock,
+    ALONE: lambda: mock.patch.object(KernelEngine, "_stood_in_for", return_value=nullcontext()),
     CUTS_IGNORED: lambda: mock.patch.object(Overlay, "set_attributes", _cut),
     DEAF: lambda: mock.patch.object(NodeTable, "forget", _deaf),
 }
