@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.mounted.polling import until
 from tests.support import syscalls
 
 # linux/loop.h: struct loop_config is fd, block size, struct loop_info64, eight reserved words.
@@ -65,11 +66,28 @@ def _free() -> str:
 def mounted(kind: str, image: Path, point: Path, options: str = "", direct: bool = False) -> Iterator[str]:
     """The file system of an image at `point` until the end of the block; gives the device that it lies on."""
     with attached(image, direct) as device:
-        syscalls.mount(device.encode(), os.fsencode(point), kind.encode(), 0, options.encode())
+        _mount(kind, device, point, options)
     try:
         yield device
     finally:
         unmount(kind, point, device)
+
+
+def _mount(kind: str, device: str, point: Path, options: str) -> None:
+    """Mount, though an older copy of the same file system may still be in use.
+
+    Whoever makes a mount namespace, as other tests do beside this one, copies every mount and keeps it for a while.
+    """
+    words = ",".join(filter(None, (options, "nouuid" if kind == "xfs" else "")))
+
+    def is_mounted() -> bool:
+        try:
+            syscalls.mount(device.encode(), os.fsencode(point), kind.encode(), 0, words.encode())
+        except FileExistsError:  # btrfs knows the copy under another device
+            return False
+        return True
+
+    until(is_mounted)
 
 
 def unmount(kind: str, point: Path, device: str) -> None:

@@ -1,24 +1,12 @@
 """Places for disks: in memory, so that thousands of them can be written and thrown away."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.support import syscalls
 from tests.support.disks import disk
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_mounts() -> None:
-    """Mount where other processes of this run cannot see it, to the end of this one.
-
-    Whoever makes a namespace copies all mounts, and keeps them: xfs and btrfs then refuse the next copy of the disk.
-    """
-    if os.geteuid() == 0:
-        syscalls.own_mounts()
 
 
 class Memory:
