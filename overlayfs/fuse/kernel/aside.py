@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -37,7 +38,7 @@ class Aside:
         self._view = memoryview(self._buffer)
         self._overlay = overlay
         self._handle = handle
-        self._left: list[bytes] = []
+        self._left: deque[bytes] = deque()
         self._token = trio.lowlevel.current_trio_token()
 
     def begin(self) -> None:
@@ -66,7 +67,7 @@ class Aside:
     def _catch_up(self) -> None:
         self._overlay.keep_open(False)
         while self._left:
-            raw = bytearray(self._left.pop(0))
+            raw = bytearray(self._left.popleft())
             self._handle(received(raw, memoryview(raw), len(raw)))
 
 
