@@ -607,7 +607,7 @@ def _zeros(size: int) -> Iterator[bytes]:
 @entry(41, "a bomb of 1:1000")
 def _bomb(at: Outside) -> Iterator[Form]:
     yield Archive("zeros", lambda: _zeros(at.size(100 << 20, 2 << 30)))
-    crowd = b"".join(directory(b"d%d" % number) for number in range(at.size(500, 5_000)))
+    crowd = b"".join(directory(b"d%d" % number) for number in range(at.size(500, 3_000)))
     yield Archive("entries", lambda: (gzip.compress(crowd + bytes(1024)),))
     within = gzip.compress(gzip.compress(crowd))
     yield Archive("twice", lambda: (within,), refused="")
