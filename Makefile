@@ -43,7 +43,7 @@ check: lint types  ## all that CI runs; what differs between the engines runs on
 campaign:       ## the fault campaigns at full size, up to an hour; writes docs/reliability.md; needs root
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)python scripts/campaign
 
-steps:          ## a million random steps on each engine beside the model, some hours; needs root
+steps:          ## a million random steps on each engine beside the model, three quarters of an hour; needs root
 	$(BIN)python -m tests.model.walk --engine kernel --steps 1000000 --seed 1 --record docs/reliability-steps.json
 	$(BIN)python -m tests.model.walk --engine pyfuse3 --steps 1000000 --seed 1 --record docs/reliability-steps.json
 
