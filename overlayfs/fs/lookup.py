@@ -68,6 +68,7 @@ class Lookup:
         self._kept: OrderedDict[int, tuple[Dir, int]] = OrderedDict()
         self._kept_names = 0
         self.fresh: tuple[Node, AnyStat] | None = None  # the stat taken while binding, for the reply that follows
+        self._absent: tuple[Dir, bytes, int] | None = None  # the name last missed, and when its directory had changed
         self.root = self._make_root()
 
     def _make_root(self) -> Dir:
@@ -112,6 +113,19 @@ class Lookup:
         node = parent.children.get(name)
         if node is not None:
             return node
+        # Who makes a name asks for it several times over, the kernel first; what a kept listing says holds till then.
+        missed = (parent, name, parent.changed)
+        if self._absent != missed:
+            node = self._find(parent, name)
+            listed = parent.below is not None or not parent.lower
+            self._absent = missed if node is None and listed else None
+        return node
+
+    def forget_missed(self) -> None:
+        """Look again for the name last missed: it is about to appear, and may have done so even if that fails."""
+        self._absent = None
+
+    def _find(self, parent: Dir, name: bytes) -> Node | None:
         if len(name) > LONGEST_NAME:
             raise oserror(errno.ENAMETOOLONG, name)
         if parent.removed or whiteout.is_reserved(name):
@@ -374,6 +388,7 @@ class Lookup:
             return None
         number = self._nodes.free_number(self._stack.number(place.layer.filesystem, found.st_ino))
         node = File(number, stat.S_IFREG, False, place)
+        node.sole = True
         self._nodes.add_key(node, (found.st_dev, found.st_ino))
         self._settle(node, parent, name, False, found)
         return node
@@ -386,6 +401,7 @@ class Lookup:
         if node is None:
             number = self._nodes.free_number(*self._numbers_of_file(place.layer, found, below.marks))
             node = File(number, stat.S_IFMT(found.st_mode), False, place)
+            node.sole = found.st_nlink == 1
             node.data = (below.data or self._no_data()) if below.marks.metacopy else None
             self._nodes.add_key(node, key)
         elif node.lower is None:

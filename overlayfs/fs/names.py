@@ -151,6 +151,7 @@ class Names:
         is_dir = stat.S_ISDIR(mode)
         how = plans.create(spot, is_dir)
         dress = self._dress(parent, mode, caller, is_dir and spot.below, how is Create.IN_PLACE)
+        self._lookup.forget_missed()
         self._upper.create((self._lookup.path(parent), name), how, make, dress)
         return self._appeared(parent, name, opaque=is_dir and spot.below)
 
@@ -224,6 +225,7 @@ class Names:
         self._lifting.persist_nlink(node)
         spot = self._lookup.spot(parent, name, None)
         _, dirfd, child = self._attributes.locate(node)
+        self._lookup.forget_missed()
         self._upper.link(dirfd, child, (self._lookup.path(parent), name), plans.create(spot, False))
         if node.orphan is not None:
             sysio.close(node.orphan)
@@ -315,7 +317,9 @@ class Names:
 
     def must_lift_counted(self, node: Node) -> bool:
         """Return whether removing a name of this node lifts it first."""
-        if not isinstance(node, File) or node.in_upper or not (self._stack.index and self._stack.metacopy):
+        if not isinstance(node, File) or node.in_upper or node.sole:
+            return False
+        if not (self._stack.index and self._stack.metacopy):
             return False
         return self._attributes.stat(node).st_nlink > 1
 
@@ -372,6 +376,7 @@ class Names:
         self._check_rename(source, new_parent, target, new_name, flags)
         if target is source:
             return  # two names of one file, or one name onto itself: POSIX wants nothing done
+        self._lookup.forget_missed()
         if flags == sysio.RENAME_EXCHANGE and target is not None:
             self._exchange(parent, name, source, new_parent, new_name, target)
         else:

@@ -161,20 +161,22 @@ class File(Node):
     """Anything but a directory.
 
     names: every name known of it, with whether that name exists in the upper. lower: where it lies (or came from)
-    below. data: where its data lies while the upper holds metadata only. index: its entry in the index, if it has
-    one. nlink_delta: what the union's link count is beyond that of the real object that holds it.
+    below. sole: what lies there is known to have no other name. data: where its data lies while the upper holds
+    metadata only. index: its entry in the index, if it has one. nlink_delta: what the union's link count is beyond that
+    of the real object that holds it.
     reader, writer: the descriptors through which all its handles read and write, used on the loop alone: a thread gets
     a duplicate, so one that is replaced can be closed. sync_error: the errno of a failed fsync, 0 for none.
     unmarked: when the mark went that its data lies below, 0 where that is durable.
     """
 
     __slots__ = (
-        "data", "index", "keys", "lower", "names", "nlink_delta", "reader", "sync_error", "unmarked", "writer",
+        "data", "index", "keys", "lower", "names", "nlink_delta", "reader", "sole", "sync_error", "unmarked", "writer",
     )  # fmt: skip
 
     def __init__(self, number: int, kind: int, in_upper: bool, lower: LowerFile | None) -> None:
         super().__init__(number, kind, in_upper)
         self.lower = lower
+        self.sole = False
         self.data: LowerFile | None = None
         self.names: dict[tuple[Dir, bytes], bool] = {}
         self.index: bytes | None = None

@@ -244,7 +244,7 @@ def _move_file(node: File, directory: Dir, place: LowerFile) -> None:
     names = node.names
     if not names[directory, place.name]:
         return  # this name is not in the upper; the file is met again under one that is
-    node.lower = place
+    node.lower, node.sole = place, False
     node.in_upper = False
     if len(names) == 1:
         names[directory, place.name] = False
