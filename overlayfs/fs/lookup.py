@@ -550,6 +550,7 @@ class _Walk:
         self._stat: AnyStat | None = None
         self._marks = NO_MARKS
         self._barred = False
+        self._leads_on = False  # the last hit names the place of its data: what is opaque on the way does not hide that
 
     def run(self) -> _Below:
         position = 0
@@ -558,7 +559,7 @@ class _Walk:
             position += 1
             hit = self._lookup.step(part, self._wanted)
             redirect = self._take(part.layer, hit)
-            if hit.stop or redirect is None:
+            if redirect is None or (hit.stop and not self._leads_on):
                 break
             if redirect != self._wanted:
                 position = self._follow(part, redirect)
@@ -567,6 +568,7 @@ class _Walk:
     def _take(self, layer: Layer, hit: _Hit) -> bytes | None:
         """Take what one layer has; return the name to look for in the next, None to stop."""
         entry = hit.entry
+        self._leads_on = False
         if entry.kind is Kind.ABSENT:
             return hit.wanted
         if entry.kind is Kind.WHITEOUT or entry.stat is None:
@@ -586,6 +588,7 @@ class _Walk:
             self._data = place
             return None
         self._files_only = True
+        self._leads_on = marks.redirect is not None
         return marks.redirect or hit.wanted
 
     def _take_dir(self, layer: Layer, hit: _Hit, found: AnyStat) -> bytes | None:

@@ -96,3 +96,22 @@ def test_a_file_renamed_in_two_uppers_keeps_its_data(tmp_path: Path) -> None:
         _move(config, moves)
         assert _content(config, next(iter(moves.values()))) == b"g"
         stack.insert(0, tmp_path / f"upper{turn}")
+
+
+def test_data_below_an_opaque_directory_of_a_former_upper(tmp_path: Path) -> None:
+    """A directory was made anew and got a file back whose data lies below; then the file moves on."""
+    need_root()
+    stack = [_make_lower(tmp_path)]
+    overlay = Overlay(_config(stack, tmp_path / "upper0", tmp_path / "work0", metacopy=True))
+    root, directory = overlay.root, overlay.resolve(b"d")
+    overlay.rename(directory, b"g", root, b"g")
+    overlay.unlink(overlay.resolve(b"d/sub"), b"f")
+    overlay.rmdir(directory, b"sub")
+    overlay.rmdir(root, b"d")
+    overlay.rename(root, b"g", overlay.mkdir(root, b"d", 0o755, Caller(0, 0)), b"g")
+    overlay.close()
+    stack.insert(0, tmp_path / "upper0")
+    config = _config(stack, tmp_path / "upper1", tmp_path / "work1", metacopy=True)
+    assert _content(config, b"d/g") == b"g"
+    _move(config, {b"d/g": b"new"})
+    assert _content(config, b"new") == b"g"
