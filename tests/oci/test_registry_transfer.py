@@ -185,7 +185,7 @@ def test_several_platforms(server: str, away: Side) -> None:
     assert away.pull(f"{server}/multi/x").digest == mine
     pulled = away.pull(f"{server}/multi/x", platform=f"linux/{other}")
     assert pulled.digest == theirs and pulled.image.architecture == other
-    with pytest.raises(UserError, match=rf"is not for plan9/mips; it has linux/{other}, .*--platform"):
+    with pytest.raises(UserError, match=rf"is not for plan9/mips; it has .*linux/{other}.*--platform"):
         away.pull(f"{server}/multi/x", platform="plan9/mips")
     with pytest.raises(UserError, match=f"is for linux/{other}, not for linux/mips"):
         away.pull(f"{server}/multi/x:theirs", platform="linux/mips")
