@@ -352,8 +352,8 @@ def _new_directory(destination: bytes) -> Iterator[int]:
         raise UserError("a directory cannot go to standard output; name one, or choose an archive with --format")
     with _parent(destination) as (parent, name):
         staging = _STAGING + secrets.token_hex(8).encode()
-        sysio.mkdir_at(parent, staging, 0o755)
-        try:
+        try:  # an interrupt may come right after it was made
+            sysio.mkdir_at(parent, staging, 0o755)
             fd = sysio.open_child(parent, staging, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 yield fd
@@ -362,8 +362,13 @@ def _new_directory(destination: bytes) -> Iterator[int]:
                 sysio.close(fd)
             _appear(parent, staging, name, destination)
         except BaseException:
-            remove_tree(parent, staging)
+            _discard(parent, staging)
             raise
+
+
+def _discard(parent: int, staging: bytes) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        remove_tree(parent, staging)
 
 
 @contextlib.contextmanager
@@ -388,8 +393,8 @@ def _new_file(destination: bytes, store: LayerStore, undo: ExitStack) -> Iterato
 @contextlib.contextmanager
 def _staged_file(parent: int, name: bytes, destination: bytes) -> Iterator[int]:
     staging = _STAGING + secrets.token_hex(8).encode()
-    fd = sysio.open_child(parent, staging, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
+    try:  # an interrupt may come right after it was made
+        fd = sysio.open_child(parent, staging, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             yield fd
             sysio.fsync(fd)
@@ -397,7 +402,7 @@ def _staged_file(parent: int, name: bytes, destination: bytes) -> Iterator[int]:
             sysio.close(fd)
         _appear(parent, staging, name, destination)
     except BaseException:
-        remove_tree(parent, staging)
+        _discard(parent, staging)
         raise
 
 
