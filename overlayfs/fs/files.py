@@ -196,6 +196,10 @@ class Files:
             fd = node.reader = self._open_reader(node)
         return fd
 
+    def may_write(self, number: int) -> bool:
+        """Return whether a handle was opened for writing."""
+        return self.file(number).writes
+
     def writable(self, number: int) -> int:
         """Return the descriptor that a handle's writes go to, borrowed; EBADF for a handle that only reads."""
         handle = self.file(number)

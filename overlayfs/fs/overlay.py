@@ -245,6 +245,10 @@ class Overlay:
         """Return the real descriptor behind a handle, borrowed: the one for writing, or the one for reading."""
         return self._files.writable(fh) if writes else self._files.readable(fh)
 
+    def may_write(self, fh: int) -> bool:
+        """Return whether a handle was opened for writing."""
+        return self._files.may_write(fh)
+
     def strip_set_id(self, node: Node) -> None:
         """Clear the set-id bits and capabilities of a file in the upper, as a write by anybody but root does."""
         self._attributes.strip_set_id(node)

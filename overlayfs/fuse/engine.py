@@ -79,10 +79,17 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def prepare_write_out(self) -> Callable[[], None]:
-        """Return the call, for a thread, that returns when the kernel has handed over every dirty page.
+    def files_with_pages(self) -> set[int]:
+        """Return the numbers, as the kernel has them, of the files of which it may hold dirty pages.
 
-        syncfs(2) on the mount starts that, but since kernel 6.16 or so it no longer waits for a FUSE daemon.
+        Those are open for writing: closing writes out, and what is mapped counts as open.
+        """
+
+    @abstractmethod
+    def drop_pages(self, number: int) -> None:
+        """Have the kernel write out and drop the pages of a file, and return when it has; OSError if it knows none.
+
+        For a thread, since it waits for pages that the loop is to fill or to take. Until then nothing ends the process.
         """
 
     def nodes_written_past_us(self) -> set[Node]:

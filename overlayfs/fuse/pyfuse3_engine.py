@@ -57,14 +57,13 @@ class Pyfuse3Engine(Engine):
         self._requests.ready = ready
         await pyfuse3.main(max_tasks=TASKS)
 
-    def prepare_write_out(self) -> Callable[[], None]:
-        """Return the call that has the kernel write out and drop the pages of every file that may be dirty.
+    def files_with_pages(self) -> set[int]:
+        """Return the numbers of the files of which the kernel may hold dirty pages."""
+        return self._requests.open_to_write()
 
-        Those are open, for closing writes out, and lie in the upper, for opening to write lifts. Dropping
-        pages waits for their writes, which fsync(2) would do too, but that needs a descriptor of the mount.
-        """
-        numbers = self._requests.numbers_of_open_upper_files()
-        return lambda: _drop_pages(numbers)
+    def drop_pages(self, number: int) -> None:
+        """Have the kernel write out and drop the pages of a file, and return when it has."""
+        pyfuse3.invalidate_inode(number)
 
     def stop(self) -> None:
         """Make `serve` return."""
@@ -98,12 +97,6 @@ def _escaped(option: bytes) -> str:
     """Return an option with all that is special to libfuse, or not ASCII, as the octal escapes it undoes."""
     plain = set(range(0x21, 0x7F)) - set(b",\\")
     return "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in option)
-
-
-def _drop_pages(numbers: set[int]) -> None:
-    for number in numbers:
-        with contextlib.suppress(OSError):  # forgotten meanwhile: then nothing was dirty
-            pyfuse3.invalidate_inode(number)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -354,9 +347,9 @@ class _Requests(pyfuse3.Operations):
         self._opened[handle] = node
         return FileInfo(fh=handle, keep_cache=self._policy.keep_cache)
 
-    def numbers_of_open_upper_files(self) -> set[int]:
-        """Return the numbers of the nodes that may have dirty pages."""
-        return {node.number for node in self._opened.values() if node.in_upper}
+    def open_to_write(self) -> set[int]:
+        """Return the numbers of the files that somebody may write to."""
+        return {node.number for handle, node in self._opened.items() if self._overlay.may_write(handle)}
 
     def _mode_changed(self, inode: int) -> None:
         """Make the kernel forget a mode: truncating may have cleared set-id bits, and it would not ask.

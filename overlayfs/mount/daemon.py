@@ -20,11 +20,11 @@ import trio
 from overlayfs import Overlay
 from overlayfs.errors import InUseError, MountError
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.mount import engines, neighbours, records, stale, table
+from overlayfs.mount import engines, neighbours, outside, records, stale, table
 from overlayfs.mount import log as logs
 from overlayfs.mount.detach import detach
 from overlayfs.mount.mountinfo import KernelMount, mounted_on
-from overlayfs.mount.mountsync import sync_mount
+from overlayfs.mount.mountsync import prepare_write_out
 from overlayfs.mount.options import Lodging, MountOptions
 from overlayfs.mount.records import Record, Written
 from overlayfs.mount.server import Control
@@ -193,7 +193,7 @@ class _Life:
     async def _begin(self, nursery: trio.Nursery) -> None:
         """Say that the mount is ready, once it has answered a request as any client sends it."""
         await self._handshake.wait()
-        await self._engine.threads.run(os.stat, self._mountpoint)
+        await self._engine.threads.run(outside.run, lambda: os.stat(self._mountpoint))
         record = self._record()
         control = Control(self._engine, self._mountpoint, record, self._commits())
         await self._publish(nursery, record, control)
@@ -260,7 +260,7 @@ class _Life:
         """
         if self._is_ours():
             with trio.move_on_after(SYNC_LIMIT):
-                write_out = self._engine.prepare_write_out()
+                write_out = prepare_write_out(self._engine, self._mountpoint)
                 await trio.to_thread.run_sync(self._detach_synced, write_out, abandon_on_cancel=True)
         await trio.sleep(BUSY_LIMIT)
         self._engine.stop()
@@ -272,8 +272,7 @@ class _Life:
 
     def _detach_synced(self, write_out: Callable[[], None]) -> None:
         try:
-            sync_mount(self._mountpoint)
             write_out()
-            detach(self._mountpoint, lazy=True)
+            outside.run(lambda: detach(self._mountpoint, lazy=True))
         except (OSError, MountError) as error:
             log.warning("the mount at %s ends with an error: %s", self.shown, error)

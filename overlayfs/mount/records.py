@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -53,18 +54,43 @@ class Record:
 
     @property
     def alive(self) -> bool:
-        """Whether the process that wrote the record still runs (a reused pid has another start time)."""
+        """Whether the process that wrote the record still is there (a reused pid has another start time)."""
         return start_time(self.pid) == self.started
 
 
 def start_time(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); None if it is gone."""
+    """Return when a process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); None if it is gone.
+
+    One that is dying is there: a thread of it holds what it had.
+    """
     try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    fields = text.rpartition(b")")[2].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    gone = fields[_STATE] in _ENDED and int(fields[_THREADS]) < _TWO
+    return None if gone else int(fields[_STARTED])
+
+
+_STATE, _THREADS, _STARTED = 0, 17, 19  # in what follows the name
+_ENDED = (b"Z", b"X")
+_TWO = 2  # the first thread, which alone can be a zombie, and another one
+
+
+def is_dying(pid: int) -> bool:
+    """Return whether a process was killed and is still there: a thread of it waits where no signal reaches it.
+
+    Its first thread may have ended, or be the one that waits (proc_pid_status(5)).
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    told = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+    killed = any(int(told[name][0], 16) & _KILLED for name in ("SigPnd", "ShdPnd"))
+    return killed or (told["State"][0] in "ZX" and int(told["Threads"][0]) >= _TWO)
+
+
+_KILLED = 1 << (signal.SIGKILL - 1)
 
 
 def run_directory() -> Path:

@@ -17,7 +17,7 @@ import trio
 from overlayfs.errors import UserError
 from overlayfs.fuse.engine import Engine
 from overlayfs.mount import records
-from overlayfs.mount.mountsync import sync_mount
+from overlayfs.mount.mountsync import prepare_write_out
 from overlayfs.mount.records import Record
 from overlayfs.store.commit import commit_mounted
 
@@ -43,6 +43,7 @@ class Control:
         self._record = record
         self._commits = commits  # None for a mount of plain directories
         self._began = time.monotonic()
+        self._writing_out = trio.CapacityLimiter(1)
         self._commands: dict[str, Callable[[Answer], Awaitable[Any]]] = {
             "status": self._tell_status,
             "stats": self._tell_stats,
@@ -166,9 +167,13 @@ class Control:
         return {"state": found.state, "entries": found.entries, "size": found.size, "told": found.told}
 
     async def _write_out(self) -> None:
-        """Return when the kernel has handed over what was written through the mount."""
-        await self._engine.threads.run(sync_mount, self._mountpoint)
-        await self._engine.threads.run(self._engine.prepare_write_out())
+        """Return when the kernel has handed over what was written through the mount.
+
+        In a thread that no request needs, since it waits for requests; and left alone when the mount ends, with which
+        the wait ends.
+        """
+        write_out = prepare_write_out(self._engine, self._mountpoint)
+        await trio.to_thread.run_sync(write_out, limiter=self._writing_out, abandon_on_cancel=True)
 
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:

@@ -9,6 +9,7 @@ from overlayfs.errors import MountError
 from overlayfs.mount import table
 from overlayfs.mount.detach import detach
 from overlayfs.mount.mountinfo import TYPE, mounted_on
+from overlayfs.mount.unmount import cut_off_dying
 
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 PATIENCE = 5.0  # seconds that a mount may take to answer
@@ -18,6 +19,7 @@ STACKED = 64  # dead mounts on one point that are taken away before giving up
 def prepare(mountpoint: bytes) -> None:
     """Return when `mountpoint` (as the kernel names it) is a directory to mount on. MountError otherwise."""
     for _ in range(STACKED):
+        _cut_off_dying(mountpoint)
         code = _problem_in_time(mountpoint)
         if code not in DEAD:
             break
@@ -31,6 +33,13 @@ def is_dead(mountpoint: bytes) -> bool:
     """Return whether a mount of ours without a daemon is uppermost here."""
     mount = mounted_on(mountpoint)
     return mount is not None and mount.type == TYPE and _problem(mountpoint) in DEAD
+
+
+def _cut_off_dying(mountpoint: bytes) -> None:
+    """See to it that a mount whose daemon was killed and cannot end is a dead one."""
+    for mount in table.mounts():
+        if mount.mountpoint == mountpoint:
+            cut_off_dying(mount)
 
 
 def _problem_in_time(mountpoint: bytes) -> int:

@@ -4,15 +4,17 @@ import contextlib
 import os
 import select
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from overlayfs.errors import MountError
-from overlayfs.mount import syscalls, table
+from overlayfs.mount import records, syscalls, table
 from overlayfs.mount.detach import detach
 from overlayfs.mount.mountinfo import kernel_mounts
 
 CONNECTIONS = Path("/sys/fs/fuse/connections")
+_PAUSE = 0.05  # seconds between two attempts
 
 
 def unmount(mountpoint: bytes, *, lazy: bool = False, wait: float = 10.0) -> None:
@@ -20,11 +22,12 @@ def unmount(mountpoint: bytes, *, lazy: bool = False, wait: float = 10.0) -> Non
 
     `lazy` takes a mount in use out of the tree and does not wait. A daemon that does not let the unmount
     go on within `wait` seconds is cut off from the kernel through fusectl, which makes its clients fail
-    with ECONNABORTED and the unmount succeed.
+    with ECONNABORTED and the unmount succeed. So is, at once, one that was killed and cannot end.
     """
     mount = table.find(mountpoint)
     with _watched(mount.pid) as daemon, _connection(mount) as connection:
-        _detach_or_cut_off(mount, connection, lazy, wait)
+        patience = wait if cut_off_dying(mount) else 0.0
+        _detach_or_cut_off(mount, connection, lazy, wait, patience)
         if not lazy and daemon is not None and not _ended(daemon, wait):
             raise MountError(
                 f"{os.fsdecode(mountpoint)} is unmounted, but its daemon (pid {mount.pid}) still runs after {wait:g} s"
@@ -51,19 +54,22 @@ def _ended(daemon: int, wait: float) -> bool:
     return bool(poller.poll(wait * 1000))
 
 
-def _detach_or_cut_off(mount: table.Mount, connection: int | None, lazy: bool, wait: float) -> None:
-    """Detach in a thread of its own, since a hung daemon makes the call wait for dirty pages without end."""
+def _detach_or_cut_off(mount: table.Mount, connection: int | None, lazy: bool, wait: float, patience: float) -> None:
+    """Detach in a thread of its own, since a hung daemon makes the call wait for dirty pages without end.
+
+    patience: seconds in which those who use the mount may yet go.
+    """
     failures: list[MountError] = []
 
     def work() -> None:
         try:
-            detach(mount.mountpoint, lazy)
+            _detach_patiently(mount.mountpoint, lazy, patience)
         except MountError as error:
             failures.append(error)
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
-    worker.join(wait)
+    worker.join(wait + patience)
     if worker.is_alive() and connection is not None:
         os.write(connection, b"1")
         worker.join(wait)
@@ -71,6 +77,28 @@ def _detach_or_cut_off(mount: table.Mount, connection: int | None, lazy: bool, w
         failures.append(MountError(f"cannot unmount {os.fsdecode(mount.mountpoint)}: its daemon hangs"))
     if failures:
         raise failures[0]
+
+
+def _detach_patiently(mountpoint: bytes, lazy: bool, patience: float) -> None:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return detach(mountpoint, lazy)
+        except MountError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(_PAUSE)
+
+
+def cut_off_dying(mount: table.Mount) -> bool:
+    """Cut the connection of a mount whose daemon was killed and cannot end; return whether it is such a mount.
+
+    A thread that no signal ends holds /dev/fuse, so that the kernel waits for answers, and all clients with it.
+    """
+    if mount.pid is None or not records.is_dying(mount.pid):
+        return False
+    cut_off(mount)
+    return True
 
 
 def cut_off(mount: table.Mount) -> None:

@@ -3,14 +3,18 @@
 What stands in the tables puts the kill into this process; the daemon that it forks then meets it.
 """
 
+import errno
 import itertools
 import os
 import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
+from unittest import mock
 
 from overlayfs import Overlay, sysio
-from overlayfs.mount import daemon, engines, records
+from overlayfs.errors import oserror
+from overlayfs.mount import daemon, engines, records, syscalls
+from overlayfs.mount.server import Control
 from tests.support import serving
 from tests.support.serving import Wish
 
@@ -69,3 +73,24 @@ def serve_until_call(number: int, wish: Wish) -> int:
 
     sysio.fuse = count
     return serving.serve(wish)
+
+
+def serve_never_writing(by_handle: bool, wish: Wish) -> int:
+    """Mount with a daemon that, once it is told to sync, waits for dirty pages and takes none.
+
+    Without `by_handle` it may not open files by their handles, as one that an unprivileged user has mounted.
+    """
+    mock.patch.object(Control, "_sync", _wait_in_vain).start()
+    if not by_handle:
+        mock.patch.object(syscalls, "open_inode", _refused).start()
+    return serving.serve(wish)
+
+
+async def _wait_in_vain(control: Control, _: object) -> object:
+    await control._engine.gate.close()
+    await control._write_out()
+    raise AssertionError("who has taken the pages?")
+
+
+def _refused(*_: Any) -> NoReturn:
+    raise oserror(errno.EPERM)

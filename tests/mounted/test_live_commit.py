@@ -146,10 +146,13 @@ def test_shared_mappings(image: ImageMount) -> None:
         told = image.commit()
         memory[4096:4101] = b"after"
         assert memory[0:6] == b"before"
+        again = image.commit()
+        assert (image.tree(again) / "mapped").read_bytes() == b"before".ljust(4096, b"\0") + b"after".ljust(4096, b"\0")
+        memory[4096:4102] = b"latest"
         memory.flush()
         committed = (image.tree(told) / "mapped").read_bytes()
         assert committed == b"before".ljust(8192, b"\0")
-        assert path.read_bytes() == b"before".ljust(4096, b"\0") + b"after".ljust(4096, b"\0")
+        assert path.read_bytes() == b"before".ljust(4096, b"\0") + b"latest".ljust(4096, b"\0")
     image.unmount()
 
 

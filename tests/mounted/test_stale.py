@@ -6,16 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount import table, unmount
+from overlayfs.mount import control, table, unmount
 from tests.mounted import dying
 from tests.mounted.polling import until
 from tests.mounted.scene import Scene
@@ -178,6 +179,95 @@ def _stopped_and_killed(scene: Scene) -> list[str]:
     return []
 
 
+@contextmanager
+def _killed_writing_out(scene: Scene, by_handle: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+    """A daemon that was killed while a thread of it waited for the kernel to hand over a page of a client, which lives.
+
+    Such a wait ends with the write that the daemon would have to take, and with nothing else.
+    """
+    cached = ",io=cached" if scene.engine == "kernel" else ""
+    pid = scene.start(scene.wish(scene.words() + cached), partial(dying.serve_never_writing, by_handle))
+    mount = table.find(os.fsencode(scene.point))
+    words = [sys.executable, "-c", _DIRTY, str(scene.point / "f")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as client:
+        assert client.stdin is not None and client.stdout is not None
+        assert client.stdout.readline() == b"dirty\n"
+        asking = threading.Thread(target=_ask_to_sync, args=(mount.mountpoint,))
+        asking.start()
+        until(lambda: any(_WAITING in stack for stack in _stacks(pid)))
+        os.kill(pid, signal.SIGKILL)
+        client.stdin.close()
+        try:
+            yield client
+        finally:
+            unmount.cut_off(mount)  # for what has not ended
+            client.kill()
+        asking.join()
+    with suppress(ChildProcessError):
+        processes.reap(pid)
+    _restore(scene)
+
+
+_WAITING = "folio_wait_writeback"
+_DIRTY = """
+import mmap, os, sys
+file = os.open(sys.argv[1], os.O_RDWR)
+pages = mmap.mmap(file, 0)
+pages[0:1] = b"g"
+print("dirty", flush=True)
+sys.stdin.read()
+pages.flush()
+"""
+
+
+def _ask_to_sync(mountpoint: bytes) -> None:
+    with suppress(UserError):
+        control.request(mountpoint, "sync")
+
+
+def _stacks(pid: int) -> list[str]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):
+            found.append((task / "stack").read_text())
+    return found
+
+
+def _restore(scene: Scene) -> None:
+    """Take back what the client has changed; what it wrote to memory was never acknowledged."""
+    scene.clear()
+    with suppress(FileNotFoundError):
+        (scene.base / "u" / "f").unlink()
+
+
+def _writing_out(scene: Scene) -> list[str]:
+    """The client is let go by itself."""
+    with _killed_writing_out(scene) as client:
+        return [] if _ends(client) else ["the client hangs"]
+
+
+def _writing_out_and_unmounted(scene: Scene) -> list[str]:
+    """Where the daemon could not help hanging, unmounting lets the client go."""
+    with _killed_writing_out(scene, by_handle=False) as client:
+        unmount.unmount(os.fsencode(scene.point))
+        return [] if _ends(client) else ["the client hangs"]
+
+
+def _writing_out_and_mounted_over(scene: Scene) -> list[str]:
+    """So does mounting."""
+    with _killed_writing_out(scene, by_handle=False) as client:
+        found = works(scene)
+        return found if _ends(client) else ["the client hangs", *found]
+
+
+def _ends(client: subprocess.Popen[bytes]) -> bool:
+    try:
+        client.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
 def _cut_off(scene: Scene) -> list[str]:
     pid = scene.start(scene.wish())
     unmount.cut_off(table.find(os.fsencode(scene.point)))
@@ -196,6 +286,9 @@ WAYS: dict[str, Way] = {
     "stopped in the middle of a request": _stopped_in_the_middle,
     "stopped and mounted over": _stopped_and_mounted_over,
     "stopped and killed": _stopped_and_killed,
+    "kill -9 while pages are written out": _writing_out,
+    "the same without privilege, then unmounted": _writing_out_and_unmounted,
+    "the same without privilege, then mounted over": _writing_out_and_mounted_over,
     "cut off": _cut_off,
 }
 

@@ -37,9 +37,12 @@ class Idle(Engine):
     async def serve(self, ready: Callable[[], None]) -> None:
         """There is nothing to serve."""
 
-    def prepare_write_out(self) -> Callable[[], None]:
+    def files_with_pages(self) -> set[int]:
         """There are no pages."""
-        return lambda: None
+        return set()
+
+    def drop_pages(self, number: int) -> None:
+        """There are none."""
 
     def stop(self) -> None:
         """It does not run."""

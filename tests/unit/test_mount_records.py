@@ -4,12 +4,14 @@ import dataclasses
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from overlayfs.mount import records
 from overlayfs.mount.records import Record
+from tests.mounted.polling import until
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +48,33 @@ def test_the_record_of_a_dead_daemon_is_removed(directory: Path) -> None:
     records.write(_record(process.pid, 1))
     assert records.read_all() == []
     assert list(directory.iterdir()) == []
+
+
+def test_a_process_whose_first_thread_has_ended_is_still_there() -> None:
+    """As the daemon that was killed while another thread of it waits where no signal reaches."""
+    with subprocess.Popen([sys.executable, "-c", _HALF_ENDED], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        until(lambda: records.is_dying(process.pid))
+        assert records.start_time(process.pid) is not None
+        process.stdin.close()
+        process.wait()
+        assert not records.is_dying(process.pid)
+        assert records.start_time(process.pid) is None
+
+
+_HALF_ENDED = """
+import ctypes, sys, threading
+threading.Thread(target=sys.stdin.read).start()
+ctypes.CDLL(None).syscall(60, 0)
+"""
+
+
+def test_only_what_lives_or_is_dying_is_there() -> None:
+    with subprocess.Popen(["true"]) as process:
+        until(lambda: b") Z " in Path(f"/proc/{process.pid}/stat").read_bytes())
+        assert not records.is_dying(process.pid)
+        assert records.start_time(process.pid) is None
+    assert not records.is_dying(os.getpid())
 
 
 def test_a_pid_in_other_hands_is_not_the_daemon() -> None:

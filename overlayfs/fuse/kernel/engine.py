@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import trio
 
@@ -108,17 +108,13 @@ class KernelEngine(Engine):
             self._attachment.detach()
         self._attachment = None
 
-    def prepare_write_out(self) -> Callable[[], None]:
-        """Return the call that has the kernel write out and drop the pages of every file that may be dirty."""
-        numbers = self._desk.openings.cached()
-        connection = self._connection
+    def files_with_pages(self) -> set[int]:
+        """Return the numbers of the files of which the kernel may hold dirty pages."""
+        return set() if self._files is None else self._files.open_to_write()
 
-        def write_out() -> None:
-            for number in numbers:
-                with suppress(OSError):
-                    connection.drop_pages(number)
-
-        return write_out
+    def drop_pages(self, number: int) -> None:
+        """Have the kernel write out and drop the pages of a file, and return when it has."""
+        self._connection.drop_pages(number)
 
     def nodes_written_past_us(self) -> set[Node]:
         """Return the nodes whose files in the upper clients may write without our seeing it."""

@@ -227,6 +227,11 @@ class FileRequests:
         """
         return self._desk.refused(request, errno.ENOSYS)
 
+    def open_to_write(self) -> set[int]:
+        """Return the numbers of the files that somebody may write to through the page cache."""
+        opened = ((handle, each) for handle, each in self._opened.items() if not each.through)
+        return {each.nodeid for handle, each in opened if self._overlay.may_write(handle)}
+
     def nodes_written_past_us(self) -> set[Node]:
         """Return the nodes in the upper that somebody has open past us."""
         return {opened.node for opened in self._opened.values() if opened.through and opened.node.in_upper}

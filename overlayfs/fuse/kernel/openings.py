@@ -150,14 +150,6 @@ class Openings:
         """Return whether anybody has it open."""
         return nodeid in self._ways
 
-    def cached(self) -> set[int]:
-        """Return the numbers of what is open through the page cache: only these can have dirty pages."""
-        return {nodeid for nodeid, way in self._ways.items() if way.cached}
-
-    def written_past_us(self) -> set[int]:
-        """Return the numbers of what is open past us with its data in the upper."""
-        return {nodeid for nodeid, way in self._ways.items() if way.through and not way.lower}
-
     # --- past us ---------------------------------------------------------------------------------------
 
     def _backing(self, way: Way | None, target: Target) -> int:

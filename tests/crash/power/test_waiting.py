@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from overlayfs.errors import MountError
+from overlayfs.mount import unmount
 from tests.crash.power import waiting
 from tests.crash.power.conftest import Memory
 from tests.crash.power.rig import ENDING, Rig, left, rigged
@@ -126,6 +128,25 @@ def test_a_daemon_that_was_frozen_ends_in_time(campaign: Campaign, memory: Memor
         change.wrong()
     wrong = [] if ends else ["SIGTERM did not end the daemon in time"]
     campaign.held(f"the end of a mount whose upper was frozen, engine {engine}", 1, wrong)
+
+
+@every_engine
+def test_a_daemon_that_was_frozen_and_killed_lets_its_clients_go(
+    campaign: Campaign, memory: Memory, engine: str
+) -> None:
+    """It cannot end before the disk is well; unmounting frees who waits for it, and says so."""
+    with rigged("ext4", memory.fresh(), ours(f"engine={engine}"), build=build) as rig:
+        place = _prepared(rig, "mkdir")
+        with frozen(rig.disk.point):
+            change = Running(changes(place)["mkdir"])
+            until(lambda: waits_for_disk(rig.daemon.pid))
+            rig.daemon.kill()
+            with pytest.raises(MountError, match="is unmounted, but its daemon"):
+                unmount.unmount(os.fsencode(rig.point), wait=1.0)
+            why = change.wrong()
+        rig.daemon.wait()
+    wrong = [] if "ConnectionAbortedError" in why else [f"who waited: {why or 'was answered'}"]
+    campaign.held(f"kill -9 while the upper is frozen, engine {engine}", 1, wrong)
 
 
 @every_engine
