@@ -63,7 +63,7 @@ def test_fio_reads_what_it_wrote(campaign: Campaign, mount: Mount, how: str) -> 
         (Path(mount.stack.lower[-1]) / "fio" / f"verified.{job}.0").write_bytes(bytes(size << 20))
     mount.start()
     words = f"fio --name=verified --directory={mount.point}/fio --size={size}m --rw=randwrite --bs=4k --numjobs=4"
-    checks = "--verify=crc32c --do_verify=1 --verify_fatal=1 --minimal"
+    checks = "--verify=crc32c --do_verify=1 --verify_state_save=0 --verify_fatal=1 --minimal"
     command = f"{words} --ioengine={how} {checks}".split()
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     wrong = [f"fio {how}: {done.stderr[-300:]}{done.stdout[-300:]}"] if done.returncode else []
