@@ -120,6 +120,19 @@ class Lifting:
             return None
         return _Fill(self, upper, node, node.data) if need is Need.DATA else _Cut(self, upper, node)
 
+    def directory_source(self, node: Dir) -> Source:
+        """Return what copying a directory without its entries takes; the caller closes it. No upper is needed."""
+        layer, dirfd, name = self.attributes.locate(node)
+        pin = self.stack.dirfds.retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
+        try:
+            own = layer.filesystem.origin(sysio.file_handle(pin, b""))
+            first = self.lookup.lasting_origin(layer.marks_at(pin, b"")) or own
+            marks = {} if first is None else {xattrs.ORIGIN: origin.encode(first)}
+            return Source(pin, layer.stat_at(pin, b""), marks=marks, override=layer.override is not None)
+        except BaseException:
+            sysio.close(pin)
+            raise
+
     def _parent_to_lift(self, node: Node) -> Dir | None:
         if isinstance(node, File):
             parent = next((parent for parent, _ in node.names), None)

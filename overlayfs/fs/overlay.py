@@ -30,6 +30,7 @@ from overlayfs.fs.nodes import Dir, File, Node, NodeTable
 from overlayfs.fs.reseat import Reseat, holds_changes
 from overlayfs.fs.space import Space
 from overlayfs.fs.stack import Stack
+from overlayfs.tree import copyup
 
 
 class Overlay:
@@ -395,10 +396,16 @@ class Overlay:
         found = self._lookup.lasting_origin(self._attributes.upper.marks_at(pin, b""))
         return None if found is None else origin.encode(found)
 
-    def pin(self, node: Node) -> int:
-        """Return an O_PATH descriptor of the topmost real object of a node; the caller closes it."""
-        located = self._attributes.locate(node)
-        return sysio.open_child(located.dirfd, located.name, os.O_PATH)
+    def copy_directory(self, view: "Overlay", node: Dir, dirfd: int, name: bytes) -> None:
+        """Make a directory in a layer that is becoming of our upper, as copying it up would, without what is in it.
+
+        `node` is one of `view`, a read-only view of the same stack.
+        """
+        source = view._lifting.directory_source(node)
+        try:
+            copyup.build_directory(self._attributes.upper, source, dirfd, name)
+        finally:
+            source.close()
 
     def resolve(self, path: bytes) -> Node:
         """Return the node at a path of the overlay; ENOENT, ENOTDIR. Symbolic links are not followed."""

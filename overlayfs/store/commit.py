@@ -16,7 +16,7 @@ from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.format import xattrs
 from overlayfs.fs.config import StackConfig
-from overlayfs.fs.nodes import File
+from overlayfs.fs.nodes import Dir, File
 from overlayfs.fs.overlay import Overlay
 from overlayfs.store.twins import Twins
 from overlayfs.tree.copyup import copy_data
@@ -368,16 +368,12 @@ class _Copier:
                 sysio.close(target)
 
     def _copy_parent(self, target: int, path: bytes, name: bytes) -> None:
-        pin = self._view.pin(self._view.resolve(path))
-        try:
-            sysio.mkdir_at(target, name, 0o700)
-            inside = sysio.open_child(target, name, os.O_PATH | os.O_DIRECTORY)
-            try:
-                self._dress_directory(path, pin, inside)
-            finally:
-                sysio.close(inside)
-        finally:
-            sysio.close(pin)
+        """Make a directory that only layers below have, without their marks: it leads to them as they are."""
+        node = self._view.resolve(path)
+        assert isinstance(node, Dir)
+        self._overlay.copy_directory(self._view, node, target, name)
+        self._directories.append((path, sysio.stat_at(target, name)))
+        self._count(0)
 
     # --- the end ---------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from overlayfs import sysio
 from overlayfs.format import xattrs
 from overlayfs.tree.stats import AnyStat
 from overlayfs.tree.upper import Upper
+from overlayfs.tree.workdir import drop_inherited_acls
 
 # An upper that cannot hold these is no reason to fail: labels are set by policy, see semantics, section 8.
 _OPTIONAL = frozenset((b"security.selinux",))
@@ -65,17 +66,29 @@ def build(upper: Upper, source: Source) -> bytes:
     name = upper.work.temporary()
     try:
         _make(upper, source, name)
-        _copy_owner(upper, source, name)
-        copy_xattrs(upper, source, upper.work.fd, name)
-        for suffix, value in source.marks.items():
-            upper.set_mark(upper.work.fd, name, suffix, value)
-        _copy_mode_and_times(upper, source, name)
+        _dress(upper, source, upper.work.fd, name)
         if stat.S_ISREG(source.stat.st_mode) and source.content is Content.COPY and not upper.volatile:
             _sync(upper, name)
     except BaseException:
         upper.work.tidy(name)
         raise
     return name
+
+
+def build_directory(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
+    """Make a copy of a directory, without what is in it, at another place than the upper, which its form is that of."""
+    sysio.mkdir_at(dirfd, name, 0o700)
+    drop_inherited_acls(dirfd, name, ())
+    _dress(upper, source, dirfd, name)
+
+
+def _dress(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
+    """Give a new object all that its source has besides its content, and the marks of its place."""
+    upper.set_owner(dirfd, name, source.stat.st_uid, source.stat.st_gid)
+    copy_xattrs(upper, source, dirfd, name)
+    for suffix, value in source.marks.items():
+        upper.set_mark(dirfd, name, suffix, value)
+    _copy_mode_and_times(upper, source, dirfd, name)
 
 
 def _make(upper: Upper, source: Source, name: bytes) -> None:
@@ -107,10 +120,6 @@ def copy_data(source: int, target: int) -> None:
         sysio.copy_data(source, target, sysio.stat_at(source, b"").st_size)
 
 
-def _copy_owner(upper: Upper, source: Source, name: bytes) -> None:
-    upper.set_owner(upper.work.fd, name, source.stat.st_uid, source.stat.st_gid)
-
-
 def copy_xattrs(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
     """Copy all attributes but private ones and marks of the format; escaped ones stay escaped."""
     for attribute in sysio.listxattr_at(source.pin, b""):
@@ -129,13 +138,13 @@ def _is_optional(upper: Upper, attribute: bytes) -> bool:
     return upper.features.mode is None and not attribute.startswith(b"security.")
 
 
-def _copy_mode_and_times(upper: Upper, source: Source, name: bytes) -> None:
+def _copy_mode_and_times(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
     if not stat.S_ISLNK(source.stat.st_mode):
         kept = ~0 if source.suid or not stat.S_ISREG(source.stat.st_mode) else ~_SET_ID
-        upper.set_mode(upper.work.fd, name, stat.S_IMODE(source.stat.st_mode) & kept)
+        upper.set_mode(dirfd, name, stat.S_IMODE(source.stat.st_mode) & kept)
     cut = stat.S_ISREG(source.stat.st_mode) and source.content is Content.NONE and source.stat.st_size > 0
     mtime = time.time_ns() if cut else source.stat.st_mtime_ns  # truncating is a change of the content
-    sysio.utimens_at(upper.work.fd, name, source.stat.st_atime_ns, mtime)
+    sysio.utimens_at(dirfd, name, source.stat.st_atime_ns, mtime)
 
 
 def _sync(upper: Upper, name: bytes) -> None:

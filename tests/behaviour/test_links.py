@@ -5,8 +5,10 @@ from errno import EEXIST, ENOENT, EPERM
 
 import pytest
 
+from tests.support.acl import DEFAULT, acl
 from tests.support.drivers import Tree
-from tests.support.spec import File, Link, Special, Symlink
+from tests.support.dump import differences, dump
+from tests.support.spec import Dir, File, Link, Special, Symlink
 from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
@@ -234,3 +236,50 @@ def test_upper_twins_after_commit(stack: StackMaker) -> None:
     tree.remount()
     assert_one_file(tree, "f", "g", data=b"DATA")
     assert_one_file(tree, "n", "m", data=b"NEW")
+
+
+@pytest.mark.deviates("kernel", reason="an upper used as a layer without its index directory has lost its hard links")
+def test_a_twin_in_a_directory_that_moved_in_an_earlier_layer(stack: StackMaker) -> None:
+    """The directory that a commit makes for the twin leads where the one below it leads, and nowhere else."""
+    tree = stack({"d": {"twin": "data", "other": "o"}, "f": Link("d/twin")})
+    tree.rename("d", "moved")
+    tree.rotate()
+    tree.write("f", b"DATA")
+    tree.rotate()
+    assert_one_file(tree, "f", "moved/twin", data=b"DATA")
+    assert tree.names("moved") == ["other", "twin"]
+
+
+@pytest.mark.deviates("kernel", reason="an upper used as a layer without its index directory has lost its hard links")
+def test_a_twin_in_an_opaque_directory_of_a_layer(stack: StackMaker) -> None:
+    """The directory that a commit makes for the twin hides nothing of the one below it."""
+    top: Spec = {"d": Dir({"twin": "data", "other": "o"}, opaque="trusted"), "f": Link("d/twin")}
+    tree = stack(top, {"d": {"hidden": ""}})
+    tree.write("f", b"DATA")
+    tree.rotate()
+    assert_one_file(tree, "f", "d/twin", data=b"DATA")
+    assert tree.names("d") == ["other", "twin"]
+
+
+@pytest.mark.deviates("kernel", reason="an upper used as a layer without its index directory has lost its hard links")
+def test_directories_that_a_commit_makes_for_a_twin_look_as_before(stack: StackMaker) -> None:
+    inner = Dir({"twin": "data"}, mode=0o3751, uid=7, gid=8, mtime_ns=10**18, xattrs={"user.k": b"v"})
+    outer = Dir({"inner": inner}, xattrs={DEFAULT: acl(7, 5, 0, users={77: 4}, mask=5)})
+    tree = stack({"outer": outer, "f": Link("outer/inner/twin")})
+    tree.write("f", b"DATA")
+    before = dump(tree)
+    tree.rotate()
+    assert not differences(before, dump(tree))
+
+
+@pytest.mark.on("fs", "fuse")
+def test_a_directory_of_a_layer_that_keeps_owners_in_attributes_is_made_for_a_twin(stack: StackMaker) -> None:
+    owner = "user.containers.override_stat"
+    inner = Dir({"twin": "data"}, mode=0o755, xattrs={owner: b"1000:1001:0710"})
+    tree = stack(Dir({"d": inner, "f": Link("d/twin")}, xattrs={owner: b"0:0:0755"}))
+    tree.write("f", b"DATA")
+    before = dump(tree)
+    tree.rotate()
+    assert not differences(before, dump(tree))
+    found = tree.stat("d")
+    assert (oct(found.mode), found.uid, found.gid) == ("0o40710", 1000, 1001)
