@@ -16,10 +16,10 @@ import trio
 
 from overlayfs.errors import UserError
 from overlayfs.fuse.engine import Engine
-from overlayfs.mount import records
+from overlayfs.mount import outside, records
 from overlayfs.mount.mountsync import prepare_write_out
 from overlayfs.mount.records import Record
-from overlayfs.store.commit import commit_mounted
+from overlayfs.store.commit import commit_mounted, refuse_inside
 
 if TYPE_CHECKING:
     from overlayfs.mount.commits import Commits  # a mount of plain directories does without the store
@@ -43,7 +43,7 @@ class Control:
         self._record = record
         self._commits = commits  # None for a mount of plain directories
         self._began = time.monotonic()
-        self._writing_out = trio.CapacityLimiter(1)
+        self._using_mount = trio.CapacityLimiter(1)
         self._commands: dict[str, Callable[[Answer], Awaitable[Any]]] = {
             "status": self._tell_status,
             "stats": self._tell_stats,
@@ -127,11 +127,10 @@ class Control:
     async def _commit(self, message: Answer) -> Answer:
         """Commit while mounted: mapped pages first, while requests still pass; then nothing changes until the end."""
         destination = _path(message, "destination")
+        await self._use_mount(lambda: outside.run(lambda: refuse_inside(destination, self._mountpoint)))
         await self._write_out()
         async with self._held():
-            made = await self._engine.threads.run(
-                commit_mounted, self._overlay, destination, mountpoint=self._mountpoint
-            )
+            made = await self._engine.threads.run(commit_mounted, self._overlay, destination)
         return {"layer": os.fsdecode(made.destination), "entries": made.entries, "size": made.size}
 
     async def _commit_image(self, message: Answer) -> Answer:
@@ -167,13 +166,15 @@ class Control:
         return {"state": found.state, "entries": found.entries, "size": found.size, "told": found.told}
 
     async def _write_out(self) -> None:
-        """Return when the kernel has handed over what was written through the mount.
+        """Return when the kernel has handed over what was written through the mount."""
+        await self._use_mount(prepare_write_out(self._engine, self._mountpoint))
 
-        In a thread that no request needs, since it waits for requests; and left alone when the mount ends, with which
-        the wait ends.
+    async def _use_mount(self, call: Callable[[], None]) -> None:
+        """Make a call that waits for requests, in a thread that no request needs.
+
+        It is left alone when the mount ends, with which the wait ends.
         """
-        write_out = prepare_write_out(self._engine, self._mountpoint)
-        await trio.to_thread.run_sync(write_out, limiter=self._writing_out, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(call, limiter=self._using_mount, abandon_on_cancel=True)
 
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:

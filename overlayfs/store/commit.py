@@ -54,18 +54,25 @@ def commit_unmounted(config: StackConfig, destination: bytes, progress: Progress
         overlay.close()
 
 
-def commit_mounted(
-    overlay: Overlay, destination: bytes, progress: Progress | None = None, mountpoint: bytes | None = None
-) -> Committed:
+def refuse_inside(destination: bytes, mountpoint: bytes) -> None:
+    """UserError for a layer inside the mount whose upper it shall be made from: that would wait for itself.
+
+    Looks at both by their paths, so the mount is asked.
+    """
+    if _identity(mountpoint) in _ancestors(os.path.dirname(os.path.abspath(destination))):
+        raise UserError(f"{os.fsdecode(destination)} lies inside the mount itself; name a place outside")
+
+
+def commit_mounted(overlay: Overlay, destination: bytes, progress: Progress | None = None) -> Committed:
     """Make a layer from the upper of an open overlay while nothing changes it. May run in a thread.
 
-    `progress` is told entries and bytes now and then; `mountpoint` is where the overlay is mounted, which the layer
-    cannot be made in: it would wait for itself. UserError with a sentence when the layer cannot be made.
+    `progress` is told entries and bytes now and then. UserError with a sentence when the layer cannot be made. Of a
+    mount, ask `refuse_inside` first.
     """
     if overlay.read_only:
         raise UserError("there is no upper to commit: the mount is read-only")
     parent, name = os.path.split(os.path.abspath(destination))
-    _check_destination(overlay, parent, name, destination, mountpoint)
+    _check_destination(overlay, parent, name, destination)
     overlay.sync()
     with ExitStack() as undo:
         parent_fd = _open_parent(parent, undo)
@@ -76,18 +83,13 @@ def commit_mounted(
     return made
 
 
-def _check_destination(
-    overlay: Overlay, parent: bytes, name: bytes, destination: bytes, mountpoint: bytes | None
-) -> None:
+def _check_destination(overlay: Overlay, parent: bytes, name: bytes, destination: bytes) -> None:
     shown = os.fsdecode(destination)
     if not name:
         raise UserError(f"{shown} cannot become a layer: name a new directory")
     if os.path.lexists(destination):
         raise UserError(f"{shown} exists already; name a directory that does not")
-    above = set(_ancestors(parent))
-    if mountpoint is not None and _identity(mountpoint) in above:
-        raise UserError(f"{shown} lies inside the mount itself; name a place outside")
-    if not overlay.identities().isdisjoint(above):
+    if not overlay.identities().isdisjoint(_ancestors(parent)):
         raise UserError(f"{shown} lies inside a directory that this stack is made of; name a place outside")
 
 
