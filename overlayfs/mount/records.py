@@ -67,13 +67,13 @@ def start_time(pid: int) -> int | None:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    gone = fields[_STATE] in _ENDED and int(fields[_THREADS]) < _TWO
+    # A thread that has ended is not counted, but for the first, which stays as a zombie.
+    gone = fields[_STATE] in _ENDED and int(fields[_THREADS]) <= 1
     return None if gone else int(fields[_STARTED])
 
 
 _STATE, _THREADS, _STARTED = 0, 17, 19  # in what follows the name
 _ENDED = (b"Z", b"X")
-_TWO = 2  # the first thread, which alone can be a zombie, and another one
 
 
 def is_dying(pid: int) -> bool:
@@ -87,7 +87,7 @@ def is_dying(pid: int) -> bool:
         return False
     told = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
     killed = any(int(told[name][0], 16) & _KILLED for name in ("SigPnd", "ShdPnd"))
-    return killed or (told["State"][0] in "ZX" and int(told["Threads"][0]) >= _TWO)
+    return killed or (told["State"][0] in "ZX" and int(told["Threads"][0]) > 1)
 
 
 _KILLED = 1 << (signal.SIGKILL - 1)

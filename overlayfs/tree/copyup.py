@@ -76,7 +76,7 @@ def build(upper: Upper, source: Source) -> bytes:
 
 
 def build_directory(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
-    """Make a copy of a directory, without what is in it, at another place than the upper, which its form is that of."""
+    """Make a copy of a directory, without what is in it, outside of an upper but in the form that it has there."""
     sysio.mkdir_at(dirfd, name, 0o700)
     drop_inherited_acls(dirfd, name, ())
     _dress(upper, source, dirfd, name)

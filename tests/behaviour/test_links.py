@@ -8,7 +8,7 @@ import pytest
 from tests.support.acl import DEFAULT, acl
 from tests.support.drivers import Tree
 from tests.support.dump import differences, dump
-from tests.support.spec import Dir, File, Link, Special, Symlink
+from tests.support.spec import Dir, File, Link, OpaqueForm, Special, Symlink
 from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 
@@ -238,30 +238,28 @@ def test_upper_twins_after_commit(stack: StackMaker) -> None:
     assert_one_file(tree, "n", "m", data=b"NEW")
 
 
-@pytest.mark.deviates("kernel", reason="an upper used as a layer without its index directory has lost its hard links")
-def test_a_twin_in_a_directory_that_moved_in_an_earlier_layer(stack: StackMaker) -> None:
-    """The directory that a commit makes for the twin leads where the one below it leads, and nowhere else."""
-    tree = stack({"d": {"twin": "data", "other": "o"}, "f": Link("d/twin")})
-    tree.rename("d", "moved")
-    tree.rotate()
+LOST = pytest.mark.deviates(
+    "kernel", reason="an upper used as a layer without its index directory has lost its hard links"
+)
+
+
+@LOST
+@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize("directory", ["d", "moved"])
+def test_a_commit_makes_a_directory_for_a_twin(stack: StackMaker, directory: str, opaque: bool) -> None:
+    """It leads where the one below it leads, which had moved in an earlier layer or is opaque, and hides nothing."""
+    mark: OpaqueForm | None = "trusted" if opaque else None
+    tree = stack({"d": Dir({"twin": "data", "other": "o"}, opaque=mark), "f": Link("d/twin")}, {"d": {}})
+    if directory != "d":
+        tree.rename("d", directory)
+        tree.rotate()
     tree.write("f", b"DATA")
     tree.rotate()
-    assert_one_file(tree, "f", "moved/twin", data=b"DATA")
-    assert tree.names("moved") == ["other", "twin"]
+    assert_one_file(tree, "f", f"{directory}/twin", data=b"DATA")
+    assert tree.names(directory) == ["other", "twin"]
 
 
-@pytest.mark.deviates("kernel", reason="an upper used as a layer without its index directory has lost its hard links")
-def test_a_twin_in_an_opaque_directory_of_a_layer(stack: StackMaker) -> None:
-    """The directory that a commit makes for the twin hides nothing of the one below it."""
-    top: Spec = {"d": Dir({"twin": "data", "other": "o"}, opaque="trusted"), "f": Link("d/twin")}
-    tree = stack(top, {"d": {"hidden": ""}})
-    tree.write("f", b"DATA")
-    tree.rotate()
-    assert_one_file(tree, "f", "d/twin", data=b"DATA")
-    assert tree.names("d") == ["other", "twin"]
-
-
-@pytest.mark.deviates("kernel", reason="an upper used as a layer without its index directory has lost its hard links")
+@LOST
 def test_directories_that_a_commit_makes_for_a_twin_look_as_before(stack: StackMaker) -> None:
     inner = Dir({"twin": "data"}, mode=0o3751, uid=7, gid=8, mtime_ns=10**18, xattrs={"user.k": b"v"})
     outer = Dir({"inner": inner}, xattrs={DEFAULT: acl(7, 5, 0, users={77: 4}, mask=5)})

@@ -15,9 +15,9 @@ from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
 from overlayfs_cli import storage
 from tests.cli.conftest import Ended, Run, process, program
-from tests.mounted.polling import until
 from tests.store.samples import add_image, add_layer
 from tests.support import leftovers, processes, requirements, syscalls
+from tests.support.polling import until
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from overlayfs.store.adoption import NewLayer
 from overlayfs.store.committing import Commit
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import ImageRecord, now
-from tests.mounted.polling import until
+from tests.support.polling import until
 
 _ENDS = 1 << 20  # bytes of a large file that are read at either end
 _MOST = 4 << 20  # bytes of a file that is read whole

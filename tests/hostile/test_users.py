@@ -19,7 +19,6 @@ from overlayfs.mount import records
 from overlayfs.store.store import LayerStore
 from tests.hostile import forgery, rights
 from tests.hostile.rights import Check
-from tests.mounted.polling import until
 from tests.mounted.scene import MODULES
 from tests.store.samples import add_image
 from tests.support import engines, processes, serving, syscalls
@@ -30,6 +29,7 @@ from tests.support.disks import disk
 from tests.support.drivers.posix import PosixRaw
 from tests.support.dump import Dump, differences, dump
 from tests.support.outcome import errno_of
+from tests.support.polling import until
 from tests.support.requirements import need_root
 from tests.support.serving import Wish
 from tests.support.users import ALICE, run_as

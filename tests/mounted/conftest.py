@@ -11,10 +11,10 @@ from typing import IO
 
 import pytest
 
-from tests.mounted.polling import until
 from tests.mounted.scene import MODULES
 from tests.support import engines, processes, syscalls
 from tests.support.apart import Apart
+from tests.support.polling import until
 from tests.support.requirements import need, need_root
 
 PROGRAM = str(Path(sys.executable).with_name("overlayfs"))

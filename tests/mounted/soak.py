@@ -23,10 +23,10 @@ from unittest import mock
 
 from overlayfs.fs.nodes import ROOT_NUMBER
 from overlayfs.mount import control, server
-from tests.mounted.polling import until
 from tests.support import engines
 from tests.support.drivers import Stack
 from tests.support.drivers.forked import ForkedMount, load
+from tests.support.polling import until
 from tests.support.spec import Tree as Spec
 
 WORKERS = 3

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.mounted.conftest import Mount
-from tests.mounted.polling import until
 from tests.support import engines, processes, syscalls
+from tests.support.polling import until
 
 BIND = 4096
 

@@ -15,8 +15,8 @@ import pytest
 from overlayfs.errors import UserError
 from overlayfs.mount import control
 from tests.mounted.conftest import Mount
-from tests.mounted.polling import until
 from tests.support import engines, syscalls
+from tests.support.polling import until
 from tests.support.users import ALICE, run_as
 
 RUN = Path("/run/overlayfs")

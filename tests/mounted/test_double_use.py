@@ -13,11 +13,11 @@ from overlayfs import StackConfig, Store
 from overlayfs.mount import control
 from overlayfs.store import workspaces
 from overlayfs.store.commit import commit_unmounted
-from tests.mounted.polling import until
 from tests.mounted.scene import PATIENCE, Scene
 from tests.support import engines, processes, syscalls
 from tests.support.apart import Apart
 from tests.support.campaign import Campaign
+from tests.support.polling import until
 
 pytestmark = pytest.mark.root
 

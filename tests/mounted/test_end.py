@@ -14,8 +14,8 @@ import pytest
 from overlayfs.errors import MountError
 from overlayfs.mount import table, unmount
 from tests.mounted.conftest import DETACH, PROGRAM, Mount
-from tests.mounted.polling import until
 from tests.support import processes, syscalls
+from tests.support.polling import until
 
 RECORDS = Path("/run/overlayfs")
 

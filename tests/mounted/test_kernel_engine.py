@@ -13,9 +13,9 @@ import pytest
 
 from overlayfs.mount import control
 from tests.mounted.conftest import Mount
-from tests.mounted.polling import until
 from tests.support import processes
 from tests.support.outcome import errno_of
+from tests.support.polling import until
 from tests.support.users import ALICE, run_as
 
 pytestmark = pytest.mark.engine("kernel")

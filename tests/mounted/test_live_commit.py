@@ -18,12 +18,12 @@ from overlayfs.mount import control
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import PROGRAM, Mount
 from tests.mounted.images import IMAGE, ImageMount
-from tests.mounted.polling import until
 from tests.mounted.writers import NewFiles, files_in
 from tests.support import engines, processes
 from tests.support.campaign import Campaign
 from tests.support.drivers.posix import PosixRaw
 from tests.support.dump import Dump, dump
+from tests.support.polling import until
 from tests.support.requirements import need, need_root
 
 WRITERS = 4

@@ -10,7 +10,6 @@ import pytest
 
 from overlayfs.mount import control
 from overlayfs.store.store import LayerStore
-from tests.mounted.polling import until
 from tests.mounted.writers import Appended, Kept, Mapped, NewFiles, Replaced, Unnamed, Writer, files_in
 from tests.support import engines
 from tests.support.campaign import Campaign
@@ -18,6 +17,7 @@ from tests.support.drivers import Stack
 from tests.support.drivers.forked import ForkedImage, load, unhashed
 from tests.support.mutants import seeded
 from tests.support.mutants.together import WRITER_KEPT
+from tests.support.polling import until
 from tests.support.requirements import need, need_root
 
 NAMED: tuple[type[Writer], ...] = (NewFiles, Appended, Kept, Mapped, Replaced)

@@ -9,8 +9,8 @@ from overlayfs.mount import table, unmount
 from tests.mounted import passthrough_checks
 from tests.mounted.conftest import Mount
 from tests.mounted.passthrough_checks import AUTO, PASSTHROUGH, prepare
-from tests.mounted.polling import until
 from tests.mounted.wrong import FAULTS
+from tests.support.polling import until
 
 pytestmark = pytest.mark.engine("kernel")
 

@@ -17,8 +17,8 @@ import pytest
 
 from overlayfs.mount import control
 from tests.mounted.conftest import Mount
-from tests.mounted.polling import until
 from tests.support import engines
+from tests.support.polling import until
 
 TABLE = Path(__file__).with_name("request_counts.json")
 UPDATE = bool(os.environ.get("OVERLAYFS_UPDATE_COUNTS"))

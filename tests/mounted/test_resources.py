@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from tests.mounted.conftest import Mount
-from tests.mounted.polling import until
+from tests.support.polling import until
 
 
 def _descriptors(pid: int) -> int:

@@ -31,11 +31,11 @@ from overlayfs.mount.options import Draft
 from overlayfs.store import committing, hashing
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import Mount
-from tests.mounted.polling import until
 from tests.store.samples import add_image
 from tests.support import engines, processes, syscalls
 from tests.support.campaign import Campaign
 from tests.support.outcome import errno_of
+from tests.support.polling import until
 from tests.support.requirements import need_program
 from tests.support.users import ALICE, BOB, ROOT, run_as
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.polling import LIMIT, until
 from tests.mounted.soak import DIRECTORIES, SPARE, SPARE_OBJECTS, Held, Soaked, soak, turn
 from tests.support import engines
 from tests.support.campaign import Campaign
 from tests.support.mutants import seeded
 from tests.support.mutants.together import DEAF
+from tests.support.polling import LIMIT, until
 from tests.support.requirements import need, need_root
 
 SPARE_MEMORY = 4096  # KiB that the allocator may not give back

@@ -18,12 +18,12 @@ import pytest
 from overlayfs.errors import MountError, UserError
 from overlayfs.mount import control, table, unmount
 from tests.mounted import dying
-from tests.mounted.polling import until
 from tests.mounted.scene import Scene
 from tests.support import engines, processes
 from tests.support.apart import Apart, HungError
 from tests.support.campaign import Campaign
 from tests.support.outcome import errno_of, name_of
+from tests.support.polling import until
 
 pytestmark = pytest.mark.root
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.mounted.conftest import Mount, Stack
-from tests.mounted.polling import until
 from tests.support import processes, syscalls
+from tests.support.polling import until
 
 
 def _lines(point: Path) -> list[list[str]]:

@@ -11,13 +11,13 @@ import pytest
 
 from overlayfs.mount import control
 from tests.mounted.held import LIMIT, Hold
-from tests.mounted.polling import until
 from tests.support import engines
 from tests.support.campaign import Campaign
 from tests.support.drivers import Stack
 from tests.support.drivers.forked import ForkedImage, ForkedMount, load, unhashed
 from tests.support.mutants import seeded
 from tests.support.mutants.together import NO_LOCK
+from tests.support.polling import until
 from tests.support.requirements import need, need_root
 from tests.support.spec import Link
 from tests.support.spec import Tree as Spec

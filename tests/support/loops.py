@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.mounted.polling import until
 from tests.support import syscalls
+from tests.support.polling import until
 
 # linux/loop.h: struct loop_config is fd, block size, struct loop_info64, eight reserved words.
 _CONTROL = "/dev/loop-control"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from tests.mounted.polling import until
 from tests.support import disks, loops, syscalls, writelog
+from tests.support.polling import until
 from tests.support.requirements import need_filesystem, need_program, need_root
 from tests.support.writelog import Event, State
 

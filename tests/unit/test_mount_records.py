@@ -11,7 +11,7 @@ import pytest
 
 from overlayfs.mount import records
 from overlayfs.mount.records import Record
-from tests.mounted.polling import until
+from tests.support.polling import until
 
 
 @pytest.fixture(autouse=True)

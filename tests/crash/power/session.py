@@ -15,10 +15,10 @@ from overlayfs import StackConfig
 from tests.crash.power.history import Twin
 from tests.crash.power.judge import Judge, found_things, look
 from tests.crash.power.steps import Held, Step, let_go, perform
-from tests.mounted.polling import until
 from tests.support import syscalls
 from tests.support.drivers.mounts import COMMAND, unmount
 from tests.support.leftovers import mounts_below
+from tests.support.polling import until
 from tests.support.watched import ROOT, Recording, WatchedDisk, watched
 from tests.support.writelog import State
 

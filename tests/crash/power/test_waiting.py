@@ -15,10 +15,10 @@ from tests.crash.power.rig import ENDING, Rig, left, rigged
 from tests.crash.power.session import mutant, ours
 from tests.crash.power.test_failing import every_engine, every_kind
 from tests.crash.power.waiting import Running, build, changes, frozen, looks, waits_for_disk
-from tests.mounted.polling import until
 from tests.support import engines, processes
 from tests.support.campaign import Campaign
 from tests.support.mutants.together import ALONE
+from tests.support.polling import until
 
 MANY = 1_500
 QUICK = ("mkdir", "chmod a lower file", "rename", "first write")

@@ -1,0 +1,86 @@
+"""What waits for our own mount has nothing of the daemon's in its hands."""
+
+import errno
+import mmap
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+from unittest import mock
+
+import pytest
+
+from overlayfs.errors import oserror
+from overlayfs.mount import control, mountsync, outside, syscalls
+from tests.mounted.scene import Scene
+from tests.support import engines, processes, serving
+from tests.support.apart import Apart
+from tests.support.drivers.forked import unhashed
+from tests.support.outcome import errno_of
+from tests.support.serving import Wish
+
+
+def test_a_descriptor_is_not_there_and_stays_open(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    assert outside.run(lambda: errno_of(os.fstat, fd)) == errno.EBADF
+    assert os.listdir(fd) == []
+    os.close(fd)
+
+
+def test_the_standard_streams_are_there() -> None:
+    for stream in range(3):
+        assert outside.run(lambda: os.fstat(stream)) == os.fstat(stream)  # noqa: B023
+
+
+def test_an_error_is_for_who_asked(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        outside.run(lambda: os.stat(tmp_path / "absent"))
+
+
+def test_where_a_sandbox_refuses_it_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse() -> NoReturn:
+        raise oserror(errno.EPERM)
+
+    monkeypatch.setattr(syscalls, "leave_descriptors", refuse)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    assert outside.run(lambda: errno_of(os.fstat, fd)) is None
+    os.close(fd)
+
+
+def serve_without_syncfs(wish: Wish) -> int:
+    """Mount with a daemon for which nobody writes pages out but itself, file by file."""
+    mock.patch.object(mountsync, "sysio", SimpleNamespace(syncfs=lambda _: None)).start()
+    with unhashed():
+        return serving.serve(wish)
+
+
+@pytest.mark.root
+def test_each_commit_waits_for_what_is_mapped(apart: Apart, place: Path) -> None:
+    """Also where the commit before has made a layer's file of it, which is written to through the old mapping."""
+    scene = Scene(place / "s", apart, engines.current())
+    cached = "io=cached" if scene.engine == engines.KERNEL else "timeout=1"
+    pid = scene.start(scene.wish(cached, **scene.image()), serve_without_syncfs)
+    try:
+        first, second = _stored_between_commits(scene)
+    finally:
+        scene.clear()
+    assert processes.reap(pid) == 0
+    assert first == b"before".ljust(8192, b"\0")
+    assert second == b"before".ljust(4096, b"\0") + b"after".ljust(4096, b"\0")
+
+
+def _stored_between_commits(scene: Scene) -> tuple[bytes, bytes]:
+    """Store to one mapping before each of two commits; return what their layers have."""
+    path = scene.point / "mapped"
+    path.write_bytes(bytes(8192))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 8192) as memory:
+        memory[0:6] = b"before"
+        first = _committed(scene)
+        memory[4096:4101] = b"after"
+        return first, _committed(scene)
+
+
+def _committed(scene: Scene) -> bytes:
+    """Commit while mounted; return what the layer has of the file."""
+    layer: str = control.request(os.fsencode(scene.point), "commit-image", allow_empty=True)["layer"]
+    return (scene.base / "store" / "layers" / layer / "tree" / "mapped").read_bytes()
