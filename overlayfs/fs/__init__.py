@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from overlayfs.fs.attributes import Attributes, Changes
     from overlayfs.fs.config import IdRange, StackConfig
+    from overlayfs.fs.copyup import CopyUpStep, Requirement
     from overlayfs.fs.files import Child
-    from overlayfs.fs.lifting import LiftStep, Need
     from overlayfs.fs.names import Caller
     from overlayfs.fs.nodes import Node
     from overlayfs.fs.overlay import Overlay
 
 __all__ = [
-    "Attributes", "Caller", "Changes", "Child", "IdRange", "LiftStep", "Need", "Node", "Overlay", "StackConfig",
+    "Attributes",
+    "Caller",
+    "Changes",
+    "Child",
+    "CopyUpStep",
+    "IdRange",
+    "Node",
+    "Overlay",
+    "Requirement",
+    "StackConfig",
 ]  # fmt: skip
 
 _HOMES = {
@@ -26,8 +35,8 @@ _HOMES = {
     "Changes": "attributes",
     "Child": "files",
     "IdRange": "config",
-    "LiftStep": "lifting",
-    "Need": "lifting",
+    "CopyUpStep": "copyup",
+    "Requirement": "copyup",
     "Node": "nodes",
     "Overlay": "overlay",
     "StackConfig": "config",

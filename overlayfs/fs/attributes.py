@@ -10,7 +10,7 @@ from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import acl, xattrs
 from overlayfs.fs.lookup import Lookup
-from overlayfs.fs.nodes import Dir, File, Heirloom, Node
+from overlayfs.fs.nodes import Dir, File, InheritedAttributes, Node
 from overlayfs.fs.ownership import Ownership
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import Layer
@@ -240,25 +240,25 @@ class AttributeVerbs:
         if sysio.find_xattr(dirfd, name, _CAPABILITY) is not None:
             sysio.removexattr_at(dirfd, name, _CAPABILITY)
 
-    def heirloom(self, parent: Dir) -> Heirloom:
+    def inherited(self, parent: Dir) -> InheritedAttributes:
         """Return what objects made in a directory get from it; kept until its attributes change."""
-        if parent.heirloom is None:
+        if parent.inherited is None:
             layer, dirfd, name = self.locate(parent)
             above = layer.stat_at(dirfd, name)
             default = sysio.find_xattr(dirfd, name, acl.DEFAULT) if self.upper.features.acl else None
-            parent.heirloom = Heirloom(bool(above.st_mode & stat.S_ISGID), above.st_gid, default)
-        return parent.heirloom
+            parent.inherited = InheritedAttributes(bool(above.st_mode & stat.S_ISGID), above.st_gid, default)
+        return parent.inherited
 
     def owner_for(self, parent: Dir, uid: int, gid: int) -> tuple[int, int, bool]:
         """Return owner, group and whether S_ISGID is inherited, on disk, for an object that a caller makes."""
         own_uid, own_gid = self._owners.stored(uid, gid)
-        set_group, group, _ = self.heirloom(parent)
+        set_group, group, _ = self.inherited(parent)
         return (own_uid, group, True) if set_group else (own_uid, own_gid, False)
 
     @staticmethod
     def _changed(node: Node) -> None:
         if isinstance(node, Dir):
-            node.heirloom = None
+            node.inherited = None
 
     # --- extended attributes ---------------------------------------------------------------------------
 

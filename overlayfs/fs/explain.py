@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from overlayfs.errors import oserror
 from overlayfs.fs.lookup import Lookup
-from overlayfs.fs.nodes import Dir, File, Node, Part
+from overlayfs.fs.nodes import Dir, File, LowerDir, Node
 from overlayfs.fs.stack import Stack
 from overlayfs.union.resolve import Kind
 
@@ -44,13 +44,13 @@ def _required(lookup: Lookup, parent: Node, name: bytes) -> Node:
     return node
 
 
-def _parts(stack: Stack, lookup: Lookup, node: Node) -> list[Part]:
+def _parts(stack: Stack, lookup: Lookup, node: Node) -> list[LowerDir]:
     assert isinstance(node, Dir)
-    upper = [Part(stack.upper, lookup.path(node))] if stack.upper is not None and node.in_upper else []
+    upper = [LowerDir(stack.upper, lookup.path(node))] if stack.upper is not None and node.in_upper else []
     return [*upper, *node.lower]
 
 
-def _layer_path(stack: Stack, part: Part) -> bytes:
+def _layer_path(stack: Stack, part: LowerDir) -> bytes:
     if part.layer is stack.upper:
         return os.path.abspath(stack.config.upper or b"")
     return os.path.abspath(stack.config.lower[part.layer.index - (stack.upper is not None)])
@@ -66,7 +66,7 @@ def _holders(stack: Stack, lookup: Lookup, parent: Dir, name: bytes) -> list[Hol
     return found
 
 
-def _role(part: Part, name: bytes, node: Node | None, is_below: bool) -> str:
+def _role(part: LowerDir, name: bytes, node: Node | None, is_below: bool) -> str:
     if node is None:
         return "hidden" if is_below else "shown"
     if not is_below:

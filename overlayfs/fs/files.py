@@ -14,7 +14,7 @@ from typing import NamedTuple
 from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.fs.attributes import AttributeVerbs
-from overlayfs.fs.lifting import Need
+from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable, close_backing
 from overlayfs.fs.stack import Stack
@@ -68,13 +68,13 @@ def children(lookup: Lookup, directory: Dir, names: Iterable[tuple[bytes | None,
             yield Child(name, node, offset)
 
 
-def need_of_open(node: Node, flags: int) -> Need | None:
+def requirement_of_open(node: Node, flags: int) -> Requirement | None:
     """Return what opening a node with these flags needs of the upper, None for nothing."""
     if node.kind != stat.S_IFREG:
         return None
     if flags & os.O_TRUNC:
-        return Need.TRUNCATED
-    return Need.DATA if flags & os.O_ACCMODE in _WRITES else None
+        return Requirement.TRUNCATED
+    return Requirement.DATA if flags & os.O_ACCMODE in _WRITES else None
 
 
 class Files:
@@ -265,7 +265,7 @@ class Files:
         """Open a directory for reading; EPERM where a redirect must not be followed."""
         if not isinstance(node, Dir):
             raise oserror(errno.ENOTDIR)
-        if node.barred:
+        if node.redirect_denied:
             raise oserror(errno.EPERM, node.name)
         return self._add(DirHandle(node))
 

@@ -15,12 +15,12 @@ from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import nlink, origin, whiteout
 from overlayfs.format.origin import Origin
-from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, LowerFile, Node, NodeTable, Part
+from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, LowerDir, LowerFile, Node, NodeTable
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import NO_MARKS, Entry, Layer, Marks, join
 from overlayfs.tree.stats import AnyStat
 from overlayfs.union.merge import fold, merge
-from overlayfs.union.plans import Spot
+from overlayfs.union.plans import NameState
 from overlayfs.union.resolve import Kind
 
 LONGEST_NAME = 255
@@ -44,11 +44,11 @@ class _Hit(NamedTuple):
 class _Below(NamedTuple):
     """What the lower layers make of a name: parts of a directory, or a file, and where that file's data lies."""
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[LowerDir, ...] = ()
     file: LowerFile | None = None
     stat: AnyStat | None = None
     marks: Marks = NO_MARKS
-    barred: bool = False
+    redirect_denied: bool = False
     data: LowerFile | None = None
 
     @property
@@ -74,7 +74,7 @@ class Lookup:
     def _make_root(self) -> Dir:
         parts = []
         for layer in self._stack.lower:
-            parts.append(Part(layer, b""))
+            parts.append(LowerDir(layer, b""))
             if layer.marks(b"", b"", layer.stat(b"", b"")).opaque:
                 break
         upper = self._stack.upper
@@ -140,7 +140,7 @@ class Lookup:
 
     @staticmethod
     def _require_readable(parent: Dir) -> None:
-        if parent.barred:
+        if parent.redirect_denied:
             raise oserror(errno.EPERM, parent.name)
 
     def upper_entry(self, parent: Dir, name: bytes) -> Entry:
@@ -182,7 +182,9 @@ class Lookup:
         listing = self._lower_listing(parent, only_if_cheap=True)
         return None if listing is None else listing.get(name, ())
 
-    def _descend_known(self, parts: Sequence[Part], indexes: tuple[int, ...], wanted: bytes, data_only: bool) -> _Below:
+    def _descend_known(
+        self, parts: Sequence[LowerDir], indexes: tuple[int, ...], wanted: bytes, data_only: bool
+    ) -> _Below:
         if not indexes:
             return NOTHING_BELOW
         # A file may be metadata only and have its data further down, so all layers below it count.
@@ -193,7 +195,7 @@ class Lookup:
         return self._descend([parts[i] for i in indexes], wanted, data_only, parts)
 
     @staticmethod
-    def _complete_file(part: Part, name: bytes, entry: Entry) -> _Below | None:
+    def _complete_file(part: LowerDir, name: bytes, entry: Entry) -> _Below | None:
         """Return what a file in the first layer that holds a name makes of it, None if its data lies further down.
 
         That is what a walk would find, for the case that most look-ups are.
@@ -206,12 +208,12 @@ class Lookup:
         return _Below(file=place, stat=entry.stat, marks=marks, data=place)
 
     def _descend(
-        self, parts: Sequence[Part], wanted: bytes, data_only: bool, all_parts: Sequence[Part] | None = None
+        self, parts: Sequence[LowerDir], wanted: bytes, data_only: bool, all_parts: Sequence[LowerDir] | None = None
     ) -> _Below:
         walk = _Walk(self, list(parts), list(all_parts or parts), wanted, data_only)
         return walk.run()
 
-    def step(self, part: Part, wanted: bytes) -> _Hit:
+    def step(self, part: LowerDir, wanted: bytes) -> _Hit:
         """Return what one layer has for `wanted`: a name in `part`, or an absolute path."""
         if not wanted.startswith(b"/"):
             return _Hit(part.path, wanted, part.layer.probe(part.path, wanted), wanted, False)
@@ -261,7 +263,7 @@ class Lookup:
         opaque = found is not None and not below.parts and marks.opaque
         numbers = self._dir_numbers(found, marks, below)
         node = Dir(self._nodes.free_number(*numbers), parent, name, found is not None, below.parts, opaque)
-        node.barred = marks.barred or below.barred
+        node.redirect_denied = marks.redirect_denied or below.redirect_denied
         self._settle(node, parent, name, found is not None, found or below.stat)
         return node
 
@@ -388,7 +390,7 @@ class Lookup:
             return None
         number = self._nodes.free_number(self._stack.number(place.layer.filesystem, found.st_ino))
         node = File(number, stat.S_IFREG, False, place)
-        node.sole = True
+        node.single_link = True
         self._nodes.add_key(node, (found.st_dev, found.st_ino))
         self._settle(node, parent, name, False, found)
         return node
@@ -401,7 +403,7 @@ class Lookup:
         if node is None:
             number = self._nodes.free_number(*self._numbers_of_file(place.layer, found, below.marks))
             node = File(number, stat.S_IFMT(found.st_mode), False, place)
-            node.sole = found.st_nlink == 1
+            node.single_link = found.st_nlink == 1
             node.data = (below.data or self._no_data()) if below.marks.metacopy else None
             self._nodes.add_key(node, key)
         elif node.lower is None:
@@ -450,17 +452,17 @@ class Lookup:
 
     # --- facts for plans -------------------------------------------------------------------------------
 
-    def spot(self, parent: Dir, name: bytes, node: Node | None) -> Spot:
+    def name_state(self, parent: Dir, name: bytes, node: Node | None) -> NameState:
         """Return what `union.plans` wants to know of a name and the node that it shows, None for nothing."""
         entry = self.upper_entry(parent, name)
         occupied = entry.kind is Kind.WHITEOUT and entry.stat is not None
         # Where the upper holds nothing, what is shown is what lies below: no need to search the layers again.
         below = node is not None if entry.kind is Kind.ABSENT else self.below(parent, name)
         if not isinstance(node, Dir):
-            return Spot(entry.kind is Kind.FILE, occupied, below)
+            return NameState(entry.kind is Kind.FILE, occupied, below)
         in_upper = entry.kind in _DIRS
         clean = not in_upper or not self._upper_listing(node)
-        return Spot(in_upper, occupied, below, True, bool(node.lower), node.opaque, clean)
+        return NameState(in_upper, occupied, below, True, bool(node.lower), node.opaque, clean)
 
     # --- listings --------------------------------------------------------------------------------------
 
@@ -538,18 +540,20 @@ def _redirected(parent: bytes, redirect: bytes) -> bytes:
 class _Walk:
     """One search through lower layers, top to bottom."""
 
-    def __init__(self, lookup: Lookup, queue: list[Part], parts: list[Part], wanted: bytes, data_only: bool) -> None:
+    def __init__(
+        self, lookup: Lookup, queue: list[LowerDir], parts: list[LowerDir], wanted: bytes, data_only: bool
+    ) -> None:
         self._lookup = lookup
         self._queue = queue
         self._parts = parts  # where to go on when a redirect changes the name
         self._wanted = wanted
         self._files_only = data_only
-        self._found: list[Part] = []
+        self._found: list[LowerDir] = []
         self._file: LowerFile | None = None
         self._data: LowerFile | None = None
         self._stat: AnyStat | None = None
         self._marks = NO_MARKS
-        self._barred = False
+        self._redirect_denied = False
         self._leads_on = False  # the last hit names the place of its data: what is opaque on the way does not hide that
 
     def run(self) -> _Below:
@@ -563,7 +567,7 @@ class _Walk:
                 break
             if redirect != self._wanted:
                 position = self._follow(part, redirect)
-        return _Below(tuple(self._found), self._file, self._stat, self._marks, self._barred, self._data)
+        return _Below(tuple(self._found), self._file, self._stat, self._marks, self._redirect_denied, self._data)
 
     def _take(self, layer: Layer, hit: _Hit) -> bytes | None:
         """Take what one layer has; return the name to look for in the next, None to stop."""
@@ -596,9 +600,9 @@ class _Walk:
             return None
         marks = layer.marks(hit.path, hit.name, found)
         self._note(found, marks)
-        self._found.append(Part(layer, join(hit.path, hit.name)))
-        if marks.barred:
-            self._barred = True
+        self._found.append(LowerDir(layer, join(hit.path, hit.name)))
+        if marks.redirect_denied:
+            self._redirect_denied = True
             return None
         if marks.opaque or hit.entry.kind is Kind.OPAQUE:
             return None
@@ -610,7 +614,7 @@ class _Walk:
         if self._stat is None:
             self._stat, self._marks = found, marks
 
-    def _follow(self, part: Part, wanted: bytes) -> int:
+    def _follow(self, part: LowerDir, wanted: bytes) -> int:
         """Look for another name from now on, in every layer below `part`'s; return where the queue goes on."""
         self._wanted = wanted
         candidates = self._lookup.root.lower if wanted.startswith(b"/") else self._parts

@@ -14,7 +14,7 @@ from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import acl, redirect, whiteout, xattrs
 from overlayfs.fs.attributes import AttributeVerbs, after_change
-from overlayfs.fs.lifting import Lifting, Need
+from overlayfs.fs.copyup import CopyUp, Requirement
 from overlayfs.fs.lookup import LONGEST_NAME, Lookup
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable
 from overlayfs.fs.stack import Stack
@@ -22,7 +22,7 @@ from overlayfs.tree.layer import join
 from overlayfs.tree.stats import AnyStat
 from overlayfs.tree.upper import Maker, Upper
 from overlayfs.union import plans
-from overlayfs.union.plans import Create, Mark, Move, Spot
+from overlayfs.union.plans import Create, Mark, Move, NameState
 from overlayfs.union.resolve import Kind
 
 _DOT_NAME = LONGEST_NAME - len(whiteout.PREFIX)
@@ -50,20 +50,20 @@ class Moving(NamedTuple):
     parent: Dir
     name: bytes
     node: Node
-    spot: Spot
+    name_state: NameState
 
 
 class Names:
     """The verbs that change which names exist."""
 
     def __init__(
-        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs, lifting: Lifting
+        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs, copyup: CopyUp
     ) -> None:
         self._stack = stack
         self._nodes = nodes
         self._lookup = lookup
         self._attributes = attributes
-        self._lifting = lifting
+        self._copyup = copyup
         self._umask_is_zero = _umask_is_zero()
 
     @property
@@ -123,12 +123,12 @@ class Names:
         It has the owner and the ACL that a file in `parent` would get; `link` gives it a name. EOPNOTSUPP where the
         upper's file system knows no such files.
         """
-        dress = self._dress(parent, stat.S_IFREG | mode, caller, opaque=False, in_place=False)
-        assert dress is not None
+        apply_attributes = self._apply_attributes(parent, stat.S_IFREG | mode, caller, opaque=False, in_place=False)
+        assert apply_attributes is not None
         opener = self._stack.dirfds.retry
         fd = opener(lambda: sysio.open_child(self._upper.work.fd, b"", os.O_RDWR | os.O_TMPFILE, 0o600))
         try:
-            dress(fd, b"")
+            apply_attributes(fd, b"")
             found = sysio.stat_at(fd, b"")
             node = File(self._nodes.free_number(self._number_of(found)), stat.S_IFREG, True, None)
             node.orphan = opener(lambda: sysio.open_child(fd, b"", os.O_PATH))
@@ -146,14 +146,16 @@ class Names:
         self._check_new_name(name)
         if self._lookup.lookup(parent, name) is not None:
             raise oserror(errno.EEXIST, name)
-        self._lifting.lift(parent)
-        spot = self._lookup.spot(parent, name, None)
+        self._copyup.copy_up(parent)
+        name_state = self._lookup.name_state(parent, name, None)
         is_dir = stat.S_ISDIR(mode)
-        how = plans.create(spot, is_dir)
-        dress = self._dress(parent, mode, caller, is_dir and spot.below, how is Create.IN_PLACE)
+        how = plans.create(name_state, is_dir)
+        apply_attributes = self._apply_attributes(
+            parent, mode, caller, is_dir and name_state.below, how is Create.IN_PLACE
+        )
         self._lookup.forget_missed()
-        self._upper.create((self._lookup.path(parent), name), how, make, dress)
-        return self._appeared(parent, name, opaque=is_dir and spot.below)
+        self._upper.create((self._lookup.path(parent), name), how, make, apply_attributes)
+        return self._appeared(parent, name, opaque=is_dir and name_state.below)
 
     def _check_new_name(self, name: bytes) -> None:
         if whiteout.is_reserved(name):
@@ -182,7 +184,7 @@ class Names:
 
     # --- what a new object gets before its name appears ---------------------------------------------------
 
-    def _dress(self, parent: Dir, mode: int, caller: Caller, opaque: bool, in_place: bool) -> Maker | None:
+    def _apply_attributes(self, parent: Dir, mode: int, caller: Caller, opaque: bool, in_place: bool) -> Maker | None:
         """Return what gives a new object owner, mode and ACL; None where making it in place gives them by itself."""
         uid, gid, set_group = self._attributes.owner_for(parent, caller.uid, caller.gid)
         if set_group and _is_group_executed(mode) and not caller.may_set_group_bit(gid):
@@ -197,10 +199,10 @@ class Names:
             mode |= stat.S_ISGID
         unwanted = stat.S_ISLNK(mode) or self._stack.config.noacl
         default = None if unwanted else self._default_acl(parent)
-        return _Dress(self._upper, uid, gid, mode, default, opaque)
+        return _ApplyAttributes(self._upper, uid, gid, mode, default, opaque)
 
     def _default_acl(self, parent: Dir) -> bytes | None:
-        return self._attributes.heirloom(parent).acl
+        return self._attributes.inherited(parent).acl
 
     def has_default_acl(self, parent: Dir) -> bool:
         """Return whether what is made in a directory gets its permissions from an ACL there, not from a umask."""
@@ -219,14 +221,14 @@ class Names:
         self._check_new_name(name)
         if self._lookup.lookup(parent, name) is not None:
             raise oserror(errno.EEXIST, name)
-        self._lifting.lift(parent)
-        self._lifting.lift(node)
+        self._copyup.copy_up(parent)
+        self._copyup.copy_up(node)
         self._redirect_file(node)
-        self._lifting.persist_nlink(node)
-        spot = self._lookup.spot(parent, name, None)
+        self._copyup.persist_nlink(node)
+        name_state = self._lookup.name_state(parent, name, None)
         _, dirfd, child = self._attributes.locate(node)
         self._lookup.forget_missed()
-        self._upper.link(dirfd, child, (self._lookup.path(parent), name), plans.create(spot, False))
+        self._upper.link(dirfd, child, (self._lookup.path(parent), name), plans.create(name_state, False))
         if node.orphan is not None:
             sysio.close(node.orphan)
             node.orphan = None
@@ -243,7 +245,7 @@ class Names:
         known = next(iter(node.names), None)  # any name will do: those below are twins, those in the upper share a mark
         path = self._path_below(*known) if known is not None else None
         if path is None or len(path) > redirect.MAX:
-            self._lifting.lift(node, Need.DATA)
+            self._copyup.copy_up(node, Requirement.DATA)
             return
         _, dirfd, name = self._attributes.locate(node)
         self._upper.set_mark(dirfd, name, xattrs.REDIRECT, redirect.encode(path))
@@ -274,13 +276,13 @@ class Names:
         node = self._existing(parent, name)
         if not isinstance(node, File):
             raise oserror(errno.EISDIR, name)
-        self._lifting.lift(parent)
-        self.lift_counted(node)
+        self._copyup.copy_up(parent)
+        self.copy_up_counted(node)
         self._pin(node)
-        spot = self._lookup.spot(parent, name, node)
+        name_state = self._lookup.name_state(parent, name, node)
         with self._counted_out(node, parent, name):
-            self._upper.remove((self._lookup.path(parent), name), plans.remove(spot), is_dir=False)
-        self._gone(node, parent, name, spot)
+            self._upper.remove((self._lookup.path(parent), name), plans.remove(name_state), is_dir=False)
+        self._gone(node, parent, name, name_state)
 
     def rmdir(self, parent: Dir, name: bytes) -> None:
         """Remove a directory that shows nothing."""
@@ -290,12 +292,12 @@ class Names:
             raise oserror(errno.ENOTDIR, name)
         if not self._lookup.is_empty(node):
             raise oserror(errno.ENOTEMPTY, name)
-        self._lifting.lift(parent)
+        self._copyup.copy_up(parent)
         self._pin(node)
-        spot = self._lookup.spot(parent, name, node)
+        name_state = self._lookup.name_state(parent, name, node)
         self._upper.forget((self._lookup.path(parent), name))
-        self._upper.remove((self._lookup.path(parent), name), plans.remove(spot), is_dir=True)
-        self._gone(node, parent, name, spot)
+        self._upper.remove((self._lookup.path(parent), name), plans.remove(name_state), is_dir=True)
+        self._gone(node, parent, name, name_state)
 
     def _require_upper(self) -> None:
         """Raise EROFS where nothing can change: it goes before what is wrong with the names (mnt_want_write)."""
@@ -307,17 +309,17 @@ class Names:
             raise oserror(errno.ENOENT, name)
         return node
 
-    def lift_counted(self, node: Node) -> None:
+    def copy_up_counted(self, node: Node) -> None:
         """Lift a lower file with several names before one goes: only the index can keep the count.
 
         Without metadata-only copies that would copy data to remove a name, so the count lives with the node then.
         """
-        if self.must_lift_counted(node):
-            self._lifting.lift(node)
+        if self.must_copy_up_counted(node):
+            self._copyup.copy_up(node)
 
-    def must_lift_counted(self, node: Node) -> bool:
+    def must_copy_up_counted(self, node: Node) -> bool:
         """Return whether removing a name of this node lifts it first."""
-        if not isinstance(node, File) or node.in_upper or node.sole:
+        if not isinstance(node, File) or node.in_upper or node.single_link:
             return False
         if not (self._stack.index and self._stack.metacopy):
             return False
@@ -336,12 +338,12 @@ class Names:
         """
         if isinstance(node, File):
             if not node.names.get((parent, name), True):
-                return self._lifting.one_name_less(node)
-            self._lifting.persist_nlink(node)
+                return self._copyup.one_name_less(node)
+            self._copyup.persist_nlink(node)
         return nullcontext()
 
-    def _gone(self, node: Node, parent: Dir, name: bytes, spot: Spot) -> None:
-        parent.note(name, self._left_behind(spot))
+    def _gone(self, node: Node, parent: Dir, name: bytes, name_state: NameState) -> None:
+        parent.note(name, self._left_behind(name_state))
         if isinstance(node, Dir):
             node.removed = True
         self._nodes.detach(node, parent, name)
@@ -351,14 +353,14 @@ class Names:
         self._nodes.released(node)
 
     @staticmethod
-    def _left_behind(spot: Spot) -> Kind:
-        return Kind.WHITEOUT if spot.below else Kind.ABSENT
+    def _left_behind(name_state: NameState) -> Kind:
+        return Kind.WHITEOUT if name_state.below else Kind.ABSENT
 
     def _forget_index(self, node: File) -> None:
         if node.index is not None and not node.names:
             with suppress(OSError):  # an entry that stands for no name: the kernel drops it at its next mount
                 if self._attributes.attributes(node).nlink == 0:
-                    self._lifting.drop_index(node)
+                    self._copyup.drop_index(node)
         elif node.orphan is not None and node.names:
             sysio.close(node.orphan)
             node.orphan = None
@@ -404,16 +406,16 @@ class Names:
     def _move(
         self, parent: Dir, name: bytes, source: Node, new_parent: Dir, new_name: bytes, target: Node | None
     ) -> None:
-        self._lift_moving(parent, name, source, new_parent)
+        self._copy_up_moving(parent, name, source, new_parent)
         if isinstance(target, File):
-            self.lift_counted(target)
+            self.copy_up_counted(target)
         if target is not None:
             self._pin(target)
-        old = Moving(parent, name, source, self._lookup.spot(parent, name, source))
-        replaced = self._lookup.spot(new_parent, new_name, target)
-        plan = plans.rename(old.spot, replaced, bool(new_parent.lower), redirects=True)
+        old = Moving(parent, name, source, self._lookup.name_state(parent, name, source))
+        replaced = self._lookup.name_state(new_parent, new_name, target)
+        plan = plans.rename(old.name_state, replaced, bool(new_parent.lower), redirects=True)
         self._redirect_moved_file(source)
-        self._lifting.mark_impure(new_parent)
+        self._copyup.mark_impure(new_parent)
         redirects = self._redirect_for(source, plan.source_mark), None
         with self._counted_out(target, new_parent, new_name):
             self._upper.rename(
@@ -423,12 +425,12 @@ class Names:
             self._upper.forget_moved((self._lookup.path(parent), name), (self._lookup.path(new_parent), new_name))
         self._settle_move(old, new_parent, new_name, target, plan)
 
-    def _lift_moving(self, parent: Dir, name: bytes, node: Node, new_parent: Dir) -> None:
-        self._lifting.lift(new_parent)
-        self._lifting.lift_name(parent, name, node)
+    def _copy_up_moving(self, parent: Dir, name: bytes, node: Node, new_parent: Dir) -> None:
+        self._copyup.copy_up(new_parent)
+        self._copyup.copy_up_name(parent, name, node)
         if isinstance(node, Dir) and self.must_copy_tree(node):
-            for each, need in self.tree_to_lift(node):
-                self._lifting.lift(each, need)
+            for each, requirement in self.tree_to_copy_up(node):
+                self._copyup.copy_up(each, requirement)
             self._cut_off(node)
 
     def must_copy_tree(self, node: Node) -> bool:
@@ -437,17 +439,17 @@ class Names:
             return False
         return not self._stack.redirects or len(self._path_below(node.parent, node.name)) > redirect.MAX
 
-    def tree_to_lift(self, node: Dir) -> Iterator[tuple[Node, Need]]:
+    def tree_to_copy_up(self, node: Dir) -> Iterator[tuple[Node, Requirement]]:
         """Yield every node of a tree with what it needs, parents first, as long as the tree has lower parts."""
         pending = [node]
         while pending:
             directory = pending.pop()
-            yield directory, Need.META
+            yield directory, Requirement.META
             for _, child in self._children(directory):
                 if isinstance(child, Dir):
                     pending.append(child)
                 else:
-                    yield child, Need.DATA
+                    yield child, Requirement.DATA
 
     def _children(self, node: Dir) -> Iterator[tuple[bytes, Node]]:
         for name in self._lookup.listing(node):
@@ -465,7 +467,7 @@ class Names:
                 if isinstance(child, Dir):
                     pending.append(child)
                 elif isinstance(child, File):
-                    self._lifting.lift_name(directory, name, child)
+                    self._copyup.copy_up_name(directory, name, child)
         for directory in reversed(found):
             if directory.lower:
                 self._upper.set_opaque(self._upper.dirfd(self._lookup.path(directory)), b"")
@@ -474,15 +476,17 @@ class Names:
     def _exchange(self, parent: Dir, name: bytes, source: Node, new_parent: Dir, new_name: bytes, target: Node) -> None:
         if isinstance(target, Dir) and parent.is_below(target):
             raise oserror(errno.EINVAL, name)
-        self._lift_moving(parent, name, source, new_parent)
-        self._lift_moving(new_parent, new_name, target, parent)
-        old = Moving(parent, name, source, self._lookup.spot(parent, name, source))
-        new = Moving(new_parent, new_name, target, self._lookup.spot(new_parent, new_name, target))
-        plan = plans.exchange(old.spot, new.spot, bool(new_parent.lower), bool(parent.lower), redirects=True)
+        self._copy_up_moving(parent, name, source, new_parent)
+        self._copy_up_moving(new_parent, new_name, target, parent)
+        old = Moving(parent, name, source, self._lookup.name_state(parent, name, source))
+        new = Moving(new_parent, new_name, target, self._lookup.name_state(new_parent, new_name, target))
+        plan = plans.exchange(
+            old.name_state, new.name_state, bool(new_parent.lower), bool(parent.lower), redirects=True
+        )
         for moved in (source, target):
             self._redirect_moved_file(moved)
         for changed in (parent, new_parent):
-            self._lifting.mark_impure(changed)
+            self._copyup.mark_impure(changed)
         redirects = self._redirect_for(source, plan.source_mark), self._redirect_for(target, plan.target_mark)
         self._upper.rename(
             (self._lookup.path(parent), name), (self._lookup.path(new_parent), new_name), plan, redirects
@@ -509,9 +513,9 @@ class Names:
             self._nodes.detach(target, new_parent, new_name)
         self._nodes.detach(old.node, old.parent, old.name)
         self._nodes.attach(old.node, new_parent, new_name, True)
-        old.parent.note(old.name, Kind.WHITEOUT if old.spot.below else Kind.ABSENT)
+        old.parent.note(old.name, Kind.WHITEOUT if old.name_state.below else Kind.ABSENT)
         self._moved(old.node, new_parent, new_name, plan.source_mark)
-        if old.spot.below or old.parent is not new_parent:
+        if old.name_state.below or old.parent is not new_parent:
             new_parent.owe(old.parent)
         if isinstance(target, File):
             self._forget_index(target)
@@ -536,7 +540,7 @@ class Names:
         self._lookup.fresh = None
 
 
-class _Dress:
+class _ApplyAttributes:
     """Gives a staged object its owner, ACL, mode and opaque mark."""
 
     def __init__(self, upper: Upper, uid: int, gid: int, mode: int, default: bytes | None, opaque: bool) -> None:

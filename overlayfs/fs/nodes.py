@@ -25,7 +25,7 @@ _moments = itertools.count(1)  # the order of changes, over all directories
 Key = tuple[int, int]  # (st_dev, st_ino) of a real object
 
 
-class Part(NamedTuple):
+class LowerDir(NamedTuple):
     """A directory of one lower layer that is part of a merged one."""
 
     layer: Layer
@@ -40,7 +40,7 @@ class LowerFile(NamedTuple):
     name: bytes
 
 
-class Heirloom(NamedTuple):
+class InheritedAttributes(NamedTuple):
     """What a new object gets from its directory: the group if `set_group`, and the default ACL if there is one."""
 
     set_group: bool
@@ -55,7 +55,7 @@ class Node:
     been synced since.
     """
 
-    __slots__ = ("appeared", "handles", "in_upper", "kind", "lifting", "lookups", "number", "orphan")
+    __slots__ = ("appeared", "copying_up", "handles", "in_upper", "kind", "lookups", "number", "orphan")
 
     def __init__(self, number: int, kind: int, in_upper: bool) -> None:
         self.number = number
@@ -64,7 +64,7 @@ class Node:
         self.lookups = 0
         self.appeared = 0
         self.handles = 0
-        self.lifting = False  # a copy of it is being staged
+        self.copying_up = False  # a copy of it is being staged
         self.orphan: int | None = None  # pins an upper object that has no name left
 
 
@@ -80,20 +80,34 @@ class Dir(Node):
     """
 
     __slots__ = (
-        "barred", "below", "changed", "children", "heirloom", "impure", "lower", "name", "opaque",
-        "owed", "parent", "path_cache", "removed", "sealed", "synced", "upper_names",
+        "below",
+        "changed",
+        "children",
+        "impure",
+        "inherited",
+        "lower",
+        "name",
+        "opaque",
+        "owed",
+        "parent",
+        "path_cache",
+        "redirect_denied",
+        "removed",
+        "sealed",
+        "synced",
+        "upper_names",
     )  # fmt: skip
 
     def __init__(
-        self, number: int, parent: "Dir | None", name: bytes, in_upper: bool, lower: tuple[Part, ...], opaque: bool
+        self, number: int, parent: "Dir | None", name: bytes, in_upper: bool, lower: tuple[LowerDir, ...], opaque: bool
     ) -> None:
         super().__init__(number, stat.S_IFDIR, in_upper)
         self.parent = parent
         self.name = name
         self.lower = lower
         self.opaque = opaque
-        self.barred = False
-        self.heirloom: Heirloom | None = None
+        self.redirect_denied = False
+        self.inherited: InheritedAttributes | None = None
         self.impure = False
         self.removed = False
         self.children: dict[bytes, Node] = {}
@@ -170,13 +184,14 @@ class File(Node):
     """
 
     __slots__ = (
-        "data", "index", "keys", "lower", "names", "nlink_delta", "reader", "sole", "sync_error", "unmarked", "writer",
+        "data", "index", "keys", "lower", "names", "nlink_delta", "reader", "single_link", "sync_error", "unmarked",
+        "writer",
     )  # fmt: skip
 
     def __init__(self, number: int, kind: int, in_upper: bool, lower: LowerFile | None) -> None:
         super().__init__(number, kind, in_upper)
         self.lower = lower
-        self.sole = False
+        self.single_link = False
         self.data: LowerFile | None = None
         self.names: dict[tuple[Dir, bytes], bool] = {}
         self.index: bytes | None = None
@@ -349,7 +364,7 @@ class NodeTable:
 
 
 def _is_used(node: Node) -> bool:
-    if node.lookups > 0 or node.handles > 0 or node.lifting or node.number == ROOT_NUMBER:
+    if node.lookups > 0 or node.handles > 0 or node.copying_up or node.number == ROOT_NUMBER:
         return True
     return isinstance(node, Dir) and bool(node.children)
 

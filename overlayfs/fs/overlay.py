@@ -19,15 +19,15 @@ from overlayfs.fs import index
 from overlayfs.fs.attributes import Attributes, AttributeVerbs, Changes, after_change
 from overlayfs.fs.changes import Change, changes
 from overlayfs.fs.config import StackConfig
-from overlayfs.fs.cursors import Cursors
+from overlayfs.fs.copyup import CopyUp, CopyUpStep, Requirement
+from overlayfs.fs.dir_offsets import DirOffsets
 from overlayfs.fs.durability import Durability, SyncBarrier
 from overlayfs.fs.explain import Holder, explain
-from overlayfs.fs.files import Child, Files, children, need_of_open
-from overlayfs.fs.lifting import Lifting, LiftStep, Need
+from overlayfs.fs.files import Child, Files, children, requirement_of_open
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.names import Caller, Names
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable
-from overlayfs.fs.reseat import Reseat, holds_changes
+from overlayfs.fs.rotate import Rotation, holds_changes
 from overlayfs.fs.space import Space
 from overlayfs.fs.stack import Stack
 from overlayfs.tree import copyup
@@ -45,11 +45,11 @@ class Overlay:
         self._lookup = Lookup(self._stack, self.nodes)
         self._attributes = AttributeVerbs(self._stack, self._lookup)
         self._durability = Durability(self._stack, self._attributes)
-        self._lifting = Lifting(self._stack, self.nodes, self._lookup, self._attributes, self._durability)
-        self._names = Names(self._stack, self.nodes, self._lookup, self._attributes, self._lifting)
+        self._copyup = CopyUp(self._stack, self.nodes, self._lookup, self._attributes, self._durability)
+        self._names = Names(self._stack, self.nodes, self._lookup, self._attributes, self._copyup)
         self._files = Files(self._stack, self.nodes, self._lookup, self._attributes)
-        self._cursors = Cursors(self._lookup)
-        self.nodes.on_drop += [self._lookup.drop, self._cursors.drop]
+        self._dir_offsets = DirOffsets(self._lookup)
+        self.nodes.on_drop += [self._lookup.drop, self._dir_offsets.drop]
         self.space = Space(self._attributes, self._lookup, self._files)
         self.root = self._lookup.root
 
@@ -149,8 +149,8 @@ class Overlay:
 
     def set_attributes(self, node: Node, changes: Changes, caller: Caller, fh: int | None = None) -> Attributes:
         """Change attributes and return what they are then. `fh`: the open file through which it is asked, if any."""
-        need = need_of_change(changes)
-        self._lifting.lift(node, need)
+        requirement = requirement_of_change(changes)
+        self._copyup.copy_up(node, requirement)
         try:
             self._attributes.change(node, changes, self._files.writer_of(fh))
         finally:
@@ -164,14 +164,14 @@ class Overlay:
     def setxattr(self, node: Node, name: bytes, value: bytes, flags: int = 0) -> None:
         """Set an extended attribute; `flags` as in setxattr(2)."""
         self._attributes.check_xattr(name)
-        self._lifting.lift(node)
+        self._copyup.copy_up(node)
         self._attributes.setxattr(node, name, value, flags)
 
     def removexattr(self, node: Node, name: bytes) -> None:
         """Remove an extended attribute; ENODATA, without a copy-up, for one that is not there."""
         self._attributes.check_xattr(name)
         self._attributes.getxattr(node, name)
-        self._lifting.lift(node)
+        self._copyup.copy_up(node)
         self._attributes.removexattr(node, name)
 
     # --- names -----------------------------------------------------------------------------------------
@@ -232,9 +232,9 @@ class Overlay:
         `strip` says whether O_TRUNC takes set-id bits and capabilities away, where somebody knows better than that
         root keeps them.
         """
-        need = need_of_open(node, flags)
-        if need is not None:
-            self._lifting.lift(node, need)
+        requirement = requirement_of_open(node, flags)
+        if requirement is not None:
+            self._copyup.copy_up(node, requirement)
         return self._files.open(node, flags, strip=caller.uid != 0 if strip is None else strip)
 
     def open_later(self, node: Node) -> int:
@@ -269,7 +269,7 @@ class Overlay:
     def write(self, fh: int, offset: int, data: bytes | memoryview) -> int:
         """Write all of `data` at `offset` and return its length."""
         if self._files.is_stranded(fh):
-            self._lifting.lift(self._files.file(fh).node, Need.DATA)
+            self._copyup.copy_up(self._files.file(fh).node, Requirement.DATA)
         return self._files.write(fh, offset, data)
 
     def flush(self, fh: int) -> None:
@@ -298,7 +298,7 @@ class Overlay:
 
     def read_dir_at(self, node: Node, position: int) -> Iterator[Child]:
         """Yield the same without a handle; positions stay true while names come and go."""
-        return self._cursors.read(_directory(node), position)
+        return self._dir_offsets.read(_directory(node), position)
 
     def fsync_dir(self, fh: int) -> None:
         """Make the names in a directory durable."""
@@ -333,27 +333,27 @@ class Overlay:
 
     # --- lifting, for engines --------------------------------------------------------------------------
 
-    def next_lift(self, node: Node, need: Need = Need.META) -> LiftStep | None:
+    def next_copy_up(self, node: Node, requirement: Requirement = Requirement.META) -> CopyUpStep | None:
         """Return the next step before `need` of a node is met, None when it is met."""
-        return self._lifting.next_lift(node, need)
+        return self._copyup.next_copy_up(node, requirement)
 
-    def needs_of_open(self, node: Node, flags: int) -> Need | None:
+    def requirement_of_open(self, node: Node, flags: int) -> Requirement | None:
         """Return what opening with these flags needs of a node."""
-        return need_of_open(node, flags)
+        return requirement_of_open(node, flags)
 
-    def needs_of_change(self, changes: Changes) -> Need:
+    def requirement_of_change(self, changes: Changes) -> Requirement:
         """Return what a setattr needs of a node."""
-        return need_of_change(changes)
+        return requirement_of_change(changes)
 
-    def needs_of_unlink(self, node: Node) -> Need | None:
+    def requirement_of_unlink(self, node: Node) -> Requirement | None:
         """Return what removing a name of a node needs of it."""
-        return Need.META if self._names.must_lift_counted(node) else None
+        return Requirement.META if self._names.must_copy_up_counted(node) else None
 
-    def needs_of_rename(self, node: Node) -> Iterator[tuple[Node, Need]]:
+    def requirements_of_rename(self, node: Node) -> Iterator[tuple[Node, Requirement]]:
         """Yield the nodes that must be lifted before this one can move: itself, or a tree that cannot be redirected."""
         if isinstance(node, Dir) and self._names.must_copy_tree(node):
-            return self._names.tree_to_lift(node)
-        return iter(((node, Need.META),))
+            return self._names.tree_to_copy_up(node)
+        return iter(((node, Requirement.META),))
 
     # --- for a commit ----------------------------------------------------------------------------------
 
@@ -401,7 +401,7 @@ class Overlay:
 
         `node` is one of `view`, a read-only view of the same stack.
         """
-        source = view._lifting.directory_source(node)
+        source = view._copyup.directory_source(node)
         try:
             copyup.build_directory(self._attributes.upper, source, dirfd, name)
         finally:
@@ -427,9 +427,9 @@ class Overlay:
         """Whether the upper holds anything, or its root shows other attributes than the layers below."""
         return holds_changes(self._stack)
 
-    def prepare_reseat(self) -> Reseat:
+    def prepare_rotation(self) -> Rotation:
         """Return what lets the upper become a layer while the tree, its handles and its numbers live on."""
-        return Reseat(self._stack, self.nodes, self._lookup, self._attributes, self._lifting)
+        return Rotation(self._stack, self.nodes, self._lookup, self._attributes, self._copyup)
 
     @property
     def syncs_at_once(self) -> bool:
@@ -458,11 +458,11 @@ class Overlay:
         return explain(self._stack, self._lookup, path)
 
 
-def need_of_change(changes: Changes) -> Need:
+def requirement_of_change(changes: Changes) -> Requirement:
     """Return what a setattr needs: the data only when a part of it stays."""
     if changes.size is None:
-        return Need.META
-    return Need.DATA if changes.size > 0 else Need.TRUNCATED
+        return Requirement.META
+    return Requirement.DATA if changes.size > 0 else Requirement.TRUNCATED
 
 
 def _path_of(fd: int) -> bytes:
@@ -476,4 +476,4 @@ def _directory(node: Node) -> Dir:
     return node
 
 
-__all__ = ["Attributes", "Caller", "Changes", "Child", "File", "Need", "Node", "Overlay", "StackConfig"]
+__all__ = ["Attributes", "Caller", "Changes", "Child", "File", "Node", "Overlay", "Requirement", "StackConfig"]

@@ -103,12 +103,12 @@ class Stack:
 
     # --- another upper ---------------------------------------------------------------------------------
 
-    def open_seat(self, path: bytes) -> "Seat":
+    def open_new_upper(self, path: bytes) -> "NewUpper":
         """Open and lock an empty directory that is to be the next upper, on the file system of this one."""
         assert self.upper is not None
-        return Seat(self, self.upper, path)
+        return NewUpper(self, self.upper, path)
 
-    def take(self, seat: "Seat", path: bytes) -> Layer:
+    def take(self, seat: "NewUpper", path: bytes) -> Layer:
         """Let the upper of a seat be the upper, and the former upper the top layer, which lies at `path` now."""
         former = self.upper
         assert former is not None
@@ -147,7 +147,7 @@ class Stack:
         self._undo.close()
 
 
-class Seat:
+class NewUpper:
     """An upper in waiting, and a descriptor through which the present one is read as a layer."""
 
     def __init__(self, stack: Stack, upper: Upper, path: bytes) -> None:
@@ -163,9 +163,9 @@ class Seat:
             self.former_root = sysio.open_child(upper.root, b"", again) if clone is None else clone
             undo.pop_all()
 
-    def dress(self) -> None:
+    def apply_attributes(self) -> None:
         """Give the root of the next upper what the present one has: owner, mode, attributes, times."""
-        self.upper.dress_root(self._present)
+        self.upper.apply_attributes_to_root(self._present)
 
     def close(self) -> None:
         """Give both descriptors back: the seat is not taken."""

@@ -15,10 +15,10 @@ from typing import ClassVar
 
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.caching_policy import CachingPolicy
+from overlayfs.fuse.copyup import CopyUpRunner, Threads
 from overlayfs.fuse.gate import Gate
-from overlayfs.fuse.lift import Lifter, Threads
 from overlayfs.fuse.locks import KeyedLocks
-from overlayfs.fuse.policy import CachingPolicy
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Engine(ABC):
         self.gate = Gate()
         self.locks = KeyedLocks()
         self.threads = Threads()
-        self.lifter = Lifter(overlay, self.locks, self.threads, self.gate)
+        self.copyup_runner = CopyUpRunner(overlay, self.locks, self.threads, self.gate)
 
     @abstractmethod
     def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
@@ -92,7 +92,7 @@ class Engine(ABC):
         For a thread, since it waits for pages that the loop is to fill or to take. Until then nothing ends the process.
         """
 
-    def nodes_written_past_us(self) -> set[Node]:
+    def nodes_written_in_passthrough(self) -> set[Node]:
         """Return the nodes whose files in the upper clients may write without our seeing it: a commit refuses then."""
         return set()
 

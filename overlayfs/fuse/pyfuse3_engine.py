@@ -20,7 +20,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from overlayfs.errors import MountError, oserror
 from overlayfs.fs.attributes import Attributes, Changes
-from overlayfs.fs.lifting import Need
+from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Dir, Node
 from overlayfs.fuse import needs
@@ -149,8 +149,8 @@ class _Requests(pyfuse3.Operations):
         self._gate = engine.gate
         self._locks = engine.locks
         self._threads = engine.threads
-        self._lift = engine.lifter.lift
-        self._lift_all = engine.lifter.lift_all
+        self._copy_up = engine.copyup_runner.copy_up
+        self._copy_up_all = engine.copyup_runner.copy_up_all
         self._xattrs = settings.xattrs
         self._opened: dict[int, Node] = {}  # by handle of an open file
         self._listed: dict[int, Node] = {}  # by handle of an open directory
@@ -232,7 +232,7 @@ class _Requests(pyfuse3.Operations):
         if changes == Changes():
             return self._attributes(node, self._overlay.attributes(node))
         async with self._gate.change():
-            await self._lift(node, self._overlay.needs_of_change(changes))
+            await self._copy_up(node, self._overlay.requirement_of_change(changes))
             async with self._locks.hold(node.number):
                 found = self._overlay.set_attributes(node, changes, _caller(ctx), fh=fh)
         return self._attributes(node, found)
@@ -270,7 +270,7 @@ class _Requests(pyfuse3.Operations):
         """Give a node one more name."""
         async with self._gate.change():
             node, parent = self._node(inode), self._node(new_parent_inode)
-            await self._lift_all(lambda: ((node, Need.META), (parent, Need.META)))
+            await self._copy_up_all(lambda: ((node, Requirement.META), (parent, Requirement.META)))
             return self._entry(self._overlay.link(node, parent, new_name))
 
     @_request("UNLINK")
@@ -278,7 +278,7 @@ class _Requests(pyfuse3.Operations):
         """Remove a name of a non-directory."""
         async with self._gate.change():
             parent = self._node(parent_inode)
-            await self._lift_all(lambda: needs.of_unlink(self._overlay, parent, name))
+            await self._copy_up_all(lambda: needs.of_unlink(self._overlay, parent, name))
             self._overlay.unlink(parent, name)
 
     @_request("RMDIR")
@@ -300,13 +300,13 @@ class _Requests(pyfuse3.Operations):
         """Rename; the overlay refuses flags other than NOREPLACE and EXCHANGE."""
         async with self._gate.change():
             old, new = self._node(parent_inode_old), self._node(parent_inode_new)
-            await self._lift_all(lambda: needs.of_rename(self._overlay, old, name_old, new, name_new, flags))
+            await self._copy_up_all(lambda: needs.of_rename(self._overlay, old, name_old, new, name_new, flags))
             self._overlay.rename(old, name_old, new, name_new, flags)
 
     async def _parent(self, number: int) -> Node:
         """Return the directory `number`, ready to be changed."""
         parent = self._node(number)
-        await self._lift(parent, Need.META)
+        await self._copy_up(parent, Requirement.META)
         return parent
 
     # open files
@@ -332,12 +332,12 @@ class _Requests(pyfuse3.Operations):
         """Open a file; O_TRUNC arrives here and no SETATTR follows."""
         node = self._node(inode)
         flags = self._policy.backing_flags(flags)
-        need = self._overlay.needs_of_open(node, flags)
-        if need is None and not flags & os.O_TRUNC:
+        requirement = self._overlay.requirement_of_open(node, flags)
+        if requirement is None and not flags & os.O_TRUNC:
             return self._file(node, self._overlay.open(node, flags, _caller(ctx)))
         async with self._gate.change():
-            if need is not None:
-                await self._lift(node, need)
+            if requirement is not None:
+                await self._copy_up(node, requirement)
             handle = self._overlay.open(node, flags, _caller(ctx))
         if flags & os.O_TRUNC and ctx.uid:
             self._mode_changed(inode)
@@ -371,7 +371,7 @@ class _Requests(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write to a file that its open has lifted; after a commit the node may have to be lifted again."""
         async with self._gate.change():
-            await self._lift(self._opened[fh], Need.DATA)
+            await self._copy_up(self._opened[fh], Requirement.DATA)
             return self._overlay.write(fh, off, buf)
 
     async def flush(self, fh: int) -> None:
@@ -477,7 +477,7 @@ class _Requests(pyfuse3.Operations):
         self._check_xattrs()
         node = self._node(inode)
         async with self._gate.change():
-            await self._lift(node, Need.META)
+            await self._copy_up(node, Requirement.META)
             async with self._locks.hold(node.number):
                 self._overlay.setxattr(node, name, value)
                 if name == ACL_ACCESS:
@@ -500,7 +500,7 @@ class _Requests(pyfuse3.Operations):
         node = self._node(inode)
         self._overlay.getxattr(node, name)
         async with self._gate.change():
-            await self._lift(node, Need.META)
+            await self._copy_up(node, Requirement.META)
             async with self._locks.hold(node.number):
                 self._overlay.removexattr(node, name)
 

@@ -27,7 +27,7 @@ import trio
 from overlayfs import sysio
 from overlayfs.errors import UserError, oserror
 from overlayfs.fs.durability import SyncBarrier
-from overlayfs.fs.reseat import Reseat
+from overlayfs.fs.rotate import Rotation
 from overlayfs.fuse.engine import Engine
 from overlayfs.mount.options import Lodging
 from overlayfs.store import committing, hashing, layout
@@ -206,18 +206,18 @@ class Commits:
 
     async def _switch(self, store: LayerStore, adoption: Adoption, directory: int) -> tuple[SyncBarrier, float]:
         tree = os.path.join(store.path, layout.LAYERS, adoption.id.encode(), layout.TREE)
-        reseat = self._overlay.prepare_reseat()
+        rotation = self._overlay.prepare_rotation()
         for attempt in range(1, _ATTEMPTS + 1):
-            await self._settle(reseat)
+            await self._settle(rotation)
             await self._engine.gate.close()
             began = time.monotonic()
             try:
                 self._refuse_unseen_writers()
-                if attempt < _ATTEMPTS and not reseat.is_settled():
+                if attempt < _ATTEMPTS and not rotation.is_settled():
                     continue
                 barrier = self._overlay.hold_syncs()
                 try:
-                    reseat.switch(adoption.next_upper, tree, lambda: adoption.take(directory, layout.UPPER))
+                    rotation.switch(adoption.next_upper, tree, lambda: adoption.take(directory, layout.UPPER))
                 except BaseException:
                     self._overlay.release_syncs(barrier)
                     raise
@@ -226,9 +226,9 @@ class Commits:
                 self._engine.gate.open()
         raise AssertionError("the last attempt settles what is left")
 
-    async def _settle(self, reseat: Reseat) -> None:
+    async def _settle(self, rotation: Rotation) -> None:
         """Settle in small pieces, each a change of its own."""
-        steps = reseat.settle()
+        steps = rotation.settle()
         going_on = True
         while going_on:
             async with self._engine.gate.change():
@@ -236,7 +236,7 @@ class Commits:
             await trio.lowlevel.checkpoint()
 
     def _refuse_unseen_writers(self) -> None:
-        count = len(self._engine.nodes_written_past_us())
+        count = len(self._engine.nodes_written_in_passthrough())
         if count:
             raise UserError(
                 f"{count} open files are read and written past the daemon (io=passthrough), so a commit could not "

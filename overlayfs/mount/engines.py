@@ -3,8 +3,8 @@
 import os
 
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.caching_policy import caching
 from overlayfs.fuse.engine import Engine
-from overlayfs.fuse.policy import caching
 from overlayfs.mount.options import MountOptions
 
 _OLDEST = (5, 4)  # Linux with FUSE 7.31
@@ -18,7 +18,7 @@ def build(options: MountOptions, overlay: Overlay) -> Engine:
 
         return Pyfuse3Engine(overlay, policy)
     from overlayfs.fuse.kernel.engine import KernelEngine
-    from overlayfs.fuse.kernel.openings import Io
+    from overlayfs.fuse.kernel.passthrough import Io
     from overlayfs.mount.attach import attach
 
     # A commit of a mounted image holds exactly what was written before it: nothing may be written past us.

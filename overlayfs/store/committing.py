@@ -71,7 +71,7 @@ def _settle(workspace: Workspace, below: Sequence[Layer]) -> bool:
     try:
         if not overlay.is_changed:
             return False
-        for _ in overlay.prepare_reseat().settle():
+        for _ in overlay.prepare_rotation().settle():
             pass
         return True
     finally:

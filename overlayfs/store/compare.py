@@ -330,7 +330,7 @@ class _Comparison:
 
         A redirect inside may lead to any layer further down, so either there is none, or those are the same too.
         """
-        if not isinstance(before, Dir) or before.barred or after.barred:
+        if not isinstance(before, Dir) or before.redirect_denied or after.redirect_denied:
             return False
         if self._before.parts(before) != self._after.parts(after):
             return False

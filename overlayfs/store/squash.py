@@ -17,7 +17,7 @@ from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.format import opaque, xattrs
 from overlayfs.fs.config import StackConfig
-from overlayfs.fs.nodes import Dir, File, Key, Node, Part
+from overlayfs.fs.nodes import Dir, File, Key, LowerDir, Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.store import layout
 from overlayfs.store.layers import StagedLayer
@@ -84,7 +84,7 @@ class _Writer:
         self.linked: dict[Key, bytes] = {}  # the first path of each inode that has several names
         self.names: dict[Key, int] = {}  # how many of them there are
 
-    def dress_root(self, node: Dir) -> None:
+    def apply_attributes_to_root(self, node: Dir) -> None:
         """Give the root what the merged root has."""
         source = _directory_source(node, _NO_MARKS)
         try:
@@ -192,7 +192,7 @@ class _Squash:
 
     def run(self) -> None:
         """Fill the new layer."""
-        self._writer.dress_root(self._whole.root)
+        self._writer.apply_attributes_to_root(self._whole.root)
         self._fill([self._level(b"", self._whole.root, None if self._rest is None else self._rest.root)])
         self._add_other_names()
 
@@ -240,7 +240,7 @@ class _Squash:
         self._writer.add_directory(level.path, name, node, cut)
         return self._level(join(level.path, name), node, other if merged and isinstance(other, Dir) else None)
 
-    def _is_same(self, below: list[Part], other: Dir) -> bool:
+    def _is_same(self, below: list[LowerDir], other: Dir) -> bool:
         return [(part.layer.index - self._count, part.path) for part in below] == [
             (part.layer.index, part.path) for part in other.lower
         ]

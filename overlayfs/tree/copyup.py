@@ -66,7 +66,7 @@ def build(upper: Upper, source: Source) -> bytes:
     name = upper.work.temporary()
     try:
         _make(upper, source, name)
-        _dress(upper, source, upper.work.fd, name)
+        _apply_attributes(upper, source, upper.work.fd, name)
         if stat.S_ISREG(source.stat.st_mode) and source.content is Content.COPY and not upper.volatile:
             _sync(upper, name)
     except BaseException:
@@ -79,10 +79,10 @@ def build_directory(upper: Upper, source: Source, dirfd: int, name: bytes) -> No
     """Make a copy of a directory, without what is in it, outside of an upper but in the form that it has there."""
     sysio.mkdir_at(dirfd, name, 0o700)
     drop_inherited_acls(dirfd, name, ())
-    _dress(upper, source, dirfd, name)
+    _apply_attributes(upper, source, dirfd, name)
 
 
-def _dress(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
+def _apply_attributes(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
     """Give a new object all that its source has besides its content, and the marks of its place."""
     upper.set_owner(dirfd, name, source.stat.st_uid, source.stat.st_gid)
     copy_xattrs(upper, source, dirfd, name)

@@ -42,7 +42,7 @@ class Marks(NamedTuple):
     metacopy: bool = False
     origin: Origin | None = None
     nlink: bytes | None = None
-    barred: bool = False  # a redirect is there that must not be followed: EPERM, never a silent half view
+    redirect_denied: bool = False  # a redirect is there that must not be followed: EPERM, never a silent half view
 
 
 NO_MARKS = Marks()
@@ -186,8 +186,10 @@ class Layer:
             return Marks(opaque=True) if cut else NO_MARKS
         value = self._read_own(dirfd, name, present)
         redirected = redirect.parse(value[xattrs.REDIRECT]) if xattrs.REDIRECT in value else None
-        barred = redirected is not None and not self._may_follow(found) and not self.lowest
-        return _file_marks(value, isdir)._replace(opaque=cut, redirect=None if barred else redirected, barred=barred)
+        redirect_denied = redirected is not None and not self._may_follow(found) and not self.lowest
+        return _file_marks(value, isdir)._replace(
+            opaque=cut, redirect=None if redirect_denied else redirected, redirect_denied=redirect_denied
+        )
 
     def marks_at(self, dirfd: int, name: bytes) -> Marks:
         """Return the marks of a file that is reached by a descriptor outside the tree, as the index is."""

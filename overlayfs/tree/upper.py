@@ -152,7 +152,7 @@ class Upper(Layer):
         shown = Override(os.geteuid(), os.getegid(), stat.S_IMODE(mode), stat.S_IFMT(mode), rdev)
         sysio.setxattr_at(dirfd, name, self.override, override.encode(shown))
 
-    def dress_root(self, source: Layer) -> None:
+    def apply_attributes_to_root(self, source: Layer) -> None:
         """Give the root owner, mode, attributes and times of another layer's root, without its marks."""
         found = source.stat_at(source.root, b"")
         self.set_owner(self.root, b"", found.st_uid, found.st_gid)

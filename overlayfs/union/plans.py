@@ -11,7 +11,7 @@ from typing import NamedTuple
 from overlayfs.errors import oserror
 
 
-class Spot(NamedTuple):
+class NameState(NamedTuple):
     """What is known of one name before the change.
 
     in_upper: the upper holds a visible object. occupied: a whiteout lies there under this very name (a `.wh.`
@@ -73,25 +73,25 @@ class Rename(NamedTuple):
     sweep_old: bool
 
 
-def create(spot: Spot, is_dir: bool) -> Create:
+def create(name_state: NameState, is_dir: bool) -> Create:
     """Return how an object comes to a name that shows nothing (ovl_create_or_link)."""
-    if not spot.occupied:
+    if not name_state.occupied:
         return Create.IN_PLACE
     return Create.EXCHANGE_WHITEOUT if is_dir else Create.OVER_WHITEOUT
 
 
-def remove(spot: Spot) -> Remove:
+def remove(name_state: NameState) -> Remove:
     """Return how a visible object loses its name (ovl_do_remove): a directory is already known to show nothing."""
-    if spot.is_dir and spot.in_upper:
-        if spot.below:
+    if name_state.is_dir and name_state.in_upper:
+        if name_state.below:
             return Remove.EXCHANGE_WHITEOUT
-        return Remove.UNLINK if spot.clean else Remove.MOVE_ASIDE
-    if not spot.below:
+        return Remove.UNLINK if name_state.clean else Remove.MOVE_ASIDE
+    if not name_state.below:
         return Remove.UNLINK
-    return Remove.WHITEOUT if spot.in_upper else Remove.HIDE
+    return Remove.WHITEOUT if name_state.in_upper else Remove.HIDE
 
 
-def rename(source: Spot, target: Spot, into_merged: bool, redirects: bool) -> Rename:
+def rename(source: NameState, target: NameState, into_merged: bool, redirects: bool) -> Rename:
     """Return how `source`, lifted, moves to the place of `target`, which is replaced (ovl_rename).
 
     `into_merged`: the new parent has lower parts. EXDEV when a merged directory may not get a redirect.
@@ -104,18 +104,18 @@ def rename(source: Spot, target: Spot, into_merged: bool, redirects: bool) -> Re
     return Rename(move, mark, Mark.NONE, target.is_dir and target.in_upper and not target.clean, False)
 
 
-def exchange(source: Spot, target: Spot, into_merged: bool, from_merged: bool, redirects: bool) -> Rename:
+def exchange(source: NameState, target: NameState, into_merged: bool, from_merged: bool, redirects: bool) -> Rename:
     """Return how two visible, lifted objects change places; `from_merged` is the old parent's `into_merged`."""
     there = _mark(source, into_merged, redirects)
     back = _mark(target, from_merged, redirects)
     return Rename(Move.EXCHANGE, there, back, False, False)
 
 
-def _mark(spot: Spot, into_merged: bool, redirects: bool) -> Mark:
-    if not spot.is_dir:
+def _mark(name_state: NameState, into_merged: bool, redirects: bool) -> Mark:
+    if not name_state.is_dir:
         return Mark.NONE
-    if spot.merged:
+    if name_state.merged:
         if not redirects:
             raise oserror(errno.EXDEV)
         return Mark.REDIRECT
-    return Mark.OPAQUE if into_merged and not spot.opaque else Mark.NONE
+    return Mark.OPAQUE if into_merged and not name_state.opaque else Mark.NONE

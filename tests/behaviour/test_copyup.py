@@ -42,39 +42,39 @@ def every_type() -> dict[str, Short]:
     }
 
 
-def lift_by_link(tree: Tree, path: str) -> None:
+def copy_up_by_link(tree: Tree, path: str) -> None:
     tree.link(path, path + ".2")
     tree.unlink(path + ".2")
 
 
-def lift_by_rename(tree: Tree, path: str) -> None:
+def copy_up_by_rename(tree: Tree, path: str) -> None:
     tree.rename(path, path + ".2")
     tree.rename(path + ".2", path)
 
 
-def lift_by_chown(tree: Tree, path: str) -> None:
+def copy_up_by_chown(tree: Tree, path: str) -> None:
     found = tree.stat(path)
     tree.chown(path, found.uid, found.gid)
     if path != "symlink":
         tree.chmod(path, found.mode & 0o7777)
 
 
-def lift_by_utime(tree: Tree, path: str) -> None:
+def copy_up_by_utime(tree: Tree, path: str) -> None:
     found = tree.stat(path)
     tree.utime(path, found.atime_ns, found.mtime_ns)
 
 
-def lift_by_xattr(tree: Tree, path: str) -> None:
+def copy_up_by_xattr(tree: Tree, path: str) -> None:
     tree.setxattr(path, "trusted.passing", b"")
     tree.removexattr(path, "trusted.passing")
 
 
-def lift_by_open(tree: Tree, path: str) -> None:
+def copy_up_by_open(tree: Tree, path: str) -> None:
     if path in ("file", "empty", "sparse"):
         tree.open(path, os.O_RDWR).close()
 
 
-def lift_by_growing(tree: Tree, path: str) -> None:
+def copy_up_by_growing(tree: Tree, path: str) -> None:
     if path in ("file", "sparse"):
         found = tree.stat(path)
         tree.truncate(path, found.size + 1)
@@ -85,7 +85,7 @@ def lift_by_growing(tree: Tree, path: str) -> None:
         tree.utime(path, found.atime_ns, found.mtime_ns)
 
 
-def lift_by_child(tree: Tree, path: str) -> None:
+def copy_up_by_child(tree: Tree, path: str) -> None:
     if path == "dir":
         found = tree.stat(path)
         tree.create("dir/new", b"")
@@ -94,7 +94,7 @@ def lift_by_child(tree: Tree, path: str) -> None:
 
 
 LIFTS: dict[str, Callable[[Tree, str], None]] = {
-    name.removeprefix("lift_by_"): function for name, function in globals().items() if name.startswith("lift_by_")
+    name.removeprefix("copy_up_by_"): function for name, function in globals().items() if name.startswith("copy_up_by_")
 }
 
 
@@ -249,7 +249,7 @@ def test_a_twin_is_copied_with_all_its_metadata(stack: StackMaker) -> None:
     layer: Spec = {"a": File(b"data", mode=0o4755, xattrs=XATTRS, **ODD), "b": Link("a")}
     tree = stack(layer)
     before = dump(tree)
-    lift_by_utime(tree, "a")
+    copy_up_by_utime(tree, "a")
     tree.remount()
     before[b""] = before[b""]._replace(mtime_ns=tree.stat("").mtime_ns)
     assert not differences(before, dump(tree))

@@ -14,7 +14,7 @@ from random import Random
 from overlayfs import Overlay, StackConfig
 from overlayfs.errors import UserError
 from overlayfs.fs import Caller, Changes, Node
-from overlayfs.fuse.kernel.openings import Io
+from overlayfs.fuse.kernel.passthrough import Io
 from overlayfs.oci.layertar import unpack_tar
 from overlayfs.tree.workdir import remove_tree
 from tests.hostile import mutate, parsers

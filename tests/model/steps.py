@@ -131,8 +131,8 @@ def _has_few_layers(life: "Life") -> bool:
     return len(life.tree.stack.lower) < MOST_LAYERS
 
 
-def _can_reseat(life: "Life") -> bool:
-    return life.tree.can_reseat and _has_few_layers(life)
+def _can_rotate(life: "Life") -> bool:
+    return life.tree.can_rotate and _has_few_layers(life)
 
 
 def step(
@@ -391,10 +391,10 @@ class Life:
         self.numbers = {}
         self.check_tree()
 
-    @step(possible=_can_reseat)
+    @step(possible=_can_rotate)
     def commit_live(self) -> None:
         """The upper becomes a layer under open files: nothing that anybody can see changes."""
-        self.tree.reseat()
+        self.tree.rotation()
         self.check_tree()
 
     def forget_open_files(self) -> None:

@@ -63,7 +63,7 @@ def _killed(scene: Scene) -> int:
 
 # --- ways to die ---------------------------------------------------------------------------------------------
 
-Way = Callable[[Scene], list[str]]
+IoMode = Callable[[Scene], list[str]]
 """Lets a daemon die, or hang; returns what is wrong before the next mount is tried."""
 
 
@@ -275,7 +275,7 @@ def _cut_off(scene: Scene) -> list[str]:
     return [] if (code, scene.mounts()) == (MountError.exit_code, 0) else [f"exit {code}, {scene.mounts()} mounts"]
 
 
-WAYS: dict[str, Way] = {
+WAYS: dict[str, IoMode] = {
     "kill -9 at rest": _at_rest,
     "kill -9 with open files": _with_open_files,
     "kill -9 with somebody in it": _with_somebody_in_it,
@@ -311,7 +311,7 @@ def _dies_unmounting(moment: str, scene: Scene) -> list[str]:
     return [] if (code, kept) == (-signal.SIGKILL, b"kept") else [f"it ended with {code}, kept {kept!r}"]
 
 
-EVERY: dict[str, Way] = {
+EVERY: dict[str, IoMode] = {
     **WAYS,
     **{f"mounting: {moment}": partial(_dies_mounting, moment) for moment in dying.MOUNTING},
     **{f"unmounting: {moment}": partial(_dies_unmounting, moment) for moment in dying.UNMOUNTING},

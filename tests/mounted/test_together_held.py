@@ -131,7 +131,7 @@ class Scene:
         """Commit; return when the commit is under way."""
         assert isinstance(self.tree, ForkedImage)
         intents = os.path.join(self.tree.store, b"intents")
-        client = Client(self.tree.reseat)
+        client = Client(self.tree.rotation)
         until(lambda: os.listdir(intents) or not client.is_alive())
         return client
 

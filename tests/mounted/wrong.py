@@ -13,58 +13,59 @@ from typing import Any
 from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.fs.overlay import Overlay
-from overlayfs.fuse.kernel import files, openings
+from overlayfs.fuse.kernel import passthrough
 from overlayfs.fuse.kernel.connection import Connection
+from overlayfs.fuse.kernel.handlers import files
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Notify
 from tests.support import foreground
 
-_Files, _Openings = files.FileRequests, openings.Openings
+_Files, _OpenFiles = files.FileHandlers, passthrough.OpenFiles
 
 
 def _backing_is_kept_across_copy_up() -> None:
     """Readers of layers go past us, and whoever comes after copy-up joins them."""
-    worth = _Openings._is_worth_it
+    worth = _OpenFiles._is_worth_it
 
-    def is_worth_it(self: openings.Openings, target: openings.Target) -> bool:
+    def is_worth_it(self: passthrough.OpenFiles, target: passthrough.Target) -> bool:
         return worth(self, target._replace(in_upper=True))
 
-    _replace(_Openings, "_is_worth_it", is_worth_it)
+    _replace(_OpenFiles, "_is_worth_it", is_worth_it)
     _joins_readers_of_layers()
 
 
 def _joins_readers_of_layers() -> None:
-    _replace(_Openings, "is_replaced", lambda *_: False)
+    _replace(_OpenFiles, "is_replaced", lambda *_: False)
     _replace(_Files, "_must_be_found_anew", lambda *_: False)
 
 
 def _cached_and_passed_through_at_once() -> None:
     """Each open is decided for itself."""
-    backing = _Openings._backing
+    backing = _OpenFiles._backing
 
-    def decide(self: openings.Openings, way: openings.Way | None, target: openings.Target) -> int:
+    def decide(self: passthrough.OpenFiles, way: passthrough.IoMode | None, target: passthrough.Target) -> int:
         return backing(self, way if way is not None and way.backing else None, target)
 
-    _replace(_Openings, "_backing", decide)
+    _replace(_OpenFiles, "_backing", decide)
 
 
 def _a_backing_for_each_open() -> None:
-    backing = _Openings._backing
-    _replace(_Openings, "_backing", lambda self, way, target: backing(self, None, target))
+    backing = _OpenFiles._backing
+    _replace(_OpenFiles, "_backing", lambda self, way, target: backing(self, None, target))
 
 
 def _pages_survive_writes_past_us() -> None:
-    past_us = _Openings._past_us
+    give_backing = _OpenFiles._passthrough
 
-    def keep(self: openings.Openings, target: openings.Target, *rest: Any) -> Any:
+    def keep(self: passthrough.OpenFiles, target: passthrough.Target, *rest: Any) -> Any:
         complete = target.nodeid in self._complete
-        found = past_us(self, target, *rest)
+        found = give_backing(self, target, *rest)
         if complete:
             self._complete.add(target.nodeid)
         self._outdated.discard(target.nodeid)
         through, flags, number = found
-        return through, flags | openings.KEEP_CACHE, number
+        return through, flags | passthrough.KEEP_CACHE, number
 
-    _replace(_Openings, "_past_us", keep)
+    _replace(_OpenFiles, "_passthrough", keep)
 
 
 def _set_id_bits_stay() -> None:
@@ -86,7 +87,7 @@ def _the_capability_is_kept() -> None:
 
 def _attributes_are_remembered() -> None:
     """Also those that change past us."""
-    _replace(_Openings, "changes_unseen", lambda *_: False)
+    _replace(_OpenFiles, "changes_unseen", lambda *_: False)
 
 
 def _stale_every_time() -> None:

@@ -10,8 +10,8 @@ import trio
 
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.caching_policy import CachingPolicy
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.fuse.policy import CachingPolicy
 from overlayfs.mount.commits import Commits, Committed
 from overlayfs.mount.options import Lodging
 from overlayfs.store.committing import Commit

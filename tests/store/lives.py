@@ -26,7 +26,7 @@ def live(place: Path, seed: int, generations: int) -> FsDriver:
         if generation % 2:
             tree.rotate()
         elif generation:
-            tree.reseat()
+            tree.rotation()
         for _ in range(STEPS):
             generator.operation().run(tree)
     return tree

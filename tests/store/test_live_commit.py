@@ -351,7 +351,7 @@ def test_a_failed_move_changes_nothing(site: Site) -> None:
             raise oserror(errno.EXDEV)
 
         with pytest.raises(OSError, match="cross-device"):
-            overlay.prepare_reseat().switch(os.fsencode(upcoming), os.fsencode(site.place / "layer"), fail)
+            overlay.prepare_rotation().switch(os.fsencode(upcoming), os.fsencode(site.place / "layer"), fail)
         overlay.write(fh, 0, b"NEW")
         assert (site.place / "store" / "workspaces" / NAME / "upper" / "new").read_bytes() == b"NEW"
         overlay.release(fh)
@@ -362,7 +362,7 @@ def test_a_failed_move_changes_nothing(site: Site) -> None:
 
 def test_files_that_are_written_past_us(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
     make(used.overlay, "new", b"new")
-    monkeypatch.setattr(used.engine, "nodes_written_past_us", lambda: {at(used.overlay, "new")})
+    monkeypatch.setattr(used.engine, "nodes_written_in_passthrough", lambda: {at(used.overlay, "new")})
     with pytest.raises(UserError, match="io=cached"):
         used.commit()
     assert len(used.overlay.config.lower) == 2

@@ -16,12 +16,12 @@ from random import Random
 import trio
 
 from overlayfs import Overlay, StackConfig
+from overlayfs.fuse.caching_policy import caching
 from overlayfs.fuse.engine import MountSettings
-from overlayfs.fuse.kernel.desk import Reply, received
 from overlayfs.fuse.kernel.engine import KernelEngine
-from overlayfs.fuse.kernel.openings import Io
+from overlayfs.fuse.kernel.passthrough import Io
 from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, OUT_HEADER, Op
-from overlayfs.fuse.policy import caching
+from overlayfs.fuse.kernel.session import Reply, received
 
 UNANSWERED = {Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT}
 OFFERED = 0x5FD_73FF_FFFB  # what Linux 6.18 offers
@@ -112,7 +112,7 @@ class Campaign(logging.Handler):
         try:
             self._shake_hands()
             async with trio.open_nursery() as nursery:
-                self.engine._desk.nursery = nursery
+                self.engine._session.nursery = nursery
                 for unique in range(2, 2 * count + 2, 2):
                     await self._one(unique)
         finally:
@@ -135,7 +135,7 @@ class Campaign(logging.Handler):
         except Exception as error:
             self.wrong.append(f"{self._what}: raised {error!r}")
         with trio.move_on_after(20) as limit:
-            while self.engine._desk.waiting or not (self.engine.replies or op in UNANSWERED):
+            while self.engine._session.waiting or not (self.engine.replies or op in UNANSWERED):
                 await trio.lowlevel.checkpoint()
         if limit.cancelled_caught:
             self.wrong.append(f"{self._what}: no answer")

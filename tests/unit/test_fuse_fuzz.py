@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs import Overlay, StackConfig
-from overlayfs.fuse.kernel.openings import Io
+from overlayfs.fuse.kernel.passthrough import Io
 from overlayfs.fuse.kernel.protocol import LAYOUTS, OUT_HEADER, Op
 from tests.support.disks import disk
 from tests.unit.fuse_fuzz import OFFERED, Recorder, campaign

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from overlayfs import Overlay, StackConfig
-from overlayfs.fuse.kernel.openings import Io
+from overlayfs.fuse.kernel.passthrough import Io
 from overlayfs.fuse.kernel.protocol import LAYOUTS, OUT_HEADER, Op
 from tests.unit.fuse_fuzz import OFFERED, Recorder
 
@@ -39,7 +39,7 @@ def _run(engine: Recorder, story: Callable[[], Awaitable[None]]) -> None:
     async def live() -> None:
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
-                engine._desk.nursery = nursery
+                engine._session.nursery = nursery
                 await story()
 
     trio.run(live)
@@ -75,7 +75,7 @@ def test_who_waits_at_the_gate_goes_and_nothing_is_done(engine: Recorder, place:
     _run(engine, story)
     assert _answers(engine) == {2: errno.EINTR, 4: 0}
     assert os.listdir(place / "u") == ["waited for"]
-    assert not engine._desk.waiting
+    assert not engine._session.waiting
 
 
 def test_a_copy_up_that_has_begun_is_finished(engine: Recorder, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

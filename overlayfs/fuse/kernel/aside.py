@@ -11,8 +11,8 @@ import trio
 
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fs.space import CHANGING_REQUESTS
-from overlayfs.fuse.kernel.desk import Request, received
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Op
+from overlayfs.fuse.kernel.session import Request, received
 
 log = logging.getLogger(__name__)
 

@@ -66,7 +66,7 @@ class Connection:
             _write(self.fd, (OUT_HEADER.pack(length, kind, 0), *parts))
 
 
-class Backings:
+class BackingFiles:
     """Files of layers that the kernel reads and writes by itself (FUSE passthrough, since Linux 6.9)."""
 
     def __init__(self, fd: int) -> None:

@@ -18,20 +18,20 @@ from overlayfs import sysio
 from overlayfs.errors import MountError
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.caching_policy import CachingPolicy
 from overlayfs.fuse.engine import Engine, MountSettings
 from overlayfs.fuse.kernel.aside import Aside
-from overlayfs.fuse.kernel.connection import Attacher, Attachment, Backings, Connection
-from overlayfs.fuse.kernel.desk import KINDS, Desk, Handler, Reply, Request, received
-from overlayfs.fuse.kernel.files import FileRequests
+from overlayfs.fuse.kernel.busy_poll import BusyPoll
+from overlayfs.fuse.kernel.connection import Attacher, Attachment, BackingFiles, Connection
+from overlayfs.fuse.kernel.handlers.attributes import AttributeHandlers
+from overlayfs.fuse.kernel.handlers.files import FileHandlers
+from overlayfs.fuse.kernel.handlers.names import NameHandlers
+from overlayfs.fuse.kernel.handlers.readdir import DirectoryHandlers
 from overlayfs.fuse.kernel.handshake import MAX_WRITE, Agreement, TooOldError, Wishes, agree
-from overlayfs.fuse.kernel.listings import ListingRequests
-from overlayfs.fuse.kernel.names import NameRequests
-from overlayfs.fuse.kernel.nodes import NodeRequests
-from overlayfs.fuse.kernel.openings import Io, Openings
+from overlayfs.fuse.kernel.passthrough import Io, OpenFiles
 from overlayfs.fuse.kernel.protocol import LAYOUTS, MAJOR, OUT_HEADER, Init, Op
-from overlayfs.fuse.kernel.spin import Spin
-from overlayfs.fuse.kernel.standin import StandIn
-from overlayfs.fuse.policy import CachingPolicy
+from overlayfs.fuse.kernel.session import KINDS, Handler, Reply, Request, Session, received
+from overlayfs.fuse.kernel.standby import Standby
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +47,17 @@ class KernelEngine(Engine):
     name = "kernel"
 
     def __init__(
-        self, overlay: Overlay, policy: CachingPolicy, attacher: Attacher, io: Io = Io.AUTO, spin: float | None = None
+        self,
+        overlay: Overlay,
+        policy: CachingPolicy,
+        attacher: Attacher,
+        io: Io = Io.AUTO,
+        busy_poll: float | None = None,
     ) -> None:
         super().__init__(overlay, policy)
         self._attacher = attacher
         self._io = io
-        self._spin = Spin(spin)
+        self._busy_poll = BusyPoll(busy_poll)
         self._buffer = bytearray(_BUFFER)
         self._into = [self._buffer]
         self._view = memoryview(self._buffer)
@@ -60,7 +65,7 @@ class KernelEngine(Engine):
         self._attachment: Attachment | None = None
         self._scope = trio.CancelScope()
         self._ended = False
-        self._files: FileRequests | None = None
+        self._files: FileHandlers | None = None
 
     # --- the life of a mount ---------------------------------------------------------------------------
 
@@ -76,23 +81,23 @@ class KernelEngine(Engine):
         await self._shake_hands()
         ready()
         async with trio.open_nursery() as nursery:
-            self._desk.nursery = nursery
-            with self._scope, self._stood_in_for():
+            self._session.nursery = nursery
+            with self._scope, self._with_standby():
                 await self._serve()
             nursery.cancel_scope.cancel()
 
     @contextmanager
-    def _stood_in_for(self) -> Iterator[None]:
+    def _with_standby(self) -> Iterator[None]:
         """Within this context somebody else answers while a change waits for a disk. Without an upper none does."""
         if self.overlay.read_only:
             yield
             return
-        sysio.guard = stand_in = StandIn(Aside(self._fd, _BUFFER, self.overlay, self._handle))
+        sysio.guard = standby = Standby(Aside(self._fd, _BUFFER, self.overlay, self._handle))
         try:
             yield
         finally:
             sysio.guard = None
-            stand_in.close()
+            standby.close()
 
     def stop(self) -> None:
         """Make `serve` return."""
@@ -116,9 +121,9 @@ class KernelEngine(Engine):
         """Have the kernel write out and drop the pages of a file, and return when it has."""
         self._connection.drop_pages(number)
 
-    def nodes_written_past_us(self) -> set[Node]:
+    def nodes_written_in_passthrough(self) -> set[Node]:
         """Return the nodes whose files in the upper clients may write without our seeing it."""
-        return set() if self._files is None else self._files.nodes_written_past_us()
+        return set() if self._files is None else self._files.nodes_written_in_passthrough()
 
     # --- the handshake ---------------------------------------------------------------------------------
 
@@ -163,13 +168,13 @@ class KernelEngine(Engine):
 
     def _build(self, agreement: Agreement) -> None:
         passes = bool(agreement.features & Init.PASSTHROUGH)
-        backings = Backings(self._fd) if passes else None
-        openings = Openings(self._connection, backings, self._io, self.policy.keep_cache)
-        self._desk = Desk(self, self._connection, openings, self._settings, agreement.features, self._send)
-        self._files = files = FileRequests(self._desk)
-        nodes = NodeRequests(self._desk)
-        names = NameRequests(self._desk, (files.forget, nodes.forget))
-        groups = (names, nodes, ListingRequests(self._desk), files)
+        backing_files = BackingFiles(self._fd) if passes else None
+        open_files = OpenFiles(self._connection, backing_files, self._io, self.policy.keep_cache)
+        self._session = Session(self, self._connection, open_files, self._settings, agreement.features, self._send)
+        self._files = files = FileHandlers(self._session)
+        nodes = AttributeHandlers(self._session)
+        names = NameHandlers(self._session, (files.forget, nodes.forget))
+        groups = (names, nodes, DirectoryHandlers(self._session), files)
         for group in groups:
             self._handlers.update(group.handlers)
         log.debug("FUSE 7.%d: %s", agreement.minor, agreement.features)
@@ -177,18 +182,18 @@ class KernelEngine(Engine):
     # --- the loop --------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        spin, clock = self._spin, self._spin.clock
+        busy_poll, clock = self._busy_poll, self._busy_poll.clock
         while not self._ended:
             if self._drain():
                 await trio.lowlevel.checkpoint()
                 continue
             began = clock()
             await trio.lowlevel.wait_readable(self._fd)
-            spin.waited(clock() - began)
+            busy_poll.waited(clock() - began)
 
     def _drain(self) -> bool:
         """Answer what is there, and what comes while it pays to look; return whether others must have their turn."""
-        clock = self._spin.clock
+        clock = self._busy_poll.clock
         empty_since = 0.0
         answered = 0
         while answered < _TURN:
@@ -198,11 +203,11 @@ class KernelEngine(Engine):
                 answered += 1
                 empty_since = 0.0
             elif length is None:
-                if self._ended or self._desk.is_busy:
+                if self._ended or self._session.is_busy:
                     return False
                 now = clock()
                 empty_since = empty_since or now
-                if now - empty_since >= self._spin.seconds:
+                if now - empty_since >= self._busy_poll.seconds:
                     return False
         return True
 
@@ -227,15 +232,15 @@ class KernelEngine(Engine):
         if kind is not None:
             self.counters[kind] += 1
         if handler is None:
-            self._send(self._desk.refused(request, errno.ENOSYS))
+            self._send(self._session.refused(request, errno.ENOSYS))
             return
         if self._settings.allow_root and self._is_foreign(request):
-            self._send(self._desk.refused(request, errno.EACCES))
+            self._send(self._session.refused(request, errno.EACCES))
             return
         try:
             reply = handler(request)
         except Exception as error:
-            reply = None if request.op in _UNANSWERED else self._desk.error(request, error)
+            reply = None if request.op in _UNANSWERED else self._session.error(request, error)
         self._send(reply)
 
     def _is_foreign(self, request: Request) -> bool:

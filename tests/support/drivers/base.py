@@ -27,7 +27,7 @@ class Tree(ABC):
     """A union tree in use. Paths are relative to its root; `err` is the errno expected instead of a result."""
 
     name: ClassVar[str]
-    can_reseat: ClassVar[bool] = False
+    can_rotate: ClassVar[bool] = False
 
     def __init__(self, stack: Stack, options: Options | None = None) -> None:
         self.stack = stack
@@ -72,7 +72,7 @@ class Tree(ABC):
     def commit(self, layer: "os.PathLike[str]") -> None:
         """Make the upper a new layer directory."""
 
-    def reseat(self) -> None:
+    def rotation(self) -> None:
         """Commit the upper while the tree is in use, open files included."""
         raise AssertionError(f"{self.name} cannot do that")
 

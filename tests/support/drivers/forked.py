@@ -75,7 +75,7 @@ class ForkedImage(ForkedMount):
     """A mount of an image: the layers of the stack become those of a store, which brings upper and work directory."""
 
     name = "forked-image"
-    can_reseat = True
+    can_rotate = True
 
     def __init__(self, stack: Stack, options: Options | None = None) -> None:
         assert stack.upper is None
@@ -94,10 +94,10 @@ class ForkedImage(ForkedMount):
 
     def rotate(self) -> None:
         """Make the upper a layer of the store, and mount what is there then."""
-        self.reseat()
+        self.rotation()
         self.remount()
 
-    def reseat(self) -> None:
+    def rotation(self) -> None:
         """Commit into the store."""
         control.request(self._point, "commit-image", allow_empty=True)
         with LayerStore(self.store) as store:

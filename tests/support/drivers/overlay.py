@@ -296,7 +296,7 @@ class FsDriver(Tree):
     """`overlayfs.Overlay` used directly; options are fields of its configuration."""
 
     name = "fs"
-    can_reseat = True
+    can_rotate = True
 
     def _start(self) -> Raw:
         stack = self.stack
@@ -318,7 +318,7 @@ class FsDriver(Tree):
     def commit(self, layer: os.PathLike[str]) -> None:
         commit_mounted(self.overlay, os.fsencode(layer))
 
-    def reseat(self) -> None:
+    def rotation(self) -> None:
         """Make the upper a layer and go on with a fresh one, handles and numbers included, as a live commit does."""
         stack = self.stack
         assert stack.upper is not None
@@ -330,7 +330,7 @@ class FsDriver(Tree):
             os.rename(upper, layer)
             os.rename(upcoming, upper)
 
-        self.overlay.prepare_reseat().switch(os.fsencode(upcoming), os.fsencode(layer), move)
+        self.overlay.prepare_rotation().switch(os.fsencode(upcoming), os.fsencode(layer), move)
         stack.lengthen(layer)
 
     def run_as(self, user: User, act: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
 from overlayfs.fuse import engine, pyfuse3_engine
-from overlayfs.fuse.kernel import desk
+from overlayfs.fuse.kernel import session
 from overlayfs.tree.layer import Entry, Layer
 from overlayfs.union.resolve import Kind
 
@@ -40,7 +40,7 @@ def _map_disk_errors_alone(error: Exception, kind: str) -> int:
 def escaping_exceptions() -> Iterator[None]:
     """Return the patch for M7: the edge forgets descriptors and memory that have run out, and whatever is a defect."""
     with (
-        mock.patch.object(desk, "reply_errno", _map_disk_errors_alone),
+        mock.patch.object(session, "reply_errno", _map_disk_errors_alone),
         mock.patch.object(pyfuse3_engine, "reply_errno", _map_disk_errors_alone),
     ):
         yield

@@ -5,13 +5,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
-from overlayfs.fs import reseat
+from overlayfs.fs import rotate
 from overlayfs.fs.attributes import Attributes, Changes
-from overlayfs.fs.lifting import Lifting, LiftStep, Need
+from overlayfs.fs.copyup import CopyUp, CopyUpStep, Requirement
 from overlayfs.fs.nodes import File, Node, NodeTable
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.copyup import CopyUpRunner
 from overlayfs.fuse.kernel.engine import KernelEngine
-from overlayfs.fuse.lift import Lifter
 from overlayfs.tree.upper import Upper
 
 NO_OPAQUE = "a new directory is not made opaque"
@@ -32,14 +32,14 @@ def _writer_kept(node: File, writer: int) -> None:
 
 @contextmanager
 def _no_lock() -> Iterator[None]:
-    async def take(self: Lifter, step: LiftStep, node: Node, need: Need) -> None:
+    async def take(self: CopyUpRunner, step: CopyUpStep, node: Node, requirement: Requirement) -> None:
         """Copy at once."""
         await self._carry_out(step)
 
-    def begun(self: Lifting, node: Node) -> None:
+    def begun(self: CopyUp, node: Node) -> None:
         """Let others begin too."""
 
-    with mock.patch.object(Lifter, "_take", take), mock.patch.object(Lifting, "begun", begun):
+    with mock.patch.object(CopyUpRunner, "_take", take), mock.patch.object(CopyUp, "begun", begun):
         yield
 
 
@@ -57,9 +57,9 @@ _CHANGE = Overlay.set_attributes
 
 MUTANTS: dict[str, Callable[[], Any]] = {
     NO_OPAQUE: lambda: mock.patch.object(Upper, "set_opaque", _no_opaque),
-    WRITER_KEPT: lambda: mock.patch.object(reseat, "_retire_writer", _writer_kept),
+    WRITER_KEPT: lambda: mock.patch.object(rotate, "_retire_writer", _writer_kept),
     NO_LOCK: _no_lock,
-    ALONE: lambda: mock.patch.object(KernelEngine, "_stood_in_for", return_value=nullcontext()),
+    ALONE: lambda: mock.patch.object(KernelEngine, "_with_standby", return_value=nullcontext()),
     CUTS_IGNORED: lambda: mock.patch.object(Overlay, "set_attributes", _cut),
     DEAF: lambda: mock.patch.object(NodeTable, "forget", _deaf),
 }

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from overlayfs.fuse.kernel.openings import LARGE, STORED, Io, Openings, ReplacedError, Target
+from overlayfs.fuse.kernel.passthrough import LARGE, STORED, Io, OpenFiles, ReplacedError, Target
 from overlayfs.fuse.kernel.protocol import Open
 
 
@@ -20,7 +20,7 @@ class FakeKernel:
 
     def __init__(self, problem: int = 0) -> None:
         self.problem = problem
-        self.backings: dict[int, int] = {}  # id -> descriptor
+        self.backing_files: dict[int, int] = {}  # id -> descriptor
         self.next = 1
         self.stored: list[tuple[int, bytes]] = []
 
@@ -29,12 +29,12 @@ class FakeKernel:
     def open(self, fd: int) -> int:
         if self.problem:
             raise OSError(self.problem, os.strerror(self.problem))
-        self.backings[self.next] = fd
+        self.backing_files[self.next] = fd
         self.next += 1
         return self.next - 1
 
     def close(self, number: int) -> None:
-        del self.backings[number]  # KeyError: closed twice
+        del self.backing_files[number]  # KeyError: closed twice
 
     # Connection
 
@@ -42,9 +42,9 @@ class FakeKernel:
         self.stored.append((nodeid, data))
 
 
-def openings(kernel: FakeKernel, io: Io = Io.AUTO, keep_cache: bool = True, passes: bool = True) -> Openings:
+def open_files(kernel: FakeKernel, io: Io = Io.AUTO, keep_cache: bool = True, passes: bool = True) -> OpenFiles:
     """The real thing over a fake kernel."""
-    return Openings(kernel, kernel if passes else None, io, keep_cache)  # type: ignore[arg-type]
+    return OpenFiles(kernel, kernel if passes else None, io, keep_cache)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -69,19 +69,19 @@ def target(nodeid: int = 5, upper: bool = True, writes: bool = True, size: int =
 
 def test_writers_of_the_upper_go_past_us_by_one_id() -> None:
     kernel = FakeKernel()
-    ways = openings(kernel)
+    ways = open_files(kernel)
     assert ways.open(target()) == (True, Open.PASSTHROUGH, 1)
     assert ways.open(target(writes=False)) == (True, Open.PASSTHROUGH, 1)
     ways.close(5, True)
-    assert kernel.backings
+    assert kernel.backing_files
     ways.close(5, True)
-    assert not kernel.backings
+    assert not kernel.backing_files
     assert ways.open(target()) == (True, Open.PASSTHROUGH, 2)
     ways.close(5, True)
 
 
 def test_who_comes_while_a_cached_open_lives_is_cached() -> None:
-    ways = openings(FakeKernel())
+    ways = open_files(FakeKernel())
     assert ways.open(target(writes=False, upper=False))[0] is False
     assert ways.open(target())[0] is False
     ways.close(5, False)
@@ -94,14 +94,14 @@ def test_who_comes_while_a_cached_open_lives_is_cached() -> None:
 @pytest.mark.parametrize("size", [LARGE, LARGE * 100])
 def test_large_files_of_layers(size: int) -> None:
     reader = target(upper=False, writes=False, size=size)
-    assert openings(FakeKernel()).open(reader)[0] is False
-    assert openings(FakeKernel(), Io.PASSTHROUGH).open(reader)[0] is True
-    assert openings(FakeKernel(), Io.CACHED).open(reader)[0] is False
+    assert open_files(FakeKernel()).open(reader)[0] is False
+    assert open_files(FakeKernel(), Io.PASSTHROUGH).open(reader)[0] is True
+    assert open_files(FakeKernel(), Io.CACHED).open(reader)[0] is False
 
 
 def test_a_writer_never_gets_the_file_of_a_layer() -> None:
     kernel = FakeKernel()
-    ways = openings(kernel, Io.PASSTHROUGH)
+    ways = open_files(kernel, Io.PASSTHROUGH)
     reader = target(upper=False, writes=False, size=LARGE)
     assert ways.open(reader)[0] is True
     with pytest.raises(ReplacedError):
@@ -109,19 +109,19 @@ def test_a_writer_never_gets_the_file_of_a_layer() -> None:
     with pytest.raises(ReplacedError):  # readers would see the old data for ever
         ways.open(target(writes=False, size=LARGE))
     ways.close(5, True)
-    assert not kernel.backings and ways.open(target(size=LARGE))[0] is True
+    assert not kernel.backing_files and ways.open(target(size=LARGE))[0] is True
 
 
 @pytest.mark.parametrize("mode", [0o4755, 0o2755, 0o6777])
 def test_set_id_files_go_through_us(mode: int) -> None:
     """The kernel would drop the bits at any write past us, root's too, which keeps them on a local file system."""
-    assert openings(FakeKernel()).open(target(mode=mode))[0] is False
+    assert open_files(FakeKernel()).open(target(mode=mode))[0] is False
 
 
 @pytest.mark.parametrize("problem", [errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP])
 def test_where_the_kernel_cannot_it_is_not_asked_again(problem: int) -> None:
     kernel = FakeKernel(problem)
-    ways = openings(kernel)
+    ways = open_files(kernel)
     assert ways.open(target())[0] is False
     kernel.problem = 0
     assert ways.open(target(6))[0] is False
@@ -129,7 +129,7 @@ def test_where_the_kernel_cannot_it_is_not_asked_again(problem: int) -> None:
 
 def test_content_is_given_once_and_kept(small: Callable[[bytes], int]) -> None:
     kernel = FakeKernel()
-    ways = openings(kernel)
+    ways = open_files(kernel)
     reader = Target(5, small(b"content"), False, False, 7, stat.S_IFREG | 0o644)
     for _ in range(3):
         assert ways.open(reader) == (False, Open.KEEP_CACHE, 0)
@@ -143,19 +143,19 @@ def test_content_is_given_once_and_kept(small: Callable[[bytes], int]) -> None:
 @pytest.mark.parametrize("size", [0, STORED + 1])
 def test_nothing_and_large_files_are_not_given(small: Callable[[bytes], int], size: int) -> None:
     kernel = FakeKernel()
-    openings(kernel).open(Target(5, small(b"x" * size), False, False, size, stat.S_IFREG))
+    open_files(kernel).open(Target(5, small(b"x" * size), False, False, size, stat.S_IFREG))
     assert not kernel.stored
 
 
 def test_a_file_that_is_shorter_than_its_size_is_not_given(small: Callable[[bytes], int]) -> None:
     kernel = FakeKernel()
-    openings(kernel).open(Target(5, small(b"x"), False, False, 2, stat.S_IFREG))
+    open_files(kernel).open(Target(5, small(b"x"), False, False, 2, stat.S_IFREG))
     assert not kernel.stored
 
 
 def test_pages_from_before_a_write_past_us_are_dropped_once(small: Callable[[bytes], int]) -> None:
     kernel = FakeKernel()
-    ways = openings(kernel)
+    ways = open_files(kernel)
     ways.open(target(size=STORED * 2))
     ways.close(5, True)
     reader = Target(5, small(b""), True, False, STORED + 1, stat.S_IFREG)
@@ -167,7 +167,7 @@ def test_pages_from_before_a_write_past_us_are_dropped_once(small: Callable[[byt
 
 def test_content_is_given_anew_after_a_write_past_us(small: Callable[[bytes], int]) -> None:
     kernel = FakeKernel()
-    ways = openings(kernel)
+    ways = open_files(kernel)
     reader = Target(5, small(b"old"), True, False, 3, stat.S_IFREG)
     ways.open(reader)
     ways.close(5, False)
@@ -179,7 +179,7 @@ def test_content_is_given_anew_after_a_write_past_us(small: Callable[[bytes], in
 
 def test_where_others_change_the_layers_nothing_is_kept(small: Callable[[bytes], int]) -> None:
     kernel = FakeKernel()
-    ways = openings(kernel, keep_cache=False, passes=False)
+    ways = open_files(kernel, keep_cache=False, passes=False)
     assert ways.open(Target(5, small(b"x"), False, False, 1, stat.S_IFREG)) == (False, 0, 0)
     assert not kernel.stored
 
@@ -192,7 +192,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(io=st.sampled_from(list(Io)), sizes=st.lists(st.sampled_from([0, 10, LARGE]), min_size=3, max_size=3))
     def begin(self, io: Io, sizes: list[int]) -> None:
         self.kernel = FakeKernel()
-        self.ways = openings(self.kernel, io)
+        self.ways = open_files(self.kernel, io)
         self.sizes = sizes
         self.in_upper = [False, False, False]
         self.number = [10, 20, 30]  # what the kernel knows the files by now
@@ -219,12 +219,12 @@ class Machine(RuleBasedStateMachine):
         assert bool(flags & Open.PASSTHROUGH) == through == bool(backing)
         assert not (writes and through and not upper), "a writer got a layer's file"
         if through:
-            assert self.kernel.backings[backing] == fd, "it reads another file than it opened"
+            assert self.kernel.backing_files[backing] == fd, "it reads another file than it opened"
         self.modes.setdefault(number, []).append((through, backing, not upper))
         return number, through, backing, not upper
 
     @rule(which=st.integers(0, 2))
-    def lift(self, which: int) -> None:
+    def copy_up(self, which: int) -> None:
         self.in_upper[which] = True
 
     @rule(handle=consumes(handles))
@@ -245,7 +245,7 @@ class Machine(RuleBasedStateMachine):
     def ids_live_as_long_as_their_opens(self) -> None:
         if hasattr(self, "kernel"):
             used = {backing for opened in self.modes.values() for through, backing, _ in opened if through}
-            assert set(self.kernel.backings) == used
+            assert set(self.kernel.backing_files) == used
             assert all(self.ways.is_open(number) for number in self.modes)
 
 

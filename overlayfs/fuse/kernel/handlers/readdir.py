@@ -6,8 +6,8 @@ import stat
 from overlayfs.errors import oserror
 from overlayfs.fs.nodes import Dir, Node
 from overlayfs.fuse.engine import UNKNOWN_NUMBER
-from overlayfs.fuse.kernel.desk import Desk, Handler, Reply, Request, file_type
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Op, padded
+from overlayfs.fuse.kernel.session import Handler, Reply, Request, Session, file_type
 
 _READ = LAYOUTS["read_in"]
 _ENTRY = LAYOUTS["direntplus"]
@@ -17,12 +17,12 @@ _DIRENT = LAYOUTS["dirent"]
 DOTS = 2  # positions up to here belong to "." and ".."
 
 
-class ListingRequests:
+class DirectoryHandlers:
     """The handlers."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-        self._overlay = desk.overlay
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._overlay = session.overlay
         self.handlers: dict[int, Handler] = {
             Op.OPENDIR: self.opendir,
             Op.READDIRPLUS: self.readdirplus,
@@ -32,19 +32,19 @@ class ListingRequests:
 
     def opendir(self, request: Request) -> Reply:
         """Decline for good where listings stay true: the kernel then keeps them, and asks by node."""
-        if self._desk.policy.keep_cache and self._desk.features & Init.NO_OPENDIR_SUPPORT:
-            return self._desk.refused(request, errno.ENOSYS)
-        self._overlay.release_dir(self._overlay.open_dir(self._desk.node(request.nodeid)))
-        return self._desk.done(request, LAYOUTS["open_out"].encode())
+        if self._session.policy.keep_cache and self._session.features & Init.NO_OPENDIR_SUPPORT:
+            return self._session.refused(request, errno.ENOSYS)
+        self._overlay.release_dir(self._overlay.open_dir(self._session.node(request.nodeid)))
+        return self._session.done(request, LAYOUTS["open_out"].encode())
 
     def releasedir(self, request: Request) -> Reply:
         """There is nothing to give back."""
-        return self._desk.done(request)
+        return self._session.done(request)
 
     def readdirplus(self, request: Request) -> Reply:
         """Fill one reply with entries and their attributes, each of which counts as a look-up."""
         _, position, size, *_ = _READ.unpack_from(request.body)
-        node = self._desk.node(request.nodeid)
+        node = self._session.node(request.nodeid)
         if not isinstance(node, Dir):
             raise oserror(errno.ENOTDIR)
         reply = bytearray()
@@ -56,8 +56,8 @@ class ListingRequests:
                 break
             reply += record
             if shown is not None:
-                self._desk.identities.remember(shown)
-        return self._desk.done(request, bytes(reply))
+                self._session.node_ids.remember(shown)
+        return self._session.done(request, bytes(reply))
 
     def _record(self, name: bytes, child: Node | None, onward: int) -> tuple[Node | None, bytes]:
         """Return the node that counts as looked up, and the record: a name alone for what cannot be looked at."""
@@ -67,7 +67,7 @@ class ListingRequests:
             found = None
         if child is None or found is None:
             return None, _NO_NODE + _DIRENT.pack(UNKNOWN_NUMBER, onward, len(name), 0) + padded(name)
-        fields = self._desk.entry_fields(self._desk.identities.number(child), child, found)
+        fields = self._session.entry_fields(self._session.node_ids.number(child), child, found)
         return child, _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
 
     def _add_dots(self, reply: bytearray, node: Dir, position: int) -> None:
@@ -80,4 +80,4 @@ class ListingRequests:
 
     def fsyncdir(self, request: Request) -> Reply:
         """Answer when the directory and the chain above it are durable."""
-        return self._desk.synced(request, self._overlay.prepare_fsync_dir_at(self._desk.node(request.nodeid)))
+        return self._session.synced(request, self._overlay.prepare_fsync_dir_at(self._session.node(request.nodeid)))

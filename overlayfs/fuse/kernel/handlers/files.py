@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 
 from overlayfs.errors import oserror
 from overlayfs.fs.attributes import after_change
-from overlayfs.fs.lifting import Need
+from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import File, Node
 from overlayfs.fs.overlay import Overlay
-from overlayfs.fuse.kernel.desk import Desk, Handler, Reply, Request
 from overlayfs.fuse.kernel.handshake import MAX_WRITE
-from overlayfs.fuse.kernel.openings import KEEP_CACHE, Target
+from overlayfs.fuse.kernel.passthrough import KEEP_CACHE, Target
 from overlayfs.fuse.kernel.protocol import (
     FSYNC_FDATASYNC,
     LAYOUTS,
@@ -22,6 +21,7 @@ from overlayfs.fuse.kernel.protocol import (
     Init,
     Op,
 )
+from overlayfs.fuse.kernel.session import Handler, Reply, Request, Session
 
 _OPEN = LAYOUTS["open_in"]
 _OPEN_REPLY = LAYOUTS["open_reply"]
@@ -53,17 +53,17 @@ class _Opened:
         self.through = through
 
 
-class FileRequests:
+class FileHandlers:
     """The handlers."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-        self._overlay = desk.overlay
-        self._openings = desk.openings
-        self._no_open = desk.overlay.read_only and bool(desk.features & Init.NO_OPEN_SUPPORT)
-        self._kills = bool(desk.features & Init.HANDLE_KILLPRIV_V2)  # set-id bits are ours to drop
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._overlay = session.overlay
+        self._open_files = session.open_files
+        self._no_open = session.overlay.read_only and bool(session.features & Init.NO_OPEN_SUPPORT)
+        self._kills = bool(session.features & Init.HANDLE_KILLPRIV_V2)  # set-id bits are ours to drop
         self._opened: dict[int, _Opened] = {}
-        self._unopened = _Unopened(desk.overlay)
+        self._unopened = _Unopened(session.overlay)
         self._buffer = memoryview(bytearray(MAX_WRITE))  # for what is read at once: its reply leaves before the next
         self.handlers: dict[int, Handler] = {
             Op.OPEN: self.open,
@@ -82,7 +82,7 @@ class FileRequests:
 
     def forget(self, nodeid: int) -> None:
         """The kernel has let a number go."""
-        self._openings.forget(nodeid)
+        self._open_files.forget(nodeid)
         self._unopened.forget(nodeid)
 
     # --- opening ---------------------------------------------------------------------------------------
@@ -90,23 +90,23 @@ class FileRequests:
     def open(self, request: Request) -> Reply:
         """Open a file; O_TRUNC arrives here and no SETATTR follows. Without an upper nobody needs to open."""
         if self._no_open:
-            return self._desk.refused(request, errno.ENOSYS)
+            return self._session.refused(request, errno.ENOSYS)
         flags, open_flags = _OPEN.unpack_from(request.body)
-        node = self._desk.node(request.nodeid)
-        need = self._overlay.needs_of_open(node, flags)
-        if need is None:
+        node = self._session.node(request.nodeid)
+        requirement = self._overlay.requirement_of_open(node, flags)
+        if requirement is None:
             return self._open_complete(request, node) or self._open(request, node, flags, False)
         strip = bool(open_flags & OPEN_KILL_SUIDGID) if self._kills else request.uid != 0
-        lifts = self._overlay.next_lift(node, need) is not None
-        return self._desk.change(
+        lifts = self._overlay.next_copy_up(node, requirement) is not None
+        return self._session.change(
             request,
-            lambda: ((node, need),),
+            lambda: ((node, requirement),),
             lambda: self._open(request, node, flags, strip, changed=lifts or bool(flags & os.O_TRUNC)),
         )
 
     def _open_complete(self, request: Request, node: Node) -> Reply:
         """Answer for a reader of a file that the kernel holds all of: it will hardly read from us. None for others."""
-        if not self._openings.open_complete(request.nodeid):
+        if not self._open_files.open_complete(request.nodeid):
             return None
         handle = self._overlay.open_later(node)
         self._opened[handle] = _Opened(node, request.nodeid, False)
@@ -116,10 +116,10 @@ class FileRequests:
         nodeid = request.nodeid
         if self._must_be_found_anew(nodeid, node):
             raise self._stale(request, node)
-        handle = self._overlay.open(node, self._desk.policy.backing_flags(flags), request.caller(), strip)
+        handle = self._overlay.open(node, self._session.policy.backing_flags(flags), request.caller(), strip)
         reply_flags, backing = self._way(nodeid, node, handle, flags)
         if changed:
-            self._desk.connection.forget_attributes(nodeid)
+            self._session.connection.forget_attributes(nodeid)
         return _OPEN_REPLY.pack(_OPEN_REPLY.size, 0, request.unique, handle, reply_flags, backing)
 
     def _way(self, nodeid: int, node: Node, handle: int, flags: int) -> tuple[int, int]:
@@ -132,7 +132,7 @@ class FileRequests:
             fd = self._overlay.descriptor(handle, writes)
             found = after_change(lambda: os.fstat(fd))
             own, direct, maps = _has_own_data(node), bool(flags & os.O_DIRECT), flags & os.O_ACCMODE == os.O_RDWR
-            through, reply_flags, backing = self._openings.open(
+            through, reply_flags, backing = self._open_files.open(
                 Target(nodeid, fd, own, writes, found.st_size, found.st_mode, direct, maps)
             )
         except BaseException:
@@ -143,80 +143,80 @@ class FileRequests:
 
     def _must_be_found_anew(self, nodeid: int, node: Node) -> bool:
         """Return whether a file cannot be opened by this number any more: its inode reads a file of a layer past us."""
-        replaced = self._desk.identities.is_replaced(nodeid, node)
-        return replaced or self._openings.is_replaced(nodeid, _has_own_data(node))
+        replaced = self._session.node_ids.is_replaced(nodeid, node)
+        return replaced or self._open_files.is_replaced(nodeid, _has_own_data(node))
 
     def _stale(self, request: Request, node: Node) -> OSError:
         """Return the error that makes the kernel look the name up again; no caller ever sees it.
 
         Who opens by /proc/self/fd has no name to look up and comes again at once: it is told that the file is busy.
         """
-        desk, nodeid = self._desk, request.nodeid
-        if desk.sent_back.pop(request.pid, None) == nodeid:
+        session, nodeid = self._session, request.nodeid
+        if session.sent_back.pop(request.pid, None) == nodeid:
             return oserror(errno.EBUSY)
-        desk.sent_back[request.pid] = nodeid
-        if not desk.identities.is_replaced(nodeid, node):
-            desk.identities.renew(node)
-            desk.connection.forget_attributes(nodeid)
+        session.sent_back[request.pid] = nodeid
+        if not session.node_ids.is_replaced(nodeid, node):
+            session.node_ids.renew(node)
+            session.connection.forget_attributes(nodeid)
         return oserror(errno.ESTALE)
 
     def create(self, request: Request) -> Reply:
         """Make and open a file."""
         flags, mode, umask, _ = _CREATE.unpack_from(request.body)
-        name, parent = request.name(_CREATE.size), self._desk.node(request.nodeid)
+        name, parent = request.name(_CREATE.size), self._session.node(request.nodeid)
 
         def act() -> Reply:
-            asked = self._desk.policy.backing_flags(flags)
-            masked = self._desk.masked(parent, mode, umask)
+            asked = self._session.policy.backing_flags(flags)
+            masked = self._session.masked(parent, mode, umask)
             is_new = self._overlay.find(parent, name) is None
             node, handle = self._overlay.create(parent, name, masked, asked, request.caller(umask))
             reply = self._created(request, node, handle, flags)
             if is_new:
-                self._desk.bare.add(self._desk.identities.number(node))
+                self._session.no_caps.add(self._session.node_ids.number(node))
             return reply
 
-        return self._desk.change(request, lambda: self._needs_of_create(parent, name, flags), act)
+        return self._session.change(request, lambda: self._requirements_of_create(parent, name, flags), act)
 
-    def _needs_of_create(self, parent: Node, name: bytes, flags: int) -> Iterator[tuple[Node, Need]]:
-        yield parent, Need.META
+    def _requirements_of_create(self, parent: Node, name: bytes, flags: int) -> Iterator[tuple[Node, Requirement]]:
+        yield parent, Requirement.META
         existing = self._overlay.find(parent, name)
-        if existing is not None and (need := self._overlay.needs_of_open(existing, flags)) is not None:
-            yield existing, need
+        if existing is not None and (requirement := self._overlay.requirement_of_open(existing, flags)) is not None:
+            yield existing, requirement
 
     def tmpfile(self, request: Request) -> Reply:
         """Make and open a file without a name."""
         flags, mode, umask, _ = _CREATE.unpack_from(request.body)
-        parent = self._desk.node(request.nodeid)
+        parent = self._session.node(request.nodeid)
 
         def act() -> Reply:
-            masked = self._desk.masked(parent, mode, umask)
+            masked = self._session.masked(parent, mode, umask)
             node, handle = self._overlay.create_unnamed(parent, masked, request.caller(umask))
             return self._created(request, node, handle, flags)
 
-        return self._desk.change(request, lambda: ((parent, Need.META),), act)
+        return self._session.change(request, lambda: ((parent, Requirement.META),), act)
 
     def _created(self, request: Request, node: Node, handle: int, flags: int) -> Reply:
-        if self._must_be_found_anew(self._desk.identities.number(node), node):
-            self._desk.identities.renew(node)  # it was there already; the reply names the number
-        reply_flags, backing = self._way(self._desk.identities.number(node), node, handle, flags)
+        if self._must_be_found_anew(self._session.node_ids.number(node), node):
+            self._session.node_ids.renew(node)  # it was there already; the reply names the number
+        reply_flags, backing = self._way(self._session.node_ids.number(node), node, handle, flags)
         try:
-            entry = self._desk.entry(request, node)
+            entry = self._session.entry(request, node)
         except BaseException:
             self._close(handle)
             raise
         opened = _OPENED.pack(handle, reply_flags, backing)
-        return self._desk.done(request, entry[_OUT.size :] + opened)
+        return self._session.done(request, entry[_OUT.size :] + opened)
 
     def release(self, request: Request) -> Reply:
         """Forget an open file."""
         handle, *_ = _RELEASE.unpack_from(request.body)
         self._close(handle)
-        return self._desk.done(request)
+        return self._session.done(request)
 
     def _close(self, handle: int) -> None:
         opened = self._opened.pop(handle, None)
         if opened is not None:  # a read-only mount has nothing open
-            self._openings.close(opened.nodeid, opened.through)
+            self._open_files.close(opened.nodeid, opened.through)
             self._overlay.release(handle)
 
     def flush(self, request: Request) -> Reply:
@@ -225,14 +225,14 @@ class FileRequests:
         The kernel takes this one ENOSYS as an answer for the life of the mount and still writes dirty
         mapped pages at close, which saves a round trip for each close.
         """
-        return self._desk.refused(request, errno.ENOSYS)
+        return self._session.refused(request, errno.ENOSYS)
 
     def open_to_write(self) -> set[int]:
         """Return the numbers of the files that somebody may write to through the page cache."""
         opened = ((handle, each) for handle, each in self._opened.items() if not each.through)
         return {each.nodeid for handle, each in opened if self._overlay.may_write(handle)}
 
-    def nodes_written_past_us(self) -> set[Node]:
+    def nodes_written_in_passthrough(self) -> set[Node]:
         """Return the nodes in the upper that somebody has open past us."""
         return {opened.node for opened in self._opened.values() if opened.through and opened.node.in_upper}
 
@@ -243,14 +243,14 @@ class FileRequests:
         handle, offset, size, *_ = _READ.unpack_from(request.body)
         size = min(size, MAX_WRITE)
         if not handle:
-            handle = self._unopened.handle(request.nodeid, self._desk.node(request.nodeid))
+            handle = self._unopened.handle(request.nodeid, self._session.node(request.nodeid))
         try:
             count = self._overlay.fill(handle, offset, self._buffer[:size])
             return self._data(request, self._buffer[:count])
         except BlockingIOError:
             pass
         call = self._overlay.prepare_read(handle, offset, size)
-        self._desk.in_thread(request, call, lambda data: self._data(request, data))
+        self._session.in_thread(request, call, lambda data: self._data(request, data))
         return None
 
     @staticmethod
@@ -262,11 +262,13 @@ class FileRequests:
         handle, offset, size, flags, *_ = _WRITE.unpack_from(request.body)
         data = request.body[_WRITE.size : _WRITE.size + size]
         node, strip = self._node_of(handle), bool(flags & WRITE_KILL_SUIDGID) and self._kills
-        if self._desk.is_ready(node, Need.DATA):
+        if self._session.is_ready(node, Requirement.DATA):
             return self._write(request, node, handle, offset, data, strip)
         kept = bytes(data)  # the buffer takes the next request
-        return self._desk.change(
-            request, lambda: ((node, Need.DATA),), lambda: self._write(request, node, handle, offset, kept, strip)
+        return self._session.change(
+            request,
+            lambda: ((node, Requirement.DATA),),
+            lambda: self._write(request, node, handle, offset, kept, strip),
         )
 
     def _write(
@@ -275,8 +277,8 @@ class FileRequests:
         written = self._overlay.write(handle, offset, data)
         if strip:
             self._overlay.strip_set_id(node)
-            self._desk.connection.forget_attributes(request.nodeid)
-        return self._desk.done(request, _WRITTEN.pack(written, 0))
+            self._session.connection.forget_attributes(request.nodeid)
+        return self._session.done(request, _WRITTEN.pack(written, 0))
 
     def _node_of(self, handle: int) -> Node:
         opened = self._opened.get(handle)
@@ -288,8 +290,8 @@ class FileRequests:
         """Answer when the file is durable, its name included."""
         handle, flags, _ = _FSYNC.unpack_from(request.body)
         if not handle:
-            return self._desk.done(request)  # without an upper everything is as durable as it will be
-        return self._desk.synced(request, self._overlay.prepare_fsync(handle, bool(flags & FSYNC_FDATASYNC)))
+            return self._session.done(request)  # without an upper everything is as durable as it will be
+        return self._session.synced(request, self._overlay.prepare_fsync(handle, bool(flags & FSYNC_FDATASYNC)))
 
     # --- space -----------------------------------------------------------------------------------------
 
@@ -301,9 +303,9 @@ class FileRequests:
         def act() -> Reply:
             self._overlay.space.allocate(handle, mode, offset, length)
             self._strip_for(request, node, request.nodeid)
-            return self._desk.done(request)
+            return self._session.done(request)
 
-        return self._desk.change(request, lambda: ((node, Need.DATA),), act)
+        return self._session.change(request, lambda: ((node, Requirement.DATA),), act)
 
     def _strip_for(self, request: Request, node: Node, nodeid: int) -> None:
         """Drop set-id bits after a change for which the kernel neither does so nor says whether the caller keeps them.
@@ -312,14 +314,14 @@ class FileRequests:
         """
         if self._kills and request.uid != 0:
             self._overlay.strip_set_id(node)
-            self._desk.connection.forget_attributes(nodeid)
+            self._session.connection.forget_attributes(nodeid)
 
     def lseek(self, request: Request) -> Reply:
         """Find data or a hole."""
         handle, offset, whence, _ = _LSEEK.unpack_from(request.body)
         if not handle:
-            handle = self._unopened.handle(request.nodeid, self._desk.node(request.nodeid))
-        return self._desk.done(request, LAYOUTS["lseek_out"].pack(self._overlay.space.seek(handle, offset, whence)))
+            handle = self._unopened.handle(request.nodeid, self._session.node(request.nodeid))
+        return self._session.done(request, LAYOUTS["lseek_out"].pack(self._overlay.space.seek(handle, offset, whence)))
 
     def copy_file_range(self, request: Request) -> Reply:
         """Copy between two open files; the length of what was copied is a 32-bit number here."""
@@ -333,19 +335,19 @@ class FileRequests:
         source, offset, nodeid, target, target_offset, length, _ = _COPY.unpack_from(request.body)
         node, length = self._node_of(target), min(length, most)
 
-        def wanted() -> tuple[tuple[Node, Need]]:
-            return ((node, Need.DATA),)
+        def wanted() -> tuple[tuple[Node, Requirement]]:
+            return ((node, Requirement.DATA),)
 
         def reply(copied: int) -> Reply:
             self._strip_for(request, node, nodeid)
-            return self._desk.done(request, _LONG.pack(copied) if wide else _WRITTEN.pack(copied, 0))
+            return self._session.done(request, _LONG.pack(copied) if wide else _WRITTEN.pack(copied, 0))
 
         def prepare() -> Callable[[], int]:
             return self._overlay.space.prepare_copy(source, offset, target, target_offset, length)
 
         if length <= _QUICK:
-            return self._desk.change(request, wanted, lambda: reply(prepare()()))
-        self._desk.change_in_thread(request, wanted, prepare, reply)
+            return self._session.change(request, wanted, lambda: reply(prepare()()))
+        self._session.change_in_thread(request, wanted, prepare, reply)
         return None
 
 

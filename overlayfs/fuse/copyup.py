@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import trio
 
-from overlayfs.fs.lifting import LiftStep, Need
+from overlayfs.fs.copyup import CopyUpStep, Requirement
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.gate import Gate
@@ -40,7 +40,7 @@ class Threads:
         return results[0]
 
 
-class Lifter:
+class CopyUpRunner:
     """Lifts nodes of one overlay."""
 
     def __init__(self, overlay: Overlay, locks: KeyedLocks, threads: Threads, gate: Gate) -> None:
@@ -49,27 +49,27 @@ class Lifter:
         self._threads = threads
         self._gate = gate
 
-    async def lift(self, node: Node, need: Need) -> None:
+    async def copy_up(self, node: Node, requirement: Requirement) -> None:
         """Return when `node` is in the upper as far as `need` says; OSError of the layer, nothing changed.
 
         The caller is inside the gate, and may be led outside and in again on the way.
         """
-        while step := self._overlay.next_lift(node, need):
+        while step := self._overlay.next_copy_up(node, requirement):
             if step.heavy:
                 async with self._gate.heavy() as stepped_out:
                     if not stepped_out:
-                        await self._take(step, node, need)
+                        await self._take(step, node, requirement)
             else:
-                await self._take(step, node, need)
+                await self._take(step, node, requirement)
 
-    async def _take(self, step: LiftStep, node: Node, need: Need) -> None:
+    async def _take(self, step: CopyUpStep, node: Node, requirement: Requirement) -> None:
         """Take the next step under the lock of its node, if it is still the next one then."""
         async with self._locks.hold(step.node.number):
-            current = self._overlay.next_lift(node, need)
+            current = self._overlay.next_copy_up(node, requirement)
             if current is not None and current.node is step.node:
                 await self._carry_out(current)
 
-    async def lift_all(self, wanted: Callable[[], Iterable[tuple[Node, Need]]]) -> None:
+    async def copy_up_all(self, wanted: Callable[[], Iterable[tuple[Node, Requirement]]]) -> None:
         """Return when one pass over `wanted()` finds nothing to lift.
 
         That pass runs without a wait, so at its end, and until the caller waits, every node is where the verb
@@ -78,12 +78,12 @@ class Lifter:
         waited = True
         while waited:
             waited = False
-            for node, need in wanted():
-                if self._overlay.next_lift(node, need) is not None:
+            for node, requirement in wanted():
+                if self._overlay.next_copy_up(node, requirement) is not None:
                     waited = True
-                    await self.lift(node, need)
+                    await self.copy_up(node, requirement)
 
-    async def _carry_out(self, step: LiftStep) -> None:
+    async def _carry_out(self, step: CopyUpStep) -> None:
         try:
             step.begin()
             if step.heavy:

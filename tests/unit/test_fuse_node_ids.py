@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, Node, NodeTable
-from overlayfs.fuse.kernel.identities import Identities
+from overlayfs.fuse.kernel.node_ids import NodeIds
 
 
 def table(*numbers: int) -> tuple[NodeTable, list[Node]]:
@@ -26,14 +26,14 @@ def table(*numbers: int) -> tuple[NodeTable, list[Node]]:
 
 def test_a_node_is_known_by_its_own_number_at_first() -> None:
     nodes, (node,) = table(7)
-    found = Identities(nodes)
+    found = NodeIds(nodes)
     assert found.remember(node) == 7 and found.node(7) is node
     assert found.forget(7, 1) is True
 
 
 def test_a_renewed_node_has_two_numbers_until_the_old_one_is_forgotten() -> None:
     nodes, (node,) = table(7)
-    found = Identities(nodes)
+    found = NodeIds(nodes)
     found.remember(node)
     assert not found.is_renewed(node) and not found.is_replaced(7, node)
     found.renew(node)
@@ -51,7 +51,7 @@ def test_a_renewed_node_has_two_numbers_until_the_old_one_is_forgotten() -> None
 def test_the_new_number_stays_while_the_old_one_is_known() -> None:
     """A look-up that the kernel gives back must not lead the next one to the old number."""
     nodes, (node,) = table(7)
-    found = Identities(nodes)
+    found = NodeIds(nodes)
     found.remember(node)
     found.renew(node)
     new = found.remember(node)
@@ -65,7 +65,7 @@ def test_the_new_number_stays_while_the_old_one_is_known() -> None:
 def test_a_new_number_that_was_never_given_out_goes_with_its_node() -> None:
     """Else the node that gets the own number next would be taken for the one that was."""
     nodes, (node,) = table(7)
-    found = Identities(nodes)
+    found = NodeIds(nodes)
     found.remember(node)
     found.renew(node)
     found.forget(7, 1)
@@ -75,7 +75,7 @@ def test_a_new_number_that_was_never_given_out_goes_with_its_node() -> None:
 def test_an_unknown_number_is_stale() -> None:
     nodes, _ = table()
     with pytest.raises(OSError) as caught:
-        Identities(nodes).node(99)
+        NodeIds(nodes).node(99)
     assert caught.value.errno == errno.ESTALE
 
 
@@ -85,7 +85,7 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.nodes, self.files = table(10, 20, 30)
-        self.found = Identities(self.nodes)
+        self.found = NodeIds(self.nodes)
         self.held: dict[int, list[int]] = {}  # number -> [which file, look-ups]
 
     @rule(which=st.integers(0, 2))

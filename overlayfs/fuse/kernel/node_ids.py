@@ -14,7 +14,7 @@ from overlayfs.fs.nodes import Node, NodeTable
 _FIRST = 1 << 63  # no node has such a number
 
 
-class Identities:
+class NodeIds:
     """Counts what the kernel holds of each number, the nodes' own and the further ones."""
 
     def __init__(self, nodes: NodeTable) -> None:

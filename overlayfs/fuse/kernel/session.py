@@ -16,14 +16,14 @@ import trio
 
 from overlayfs.errors import oserror
 from overlayfs.fs.attributes import Attributes
-from overlayfs.fs.lifting import Need
+from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.engine import Engine, MountSettings, reply_errno
 from overlayfs.fuse.kernel.connection import Connection
-from overlayfs.fuse.kernel.identities import Identities
-from overlayfs.fuse.kernel.openings import Openings
+from overlayfs.fuse.kernel.node_ids import NodeIds
+from overlayfs.fuse.kernel.passthrough import OpenFiles
 from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, Init, Op
 from overlayfs.fuse.kernel.workers import Workers
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 Reply: TypeAlias = bytes | tuple[bytes, bytes | memoryview] | None
 Handler: TypeAlias = Callable[["Request"], Reply]
-Wanted: TypeAlias = Callable[[], Iterable[tuple[Node, Need]]]
+Wanted: TypeAlias = Callable[[], Iterable[tuple[Node, Requirement]]]
 
 KINDS = {op.value: op.name for op in Op}
 
@@ -83,14 +83,14 @@ def received(buffer: bytearray, view: memoryview, length: int) -> Request:
     return Request(op, unique, nodeid, uid, gid, pid, view[IN_HEADER.size : length])
 
 
-class Desk:
+class Session:
     """Shared by the handlers of one mount. `features` are what the handshake agreed on."""
 
     def __init__(
         self,
         engine: Engine,
         connection: Connection,
-        openings: Openings,
+        open_files: OpenFiles,
         settings: MountSettings,
         features: Init,
         send: Callable[[Reply], None],
@@ -98,14 +98,14 @@ class Desk:
         self.overlay: Overlay = engine.overlay
         self.policy = engine.policy
         self.connection = connection
-        self.openings = openings
+        self.open_files = open_files
         self.settings = settings
         self.features = features
         self.counters: Counter[str] = engine.counters
-        self.identities = Identities(engine.overlay.nodes)
+        self.node_ids = NodeIds(engine.overlay.nodes)
         self.threads = engine.threads
         # Files without capabilities, as far as is known: the kernel asks before the first write and before each chown.
-        self.bare: set[int] = set()
+        self.no_caps: set[int] = set()
         self.sent_back: dict[int, int] = {}  # by thread, the number that it was just told to look up again
         self.waiting: dict[int, trio.CancelScope] = {}  # by the unique number of a request that is answered later
         self.nursery: trio.Nursery | None = None  # set while serving
@@ -113,7 +113,7 @@ class Desk:
         self._workers = Workers()
         self._masks = bool(features & Init.DONT_MASK)
         self._gate = engine.gate
-        self._lift_all = engine.lifter.lift_all
+        self._copy_up_all = engine.copyup_runner.copy_up_all
         self._entry_time = _split(engine.policy.entry)
         self._attr_time = _split(engine.policy.attributes)
         self._absent = _absent_entry(engine.policy.negative)
@@ -127,7 +127,7 @@ class Desk:
 
     def node(self, nodeid: int) -> Node:
         """Return the node that the kernel knows by a number; ESTALE for none."""
-        return self.identities.node(nodeid)
+        return self.node_ids.node(nodeid)
 
     def masked(self, parent: Node, mode: int, umask: int) -> int:
         """Return the mode of an object to be made, where the umask is ours to apply."""
@@ -142,7 +142,7 @@ class Desk:
     def entry(self, request: Request, node: Node) -> bytes:
         """Return the reply that makes the kernel know a node: from now on it holds one look-up more."""
         found = self.overlay.attributes(node)
-        number = self.identities.remember(node)
+        number = self.node_ids.remember(node)
         return _ENTRY.pack(_ENTRY.size, 0, request.unique, *self.entry_fields(number, node, found))
 
     def entry_fields(self, number: int, node: Node, found: Attributes) -> tuple[int, ...]:
@@ -162,7 +162,7 @@ class Desk:
 
     def _valid(self, number: int, node: Node, found: Attributes) -> tuple[int, int]:
         """Return how long attributes may be remembered: not at all where they change and the kernel does not see it."""
-        if self.openings.changes_unseen(number, found.mode, found.size) or self.identities.is_renewed(node):
+        if self.open_files.changes_unseen(number, found.mode, found.size) or self.node_ids.is_renewed(node):
             return 0, 0
         return self._attr_time
 
@@ -179,30 +179,30 @@ class Desk:
 
     # --- now or later ----------------------------------------------------------------------------------
 
-    def is_ready(self, node: Node, need: Need) -> bool:
+    def is_ready(self, node: Node, requirement: Requirement) -> bool:
         """Return whether a change of one node can be made at once."""
-        return not self._gate.closed and self.overlay.next_lift(node, need) is None
+        return not self._gate.closed and self.overlay.next_copy_up(node, requirement) is None
 
     def change(self, request: Request, wanted: Wanted, act: Callable[[], Reply]) -> Reply:
         """Return what `act` returns once every node is where it is wanted: now if it can be, else later.
 
         `act` runs on the loop without a wait and must not use the request's body.
         """
-        if not self._gate.closed and self._lifted_now(wanted):
+        if not self._gate.closed and self._copied_up_now(wanted):
             return act()
         self.later(request, lambda: self._change_later(wanted, act))
         return None
 
-    def _lifted_now(self, wanted: Wanted) -> bool:
+    def _copied_up_now(self, wanted: Wanted) -> bool:
         """Lift what takes no data along; return whether nothing is missing any more."""
         complete = False
         while not complete:
             complete = True
-            for node, need in wanted():
-                step = self.overlay.next_lift(node, need)
+            for node, requirement in wanted():
+                step = self.overlay.next_copy_up(node, requirement)
                 if step is None:
                     continue
-                if step.heavy or step.node.lifting:
+                if step.heavy or step.node.copying_up:
                     return False
                 step.run()
                 complete = False
@@ -211,7 +211,7 @@ class Desk:
 
     async def _change_later(self, wanted: Wanted, act: Callable[[], Reply]) -> Reply:
         async with self._gate.change():
-            await self._lift_all(wanted)
+            await self._copy_up_all(wanted)
             return act()
 
     def later(self, request: Request, answer: Callable[[], Awaitable[Reply]]) -> None:
@@ -258,7 +258,7 @@ class Desk:
         async def answer() -> Reply:
             async with self._gate.change():
                 while True:
-                    await self._lift_all(wanted)
+                    await self._copy_up_all(wanted)
                     async with self._gate.heavy() as stepped_out:
                         if not stepped_out:
                             return reply(await self.threads.run(prepare()))

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from overlayfs.fs.lifting import Need
+from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.nodes import Node
 from overlayfs.fuse import needs
-from overlayfs.fuse.kernel.desk import Desk, Handler, Reply, Request, decode_device
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Op
+from overlayfs.fuse.kernel.session import Handler, Reply, Request, Session, decode_device
 
 _FORGET = LAYOUTS["forget_in"]
 _BATCH = LAYOUTS["batch_forget_in"]
@@ -18,12 +18,12 @@ _RENAME2 = LAYOUTS["rename2_in"]
 _LINK = LAYOUTS["link_in"]
 
 
-class NameRequests:
+class NameHandlers:
     """The handlers. Each of `forgotten` is called with each number that the kernel has let go."""
 
-    def __init__(self, desk: Desk, forgotten: tuple[Callable[[int], None], ...]) -> None:
-        self._desk = desk
-        self._overlay = desk.overlay
+    def __init__(self, session: Session, forgotten: tuple[Callable[[int], None], ...]) -> None:
+        self._session = session
+        self._overlay = session.overlay
         self._forgotten = forgotten
         self.handlers: dict[int, Handler] = {
             Op.LOOKUP: self.lookup,
@@ -41,10 +41,10 @@ class NameRequests:
 
     def lookup(self, request: Request) -> Reply:
         """Answer with the node under a name, or with an absence that may be remembered."""
-        if self._desk.sent_back:
-            self._desk.sent_back.pop(request.pid, None)
-        node = self._overlay.find(self._desk.node(request.nodeid), request.name())
-        return self._desk.absent(request) if node is None else self._desk.entry(request, node)
+        if self._session.sent_back:
+            self._session.sent_back.pop(request.pid, None)
+        node = self._overlay.find(self._session.node(request.nodeid), request.name())
+        return self._session.absent(request) if node is None else self._session.entry(request, node)
 
     def forget(self, request: Request) -> Reply:
         """Take back look-ups of one node."""
@@ -60,7 +60,7 @@ class NameRequests:
         return None
 
     def _forget(self, nodeid: int, count: int) -> None:
-        if self._desk.identities.forget(nodeid, count):
+        if self._session.node_ids.forget(nodeid, count):
             for forget in self._forgotten:
                 forget(nodeid)
 
@@ -70,7 +70,7 @@ class NameRequests:
         """Make a directory."""
         mode, umask = _MKDIR.unpack_from(request.body)
         name, caller = request.name(_MKDIR.size), request.caller(umask)
-        parent, masked = self._desk.node(request.nodeid), self._desk.masked
+        parent, masked = self._session.node(request.nodeid), self._session.masked
         return self._make(
             request, parent, lambda: self._overlay.mkdir(parent, name, masked(parent, mode, umask), caller)
         )
@@ -79,7 +79,7 @@ class NameRequests:
         """Make a device, FIFO, socket or plain file."""
         mode, rdev, umask, _ = _MKNOD.unpack_from(request.body)
         name, caller = request.name(_MKNOD.size), request.caller(umask)
-        parent, masked, device = self._desk.node(request.nodeid), self._desk.masked, decode_device(rdev)
+        parent, masked, device = self._session.node(request.nodeid), self._session.masked, decode_device(rdev)
         return self._make(
             request, parent, lambda: self._overlay.mknod(parent, name, masked(parent, mode, umask), device, caller)
         )
@@ -87,43 +87,45 @@ class NameRequests:
     def symlink(self, request: Request) -> Reply:
         """Make a symbolic link."""
         name, target = request.two_names()
-        parent, caller = self._desk.node(request.nodeid), request.caller()
+        parent, caller = self._session.node(request.nodeid), request.caller()
         return self._make(request, parent, lambda: self._overlay.symlink(parent, name, target, caller))
 
     def _make(self, request: Request, parent: Node, make: Callable[[], Node]) -> Reply:
-        return self._desk.change(request, lambda: ((parent, Need.META),), lambda: self._desk.entry(request, make()))
+        return self._session.change(
+            request, lambda: ((parent, Requirement.META),), lambda: self._session.entry(request, make())
+        )
 
     def link(self, request: Request) -> Reply:
         """Give a node one more name."""
         (old,) = _LINK.unpack_from(request.body)
-        node, parent, name = self._desk.node(old), self._desk.node(request.nodeid), request.name(_LINK.size)
-        return self._desk.change(
+        node, parent, name = self._session.node(old), self._session.node(request.nodeid), request.name(_LINK.size)
+        return self._session.change(
             request,
-            lambda: ((node, Need.META), (parent, Need.META)),
-            lambda: self._desk.entry(request, self._overlay.link(node, parent, name)),
+            lambda: ((node, Requirement.META), (parent, Requirement.META)),
+            lambda: self._session.entry(request, self._overlay.link(node, parent, name)),
         )
 
     # --- removing and moving ---------------------------------------------------------------------------
 
     def unlink(self, request: Request) -> Reply:
         """Remove a name of a non-directory."""
-        parent, name = self._desk.node(request.nodeid), request.name()
+        parent, name = self._session.node(request.nodeid), request.name()
 
         def act() -> Reply:
             self._overlay.unlink(parent, name)
-            return self._desk.done(request)
+            return self._session.done(request)
 
-        return self._desk.change(request, lambda: needs.of_unlink(self._overlay, parent, name), act)
+        return self._session.change(request, lambda: needs.of_unlink(self._overlay, parent, name), act)
 
     def rmdir(self, request: Request) -> Reply:
         """Remove an empty directory."""
-        parent, name = self._desk.node(request.nodeid), request.name()
+        parent, name = self._session.node(request.nodeid), request.name()
 
         def act() -> Reply:
             self._overlay.rmdir(parent, name)
-            return self._desk.done(request)
+            return self._session.done(request)
 
-        return self._desk.change(request, lambda: ((parent, Need.META),), act)
+        return self._session.change(request, lambda: ((parent, Requirement.META),), act)
 
     def rename(self, request: Request) -> Reply:
         """Move a name, over what is there."""
@@ -137,12 +139,12 @@ class NameRequests:
 
     def _rename(self, request: Request, new: int, flags: int, start: int) -> Reply:
         name, new_name = request.two_names(start)
-        parent, new_parent = self._desk.node(request.nodeid), self._desk.node(new)
+        parent, new_parent = self._session.node(request.nodeid), self._session.node(new)
 
         def act() -> Reply:
             self._overlay.rename(parent, name, new_parent, new_name, flags)
-            return self._desk.done(request)
+            return self._session.done(request)
 
-        return self._desk.change(
+        return self._session.change(
             request, lambda: needs.of_rename(self._overlay, parent, name, new_parent, new_name, flags), act
         )

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlayfs.fuse.kernel import spin
-from overlayfs.fuse.kernel.spin import LONGEST, SAMPLE, SHORTEST, Spin
+from overlayfs.fuse.kernel import busy_poll
+from overlayfs.fuse.kernel.busy_poll import LONGEST, SAMPLE, SHORTEST, BusyPoll
 
 BUSY, IDLE = LONGEST / 2, LONGEST * 50
 
@@ -22,7 +22,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)))
 
     have(2)
-    monkeypatch.setattr(spin, "stalled_seconds", lambda: 0.0)
+    monkeypatch.setattr(busy_poll, "stalled_seconds", lambda: 0.0)
     return have
 
 
@@ -40,7 +40,7 @@ class Machine:
 
 @pytest.mark.usefixtures("cores")
 def test_an_idle_mount_costs_nothing() -> None:
-    found = Spin()
+    found = BusyPoll()
     for _ in range(10):
         found.waited(IDLE)
     assert found.seconds == 0
@@ -48,7 +48,7 @@ def test_an_idle_mount_costs_nothing() -> None:
 
 @pytest.mark.usefixtures("cores")
 def test_a_busy_client_is_looked_for_again() -> None:
-    found = Spin()
+    found = BusyPoll()
     for _ in range(10):
         found.waited(IDLE)
     found.waited(BUSY)
@@ -60,7 +60,7 @@ def test_a_busy_client_is_looked_for_again() -> None:
 
 @given(st.lists(st.floats(0, 1), max_size=2000))
 def test_the_time_has_bounds(gaps: list[float]) -> None:
-    found = Spin()
+    found = BusyPoll()
     for gap in gaps:
         found.waited(gap)
         assert 0 <= found.seconds <= LONGEST
@@ -69,7 +69,7 @@ def test_the_time_has_bounds(gaps: list[float]) -> None:
 
 def test_on_one_core_nobody_is_looked_for(cores: Callable[[int], None]) -> None:
     cores(1)
-    found = Spin()
+    found = BusyPoll()
     assert found.seconds == 0
     for _ in range(1000):
         found.waited(BUSY)
@@ -79,7 +79,7 @@ def test_on_one_core_nobody_is_looked_for(cores: Callable[[int], None]) -> None:
 @pytest.mark.usefixtures("cores")
 def test_nobody_looks_while_others_wait_for_a_processor() -> None:
     machine = Machine()
-    found = Spin(clock=lambda: machine.now, stalled=lambda: machine.stalled)
+    found = BusyPoll(clock=lambda: machine.now, stalled=lambda: machine.stalled)
     found.waited(BUSY)
     assert found.seconds == LONGEST
     machine.after(2 * SAMPLE, stalled=SAMPLE)
@@ -94,25 +94,25 @@ def test_nobody_looks_while_others_wait_for_a_processor() -> None:
 
 
 def test_waiting_for_a_processor_is_counted_by_the_system() -> None:
-    assert 0 <= spin.stalled_seconds() <= spin.stalled_seconds()
+    assert 0 <= busy_poll.stalled_seconds() <= busy_poll.stalled_seconds()
 
 
 def test_without_that_count_the_load_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spin, "_PRESSURE", "/nowhere")
+    monkeypatch.setattr(busy_poll, "_PRESSURE", "/nowhere")
     monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0, 0))
-    assert 0 < spin.stalled_seconds() <= spin.stalled_seconds()
+    assert 0 < busy_poll.stalled_seconds() <= busy_poll.stalled_seconds()
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0, 0))
-    assert spin.stalled_seconds() == 0
+    assert busy_poll.stalled_seconds() == 0
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60e-6, 1.0])
 def test_a_fixed_time_stays(seconds: float) -> None:
-    found = Spin(seconds)
+    found = BusyPoll(seconds)
     for gap in (IDLE, BUSY) * 1000:
         found.waited(gap)
     assert found.seconds == seconds
 
 
 def test_the_clock_can_be_given() -> None:
-    assert Spin(clock=lambda: 7.0).clock() == 7.0
-    assert Spin().clock is time.perf_counter
+    assert BusyPoll(clock=lambda: 7.0).clock() == 7.0
+    assert BusyPoll().clock is time.perf_counter

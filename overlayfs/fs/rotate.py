@@ -20,9 +20,9 @@ from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import origin, xattrs
 from overlayfs.fs.attributes import AttributeVerbs
-from overlayfs.fs.lifting import Lifting
+from overlayfs.fs.copyup import CopyUp
 from overlayfs.fs.lookup import Lookup
-from overlayfs.fs.nodes import Dir, File, LowerFile, Node, NodeTable, Part
+from overlayfs.fs.nodes import Dir, File, LowerDir, LowerFile, Node, NodeTable
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import Layer, join
 from overlayfs.union.resolve import Kind
@@ -30,17 +30,17 @@ from overlayfs.union.resolve import Kind
 _SEARCHES = 3  # before the rest is left to `switch`: each is good only if no directory moves meanwhile
 
 
-class Reseat:
+class Rotation:
     """One change of seats of one overlay. On the loop."""
 
     def __init__(
-        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs, lifting: Lifting
+        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs, copyup: CopyUp
     ) -> None:
         self._stack = stack
         self._nodes = nodes
         self._lookup = lookup
         self._attributes = attributes
-        self._lifting = lifting
+        self._copyup = copyup
         self._nameless: set[int] = set()  # numbers of unlinked files whose other names lie outside the tree
 
     # --- before ----------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Reseat:
         for (parent, name), in_upper in list(node.names.items()):
             if not in_upper:
                 with _unless_busy():
-                    self._lifting.lift_name(parent, name, node)
+                    self._copyup.copy_up_name(parent, name, node)
 
     def _retire(self, entry: bytes) -> None:
         """Drop an entry that joins nothing any more, then the mark that counts from it.
@@ -194,11 +194,11 @@ class Reseat:
         """
         for _ in self.settle():
             pass
-        if self._entries() or self._lifting.running:
+        if self._entries() or self._copyup.running:
             raise oserror(errno.EBUSY)  # what an entry leads to would be written to, in the layer
-        seat = self._stack.open_seat(next_upper)
+        seat = self._stack.open_new_upper(next_upper)
         try:
-            seat.dress()
+            seat.apply_attributes()
             move()
         except BaseException:
             seat.close()
@@ -216,7 +216,7 @@ class Reseat:
         pending = [(self._lookup.root, b"")]
         while pending:
             directory, path = pending.pop()
-            _move_dir(directory, Part(layer, path), is_root=directory is self._lookup.root)
+            _move_dir(directory, LowerDir(layer, path), is_root=directory is self._lookup.root)
             for name, node in directory.children.items():
                 if not node.in_upper:
                     continue
@@ -244,7 +244,7 @@ def _move_file(node: File, directory: Dir, place: LowerFile) -> None:
     names = node.names
     if not names[directory, place.name]:
         return  # this name is not in the upper; the file is met again under one that is
-    node.lower, node.sole = place, False
+    node.lower, node.single_link = place, False
     node.in_upper = False
     if len(names) == 1:
         names[directory, place.name] = False
@@ -267,7 +267,7 @@ def _retire_writer(node: File, writer: int) -> None:
     node.writer = None
 
 
-def _move_dir(node: Dir, part: Part, is_root: bool) -> None:
+def _move_dir(node: Dir, part: LowerDir, is_root: bool) -> None:
     node.seal()
     node.lower = (part, *node.lower)
     node.in_upper = is_root

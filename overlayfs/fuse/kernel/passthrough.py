@@ -13,7 +13,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from overlayfs import sysio
-from overlayfs.fuse.kernel.connection import Backings, Connection
+from overlayfs.fuse.kernel.connection import BackingFiles, Connection
 from overlayfs.fuse.kernel.protocol import Open
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class ReplacedError(Exception):
 
 
 @dataclass(slots=True)
-class Way:
+class IoMode:
     """How one inode is open now: counts of opens, and the backing file with whether it lies in a lower layer.
 
     mapped: somebody has it open past us for reading and writing, so may write through shared memory.
@@ -66,16 +66,16 @@ class Target(NamedTuple):
     maps: bool = False
 
 
-class Openings:
+class OpenFiles:
     """All open files of one mount, by the number that the kernel knows."""
 
-    def __init__(self, connection: Connection, backings: Backings | None, io: Io, keep_cache: bool) -> None:
+    def __init__(self, connection: Connection, backing_files: BackingFiles | None, io: Io, keep_cache: bool) -> None:
         self._connection = connection
-        self._backings = backings
-        self._passes = backings is not None and io is not Io.CACHED
+        self._backing_files = backing_files
+        self._passes = backing_files is not None and io is not Io.CACHED
         self._io = io
         self._keep_cache = keep_cache
-        self._ways: dict[int, Way] = {}
+        self._modes: dict[int, IoMode] = {}
         self._complete: set[int] = set()  # the kernel holds all pages of these, and they are true
         self._outdated: set[int] = set()  # the kernel may hold pages of these from before a write past it
 
@@ -88,41 +88,41 @@ class Openings:
         """
         if self.is_replaced(target.nodeid, target.in_upper):
             raise ReplacedError
-        way = self._ways.get(target.nodeid)
-        number = self._backing(way, target)
+        mode_of_io = self._modes.get(target.nodeid)
+        number = self._backing(mode_of_io, target)
         if number:
-            return self._past_us(target, way, number)
-        flags = self._cache_flags(target, way)
-        if way is None:
-            way = self._ways[target.nodeid] = Way()
-        way.cached += 1
+            return self._passthrough(target, mode_of_io, number)
+        flags = self._cache_flags(target, mode_of_io)
+        if mode_of_io is None:
+            mode_of_io = self._modes[target.nodeid] = IoMode()
+        mode_of_io.cached += 1
         return False, flags, 0
 
     def open_complete(self, nodeid: int) -> bool:
         """Count an open for reading of a file that the kernel holds all of; False, and nothing is done, for others."""
         if nodeid not in self._complete:
             return False
-        way = self._ways.get(nodeid)
-        if way is None:
-            way = self._ways[nodeid] = Way()
-        elif way.through:
+        mode_of_io = self._modes.get(nodeid)
+        if mode_of_io is None:
+            mode_of_io = self._modes[nodeid] = IoMode()
+        elif mode_of_io.through:
             return False
-        way.cached += 1
+        mode_of_io.cached += 1
         return True
 
     def close(self, nodeid: int, through: bool) -> None:
         """Take back one open."""
-        way = self._ways[nodeid]
+        mode_of_io = self._modes[nodeid]
         if through:
-            way.through -= 1
+            mode_of_io.through -= 1
         else:
-            way.cached -= 1
-        if not way.through and way.backing and self._backings is not None:
-            self._backings.close(way.backing)
-            way.backing = 0
-        if not way.through and not way.cached:
-            del self._ways[nodeid]
-            if way.mapped:
+            mode_of_io.cached -= 1
+        if not mode_of_io.through and mode_of_io.backing and self._backing_files is not None:
+            self._backing_files.close(mode_of_io.backing)
+            mode_of_io.backing = 0
+        if not mode_of_io.through and not mode_of_io.cached:
+            del self._modes[nodeid]
+            if mode_of_io.mapped:
                 self._connection.forget_attributes(nodeid)
 
     def changes_unseen(self, nodeid: int, mode: int, size: int) -> bool:
@@ -131,15 +131,15 @@ class Openings:
         Stores to shared memory past us move times and blocks of the file behind, unless there is nothing to map; any
         write past us clears set-id bits there, which the kernel must see before it runs the file.
         """
-        way = self._ways.get(nodeid)
-        if way is None or not way.through or way.lower:
+        mode_of_io = self._modes.get(nodeid)
+        if mode_of_io is None or not mode_of_io.through or mode_of_io.lower:
             return False
-        return (way.mapped and size > 0) or _keeps_set_id(mode)
+        return (mode_of_io.mapped and size > 0) or _keeps_set_id(mode)
 
     def is_replaced(self, nodeid: int, in_upper: bool) -> bool:
         """Return whether the kernel must know a file by a new number before it can be opened: see ReplacedError."""
-        way = self._ways.get(nodeid)
-        return way is not None and way.lower and in_upper
+        mode_of_io = self._modes.get(nodeid)
+        return mode_of_io is not None and mode_of_io.lower and in_upper
 
     def forget(self, nodeid: int) -> None:
         """The kernel has forgotten a number, and its pages with it."""
@@ -148,18 +148,18 @@ class Openings:
 
     def is_open(self, nodeid: int) -> bool:
         """Return whether anybody has it open."""
-        return nodeid in self._ways
+        return nodeid in self._modes
 
     # --- past us ---------------------------------------------------------------------------------------
 
-    def _backing(self, way: Way | None, target: Target) -> int:
+    def _backing(self, mode_of_io: IoMode | None, target: Target) -> int:
         """Return the backing id for an open, 0 for none."""
-        if way is not None and way.backing:
-            return way.backing
-        if self._backings is None or way is not None or not self._is_worth_it(target):
+        if mode_of_io is not None and mode_of_io.backing:
+            return mode_of_io.backing
+        if self._backing_files is None or mode_of_io is not None or not self._is_worth_it(target):
             return 0
         try:
-            return self._backings.open(target.fd)
+            return self._backing_files.open(target.fd)
         except OSError as error:
             # The layers lie where the kernel cannot do it (on an overlay), or we may not: so it will be for all.
             log.info("files are not passed through: %s", error)
@@ -173,13 +173,13 @@ class Openings:
             return target.in_upper
         return target.size >= LARGE and (target.in_upper or self._io is Io.PASSTHROUGH)
 
-    def _past_us(self, target: Target, way: Way | None, number: int) -> tuple[bool, int, int]:
-        if way is None:
-            way = self._ways[target.nodeid] = Way(lower=not target.in_upper)
-        way.backing = number
-        way.through += 1
-        if target.maps and not way.mapped:
-            way.mapped = True
+    def _passthrough(self, target: Target, mode_of_io: IoMode | None, number: int) -> tuple[bool, int, int]:
+        if mode_of_io is None:
+            mode_of_io = self._modes[target.nodeid] = IoMode(lower=not target.in_upper)
+        mode_of_io.backing = number
+        mode_of_io.through += 1
+        if target.maps and not mode_of_io.mapped:
+            mode_of_io.mapped = True
             if target.size:
                 self._connection.forget_attributes(target.nodeid)
         if target.writes:
@@ -189,17 +189,17 @@ class Openings:
 
     # --- through the page cache ------------------------------------------------------------------------
 
-    def _cache_flags(self, target: Target, way: Way | None) -> int:
+    def _cache_flags(self, target: Target, mode_of_io: IoMode | None) -> int:
         """Return KEEP_CACHE where the pages that the kernel holds are true; those of a small file are handed over."""
         if not self._keep_cache:
             return 0
         if target.nodeid in self._complete:
             return KEEP_CACHE
-        if way is None and not target.writes and not target.direct and self._store(target):
+        if mode_of_io is None and not target.writes and not target.direct and self._store(target):
             self._complete.add(target.nodeid)
             self._outdated.discard(target.nodeid)
             return KEEP_CACHE
-        if way is None and target.nodeid in self._outdated:
+        if mode_of_io is None and target.nodeid in self._outdated:
             self._outdated.discard(target.nodeid)
             return 0
         return KEEP_CACHE

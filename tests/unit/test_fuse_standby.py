@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from overlayfs.fuse.kernel import standin
-from overlayfs.fuse.kernel.standin import StandIn
+from overlayfs.fuse.kernel import standby as standby_module
+from overlayfs.fuse.kernel.standby import Standby
 
 LIMIT = 10.0
 
@@ -64,72 +64,72 @@ def requests() -> Iterator[Requests]:
 
 
 @pytest.fixture
-def stand_in(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+def standby(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standby]:
     """A stand-in for the thread of the test."""
-    monkeypatch.setattr(standin, "TICK", 0.001)
-    made = StandIn(requests)
+    monkeypatch.setattr(standby_module, "TICK", 0.001)
+    made = Standby(requests)
     yield made
     made.close()
 
 
-def test_a_call_that_hangs_is_stood_in_for(stand_in: StandIn, requests: Requests) -> None:
-    stand_in.begin()
+def test_a_call_that_hangs_is_stood_in_for(standby: Standby, requests: Requests) -> None:
+    standby.begin()
     assert requests.began.wait(LIMIT)
     for request in (b"1", b"2"):
         requests.ask(request)
         assert requests.took.wait(LIMIT)
-    stand_in.end()
+    standby.end()
     assert requests.ended.is_set(), "the loop goes on beside the stand-in"
     assert requests.answered == [b"1", b"2"]
 
 
-def test_each_call_that_hangs(stand_in: StandIn, requests: Requests) -> None:
+def test_each_call_that_hangs(standby: Standby, requests: Requests) -> None:
     for _ in range(3):
-        stand_in.begin()
+        standby.begin()
         assert requests.began.wait(LIMIT)
-        stand_in.end()
+        standby.end()
         assert requests.ended.is_set()
 
 
-def test_calls_that_come_back_are_left_alone(stand_in: StandIn, requests: Requests) -> None:
+def test_calls_that_come_back_are_left_alone(standby: Standby, requests: Requests) -> None:
     requests.ask(b"1")
     for _ in range(100_000):
-        stand_in.begin()
-        stand_in.end()
+        standby.begin()
+        standby.end()
     assert not requests.answered
 
 
-def test_calls_of_other_threads_are_left_alone(stand_in: StandIn, requests: Requests) -> None:
-    stand_in.begin()
-    stand_in.end()
-    threads = [threading.Thread(target=stand_in.begin) for _ in range(3)]
+def test_calls_of_other_threads_are_left_alone(standby: Standby, requests: Requests) -> None:
+    standby.begin()
+    standby.end()
+    threads = [threading.Thread(target=standby.begin) for _ in range(3)]
     for thread in threads:
         thread.start()
         thread.join()
     assert not requests.began.wait(0.1)
 
 
-def test_nobody_looks_before_the_first_change(stand_in: StandIn) -> None:
+def test_nobody_looks_before_the_first_change(standby: Standby) -> None:
     assert "stand-in" not in {thread.name for thread in threading.enumerate()}
-    stand_in.begin()
-    stand_in.end()
+    standby.begin()
+    standby.end()
     assert "stand-in" in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_call_after_a_rest(stand_in: StandIn, requests: Requests) -> None:
+def test_a_call_after_a_rest(standby: Standby, requests: Requests) -> None:
     """Nobody looks while nothing changes; the next change is looked at again."""
-    stand_in.begin()
-    stand_in.end()
-    while not stand_in._resting:
+    standby.begin()
+    standby.end()
+    while not standby._resting:
         assert not requests.began.is_set()
-    stand_in.begin()
+    standby.begin()
     assert requests.began.wait(LIMIT)
-    stand_in.end()
+    standby.end()
 
 
-def test_an_end_while_a_call_hangs(stand_in: StandIn, requests: Requests) -> None:
+def test_an_end_while_a_call_hangs(standby: Standby, requests: Requests) -> None:
     """The mount has gone meanwhile: whoever stands in goes, and the loop goes on when it can."""
     requests.hang_up()
-    stand_in.begin()
+    standby.begin()
     assert requests.ended.wait(LIMIT)
-    stand_in.end()
+    standby.end()

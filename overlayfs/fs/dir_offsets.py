@@ -47,7 +47,7 @@ class _Listing:
         return gaps > _GAPS and gaps > len(self.known)
 
 
-class Cursors:
+class DirOffsets:
     """The listings that are being read, the most recent ones first to stay."""
 
     def __init__(self, lookup: Lookup) -> None:

@@ -19,7 +19,7 @@ CROWDED = 0.15  # part of the time in which somebody waits for a processor, from
 _PRESSURE = "/proc/pressure/cpu"
 
 
-class Spin:
+class BusyPoll:
     """The adaptive time; `fixed` seconds switch the adaptation off, 0 the looking.
 
     `clock` counts seconds, `stalled` those in which some process has waited for a processor.

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from overlayfs.fuse.policy import FOREVER, caching
+from overlayfs.fuse.caching_policy import FOREVER, caching
 
 
 def test_names_absences_and_attributes_are_kept_for_ever() -> None:

@@ -44,7 +44,7 @@ class Work(Protocol):
         """Nobody stands in any more: let the loop answer what was put aside as soon as it can."""
 
 
-class StandIn:
+class Standby:
     """Watches the changing calls of the thread that made it, the loop, and stands in for it. A guard of `sysio`."""
 
     def __init__(self, work: Work) -> None:
@@ -104,7 +104,7 @@ class StandIn:
             self._over.wait(TICK)
             quiet = quiet + 1 if calls == self._calls else 0
             if quiet and inside and self._inside:
-                self._stand_in(calls)
+                self._standby(calls)
             elif quiet > QUIET:
                 self._rest(calls)
 
@@ -116,7 +116,7 @@ class StandIn:
             self._roused.wait()
         self._resting = False
 
-    def _stand_in(self, calls: int) -> None:
+    def _standby(self, calls: int) -> None:
         """Answer requests until the loop is back."""
         with self._place:
             with suppress(BlockingIOError):

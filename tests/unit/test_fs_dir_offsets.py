@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from overlayfs.fs import cursors
-from overlayfs.fs.cursors import Cursors
+from overlayfs.fs import dir_offsets
+from overlayfs.fs.dir_offsets import DirOffsets
 from overlayfs.fs.nodes import Dir, File
 
 NAMES = [b"%d" % number for number in range(8)]
@@ -33,13 +33,13 @@ def directory(number: int = 1) -> Dir:
     return Dir(number, None, b"", True, (), False)
 
 
-def made(*names: bytes) -> tuple[FakeLookup, Cursors]:
+def made(*names: bytes) -> tuple[FakeLookup, DirOffsets]:
     """Cursors over a directory with these names."""
     lookup = FakeLookup(list(names))
-    return lookup, Cursors(lookup)  # type: ignore[arg-type]
+    return lookup, DirOffsets(lookup)  # type: ignore[arg-type]
 
 
-def read_all(found: Cursors, node: Dir, position: int = 0) -> list[bytes]:
+def read_all(found: DirOffsets, node: Dir, position: int = 0) -> list[bytes]:
     """The names from a position on."""
     return [child.name for child in found.read(node, position)]
 
@@ -83,7 +83,7 @@ def test_a_name_that_comes_back_stands_at_the_end() -> None:
 def test_a_listing_of_gaps_is_begun_anew_and_old_positions_see_all_of_it() -> None:
     lookup, found = made()
     node = directory()
-    lookup.names = {b"%d" % number: None for number in range(cursors._GAPS + 2)}
+    lookup.names = {b"%d" % number: None for number in range(dir_offsets._GAPS + 2)}
     position = [child[2] for child in found.read(node, 0)][-1]
     lookup.names = {b"7": None}
     assert read_all(found, node) == [b"7"]
@@ -95,7 +95,7 @@ def test_a_listing_of_gaps_is_begun_anew_and_old_positions_see_all_of_it() -> No
 
 
 def test_who_reads_on_in_a_listing_that_was_let_go_sees_all_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cursors, "_KEPT_NAMES", len(NAMES))
+    monkeypatch.setattr(dir_offsets, "_KEPT_NAMES", len(NAMES))
     lookup, found = made(*NAMES)
     node = directory()
     position = [child[2] for child in found.read(node, 0)][4]
@@ -111,14 +111,14 @@ def test_who_reads_on_in_a_listing_that_was_let_go_sees_all_that_is_left(monkeyp
 def test_memory_is_bounded(order: list[int]) -> None:
     """The least recently read listings are let go; the one that is read never is."""
     _, found = made(*NAMES)
-    limit, cursors._KEPT_NAMES = cursors._KEPT_NAMES, 3 * len(NAMES)
+    limit, dir_offsets._KEPT_NAMES = dir_offsets._KEPT_NAMES, 3 * len(NAMES)
     try:
         nodes = {number: directory(number) for number in order}
         for number in order:
             assert read_all(found, nodes[number]) == NAMES
             assert found._names == sum(len(each.names) for each in found._kept.values()) <= 3 * len(NAMES)
     finally:
-        cursors._KEPT_NAMES = limit
+        dir_offsets._KEPT_NAMES = limit
 
 
 class Machine(RuleBasedStateMachine):

@@ -30,7 +30,7 @@ from overlayfs.union.plans import Create
 from overlayfs.union.resolve import Kind
 
 
-class Need(Enum):
+class Requirement(Enum):
     """What a verb needs of a node in the upper."""
 
     META = auto()  # the object with its attributes; data may stay below
@@ -38,7 +38,7 @@ class Need(Enum):
     TRUNCATED = auto()  # the object, its data about to be cut off: none is copied
 
 
-class LiftStep:
+class CopyUpStep:
     """One step: `begin` on the loop, `stage` in any thread, `publish` on the loop; or `abort` after either.
 
     heavy: stage may take long (data is copied and synced), so an engine runs it in a thread.
@@ -72,7 +72,7 @@ class LiftStep:
         self.publish()
 
 
-class _Wait(LiftStep):
+class _Wait(CopyUpStep):
     """Somebody is at it: there is nothing to do but to wait for the node's lock, and to ask again."""
 
     def run(self) -> None:
@@ -80,7 +80,7 @@ class _Wait(LiftStep):
         raise oserror(errno.EBUSY)
 
 
-class Lifting:
+class CopyUp:
     """Decides which step comes next, and carries out the parts of steps that need the tables."""
 
     def __init__(
@@ -95,30 +95,30 @@ class Lifting:
 
     def begun(self, node: Node) -> None:
         """Note that a copy of a node is being staged."""
-        node.lifting = True
+        node.copying_up = True
         self.running.add(node)
 
     def ended(self, node: Node) -> None:
         """Note that it is published or given up."""
-        node.lifting = False
+        node.copying_up = False
         self.running.discard(node)
 
-    def next_lift(self, node: Node, need: Need) -> LiftStep | None:
+    def next_copy_up(self, node: Node, requirement: Requirement) -> CopyUpStep | None:
         """Return the step that is next before `need` is met, None when it is; EROFS without an upper."""
         upper = self.attributes.upper
-        if node.lifting:
+        if node.copying_up:
             return _Wait(node)
         if node.in_upper:
-            return self._next_of_lifted(upper, node, need)
-        parent = self._parent_to_lift(node)
+            return self._next_of_copied_up(upper, node, requirement)
+        parent = self._parent_to_copy_up(node)
         if parent is not None:
-            return _Wait(parent) if parent.lifting else _Build(self, upper, parent, need)
-        return _Build(self, upper, node, need)
+            return _Wait(parent) if parent.copying_up else _Build(self, upper, parent, requirement)
+        return _Build(self, upper, node, requirement)
 
-    def _next_of_lifted(self, upper: Upper, node: Node, need: Need) -> LiftStep | None:
-        if not isinstance(node, File) or node.data is None or need is Need.META:
+    def _next_of_copied_up(self, upper: Upper, node: Node, requirement: Requirement) -> CopyUpStep | None:
+        if not isinstance(node, File) or node.data is None or requirement is Requirement.META:
             return None
-        return _Fill(self, upper, node, node.data) if need is Need.DATA else _Cut(self, upper, node)
+        return _Fill(self, upper, node, node.data) if requirement is Requirement.DATA else _Cut(self, upper, node)
 
     def directory_source(self, node: Dir) -> Source:
         """Return what copying a directory without its entries takes; the caller closes it. No upper is needed."""
@@ -133,7 +133,7 @@ class Lifting:
             sysio.close(pin)
             raise
 
-    def _parent_to_lift(self, node: Node) -> Dir | None:
+    def _parent_to_copy_up(self, node: Node) -> Dir | None:
         if isinstance(node, File):
             parent = next((parent for parent, _ in node.names), None)
         else:
@@ -143,15 +143,15 @@ class Lifting:
             highest, parent = parent, parent.parent
         return highest
 
-    def lift(self, node: Node, need: Need = Need.META) -> None:
+    def copy_up(self, node: Node, requirement: Requirement = Requirement.META) -> None:
         """Meet a need here and now."""
-        while (step := self.next_lift(node, need)) is not None:
+        while (step := self.next_copy_up(node, requirement)) is not None:
             step.run()
 
-    def lift_name(self, parent: Dir, name: bytes, node: Node) -> None:
+    def copy_up_name(self, parent: Dir, name: bytes, node: Node) -> None:
         """See to it that a name, not only its node, exists in the upper: a further name of a copied-up file."""
-        self.lift(parent)
-        self.lift(node)
+        self.copy_up(parent)
+        self.copy_up(node)
         if isinstance(node, File) and node.names.get((parent, name)) is False:
             self.link_name(node, parent, name)
 
@@ -248,16 +248,16 @@ class _TimesKept:
             sysio.utimens_at(dirfd, name, self._before.st_atime_ns, self._before.st_mtime_ns)
 
 
-class _Build(LiftStep):
+class _Build(CopyUpStep):
     """Copy-up of one object."""
 
-    def __init__(self, lifting: Lifting, upper: Upper, node: Node, need: Need) -> None:
+    def __init__(self, copyup: CopyUp, upper: Upper, node: Node, requirement: Requirement) -> None:
         super().__init__(node)
-        self._lifting = lifting
+        self._copyup = copyup
         self._upper = upper
-        self._need = need if isinstance(node, File) else Need.META
-        found = lifting.attributes.stat(node)
-        self._size = lifting.attributes.size(node, found)
+        self._need = requirement if isinstance(node, File) else Requirement.META
+        found = copyup.attributes.stat(node)
+        self._size = copyup.attributes.size(node, found)
         self._content = self._choose_content(self._size)
         self.heavy = self._content is Content.COPY
         self._nlink = found.st_nlink
@@ -266,14 +266,14 @@ class _Build(LiftStep):
         self._staged: bytes | None = None
 
     def _choose_content(self, size: int) -> Content:
-        if self.node.kind != stat.S_IFREG or self._need is Need.TRUNCATED or size == 0:
+        if self.node.kind != stat.S_IFREG or self._need is Requirement.TRUNCATED or size == 0:
             return Content.NONE
-        if self._need is Need.META and self._lifting.stack.metacopy:
+        if self._need is Requirement.META and self._copyup.stack.metacopy:
             return Content.BELOW
         return Content.COPY
 
     def begin(self) -> None:
-        self._lifting.begun(self.node)
+        self._copyup.begun(self.node)
         self._source = self._open_source()
 
     def stage(self) -> None:
@@ -282,7 +282,7 @@ class _Build(LiftStep):
 
     def _open_source(self) -> Source:
         layer, dirfd, name = self._locate()
-        pin = self._lifting.stack.dirfds.retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
+        pin = self._copyup.stack.dirfds.retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
         data = None
         try:
             if self._content is Content.COPY:
@@ -298,7 +298,7 @@ class _Build(LiftStep):
             raise
 
     def _locate(self) -> Located:
-        return self._lifting.attributes.locate(self.node)
+        return self._copyup.attributes.locate(self.node)
 
     def _open_data(self) -> int:
         assert isinstance(self.node, File) and self.node.lower is not None
@@ -310,7 +310,7 @@ class _Build(LiftStep):
         self._origin = layer.filesystem.origin(sysio.file_handle(pin, b""))
         first = self._origin
         if self._content is not Content.BELOW:
-            first = self._lifting.lookup.lasting_origin(layer.marks_at(pin, b"")) or first
+            first = self._copyup.lookup.lasting_origin(layer.marks_at(pin, b"")) or first
         if first is not None:
             marks[xattrs.ORIGIN] = origin.encode(first)
         if self._content is Content.BELOW:
@@ -323,13 +323,13 @@ class _Build(LiftStep):
 
     def _is_indexed(self) -> bool:
         linked = isinstance(self.node, File) and self._nlink > 1
-        return linked and self._lifting.stack.index and self._origin is not None
+        return linked and self._copyup.stack.index and self._origin is not None
 
     def _delta_before(self) -> int:
         return self.node.nlink_delta if isinstance(self.node, File) else 0
 
     def abort(self) -> None:
-        self._lifting.ended(self.node)
+        self._copyup.ended(self.node)
         if self._source is not None:
             self._source.close()
             self._source = None
@@ -358,14 +358,14 @@ class _Build(LiftStep):
 
     def _appear(self, parent: Dir, name: bytes) -> None:
         self._mark_impure(parent)
-        with self._lifting.parent_times_kept(parent):
+        with self._copyup.parent_times_kept(parent):
             assert self._staged is not None
-            self._upper.publish(self._staged, (self._lifting.lookup.path(parent), name), Create.IN_PLACE)
+            self._upper.publish(self._staged, (self._copyup.lookup.path(parent), name), Create.IN_PLACE)
         self._staged = None
 
     def _mark_impure(self, parent: Dir) -> None:
         if self._source is not None and xattrs.ORIGIN in self._source.marks:
-            self._lifting.mark_impure(parent)
+            self._copyup.mark_impure(parent)
 
     def _publish_file(self, node: File) -> None:
         assert self._staged is not None
@@ -387,12 +387,12 @@ class _Build(LiftStep):
                 failing.callback(sysio.close, writer)
             links = self._place(node, pinned)
             failing.pop_all()
-        self._lifting.nodes.add_key(node, (found.st_dev, found.st_ino))
+        self._copyup.nodes.add_key(node, (found.st_dev, found.st_ino))
         node.nlink_delta += self._nlink - links
         node.in_upper = True
         node.data = (node.data or node.lower) if self._content is Content.BELOW else None
         with suppress(OSError):  # the mark that was staged with it, relative to the lower count, is as good
-            self._lifting.persist_nlink(node)
+            self._copyup.persist_nlink(node)
         if reader is not None:
             _swap_reader(node, reader)
         if writer is not None:
@@ -401,14 +401,14 @@ class _Build(LiftStep):
     def _open_reader(self, node: File, pinned: int) -> int | None:
         if node.reader is None or self._content is Content.BELOW:
             return None
-        return self._lifting.stack.dirfds.retry(lambda: sysio.open_child(pinned, b"", os.O_RDONLY))
+        return self._copyup.stack.dirfds.retry(lambda: sysio.open_child(pinned, b"", os.O_RDONLY))
 
     def _open_writer(self, node: File, pinned: int) -> int | None:
         """Open what a truncated file is written through: no content may be lost for an open that fails after all."""
-        if self._need is not Need.TRUNCATED or node.writer is not None:
+        if self._need is not Requirement.TRUNCATED or node.writer is not None:
             return None
         with suppress(PermissionError):  # without privilege the mode may stand against reading
-            return self._lifting.stack.dirfds.retry(lambda: sysio.open_child(pinned, b"", os.O_RDWR | os.O_NONBLOCK))
+            return self._copyup.stack.dirfds.retry(lambda: sysio.open_child(pinned, b"", os.O_RDWR | os.O_NONBLOCK))
         return None
 
     def _place(self, node: File, pinned: int) -> int:
@@ -437,7 +437,7 @@ class _Build(LiftStep):
         for (parent, name), in_upper in node.names.items():
             if in_upper:
                 with suppress(OSError):
-                    sysio.unlink_at(self._upper.dirfd(self._lifting.lookup.path(parent)), name)
+                    sysio.unlink_at(self._upper.dirfd(self._copyup.lookup.path(parent)), name)
                     node.names[parent, name] = False
                     parent.note(name, Kind.ABSENT)
         node.index = None
@@ -445,7 +445,7 @@ class _Build(LiftStep):
     def _reachable_names(self, node: File) -> list[tuple[Dir, bytes]]:
         # The name whose parents were lifted may have gone while the copy was staged.
         if node.names and not any(parent.in_upper for parent, _ in node.names):
-            self._lifting.lift(next(iter(node.names))[0])
+            self._copyup.copy_up(next(iter(node.names))[0])
         return [(parent, name) for parent, name in node.names if parent.in_upper]
 
     def _place_in_index(self, node: File) -> None:
@@ -464,8 +464,8 @@ class _Build(LiftStep):
 
     def _link(self, node: File, pinned: int, parent: Dir, name: bytes) -> None:
         self._mark_impure(parent)
-        with self._lifting.parent_times_kept(parent):
-            self._upper.link(pinned, b"", (self._lifting.lookup.path(parent), name), Create.IN_PLACE)
+        with self._copyup.parent_times_kept(parent):
+            self._upper.link(pinned, b"", (self._copyup.lookup.path(parent), name), Create.IN_PLACE)
         self._named(node, (parent, name))
 
     @staticmethod
@@ -480,29 +480,29 @@ def _swap_reader(node: File, reader: int) -> None:
     node.reader = reader
 
 
-class _Fill(LiftStep):
+class _Fill(CopyUpStep):
     """A metadata-only copy gets its data."""
 
     heavy = True
 
-    def __init__(self, lifting: Lifting, upper: Upper, node: File, data: LowerFile) -> None:
+    def __init__(self, copyup: CopyUp, upper: Upper, node: File, data: LowerFile) -> None:
         super().__init__(node)
-        self._lifting = lifting
+        self._copyup = copyup
         self._upper = upper
         self._data = data
         self._open: list[int] = []
         self._origin: Origin | None = None
 
     def begin(self) -> None:
-        self._lifting.begun(self.node)
-        _, dirfd, name = self._lifting.attributes.locate(self.node)
-        retry = self._lifting.stack.dirfds.retry
+        self._copyup.begun(self.node)
+        _, dirfd, name = self._copyup.attributes.locate(self.node)
+        retry = self._copyup.stack.dirfds.retry
         pin = retry(lambda: sysio.open_child(dirfd, name, os.O_PATH))
         self._open.append(pin)
-        self._origin = self._lifting.origin_without_metacopy(self._upper, pin)
+        self._origin = self._copyup.origin_without_metacopy(self._upper, pin)
         self._open.append(retry(lambda: sysio.open_child(pin, b"", os.O_RDWR)))
         self._open.append(self._data.layer.open_file(self._data.path, self._data.name))
-        self._sync_places_left = self._lifting.durability.of_places_left(self.node)
+        self._sync_places_left = self._copyup.durability.of_places_left(self.node)
 
     def stage(self) -> None:
         self._sync_places_left()
@@ -514,37 +514,37 @@ class _Fill(LiftStep):
             if self.node.reader is not None:
                 _swap_reader(self.node, sysio.open_child(self._open[0], b"", os.O_RDONLY))
             self.node.unmark()
-            self._lifting.renew_origin(self._upper, self._open[0], b"", self._origin)
+            self._copyup.renew_origin(self._upper, self._open[0], b"", self._origin)
         finally:
             self.abort()
 
     def abort(self) -> None:
-        self._lifting.ended(self.node)
+        self._copyup.ended(self.node)
         while self._open:
             sysio.close(self._open.pop())
 
 
-class _Cut(LiftStep):
+class _Cut(CopyUpStep):
     """A metadata-only copy whose data nobody wants any more: cut to nothing, then unmarked."""
 
-    def __init__(self, lifting: Lifting, upper: Upper, node: File) -> None:
+    def __init__(self, copyup: CopyUp, upper: Upper, node: File) -> None:
         super().__init__(node)
-        self._lifting = lifting
+        self._copyup = copyup
         self._upper = upper
 
     def publish(self) -> None:
         assert isinstance(self.node, File)
-        _, dirfd, name = self._lifting.attributes.locate(self.node)
+        _, dirfd, name = self._copyup.attributes.locate(self.node)
         with ExitStack() as failing:
             fd = sysio.open_child(dirfd, name, os.O_RDWR)
             failing.callback(sysio.close, fd)
-            first = self._lifting.origin_without_metacopy(self._upper, fd)
+            first = self._copyup.origin_without_metacopy(self._upper, fd)
             if self.node.reader is not None:
-                reader = open_readable(self._lifting.stack.dirfds, fd, b"", keep_atime=False)
+                reader = open_readable(self._copyup.stack.dirfds, fd, b"", keep_atime=False)
                 failing.callback(sysio.close, reader)
             self._cut(fd)
             failing.pop_all()
-        self._lifting.renew_origin(self._upper, fd, b"", first)
+        self._copyup.renew_origin(self._upper, fd, b"", first)
         if self.node.reader is not None:
             _swap_reader(self.node, reader)
         self._keep_writer(self.node, fd)
