@@ -12,7 +12,7 @@ import click
 from overlayfs.errors import InUseError, MountError, UsageError, UserError
 from overlayfs_cli import arguments, output, progress, storage
 from overlayfs_cli.command import command
-from overlayfs_cli.workplace import work_beside
+from overlayfs_cli.default_workdir import default_workdir
 
 _POLL = 0.1  # seconds between two looks at the hashing: the daemon answers at once, and never calls back
 
@@ -188,7 +188,7 @@ def _commit_upper(source: _Source, place: bytes, quiet: bool) -> dict[str, objec
     from overlayfs.store.commit import commit_unmounted
 
     assert source.upper is not None
-    scratch = contextlib.nullcontext(source.work) if source.work else work_beside(source.upper)
+    scratch = contextlib.nullcontext(source.work) if source.work else default_workdir(source.upper)
     with _no_mount_meant(), scratch as work, progress.line(quiet) as show:
         told = commit_unmounted(
             StackConfig(source.lower, source.upper, work),
@@ -282,7 +282,7 @@ def _copy_into_store(store: "Store", source: _Source, wish: "Commit", quiet: boo
         raise UsageError("an upper of your own needs -t IMAGE: nothing else would name its layer in the store")
     assert source.upper is not None
     below = [store.layer_of_tree(path) for path in source.lower]
-    place = contextlib.nullcontext(source.work) if source.work else work_beside(source.upper)
+    place = contextlib.nullcontext(source.work) if source.work else default_workdir(source.upper)
     with _no_mount_meant(), place as work, progress.line(quiet) as show:
         config = StackConfig(source.lower, source.upper, work)
         return committing.commit_upper(store, config, below, wish, _counted(show, "copying"))

@@ -12,7 +12,7 @@ from overlayfs.mount.options import Draft, MountOptions
 from overlayfs_cli import arguments, storage
 from overlayfs_cli.command import command
 from overlayfs_cli.main import complain
-from overlayfs_cli.workplace import work_beside
+from overlayfs_cli.default_workdir import default_workdir
 
 
 @command(
@@ -72,7 +72,7 @@ def mount(
     if draft.upper is None or draft.work is not None:
         _start(draft.build(), mountpoint, notify)
         return
-    with work_beside(draft.upper) as draft.work:
+    with default_workdir(draft.upper) as draft.work:
         _start(draft.build(), mountpoint, notify)
 
 
