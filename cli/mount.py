@@ -11,8 +11,8 @@ from overlayfs.errors import UsageError
 from overlayfs.mount.options import Draft, MountOptions
 from overlayfs_cli import arguments, storage
 from overlayfs_cli.command import command
-from overlayfs_cli.main import complain
 from overlayfs_cli.default_workdir import default_workdir
+from overlayfs_cli.main import complain
 
 
 @command(
