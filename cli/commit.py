@@ -158,12 +158,12 @@ def _follow(mountpoint: bytes, layer: str, quiet: bool) -> dict[str, object]:
 @contextlib.contextmanager
 def _no_mount_meant() -> Iterator[None]:
     """Opening a stack fails with the exit code of a failed mount; here it is a failure like any other."""
-    from overlayfs.mount import table
+    from overlayfs.mount import mounts
 
     try:
         yield
     except InUseError as error:
-        raise UserError(str(table.with_holder(error))) from None
+        raise UserError(str(mounts.name_holder(error))) from None
     except MountError as error:
         raise UserError(str(error)) from None
 
@@ -220,9 +220,9 @@ def _is_mount(target: bytes) -> bool:
 
 
 def _is_of_image(mountpoint: bytes) -> bool:
-    from overlayfs.mount import table
+    from overlayfs.mount import mounts
 
-    return table.find(mountpoint).workspace is not None
+    return mounts.find(mountpoint).workspace is not None
 
 
 def _copy_or_take(source: _Source, wish: _Wish, quiet: bool) -> dict[str, object]:
@@ -254,7 +254,7 @@ def _document(layer: "Layer", image: str | None) -> dict[str, object]:
 
 
 def _commit_workspace(store: "Store", name: str, wish: "Commit", quiet: bool) -> "Layer":
-    from overlayfs.mount import table
+    from overlayfs.mount import mounts
     from overlayfs.store import committing
     from overlayfs.store.workspaces import WorkspaceInUseError
 
@@ -262,7 +262,7 @@ def _commit_workspace(store: "Store", name: str, wish: "Commit", quiet: bool) ->
         with _no_mount_meant():
             layer = committing.commit_workspace(store, name, wish)
     except WorkspaceInUseError as error:
-        raise table.with_mount(error) from None
+        raise mounts.name_workspace_holder(error) from None
     with progress.line(quiet) as show:
         return committing.hash_layer(store, layer, _counted(show, "hashing"))
 

@@ -11,7 +11,7 @@ from overlayfs_cli import arguments, output, progress, storage
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
-    from overlayfs.mount.table import Mount
+    from overlayfs.mount.mounts import Mount
     from overlayfs.store.compare import Change, Tree
 
 WORDS = {"A": "added", "C": "changed", "D": "deleted"}
@@ -73,13 +73,13 @@ class _Comparison:
         return list(compare.measured(below, tree, told)) if sizes else told
 
     def _tree(self, given: bytes, mount: "Mount | None") -> "Tree":
-        from overlayfs.mount import table
+        from overlayfs.mount import mounts
         from overlayfs.store import trees
 
         if mount is not None:
             return self._tree_of_mount(mount)
         if given.startswith((b"/", b".")):
-            table.find(given)  # says that it is no mount
+            mounts.find(given)  # says that it is no mount
         name = os.fsdecode(given)
         opened = self._held.enter_context(storage.opened(self._store))
         self._held.enter_context(trees.hold(opened, name))
@@ -98,17 +98,17 @@ class _Comparison:
 
 
 def _mount_at(given: bytes) -> "Mount | None":
-    from overlayfs.mount import table
+    from overlayfs.mount import mounts
 
-    path = table.resolved(given)
-    return next((mount for mount in reversed(table.mounts()) if mount.mountpoint == path), None)
+    path = mounts.resolved(given)
+    return next((mount for mount in reversed(mounts.list_mounts()) if mount.mountpoint == path), None)
 
 
 def _write_out(upper: bytes) -> None:
     """Have what was written through a memory map of a mount, if this is the upper of one, in the upper."""
-    from overlayfs.mount import control, table
+    from overlayfs.mount import control, mounts
 
-    for mount in table.mounts():
+    for mount in mounts.list_mounts():
         if mount.upper == upper:
             control.request(mount.mountpoint, "sync")
 

@@ -100,26 +100,27 @@ def _refuse_directories(draft: Draft) -> None:
 
 def _start_image(draft: Draft, wish: _Wish, mountpoint: bytes, notify: Callable[[str], None]) -> None:
     """Mount an image, and print the name of its workspace if that was made up here."""
-    from overlayfs.mount import lodging
+    from overlayfs.mount import image_mount
 
     create = wish.store is None and storage.VARIABLE not in os.environ
-    with lodging.claimed(storage.path(wish.store), wish.image, wish.workspace, wish.ephemeral, create) as claimed:
-        draft.lower, draft.upper, draft.work = list(claimed.lower), claimed.upper, claimed.work
-        options = dataclasses.replace(draft.build(), lodging=claimed.lodging)
-        if claimed.behind:
+    store = storage.path(wish.store)
+    with image_mount.lease_workspace(store, wish.image, wish.workspace, wish.ephemeral, create) as lease:
+        draft.lower, draft.upper, draft.work = list(lease.lower), lease.upper, lease.work
+        options = dataclasses.replace(draft.build(), image_mount=lease.image_mount)
+        if lease.behind:
             notify(f"workspace {wish.workspace} keeps the layers that {wish.image} had when it was begun")
         told = wish.workspace is not None or wish.ephemeral
         if not told and options.foreground:
-            click.echo(claimed.lodging.workspace)
+            click.echo(lease.image_mount.workspace)
         _start(options, mountpoint, notify)
         if not told and not options.foreground:
-            click.echo(claimed.lodging.workspace)
+            click.echo(lease.image_mount.workspace)
 
 
 def _start(options: MountOptions, mountpoint: bytes, notify: Callable[[str], None]) -> None:
-    from overlayfs.mount import life
+    from overlayfs.mount import start
 
-    life.mount(options, mountpoint, notify)
+    start.mount(options, mountpoint, notify)
 
 
 def _silent(notice: str) -> None:

@@ -96,9 +96,9 @@ def _version() -> str:
 
 
 def _mount(options: MountOptions, mountpoint: bytes) -> None:
-    from overlayfs.mount import life
+    from overlayfs.mount import start
 
-    life.mount(options, mountpoint)
+    start.mount(options, mountpoint)
 
 
 def mount_options(given: Invocation) -> MountOptions:

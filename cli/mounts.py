@@ -9,7 +9,7 @@ from overlayfs_cli import output, storage
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
-    from overlayfs.mount.table import Mount
+    from overlayfs.mount.mounts import Mount
 
 HEADINGS = ("MOUNTPOINT", "ENGINE", "PID", "IMAGE", "WORKSPACE", "UPPER", "LAYERS")
 LAYERS_SHOWN = 3
@@ -26,9 +26,9 @@ LAYERS_SHOWN = 3
 @click.option("-q", "--quiet", is_flag=True, help="Print the mount points alone.")
 def mounts(as_json: bool, quiet: bool) -> None:
     """List the mounts of overlayfs: layers top first, upper, process and engine."""
-    from overlayfs.mount import table
+    from overlayfs.mount import mounts
 
-    found = table.mounts()
+    found = mounts.list_mounts()
     if as_json:
         output.show_json({"mounts": [_document(mount) for mount in found]})
     elif quiet:

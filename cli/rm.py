@@ -22,7 +22,7 @@ from overlayfs_cli.main import complain
 @storage.option
 def rm(names: tuple[str, ...], workspace: bool, store: bytes | None) -> int:
     """Remove the name of an image, or a workspace with its changes; layers that nothing needs any more go by gc."""
-    from overlayfs.mount import table
+    from overlayfs.mount import mounts
     from overlayfs.store.workspaces import WorkspaceInUseError
 
     failed = 0
@@ -31,7 +31,7 @@ def rm(names: tuple[str, ...], workspace: bool, store: bytes | None) -> int:
             try:
                 (opened.remove_workspace if workspace else opened.remove)(name)
             except WorkspaceInUseError as error:
-                complain(str(table.with_mount(error)))
+                complain(str(mounts.name_workspace_holder(error)))
             except UserError as error:
                 complain(str(error))
             except OSError as error:

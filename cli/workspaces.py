@@ -41,9 +41,9 @@ def workspaces(store: bytes | None, as_json: bool, quiet: bool) -> None:
 
 def _mount_points() -> dict[bytes, bytes]:
     """Return the mount points by upper."""
-    from overlayfs.mount import table
+    from overlayfs.mount import mounts
 
-    return {mount.upper: mount.mountpoint for mount in table.mounts() if mount.upper is not None}
+    return {mount.upper: mount.mountpoint for mount in mounts.list_mounts() if mount.upper is not None}
 
 
 def _document(workspace: "Workspace", mountpoint: bytes | None) -> dict[str, object]:

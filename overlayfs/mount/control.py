@@ -10,7 +10,7 @@ import socket
 from typing import Any
 
 from overlayfs.errors import MountError, UsageError, UserError
-from overlayfs.mount import records, table
+from overlayfs.mount import mounts, runtime_state
 
 _ERRORS = {kind.exit_code: kind for kind in (UserError, UsageError, MountError)}
 
@@ -21,7 +21,7 @@ def request(mountpoint: bytes, command: str, **arguments: Any) -> Any:
     `status`, `stats` and `sync` take no arguments, `diff` none, `why` a `path` within the mount, `commit` a
     `destination` (absolute), `commit-image` what `mount.commits` says, `hashing` a `layer` that it has returned.
     """
-    pid = table.find(mountpoint).pid
+    pid = mounts.find(mountpoint).pid
     shown = os.fsdecode(mountpoint)
     if pid is None:
         raise UserError(f"no daemon of this user answers for {shown}; unmount it or ask as its owner")
@@ -36,7 +36,7 @@ def request(mountpoint: bytes, command: str, **arguments: Any) -> Any:
 
 def _exchange(pid: int, message: dict[str, Any]) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.connect(os.fsencode(records.socket_path(pid)))
+        connection.connect(os.fsencode(runtime_state.socket_path(pid)))
         connection.sendall(json.dumps(message).encode() + b"\n")
         with connection.makefile("rb") as stream:
             line = stream.readline()

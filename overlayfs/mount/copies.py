@@ -1,4 +1,4 @@
-"""Commits into a store of mounts that are not of its images: the layer is a copy, and the mount keeps its upper.
+"""LiveCommits into a store of mounts that are not of its images: the layer is a copy, and the mount keeps its upper.
 
 Who mounts directories by their names says with every mount what its layers are. If a commit moved the upper away, the
 next mount of the same directories would show less than this one does.
@@ -10,7 +10,7 @@ import msgspec
 
 from overlayfs import sysio
 from overlayfs.errors import UsageError
-from overlayfs.mount import control, table
+from overlayfs.mount import control, mounts
 from overlayfs.store import committing, layout
 from overlayfs.store.committing import Commit
 from overlayfs.store.layers import Layer
@@ -28,7 +28,7 @@ def commit_copy(store: LayerStore, mountpoint: bytes, wish: Commit) -> Layer:
     """
     if wish.image is None:
         raise UsageError("a mount of directories needs -t IMAGE: nothing else would name its layer in the store")
-    below = [store.layer_of_tree(path) for path in table.find(mountpoint).lower]
+    below = [store.layer_of_tree(path) for path in mounts.find(mountpoint).lower]
     image = committing.on_top(wish.image, below, None, wish)
     with store.new_layer() as staged:
         copy = os.path.join(os.path.dirname(staged.tree_path), _COPY)

@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from overlayfs import Overlay
 from overlayfs.errors import InUseError, MountError
+from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse.caching_policy import caching
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.mount import engines, neighbours, outside, records, stale, table
+from overlayfs.mount import flush, mounts, preflight, runtime_state
 from overlayfs.mount import log as logs
-from overlayfs.mount.detach import detach
-from overlayfs.mount.mountinfo import KernelMount, mounted_on
-from overlayfs.mount.mountsync import prepare_write_out
-from overlayfs.mount.options import Lodging, MountOptions
-from overlayfs.mount.records import Record, Written
+from overlayfs.mount.flush import prepare_flush
+from overlayfs.mount.fusermount import detach
+from overlayfs.mount.mounts import KernelMount, mounted_on
+from overlayfs.mount.options import ImageMount, MountOptions
+from overlayfs.mount.runtime_state import Record, Written
 from overlayfs.mount.server import Control
 
 if TYPE_CHECKING:
-    from overlayfs.mount.commits import Commits
+    from overlayfs.mount.live_commit import LiveCommits
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ SYNC_LIMIT = 5.0  # seconds for writing dirty pages out at SIGTERM; the rest of 
 BUSY_LIMIT = 1.0  # seconds that a mount in use lives on after it was detached at SIGTERM
 YOUNG = 20_000  # new objects between two looks for garbage: nodes are many, live long, and are no garbage
 ENDING = (signal.SIGTERM, signal.SIGINT)
+_OLDEST = (5, 4)  # Linux with FUSE 7.31
 
 Tell = Callable[[tuple[str, ...]], None]
 
@@ -49,14 +51,14 @@ def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
     """
     _prepare_process(options)
     with contextlib.ExitStack() as stack:
-        stack.callback(records.remove, os.getpid())
-        if options.lodging is not None:
-            stack.enter_context(_held(options.lodging))
+        stack.callback(runtime_state.remove, os.getpid())
+        if options.image_mount is not None:
+            stack.enter_context(_held(options.image_mount))
         overlay = _open(options)
         stack.callback(_close, overlay)
         overlay.notices.extend(_withheld(options, overlay))
-        written = neighbours.written(options.stack)  # before the mount covers any of it
-        engine = engines.build(options, overlay)
+        written = preflight.written_directories(options.stack)  # before the mount covers any of it
+        engine = build_engine(options, overlay)
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the loop can turn them into an unmount
         engine.attach(mountpoint, _settings(options, overlay))
         stack.callback(_clear_remains, mountpoint)
@@ -65,10 +67,34 @@ def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
         _serve(_Life(options, mountpoint, engine, tell, written))
 
 
-def _held(used: Lodging) -> contextlib.AbstractContextManager[None]:
-    from overlayfs.mount import lodging  # a mount of plain directories does without the store
+def build_engine(options: MountOptions, overlay: Overlay) -> Engine:
+    """Return the engine that the options ask for; `auto` is the kernel engine wherever the kernel is new enough."""
+    policy = caching(options.timeout, options.writeback)
+    if options.engine == "pyfuse3" or (options.engine == "auto" and _kernel_version() < _OLDEST):
+        from overlayfs.fuse.pyfuse3_engine import Pyfuse3Engine
 
-    return lodging.held(used)
+        return Pyfuse3Engine(overlay, policy)
+    from overlayfs.fuse.kernel.engine import KernelEngine
+    from overlayfs.fuse.kernel.passthrough import Io
+    from overlayfs.mount.fusermount import attach
+
+    # A commit of a mounted image holds exactly what was written before it: nothing may be written past us.
+    io = Io.CACHED if options.io == "auto" and options.image_mount is not None else Io(options.io)
+    return KernelEngine(overlay, policy, attach, io, options.spin)
+
+
+def _kernel_version() -> tuple[int, ...]:
+    """Return the version of the running kernel, two numbers."""
+    major, minor, *_ = os.uname().release.split(".")
+    return int(major), int("".join(filter(str.isdigit, minor)))
+
+
+def _held(used: ImageMount) -> contextlib.AbstractContextManager[None]:
+    from overlayfs.mount import (  # a mount of plain directories does without the store
+        image_mount,
+    )
+
+    return image_mount.hold_image(used)
 
 
 def _prepare_process(options: MountOptions) -> None:
@@ -83,7 +109,7 @@ def _prepare_process(options: MountOptions) -> None:
 def _log_file() -> Path | None:
     """Return where the log goes on a system without syslog; nowhere, if others can write there."""
     try:
-        return records.make_run_directory() / "log"
+        return runtime_state.make_run_directory() / "log"
     except OSError:
         return None
 
@@ -92,7 +118,7 @@ def _open(options: MountOptions) -> Overlay:
     try:
         return Overlay(options.stack)
     except InUseError as error:
-        raise table.with_holder(error) from None
+        raise mounts.name_holder(error) from None
 
 
 def _close(overlay: Overlay) -> None:
@@ -106,7 +132,7 @@ def _close(overlay: Overlay) -> None:
 
 def _clear_remains(mountpoint: bytes) -> None:
     """Take away our mount if it is still there after the end, dead: somebody cut its connection through fusectl."""
-    if stale.is_dead(mountpoint):
+    if preflight.is_dead(mountpoint):
         detach(mountpoint, lazy=True)
         raise MountError(f"the mount at {os.fsdecode(mountpoint)} was cut off from the kernel")
 
@@ -141,7 +167,7 @@ def _settings(options: MountOptions, overlay: Overlay) -> MountSettings:
 
 def _lodging_words(options: MountOptions) -> dict[str, str]:
     """Return what the record says of a mount of an image."""
-    used = options.lodging
+    used = options.image_mount
     if used is None:
         return {}
     return {"image": used.image, "workspace": used.workspace, "store": os.fsdecode(used.store)}
@@ -193,7 +219,7 @@ class _Life:
     async def _begin(self, nursery: trio.Nursery) -> None:
         """Say that the mount is ready, once it has answered a request as any client sends it."""
         await self._handshake.wait()
-        await self._engine.threads.run(outside.run, lambda: os.stat(self._mountpoint))
+        await self._engine.threads.run(flush.run_unshared, lambda: os.stat(self._mountpoint))
         record = self._record()
         control = Control(self._engine, self._mountpoint, record, self._commits())
         await self._publish(nursery, record, control)
@@ -202,18 +228,18 @@ class _Life:
         gc.enable()
         self._tell(record.notices)
 
-    def _commits(self) -> "Commits | None":
-        if self._options.lodging is None:
+    def _commits(self) -> "LiveCommits | None":
+        if self._options.image_mount is None:
             return None
-        from overlayfs.mount.commits import Commits
+        from overlayfs.mount.live_commit import LiveCommits
 
-        return Commits(self._engine, self._options.lodging)
+        return LiveCommits(self._engine, self._options.image_mount)
 
     async def _publish(self, nursery: trio.Nursery, record: Record, control: Control) -> None:
         """Leave the record and listen; a mount without them works, only nobody can ask it."""
         try:
-            records.write(record)
-            await nursery.start(control.serve, records.socket_path(record.pid))
+            runtime_state.write(record)
+            await nursery.start(control.serve, runtime_state.socket_path(record.pid))
         except OSError as error:
             log.warning("no control socket: %s", error)
 
@@ -221,7 +247,7 @@ class _Life:
         stack = self._options.stack
         return Record(
             pid=os.getpid(),
-            started=records.start_time(os.getpid()) or 0,
+            started=runtime_state.start_time(os.getpid()) or 0,
             mountpoint=self.shown,
             device=self._kernel.device.decode() if self._kernel else "",
             source=os.fsdecode(self._options.source),
@@ -260,7 +286,7 @@ class _Life:
         """
         if self._is_ours():
             with trio.move_on_after(SYNC_LIMIT):
-                write_out = prepare_write_out(self._engine, self._mountpoint)
+                write_out = prepare_flush(self._engine, self._mountpoint)
                 await trio.to_thread.run_sync(self._detach_synced, write_out, abandon_on_cancel=True)
         await trio.sleep(BUSY_LIMIT)
         self._engine.stop()
@@ -273,6 +299,6 @@ class _Life:
     def _detach_synced(self, write_out: Callable[[], None]) -> None:
         try:
             write_out()
-            outside.run(lambda: detach(self._mountpoint, lazy=True))
+            flush.run_unshared(lambda: detach(self._mountpoint, lazy=True))
         except (OSError, MountError) as error:
             log.warning("the mount at %s ends with an error: %s", self.shown, error)

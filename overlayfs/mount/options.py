@@ -4,24 +4,33 @@ Three families are understood: the layers and choices of kernel overlayfs, those
 mount(8) and libfuse give every file system. A `Draft` collects them in the order they were typed (the last one wins)
 and `Draft.build` checks what only the whole can tell. Names that nobody knows are kept for the caller, since
 `overlayfs mount` refuses them and `overlayfs-mount` goes on.
+
+A backslash takes away the meaning of the character after it, as in the kernel's overlayfs (`ovl_unescape` of
+`fs/overlayfs/params.c`): `\\,` is a comma, `\\:` a colon, `\\\\` a backslash. A comma between double quotes does not
+end an option whose name is in `QUOTED_OPTIONS`; elsewhere a quote is an ordinary character of a path.
 """
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from overlayfs.errors import UsageError
 from overlayfs.format.xattrs import Mode
 from overlayfs.fs.config import IdRange, StackConfig
-from overlayfs.mount import optstring
 
 LONGEST_SPIN = 1000  # microseconds; a sleep and a wake-up cost a tenth of that
 HIGHEST_ID = 2**32 - 2  # (uid_t) -1 means "no change" in chown(2) and can own nothing
+QUOTED_OPTIONS = (b"context", b"fscontext", b"defcontext", b"rootcontext")
+
+_QUOTED_OPTION = re.compile(rb"(?:" + b"|".join(QUOTED_OPTIONS) + rb')="[^"]*"')
+_PLAIN_OPTION = re.compile(rb"(?:\\.|[^,\\]|\\$)*", re.DOTALL)
+_PLAIN_LAYER = re.compile(rb"(?:\\.|[^:\\]|\\$)*", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Lodging:
+class ImageMount:
     """What a mount of an image uses: `store` is the store's directory, `layers` ids, top first.
 
     `lock` is an open descriptor that carries the lock of the workspace.
@@ -40,7 +49,7 @@ class MountOptions:
     """One mount, completely: the stack, what the kernel is told, how the daemon runs.
 
     `timeout` is in seconds and bounds how long the kernel keeps names and attributes (None: the engine's own choice).
-    `lodging` is set for a mount of an image, whose stack lies in a store.
+    `image_mount` is set for a mount of an image, whose stack lies in a store.
     `xattrs` False means that every request about extended attributes is answered EOPNOTSUPP. `context` holds SELinux
     options as `name=value`, unquoted. `source` is what the first column of /proc/self/mounts shows. `engine` is auto,
     kernel or pyfuse3, `io` is auto, passthrough or cached, `spin` is in seconds (None: as long as it turns out to pay).
@@ -67,7 +76,7 @@ class MountOptions:
     xattrs: bool = True
     foreground: bool = False
     debug: bool = False
-    lodging: Lodging | None = None
+    image_mount: ImageMount | None = None
 
 
 @dataclass
@@ -85,7 +94,7 @@ class Draft:
 
     def read(self, text: bytes) -> None:
         """Take in one `-o` string; UsageError for a known name with a value it cannot have."""
-        for option in optstring.split_options(text):
+        for option in split_options(text):
             name, given, value = option.partition(b"=")
             self._take(_shown(name), value if given else None)
 
@@ -226,13 +235,13 @@ def _id_ranges(name: str, value: bytes | None) -> tuple[IdRange, ...]:
 def _context(name: str, value: bytes | None) -> _Change:
     if not value:
         raise _wrong(name, value, "an SELinux context")
-    return {"context": (name.encode("ascii") + b"=" + optstring.unquote(value),)}
+    return {"context": (name.encode("ascii") + b"=" + unquote(value),)}
 
 
 def _source(name: str, value: bytes | None) -> _Change:
     if not value:
         raise _wrong(name, value, "a name to show as the source")
-    return {"source": optstring.unescape(value)}
+    return {"source": unescape(value)}
 
 
 # Readers of what concerns more than one field.
@@ -241,7 +250,7 @@ _Special = Callable[[Draft, str, bytes | None], None]
 
 
 def _layers(draft: Draft, name: str, value: bytes | None) -> None:
-    paths = optstring.split_layers(value or b"")
+    paths = split_layers(value or b"")
     if value and b"::" in value and not all(paths):
         raise UsageError("lowerdir has '::', but data-only layers are not supported; separate layers by one colon")
     if not all(paths):
@@ -264,7 +273,7 @@ def _work(draft: Draft, name: str, value: bytes | None) -> None:
 def _path(name: str, value: bytes | None) -> bytes:
     if not value:
         raise _wrong(name, None, "a directory")
-    return optstring.unescape(value)
+    return unescape(value)
 
 
 def _remount(draft: Draft, name: str, value: bytes | None) -> None:
@@ -331,7 +340,7 @@ _MOUNT: dict[str, _Reader] = {
     "writeback": _switch("writeback"),
     "noxattrs": _switch("xattrs", inverted=True),
     "debug": _fixed(debug=True, foreground=True),
-    **{name.decode(): _context for name in optstring.QUOTED},
+    **{name.decode(): _context for name in QUOTED_OPTIONS},
 }
 
 # Options of other programs for what is decided here in one way only.
@@ -353,3 +362,46 @@ _OF_MOUNT = frozenset(
         *("group", "nogroup", "owner", "noowner", "user", "nouser", "users", "nousers"),
     }
 )
+
+
+# --- the text of -o: options between commas, layers between colons, escapes, quotes ------------------------------
+
+
+def split_options(text: bytes) -> list[bytes]:
+    """Return the options of one `-o` string, escapes untouched; empty ones (`a,,b,`) are dropped."""
+    return [option for option in _options(text) if option]
+
+
+def _options(text: bytes) -> Iterator[bytes]:
+    start = 0
+    while start <= len(text):
+        found = _QUOTED_OPTION.match(text, start) or _PLAIN_OPTION.match(text, start)
+        assert found is not None  # _PLAIN_OPTION matches the empty string
+        yield found.group()
+        start = found.end() + 1
+
+
+def split_layers(value: bytes) -> list[bytes]:
+    """Return the paths of a `lowerdir` value, top first, unescaped; an empty path stays for the caller to refuse."""
+    paths, start = [], 0
+    while start <= len(value):
+        found = _PLAIN_LAYER.match(value, start)
+        assert found is not None
+        paths.append(unescape(found.group()))
+        start = found.end() + 1
+    return paths
+
+
+def unescape(value: bytes) -> bytes:
+    """Return the value with every `\\x` replaced by `x`; a lone backslash at the end stays."""
+    return re.sub(rb"\\(.)", rb"\1", value, flags=re.DOTALL)
+
+
+def escape_layer(path: bytes) -> bytes:
+    """Return the path as one entry of `lowerdir=`: `split_layers(escape_layer(path)) == [path]`."""
+    return re.sub(rb"([\\:,])", rb"\\\1", path)
+
+
+def unquote(value: bytes) -> bytes:
+    """Return the value without the double quotes around it, if there are any."""
+    return value[1:-1] if len(value) >= 2 and value[:1] == value[-1:] == b'"' else value

@@ -16,13 +16,13 @@ import trio
 
 from overlayfs.errors import UserError
 from overlayfs.fuse.engine import Engine
-from overlayfs.mount import outside, records
-from overlayfs.mount.mountsync import prepare_write_out
-from overlayfs.mount.records import Record
+from overlayfs.mount import flush, runtime_state
+from overlayfs.mount.flush import prepare_flush
+from overlayfs.mount.runtime_state import Record
 from overlayfs.store.commit import commit_mounted, refuse_inside
 
 if TYPE_CHECKING:
-    from overlayfs.mount.commits import Commits  # a mount of plain directories does without the store
+    from overlayfs.mount.live_commit import LiveCommits  # a mount of plain directories does without the store
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ Answer = dict[str, Any]
 class Control:
     """Answers commands about one mount, for root and for the user who runs the daemon."""
 
-    def __init__(self, engine: Engine, mountpoint: bytes, record: Record, commits: "Commits | None") -> None:
+    def __init__(self, engine: Engine, mountpoint: bytes, record: Record, commits: "LiveCommits | None") -> None:
         self._engine = engine
         self._overlay = engine.overlay
         self._mountpoint = mountpoint
@@ -127,7 +127,7 @@ class Control:
     async def _commit(self, message: Answer) -> Answer:
         """Commit while mounted: mapped pages first, while requests still pass; then nothing changes until the end."""
         destination = _path(message, "destination")
-        await self._use_mount(lambda: outside.run(lambda: refuse_inside(destination, self._mountpoint)))
+        await self._use_mount(lambda: flush.run_unshared(lambda: refuse_inside(destination, self._mountpoint)))
         await self._write_out()
         async with self._held():
             made = await self._engine.threads.run(commit_mounted, self._overlay, destination)
@@ -157,7 +157,7 @@ class Control:
         lower = tuple(map(os.fsdecode, self._overlay.config.lower))
         self._record = dataclasses.replace(self._record, lower=lower, image=image or self._record.image)
         with contextlib.suppress(OSError):  # it only describes
-            records.write(self._record)
+            runtime_state.write(self._record)
 
     async def _tell_hashing(self, message: Answer) -> Answer:
         if self._commits is None:
@@ -167,7 +167,7 @@ class Control:
 
     async def _write_out(self) -> None:
         """Return when the kernel has handed over what was written through the mount."""
-        await self._use_mount(prepare_write_out(self._engine, self._mountpoint))
+        await self._use_mount(prepare_flush(self._engine, self._mountpoint))
 
     async def _use_mount(self, call: Callable[[], None]) -> None:
         """Make a call that waits for requests, in a thread that no request needs.

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from overlayfs.errors import MountError
-from overlayfs.mount import records, syscalls, table
-from overlayfs.mount.detach import detach
-from overlayfs.mount.mountinfo import kernel_mounts
+from overlayfs.mount import mounts, runtime_state, syscalls
+from overlayfs.mount.fusermount import detach
+from overlayfs.mount.mounts import kernel_mounts
 
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 _PAUSE = 0.05  # seconds between two attempts
@@ -24,7 +24,7 @@ def unmount(mountpoint: bytes, *, lazy: bool = False, wait: float = 10.0) -> Non
     go on within `wait` seconds is cut off from the kernel through fusectl, which makes its clients fail
     with ECONNABORTED and the unmount succeed. So is, at once, one that was killed and cannot end.
     """
-    mount = table.find(mountpoint)
+    mount = mounts.find(mountpoint)
     with _watched(mount.pid) as daemon, _connection(mount) as connection:
         patience = wait if cut_off_dying(mount) else 0.0
         _detach_or_cut_off(mount, connection, lazy, wait, patience)
@@ -54,7 +54,7 @@ def _ended(daemon: int, wait: float) -> bool:
     return bool(poller.poll(wait * 1000))
 
 
-def _detach_or_cut_off(mount: table.Mount, connection: int | None, lazy: bool, wait: float, patience: float) -> None:
+def _detach_or_cut_off(mount: mounts.Mount, connection: int | None, lazy: bool, wait: float, patience: float) -> None:
     """Detach in a thread of its own, since a hung daemon makes the call wait for dirty pages without end.
 
     patience: seconds in which those who use the mount may yet go.
@@ -90,18 +90,18 @@ def _detach_patiently(mountpoint: bytes, lazy: bool, patience: float) -> None:
         time.sleep(_PAUSE)
 
 
-def cut_off_dying(mount: table.Mount) -> bool:
+def cut_off_dying(mount: mounts.Mount) -> bool:
     """Cut the connection of a mount whose daemon was killed and cannot end; return whether it is such a mount.
 
     A thread that no signal ends holds /dev/fuse, so that the kernel waits for answers, and all clients with it.
     """
-    if mount.pid is None or not records.is_dying(mount.pid):
+    if mount.pid is None or not runtime_state.is_dying(mount.pid):
         return False
     cut_off(mount)
     return True
 
 
-def cut_off(mount: table.Mount) -> None:
+def cut_off(mount: mounts.Mount) -> None:
     """Cut the connection of a mount, if it still is there: whoever waits for its daemon gets ECONNABORTED."""
     with _connection(mount) as connection:
         if connection is not None:
@@ -109,7 +109,7 @@ def cut_off(mount: table.Mount) -> None:
 
 
 @contextlib.contextmanager
-def _connection(mount: table.Mount) -> Iterator[int | None]:
+def _connection(mount: mounts.Mount) -> Iterator[int | None]:
     """Give a descriptor that cuts the connection of a mount when it is written to; None where there is none to be had.
 
     fusectl names connections by the minor number of the mount, which belongs to the next mount as soon as this one has
@@ -125,7 +125,7 @@ def _connection(mount: table.Mount) -> Iterator[int | None]:
         yield descriptor if _is_there(mount) else None
 
 
-def _is_there(mount: table.Mount) -> bool:
+def _is_there(mount: mounts.Mount) -> bool:
     return any((found.device, found.mountpoint) == (mount.device, mount.mountpoint) for found in kernel_mounts())
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from overlayfs.errors import MountError
-from overlayfs.mount import life
+from overlayfs.mount import start
 from overlayfs.mount.options import MountOptions
 from overlayfs_cli import mount_helper
 from overlayfs_cli.version import VERSION
@@ -20,7 +20,7 @@ STACK = "lowerdir=/a:/b,upperdir=/u,workdir=/w"
 def mounted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MountOptions, bytes]]:
     """What the program asks to be mounted, instead of mounting it."""
     asked: list[tuple[MountOptions, bytes]] = []
-    monkeypatch.setattr(life, "mount", lambda options, mountpoint: asked.append((options, mountpoint)))
+    monkeypatch.setattr(start, "mount", lambda options, mountpoint: asked.append((options, mountpoint)))
     return asked
 
 
@@ -130,13 +130,13 @@ def _raising(error: Exception) -> object:
 
 
 def test_no_mount_is_32(overlayfs_mount: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(life, "mount", _raising(MountError("upper /u is in use by the mount at /m (pid 1)")))
+    monkeypatch.setattr(start, "mount", _raising(MountError("upper /u is in use by the mount at /m (pid 1)")))
     ended = overlayfs_mount("-o", STACK, "/mnt")
     assert ended == (32, "", "overlayfs-mount: upper /u is in use by the mount at /m (pid 1)\n")
 
 
 def test_anything_else_is_2_and_one_line(overlayfs_mount: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(life, "mount", _raising(OSError(12, "Cannot allocate memory")))
+    monkeypatch.setattr(start, "mount", _raising(OSError(12, "Cannot allocate memory")))
     assert overlayfs_mount("-o", STACK, "/mnt") == (
         2,
         "",
@@ -168,7 +168,7 @@ def test_another_namespace_is_entered_by_nsenter(monkeypatch: pytest.MonkeyPatch
 
 def test_nothing_is_imported_that_mounting_does_not_need() -> None:
     code = (
-        "import sys, overlayfs_cli.mount_helper, overlayfs.mount.life;"
+        "import sys, overlayfs_cli.mount_helper, overlayfs.mount.start;"
         "print(*sorted({'click', 'rich', 'trio', 'pyfuse3', 'hypothesis', 'asyncio', 'email', 'http', 'logging.config'}"
         " & set(sys.modules)))"
     )

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from overlayfs.errors import UsageError
 from overlayfs.format.xattrs import Mode
 from overlayfs.fs.config import IdRange
-from overlayfs.mount import optstring
-from overlayfs.mount.options import Draft, MountOptions
+from overlayfs.mount.options import Draft, MountOptions, escape_layer, split_layers, split_options
 
 
 def read(text: bytes) -> Draft:
@@ -235,14 +234,14 @@ paths = st.binary(min_size=1).filter(lambda path: b"\0" not in path)
 
 @given(st.lists(paths, min_size=1))
 def test_splitting_inverts_escaping(layers: list[bytes]) -> None:
-    value = b":".join(map(optstring.escape_layer, layers))
-    (option,) = optstring.split_options(b",lowerdir=" + value + b",,")
-    assert optstring.split_layers(option.removeprefix(b"lowerdir=")) == layers
+    value = b":".join(map(escape_layer, layers))
+    (option,) = split_options(b",lowerdir=" + value + b",,")
+    assert split_layers(option.removeprefix(b"lowerdir=")) == layers
 
 
 @given(st.binary())
 def test_no_string_is_too_strange_to_split(text: bytes) -> None:
-    options = optstring.split_options(text)
+    options = split_options(text)
     assert all(options)
     for option in options:
-        optstring.split_layers(option)
+        split_layers(option)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from overlayfs.mount import records
+from overlayfs.mount import runtime_state
 from overlayfs.store.store import LayerStore
 from tests.hostile import forgery, rights
 from tests.hostile.rights import Check
@@ -178,10 +178,10 @@ def test_what_is_the_programs_is_closed_to_others(campaign: Campaign, apart: Apa
         os.umask(umask)
     wish = {"store": store, "image": "site", "workspace": "w"}
     with mounted(apart, place, f"engine={engines.current()}", **wish) as (_, pid):
-        until(records.socket_path(pid).exists)
+        until(runtime_state.socket_path(pid).exists)
         inside = [path for path in (place / "store").rglob("*") if "tree" not in path.parts]
-        places = [place / "store", *inside, records.run_directory(), records.record_path(pid)]
-        points, wrong = forgery.reach_into(places, [records.socket_path(pid)])
+        places = [place / "store", *inside, runtime_state.run_directory(), runtime_state.record_path(pid)]
+        points, wrong = forgery.reach_into(places, [runtime_state.socket_path(pid)])
     campaign.held("the store, the records and the socket of others", points, wrong)
 
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 ACTIONS = ("import", "stack", "read", "copy-up", "commit")
 MEMORY = 256 << 20
 """Bytes of resident memory, the interpreter included, that an action may take, or the daemon during all of them."""
-MODULES = ("tests.hostile.actions", "tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.commits",
+MODULES = ("tests.hostile.actions", "tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.live_commit",
            "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3_engine", "overlayfs.oci.importing",
            "overlayfs.oci.exporting", "overlayfs.store.committing")  # fmt: skip
 _DETACH = 2

@@ -13,7 +13,7 @@ from unittest import mock
 
 from overlayfs import Overlay, sysio
 from overlayfs.errors import oserror
-from overlayfs.mount import daemon, engines, records, syscalls
+from overlayfs.mount import daemon, runtime_state, syscalls
 from overlayfs.mount.server import Control
 from tests.support import serving
 from tests.support.serving import Wish
@@ -42,17 +42,17 @@ def _after(owner: Any, name: str) -> Callable[[], None]:
 
 
 MOUNTING: dict[str, Callable[[], None]] = {
-    "the upper is locked and prepared": _dying(engines, "build"),
+    "the upper is locked and prepared": _dying(daemon, "build_engine"),
     "the kernel has the mount, nobody serves": _dying(daemon, "_serve"),
-    "it answers, nobody has been told": _dying(records, "write"),
-    "the record is written": _after(records, "write"),
+    "it answers, nobody has been told": _dying(runtime_state, "write"),
+    "the record is written": _after(runtime_state, "write"),
 }
 """By what is true at that moment. The mount that was asked for never comes."""
 
 UNMOUNTING: dict[str, Callable[[], None]] = {
     "the kernel has let go": _dying(daemon, "_close"),
     "the upper is synced, still locked": _dying(Overlay, "close"),
-    "all is closed, the record is there": _dying(records, "remove"),
+    "all is closed, the record is there": _dying(runtime_state, "remove"),
 }
 """The mount comes, and its daemon dies at its end."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount.mountinfo import kernel_mounts
+from overlayfs.mount.mounts import kernel_mounts
 from overlayfs.store.store import LayerStore
 from tests.store.samples import add_image
 from tests.support import processes, serving, syscalls
@@ -16,7 +16,7 @@ from tests.support.apart import Apart
 from tests.support.mutants import seeded
 from tests.support.serving import Wish
 
-MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.commits",
+MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.live_commit",
            "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3_engine")  # fmt: skip
 """What a server of daemons has loaded."""
 PATIENCE = 0.1  # seconds that a second mount waits for the first to go

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import MountError
-from overlayfs.mount import table, unmount
+from overlayfs.mount import mounts, unmount
 from tests.mounted.conftest import DETACH, PROGRAM, Mount
 from tests.support import processes, syscalls
 from tests.support.polling import until
@@ -170,7 +170,7 @@ def test_sigusr1_logs_the_counters(mount: Mount) -> None:
 
 def test_a_cut_connection_is_cleared_away_and_told_by_the_exit_code(mount: Mount) -> None:
     process = mount.foreground()
-    unmount.cut_off(table.find(os.fsencode(mount.point)))
+    unmount.cut_off(mounts.find(os.fsencode(mount.point)))
     code, written = process.ended()
     assert code == 32
     assert written == f"overlayfs: the mount at {mount.point} was cut off from the kernel\n"
@@ -180,12 +180,12 @@ def test_a_cut_connection_is_cleared_away_and_told_by_the_exit_code(mount: Mount
 def test_who_gets_the_number_of_a_mount_is_not_cut_off_for_it(mount: Mount) -> None:
     """The kernel names connections by numbers that it gives out again at once."""
     mount.start()
-    gone = table.find(os.fsencode(mount.point))
+    gone = mounts.find(os.fsencode(mount.point))
     known = gone
     while known == gone or known.device != gone.device:  # others mount, too
         mount.unmount()
         mount.start()
-        known = table.find(os.fsencode(mount.point))
+        known = mounts.find(os.fsencode(mount.point))
     unmount.cut_off(dataclasses.replace(gone, mountpoint=gone.mountpoint + b".gone"))
     assert (mount.point / "t").read_bytes() == b"top"
     assert mount.unmount() == 0

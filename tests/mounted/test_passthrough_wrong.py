@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from overlayfs.mount import table, unmount
+from overlayfs.mount import mounts, unmount
 from tests.mounted import passthrough_checks
 from tests.mounted.conftest import Mount
 from tests.mounted.passthrough_checks import AUTO, PASSTHROUGH, prepare
@@ -45,7 +45,7 @@ def test_is_noticed(mount: Mount, fault: str, check: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(passthrough_checks, "LIMIT", 3.0)
     prepare(mount, check)
     process = mount.wrong(fault, f"suid,volatile,io={io}").process
-    known = table.find(os.fsencode(mount.point))  # later it may not answer
+    known = mounts.find(os.fsencode(mount.point))  # later it may not answer
     try:
         with pytest.raises((AssertionError, OSError)):
             (PASSTHROUGH if io == "passthrough" else AUTO)[check](mount)
@@ -53,7 +53,7 @@ def test_is_noticed(mount: Mount, fault: str, check: str, monkeypatch: pytest.Mo
         _end(process, known)
 
 
-def _end(process: subprocess.Popen[str], known: table.Mount) -> None:
+def _end(process: subprocess.Popen[str], known: mounts.Mount) -> None:
     """End a daemon that may hang beyond SIGKILL, and clients with it; others may take fusectl away meanwhile."""
 
     def ended() -> bool:

@@ -18,15 +18,15 @@ from overlayfs.errors import MountError
 from overlayfs.fuse import pyfuse3_engine
 from overlayfs.library import Store
 from overlayfs.mount import (  # all of it: a user may not read our interpreter
-    commits,
     control,
     daemon,
-    life,
-    lodging,
-    records,
+    image_mount,
+    live_commit,
+    runtime_state,
+    start,
     unmount,
 )
-from overlayfs.mount.mountinfo import kernel_mounts
+from overlayfs.mount.mounts import kernel_mounts
 from overlayfs.mount.options import Draft
 from overlayfs.store import committing, hashing
 from overlayfs.store.store import LayerStore
@@ -42,7 +42,7 @@ from tests.support.users import ALICE, BOB, ROOT, run_as
 T = TypeVar("T")
 DEVICE = "/dev/fuse"
 _NEW_USER, _NEW_MOUNTS = 0x1000_0000, 0x0002_0000  # unshare(2)
-assert daemon and commits and committing and hashing and pyfuse3_engine
+assert daemon and live_commit and committing and hashing and pyfuse3_engine
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def _start(mount: Mount, options: str = "") -> None:
     def act() -> None:
         draft = Draft()
         draft.read(os.fsencode(f"{mount.stack.options},{options}"))
-        life.mount(draft.build(), os.fsencode(mount.point))
+        start.mount(draft.build(), os.fsencode(mount.point))
 
     before = processes.children()
     _as_alice(mount, act)
@@ -156,7 +156,7 @@ def test_inside_a_user_namespace(alices: Mount) -> None:
         _enter_namespace()
         draft = Draft()
         draft.read(os.fsencode(alices.stack.options))
-        life.mount(draft.build(), os.fsencode(point))
+        start.mount(draft.build(), os.fsencode(point))
         try:
             (point / "d" / "f").write_bytes(b"changed")
             (point / "t").unlink()
@@ -242,7 +242,7 @@ def test_records_lie_with_the_user(alices: Mount) -> None:
     directory = alices.stack.base / "run" / "overlayfs"
     assert sorted(path.name for path in directory.iterdir()) == [f"{alices.pid}.json", f"{alices.pid}.sock"]
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    assert not records.record_path(alices.pid).exists()
+    assert not runtime_state.record_path(alices.pid).exists()
     _as_alice(alices, lambda: unmount.unmount(os.fsencode(alices.point)))
     assert processes.reap(alices.pids.pop()) == 0
     assert list(directory.iterdir()) == []
@@ -253,15 +253,15 @@ def _mount_image(alices: Mount) -> bytes:
     """Make an image of the user's own and mount it; return the store."""
     store, point = os.fsencode(alices.stack.base / "store"), alices.point
 
-    def start() -> None:
+    def mount_image() -> None:
         with LayerStore(store) as opened:
             add_image(opened, "site", {"d/f": "old", "t": "top"})
-        with lodging.claimed(store, "site", "mine", ephemeral=False, create=False) as claimed:
-            draft = Draft(lower=list(claimed.lower), upper=claimed.upper, work=claimed.work)
-            life.mount(dataclasses.replace(draft.build(), lodging=claimed.lodging), os.fsencode(point))
+        with image_mount.lease_workspace(store, "site", "mine", ephemeral=False, create=False) as lease:
+            draft = Draft(lower=list(lease.lower), upper=lease.upper, work=lease.work)
+            start.mount(dataclasses.replace(draft.build(), image_mount=lease.image_mount), os.fsencode(point))
 
     before = processes.children()
-    _as_alice(alices, start)
+    _as_alice(alices, mount_image)
     alices.note_daemons(before)
     return store
 

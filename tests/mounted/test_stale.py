@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount import control, table, unmount
+from overlayfs.mount import control, mounts, unmount
 from tests.mounted import dying
 from tests.mounted.scene import Scene
 from tests.support import engines, processes
@@ -159,7 +159,7 @@ def _stopped_in_the_middle(scene: Scene) -> list[str]:
     """With a client that waits for an answer: it is let go."""
     with _stopped(scene), subprocess.Popen(["stat", scene.point / "f"], stderr=subprocess.DEVNULL) as client:
         until(lambda: "request_wait_answer" in Path(f"/proc/{client.pid}/stack").read_text())
-        mount = table.find(os.fsencode(scene.point))
+        mount = mounts.find(os.fsencode(scene.point))
         unmount.cut_off(mount)
         late = [] if client.wait(LIMIT) else ["the client was answered"]
         return late + _limited(lambda: unmount.unmount(os.fsencode(scene.point), wait=0.5), "still runs after 0.5 s")
@@ -187,7 +187,7 @@ def _killed_writing_out(scene: Scene, by_handle: bool = True) -> Iterator[subpro
     """
     cached = ",io=cached" if scene.engine == "kernel" else ""
     pid = scene.start(scene.wish(scene.words() + cached), partial(dying.serve_never_writing, by_handle))
-    mount = table.find(os.fsencode(scene.point))
+    mount = mounts.find(os.fsencode(scene.point))
     words = [sys.executable, "-c", _DIRTY, str(scene.point / "f")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as client:
         assert client.stdin is not None and client.stdout is not None
@@ -270,7 +270,7 @@ def _ends(client: subprocess.Popen[bytes]) -> bool:
 
 def _cut_off(scene: Scene) -> list[str]:
     pid = scene.start(scene.wish())
-    unmount.cut_off(table.find(os.fsencode(scene.point)))
+    unmount.cut_off(mounts.find(os.fsencode(scene.point)))
     code = processes.reap(pid)
     return [] if (code, scene.mounts()) == (MountError.exit_code, 0) else [f"exit {code}, {scene.mounts()} mounts"]
 

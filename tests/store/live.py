@@ -12,8 +12,8 @@ from overlayfs.fs.config import StackConfig
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.caching_policy import CachingPolicy
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.mount.commits import Commits, Committed
-from overlayfs.mount.options import Lodging
+from overlayfs.mount.live_commit import CommitResult, LiveCommits
+from overlayfs.mount.options import ImageMount
 from overlayfs.store.committing import Commit
 from overlayfs.store.hashing import Hashed
 from overlayfs.store.records import ImageRecord, now
@@ -69,20 +69,20 @@ class Used:
         )
         self.engine = Idle(self.overlay)
         record = workspace.record
-        lodging = Lodging(store.path, record.image, record.name, record.ephemeral, record.layers, lock)
+        image_mount = ImageMount(store.path, record.image, record.name, record.ephemeral, record.layers, lock)
         self.unhashed: list[str] = []  # layers that a process of their own would hash
-        self.commits = Commits(self.engine, lodging, self._note)
+        self.commits = LiveCommits(self.engine, image_mount, self._note)
 
     def _note(self, store: bytes, layer_id: str) -> "Unhashed":
         self.unhashed.append(layer_id)
         trio.from_thread.run_sync(self._begun.set)
         return Unhashed()
 
-    def commit(self, image: str | None = None, allow_empty: bool = False, message: str = "") -> Committed:
+    def commit(self, image: str | None = None, allow_empty: bool = False, message: str = "") -> CommitResult:
         """Commit as a daemon does."""
         return trio.run(self._commit, Commit(image=image, allow_empty=allow_empty, message=message))
 
-    async def _commit(self, wanted: Commit) -> Committed:
+    async def _commit(self, wanted: Commit) -> CommitResult:
         self._begun = trio.Event()
         made = await self.commits.commit(wanted)
         await self._begun.wait()

@@ -3,7 +3,7 @@
 import os
 
 from overlayfs.errors import UserError
-from overlayfs.mount import life
+from overlayfs.mount import start
 from overlayfs.mount.options import Draft
 
 
@@ -12,7 +12,7 @@ def mount(options: str, mountpoint: str) -> int:
     draft = Draft()
     draft.read(f"{options},debug".encode())
     try:
-        life.mount(draft.build(), os.fsencode(mountpoint))
+        start.mount(draft.build(), os.fsencode(mountpoint))
     except UserError as error:
         return error.exit_code
     return 0

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn, Self
 
-from overlayfs.mount import table
+from overlayfs.mount import mounts
 from tests.support import processes, syscalls
 
 DETACH = 2
@@ -43,7 +43,7 @@ class Launcher:
         """Mount in the background with these further words; return the pid of the daemon, which is our child."""
         code, said = self.run("mount", "-q", *words, str(point), mutant=mutant)
         assert code == 0, f"cannot mount: {said}"
-        pid = table.find(os.fsencode(point)).pid
+        pid = mounts.find(os.fsencode(point)).pid
         assert pid is not None
         return pid
 
@@ -65,7 +65,7 @@ def clear(point: Path, pid: int) -> None:
     if pid in processes.children():
         os.kill(pid, signal.SIGKILL)
         processes.reap(pid)
-    while os.fsencode(point) in {mount.mountpoint for mount in table.mounts()}:
+    while os.fsencode(point) in {mount.mountpoint for mount in mounts.list_mounts()}:
         syscalls.umount(os.fsencode(point), DETACH)
 
 

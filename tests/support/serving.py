@@ -10,7 +10,7 @@ import socket
 from typing import NamedTuple, NoReturn
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount import lodging
+from overlayfs.mount import image_mount
 from overlayfs.mount.options import Draft, MountOptions
 from tests.support import syscalls
 from tests.support.mutants import seeded
@@ -82,12 +82,12 @@ def _live(wish: Wish, address: str, writing: int) -> NoReturn:
 
 
 def _mount(wish: Wish) -> None:
-    from overlayfs.mount import life  # not before the bug is in place
+    from overlayfs.mount import start  # not before the bug is in place
 
     if wish.alone:
         syscalls.own_mounts()
     with contextlib.ExitStack() as stack:
-        life.mount(_options(wish, stack), wish.point)
+        start.mount(_options(wish, stack), wish.point)
 
 
 def _options(wish: Wish, stack: contextlib.ExitStack) -> MountOptions:
@@ -95,9 +95,10 @@ def _options(wish: Wish, stack: contextlib.ExitStack) -> MountOptions:
     draft.read(wish.options)
     if not wish.image:
         return _patient(draft, wish)
-    found = stack.enter_context(lodging.claimed(wish.store, wish.image, wish.workspace, ephemeral=False, create=False))
+    lease = image_mount.lease_workspace(wish.store, wish.image, wish.workspace, ephemeral=False, create=False)
+    found = stack.enter_context(lease)
     draft.lower, draft.upper, draft.work = list(found.lower), found.upper, found.work
-    return dataclasses.replace(_patient(draft, wish), lodging=found.lodging)
+    return dataclasses.replace(_patient(draft, wish), image_mount=found.image_mount)
 
 
 def _patient(draft: Draft, wish: Wish) -> MountOptions:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from overlayfs.mount import commits, control, life, lodging
+from overlayfs.mount import control, image_mount, live_commit, start
 from overlayfs.mount.options import Draft, MountOptions
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
@@ -25,7 +25,7 @@ IMAGE, WORKSPACE = "forked:1", "w"
 
 def load() -> None:
     """Import what daemons need, so that they find it when they are forked."""
-    for name in ("mount.daemon", "mount.commits", "fuse.pyfuse3_engine", "fuse.kernel.engine"):
+    for name in ("mount.daemon", "mount.live_commit", "fuse.pyfuse3_engine", "fuse.kernel.engine"):
         importlib.import_module(f"overlayfs.{name}")
 
 
@@ -48,7 +48,7 @@ class ForkedMount(Tree):
         return os.fsencode(self.stack.mountpoint)
 
     def _mount(self, options: MountOptions) -> None:
-        life.mount(options, self._point)
+        start.mount(options, self._point)
         self.daemon = int(control.request(self._point, "status")["pid"])
 
     def _stop(self) -> None:
@@ -88,9 +88,9 @@ class ForkedImage(ForkedMount):
         super().__init__(stack, options)
 
     def _mount(self, options: MountOptions) -> None:
-        with lodging.claimed(self.store, IMAGE, WORKSPACE, False, False) as claimed:
-            stack = replace(options.stack, lower=claimed.lower, upper=claimed.upper, work=claimed.work)
-            super()._mount(replace(options, stack=stack, lodging=claimed.lodging))
+        with image_mount.lease_workspace(self.store, IMAGE, WORKSPACE, False, False) as lease:
+            stack = replace(options.stack, lower=lease.lower, upper=lease.upper, work=lease.work)
+            super()._mount(replace(options, stack=stack, image_mount=lease.image_mount))
 
     def rotate(self) -> None:
         """Make the upper a layer of the store, and mount what is there then."""
@@ -109,8 +109,8 @@ class ForkedImage(ForkedMount):
 def unhashed() -> Iterator[None]:
     """Layers that are committed inside are not hashed, which takes a process each."""
 
-    async def begin(self: commits.Commits, store: bytes, layer_id: str) -> None:
+    async def begin(self: live_commit.LiveCommits, store: bytes, layer_id: str) -> None:
         """Leave the layer as it is."""
 
-    with mock.patch.object(commits.Commits, "_begin_hashing", begin):
+    with mock.patch.object(live_commit.LiveCommits, "_begin_hashing", begin):
         yield

@@ -8,7 +8,7 @@ import pytest
 from overlayfs import sysio
 from overlayfs.errors import MountError
 from overlayfs.fs.config import StackConfig
-from overlayfs.mount import places
+from overlayfs.mount import preflight
 from tests.support.requirements import need_root
 
 
@@ -22,13 +22,13 @@ def _stack(base: Path) -> StackConfig:
 
 @pytest.mark.parametrize("name", ["mnt", "lower", "upper", "work"])
 def test_beside_a_layer_or_on_it_is_fine(tmp_path: Path, name: str) -> None:
-    places.check(os.fsencode(tmp_path / name), _stack(tmp_path))
+    preflight.check_mountpoint(os.fsencode(tmp_path / name), _stack(tmp_path))
 
 
 @pytest.mark.parametrize("below", ["deep", "deep/er"])
 def test_inside_a_layer_that_is_held_as_a_private_copy_is_fine(tmp_path: Path, below: str) -> None:
     need_root()
-    places.check(os.fsencode(tmp_path / "lower" / below), _stack(tmp_path))
+    preflight.check_mountpoint(os.fsencode(tmp_path / "lower" / below), _stack(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["upper", "work"])
@@ -36,7 +36,7 @@ def test_inside_a_layer_that_is_held_as_a_private_copy_is_fine(tmp_path: Path, b
 def test_inside_what_changes_is_refused(tmp_path: Path, name: str, below: str) -> None:
     stack = _stack(tmp_path)
     with pytest.raises(MountError, match=r"lies inside .*; choose a mount point outside") as caught:
-        places.check(os.fsencode(tmp_path / name / below), stack)
+        preflight.check_mountpoint(os.fsencode(tmp_path / name / below), stack)
     assert str(tmp_path / name) in str(caught.value)
     assert caught.value.exit_code == 32
 
@@ -45,12 +45,12 @@ def test_another_path_to_a_layer_does_not_hide_it(tmp_path: Path) -> None:
     stack = _stack(tmp_path)
     (tmp_path / "link").symlink_to("upper")
     with pytest.raises(MountError, match="lies inside"):
-        places.check(os.fsencode(tmp_path / "link" / "deep"), stack)
+        preflight.check_mountpoint(os.fsencode(tmp_path / "link" / "deep"), stack)
 
 
 def test_a_layer_that_is_not_there_is_for_others_to_report(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
-    places.check(os.fsencode(tmp_path / "mnt"), StackConfig((os.fsencode(tmp_path / "gone"),)))
+    preflight.check_mountpoint(os.fsencode(tmp_path / "mnt"), StackConfig((os.fsencode(tmp_path / "gone"),)))
 
 
 def test_inside_a_layer_that_shows_mounts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,4 +58,4 @@ def test_inside_a_layer_that_shows_mounts_is_refused(tmp_path: Path, monkeypatch
     stack = _stack(tmp_path)
     monkeypatch.setattr(sysio, "clone_mount", lambda fd: None)
     with pytest.raises(MountError, match="lies inside"):
-        places.check(os.fsencode(tmp_path / "lower" / "deep"), stack)
+        preflight.check_mountpoint(os.fsencode(tmp_path / "lower" / "deep"), stack)

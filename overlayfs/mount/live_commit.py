@@ -1,4 +1,4 @@
-"""Commits of a mounted image: the upper becomes a layer of the store, and the mount goes on with a fresh one.
+"""LiveCommits of a mounted image: the upper becomes a layer of the store, and the mount goes on with a fresh one.
 
 1. Dirty pages of the mount are written out, the adoption is prepared, the upper's file system is synced, and what only
    the index of the work directory knows becomes names. All that while requests are served.
@@ -29,7 +29,7 @@ from overlayfs.errors import UserError, oserror
 from overlayfs.fs.durability import SyncBarrier
 from overlayfs.fs.rotate import Rotation
 from overlayfs.fuse.engine import Engine
-from overlayfs.mount.options import Lodging
+from overlayfs.mount.options import ImageMount
 from overlayfs.store import committing, hashing, layout
 from overlayfs.store.adoption import Adoption, NewLayer
 from overlayfs.store.committing import Commit
@@ -67,7 +67,7 @@ class _Beginning:
 Hasher = Callable[[bytes, str], Followed]
 
 
-class Committed(NamedTuple):
+class CommitResult(NamedTuple):
     """A new layer, the image that it is the top of, and for how many seconds changes had to wait."""
 
     layer: str
@@ -75,20 +75,20 @@ class Committed(NamedTuple):
     held: float
 
 
-class Commits:
+class LiveCommits:
     """All commits of one mounted image, one at a time."""
 
-    def __init__(self, engine: Engine, lodging: Lodging, hasher: Hasher = hashing.Hashing) -> None:
+    def __init__(self, engine: Engine, image_mount: ImageMount, hasher: Hasher = hashing.Hashing) -> None:
         self._engine = engine
         self._hasher = hasher
         self._overlay = engine.overlay
-        self._lodging = lodging
+        self._lodging = image_mount
         self._turn = trio.Lock()
         self._store: LayerStore | None = None  # keeps the new layers from gc as long as the daemon lives
         self._hashing: dict[str, Followed] = {}
         self._unsettled: tuple[Adoption, SyncBarrier] | None = None
 
-    async def commit(self, wanted: Commit) -> Committed:
+    async def commit(self, wanted: Commit) -> CommitResult:
         """Make a layer of what was acknowledged until now; UserError with a sentence when there is none to make.
 
         Dirty pages must have been written out.
@@ -100,7 +100,7 @@ class Commits:
             store = await self._opened()
             with _prompt_threads():
                 made, held = await self._carry_out(store, wanted)
-            return Committed(made.id, None if wanted.image is None else layout.image_name(wanted.image), held)
+            return CommitResult(made.id, None if wanted.image is None else layout.image_name(wanted.image), held)
 
     def hashed(self, layer_id: str) -> hashing.Hashed:
         """Return how far the hashing of a layer is that was committed here."""

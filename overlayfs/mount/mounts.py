@@ -1,16 +1,55 @@
-"""What is mounted: the kernel's list joined with the records of the daemons."""
+"""What is mounted: /proc/self/mountinfo, decoded, and joined with the records of the daemons."""
 
 import os
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from overlayfs.errors import InUseError, MountError, UserError
-from overlayfs.mount import records
-from overlayfs.mount.mountinfo import TYPE, KernelMount, kernel_mounts
-from overlayfs.mount.records import Record
+from overlayfs.mount import runtime_state
+from overlayfs.mount.runtime_state import Record
 
 if TYPE_CHECKING:
     from overlayfs.store.workspaces import WorkspaceInUseError
+
+TYPE = b"fuse.overlayfs"
+
+
+class KernelMount(NamedTuple):
+    """One line of proc_pid_mountinfo(5): `device` is major:minor, `options` those of the mount and the superblock."""
+
+    device: bytes
+    root: bytes
+    mountpoint: bytes
+    options: frozenset[bytes]
+    type: bytes
+    source: bytes
+
+
+def unescape(field: bytes) -> bytes:
+    r"""Return a field with the kernel's octal escapes (\040 for a space) undone."""
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)
+
+
+def parse(line: bytes) -> KernelMount:
+    """Return one line decoded; the number of optional fields before the dash varies."""
+    before, _, after = line.partition(b" - ")
+    _, _, device, root, mountpoint, options, *_ = before.split(b" ")
+    kind, source, super_options = after.split(b" ")[:3]
+    chosen = frozenset(options.split(b",")) | frozenset(super_options.split(b","))
+    return KernelMount(device, unescape(root), unescape(mountpoint), chosen, kind, unescape(source))
+
+
+def kernel_mounts() -> list[KernelMount]:
+    """Return all mounts of this process's namespace, oldest first."""
+    with open("/proc/self/mountinfo", "rb") as stream:
+        return [parse(line) for line in stream.read().splitlines() if line]
+
+
+def mounted_on(mountpoint: bytes) -> KernelMount | None:
+    """Return the mount that is uppermost on a path, None if nothing is mounted there."""
+    found = [mount for mount in kernel_mounts() if mount.mountpoint == mountpoint]
+    return found[-1] if found else None
 
 
 @dataclass(frozen=True)
@@ -32,9 +71,9 @@ class Mount:
     store: bytes | None = None
 
 
-def mounts() -> list[Mount]:
+def list_mounts() -> list[Mount]:
     """Return the mounts of this namespace that overlayfs made, oldest first; bind mounts of them are left out."""
-    known = records.read_all()
+    known = runtime_state.read_all()
     found = [mount for mount in kernel_mounts() if mount.type == TYPE and mount.root == b"/"]
     return [_joined(mount, _record_of(mount, known)) for mount in found]
 
@@ -52,15 +91,15 @@ def _record_of(mount: KernelMount, known: list[Record]) -> Record | None:
 def find(mountpoint: bytes) -> Mount:
     """Return the mount that is uppermost on a path. UserError if none of ours is."""
     path = resolved(mountpoint)
-    found = [mount for mount in mounts() if mount.mountpoint == path]
+    found = [mount for mount in list_mounts() if mount.mountpoint == path]
     if not found:
         raise UserError(f"{os.fsdecode(mountpoint)} is not a mount of overlayfs; see `overlayfs mounts`")
     return found[-1]
 
 
-def with_holder(error: InUseError) -> MountError:
+def name_holder(error: InUseError) -> MountError:
     """Return a refusal with the mount point of the holder, where a record tells it."""
-    for mount in mounts():
+    for mount in list_mounts():
         if mount.pid is not None and mount.pid == error.pid:
             where = os.fsdecode(mount.mountpoint)
             return MountError(
@@ -70,9 +109,9 @@ def with_holder(error: InUseError) -> MountError:
     return error
 
 
-def with_mount(error: "WorkspaceInUseError") -> UserError:
+def name_workspace_holder(error: "WorkspaceInUseError") -> UserError:
     """Return the same for a workspace of a store."""
-    for mount in mounts():
+    for mount in list_mounts():
         if mount.upper is not None and os.path.dirname(mount.upper) == error.path:
             where = os.fsdecode(mount.mountpoint)
             return UserError(

@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import signal
+import socket
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount import neighbours, places, stale, table
+from overlayfs.mount import mounts, preflight
 from overlayfs.mount.options import MountOptions
 
 Notify = Callable[[str], None]
@@ -28,10 +29,10 @@ def mount(options: MountOptions, mountpoint: bytes, notify: Notify = lambda noti
     a mount in the foreground ended by an error.
     """
     _open_standard_streams()
-    point = table.resolved(mountpoint)
-    stale.prepare(point)
-    places.check(point, options.stack)
-    neighbours.check(options.stack)
+    point = mounts.resolved(mountpoint)
+    preflight.prepare_mountpoint(point)
+    preflight.check_mountpoint(point, options.stack)
+    preflight.check_uppers(options.stack)
     if options.foreground or options.debug:
         _stay(options, point, notify)
     else:
@@ -40,12 +41,11 @@ def mount(options: MountOptions, mountpoint: bytes, notify: Notify = lambda noti
 
 def _stay(options: MountOptions, mountpoint: bytes, notify: Notify) -> None:
     from overlayfs.mount import daemon
-    from overlayfs.mount.notify import notify as notify_manager
 
     def tell(notices: tuple[str, ...]) -> None:
         for notice in notices:
             notify(notice)
-        notify_manager("READY=1")
+        sd_notify("READY=1")
 
     daemon.run(options, mountpoint, tell)
 
@@ -171,3 +171,13 @@ def _give_up_terminal() -> None:
     for descriptor in range(3):
         os.dup2(null, descriptor)
     os.close(null)
+
+
+def sd_notify(state: str) -> None:
+    """Send a state such as READY=1 to the socket that the manager named; nothing if there is no manager."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
+        sender.sendall(state.encode())

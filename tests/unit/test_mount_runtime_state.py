@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from overlayfs.mount import records
-from overlayfs.mount.records import Record
+from overlayfs.mount import runtime_state
+from overlayfs.mount.runtime_state import Record
 from tests.support.polling import until
 
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(records, "run_directory", lambda: tmp_path / "run")
+    monkeypatch.setattr(runtime_state, "run_directory", lambda: tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -26,27 +26,27 @@ def _record(pid: int, started: int) -> Record:
 
 
 def _own() -> Record:
-    started = records.start_time(os.getpid())
+    started = runtime_state.start_time(os.getpid())
     assert started is not None
     return _record(os.getpid(), started)
 
 
 def test_what_is_written_is_read(directory: Path) -> None:
-    records.write(_own())
-    assert records.read_all() == [_own()]
+    runtime_state.write(_own())
+    assert runtime_state.read_all() == [_own()]
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert [path.suffix for path in directory.iterdir()] == [".json"]
 
 
 def test_nothing_is_there_before_the_first_mount() -> None:
-    assert records.read_all() == []
+    assert runtime_state.read_all() == []
 
 
 def test_the_record_of_a_dead_daemon_is_removed(directory: Path) -> None:
     with subprocess.Popen(["true"]) as process:
         pass
-    records.write(_record(process.pid, 1))
-    assert records.read_all() == []
+    runtime_state.write(_record(process.pid, 1))
+    assert runtime_state.read_all() == []
     assert list(directory.iterdir()) == []
 
 
@@ -54,12 +54,12 @@ def test_a_process_whose_first_thread_has_ended_is_still_there() -> None:
     """As the daemon that was killed while another thread of it waits where no signal reaches."""
     with subprocess.Popen([sys.executable, "-c", _HALF_ENDED], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
-        until(lambda: records.is_dying(process.pid))
-        assert records.start_time(process.pid) is not None
+        until(lambda: runtime_state.is_dying(process.pid))
+        assert runtime_state.start_time(process.pid) is not None
         process.stdin.close()
         process.wait()
-        assert not records.is_dying(process.pid)
-        assert records.start_time(process.pid) is None
+        assert not runtime_state.is_dying(process.pid)
+        assert runtime_state.start_time(process.pid) is None
 
 
 _HALF_ENDED = """
@@ -72,36 +72,36 @@ ctypes.CDLL(None).syscall(60, 0)
 def test_only_what_lives_or_is_dying_is_there() -> None:
     with subprocess.Popen(["true"]) as process:
         until(lambda: b") Z " in Path(f"/proc/{process.pid}/stat").read_bytes())
-        assert not records.is_dying(process.pid)
-        assert records.start_time(process.pid) is None
-    assert not records.is_dying(os.getpid())
+        assert not runtime_state.is_dying(process.pid)
+        assert runtime_state.start_time(process.pid) is None
+    assert not runtime_state.is_dying(os.getpid())
 
 
 def test_a_pid_in_other_hands_is_not_the_daemon() -> None:
-    records.write(dataclasses.replace(_own(), started=1))
-    assert records.read_all() == []
+    runtime_state.write(dataclasses.replace(_own(), started=1))
+    assert runtime_state.read_all() == []
 
 
 def test_nonsense_is_passed_over(directory: Path) -> None:
-    records.make_run_directory()
+    runtime_state.make_run_directory()
     (directory / "1.json").write_text("{")
     (directory / "2.json").write_text("[]")
     (directory / "3.json").write_text('{"lower": []}')
-    assert records.read_all() == []
+    assert runtime_state.read_all() == []
 
 
 def test_what_others_can_have_written_is_not_read(directory: Path) -> None:
-    records.write(_own())
+    runtime_state.write(_own())
     directory.chmod(0o777)
-    assert records.read_all() == []
+    assert runtime_state.read_all() == []
     directory.rename(directory.with_name("elsewhere"))
     directory.symlink_to("elsewhere")
     (directory / ".").resolve().chmod(0o700)
-    assert records.read_all() == []
+    assert runtime_state.read_all() == []
 
 
 def test_a_directory_that_others_may_enter_is_refused(directory: Path) -> None:
     directory.mkdir()
     directory.chmod(0o755)
     with pytest.raises(PermissionError, match="0700"):
-        records.write(_own())
+        runtime_state.write(_own())

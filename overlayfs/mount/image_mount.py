@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from overlayfs.errors import MountError, UsageError, UserError
-from overlayfs.mount import table
-from overlayfs.mount.options import Lodging
+from overlayfs.mount import mounts
+from overlayfs.mount.options import ImageMount
 from overlayfs.store.locks import Hold
 from overlayfs.store.store import LayerStore
 from overlayfs.store.workspaces import Claim, WorkspaceInUseError
@@ -21,13 +21,13 @@ from overlayfs.store.workspaces import Claim, WorkspaceInUseError
 log = logging.getLogger(__name__)
 
 
-class Claimed(NamedTuple):
+class WorkspaceLease(NamedTuple):
     """A claimed workspace and the directories of its stack.
 
     `behind`: the image stands for other layers by now than those the workspace was begun on.
     """
 
-    lodging: Lodging
+    image_mount: ImageMount
     lower: tuple[bytes, ...]
     upper: bytes
     work: bytes
@@ -35,7 +35,9 @@ class Claimed(NamedTuple):
 
 
 @contextlib.contextmanager
-def claimed(store: bytes, image: str, name: str | None, ephemeral: bool, create: bool) -> Iterator[Claimed]:
+def lease_workspace(
+    store: bytes, image: str, name: str | None, ephemeral: bool, create: bool
+) -> Iterator[WorkspaceLease]:
     """Claim a workspace of an image for a mount. When the context fails, a new one goes in which nothing was changed.
 
     MountError when it cannot be had.
@@ -51,17 +53,17 @@ def claimed(store: bytes, image: str, name: str | None, ephemeral: bool, create:
         try:
             yield found
         except BaseException:
-            if claim.new and (found.lodging.ephemeral or _is_untouched(found)):
-                _drop(found.lodging)
+            if claim.new and (found.image_mount.ephemeral or _is_untouched(found)):
+                _drop(found.image_mount)
             raise
 
 
-def _is_untouched(claimed: Claimed) -> bool:
+def _is_untouched(claimed: WorkspaceLease) -> bool:
     """Return whether nothing was done in a new workspace, for certain.
 
     In the foreground the context is the mount itself, and may end by an error after hours of work and commits.
     """
-    used = claimed.lodging
+    used = claimed.image_mount
     try:
         with LayerStore(used.store, create=False) as store:
             return not os.listdir(claimed.upper) and store.workspace(used.workspace).record.layers == used.layers
@@ -84,13 +86,13 @@ def _claim(store: LayerStore, image: str, name: str | None, ephemeral: bool) -> 
     try:
         return store.claim_workspace(image, name, ephemeral)
     except WorkspaceInUseError as error:
-        raise table.with_mount(error) from None
+        raise mounts.name_workspace_holder(error) from None
 
 
-def _found(store: LayerStore, claim: Claim) -> Claimed:
+def _found(store: LayerStore, claim: Claim) -> WorkspaceLease:
     workspace = claim.workspace
     record = workspace.record
-    used = Lodging(
+    used = ImageMount(
         store=store.path,
         image=record.image,
         workspace=record.name,
@@ -99,35 +101,35 @@ def _found(store: LayerStore, claim: Claim) -> Claimed:
         lock=claim.hold.fd,
     )
     lower = tuple(layer.tree_path for layer in store.stack_of(record.name))
-    return Claimed(used, lower, workspace.upper_path, workspace.work_path, claim.behind)
+    return WorkspaceLease(used, lower, workspace.upper_path, workspace.work_path, claim.behind)
 
 
 @contextlib.contextmanager
-def held(lodging: Lodging) -> Iterator[None]:
+def hold_image(image_mount: ImageMount) -> Iterator[None]:
     """Hold the workspace and the layers, in the daemon; at the end an ephemeral workspace goes."""
     with contextlib.ExitStack() as holds:
-        holds.enter_context(Hold(os.dup(lodging.lock)))  # the same lock: the other descriptor of it is closed soon
-        with _opened(lodging.store, create=False) as store:
-            for layer_id in lodging.layers:
-                holds.enter_context(_layer_held(store, layer_id, lodging))
+        holds.enter_context(Hold(os.dup(image_mount.lock)))  # the same lock: the other descriptor of it is closed soon
+        with _opened(image_mount.store, create=False) as store:
+            for layer_id in image_mount.layers:
+                holds.enter_context(_layer_held(store, layer_id, image_mount))
         yield
-        if lodging.ephemeral:
-            _drop(lodging)
+        if image_mount.ephemeral:
+            _drop(image_mount)
 
 
-def _layer_held(store: LayerStore, layer_id: str, lodging: Lodging) -> Hold:
+def _layer_held(store: LayerStore, layer_id: str, image_mount: ImageMount) -> Hold:
     try:
         return store.layer(layer_id).hold()
     except OSError as error:
         advice = "; raise the limit (ulimit -n)" if error.errno == errno.EMFILE else ""
-        many = len(lodging.layers)
-        raise MountError(f"cannot hold the {many} layers of {lodging.image}: {error.strerror}{advice}") from error
+        many = len(image_mount.layers)
+        raise MountError(f"cannot hold the {many} layers of {image_mount.image}: {error.strerror}{advice}") from error
 
 
-def _drop(lodging: Lodging) -> None:
+def _drop(image_mount: ImageMount) -> None:
     """Take the workspace away; what fails here is done by the next who opens the store."""
     try:
-        with LayerStore(lodging.store, create=False) as store:
-            store.drop_claimed(lodging.workspace)
+        with LayerStore(image_mount.store, create=False) as store:
+            store.drop_claimed(image_mount.workspace)
     except (OSError, UserError) as error:
-        log.warning("workspace %s is left behind: %s", lodging.workspace, error)
+        log.warning("workspace %s is left behind: %s", image_mount.workspace, error)

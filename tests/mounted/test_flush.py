@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from overlayfs.errors import oserror
-from overlayfs.mount import control, mountsync, outside, syscalls
+from overlayfs.mount import control, flush, syscalls
 from tests.mounted.scene import Scene
 from tests.support import engines, processes, serving
 from tests.support.apart import Apart
@@ -22,19 +22,19 @@ from tests.support.serving import Wish
 
 def test_a_descriptor_is_not_there_and_stays_open(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
-    assert outside.run(lambda: errno_of(os.fstat, fd)) == errno.EBADF
+    assert flush.run_unshared(lambda: errno_of(os.fstat, fd)) == errno.EBADF
     assert os.listdir(fd) == []
     os.close(fd)
 
 
 def test_the_standard_streams_are_there() -> None:
     for stream in range(3):
-        assert outside.run(lambda: os.fstat(stream)) == os.fstat(stream)  # noqa: B023
+        assert flush.run_unshared(lambda: os.fstat(stream)) == os.fstat(stream)  # noqa: B023
 
 
 def test_an_error_is_for_who_asked(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        outside.run(lambda: os.stat(tmp_path / "absent"))
+        flush.run_unshared(lambda: os.stat(tmp_path / "absent"))
 
 
 def test_where_a_sandbox_refuses_it_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -43,13 +43,13 @@ def test_where_a_sandbox_refuses_it_is_done_all_the_same(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(syscalls, "leave_descriptors", refuse)
     fd = os.open(tmp_path, os.O_RDONLY)
-    assert outside.run(lambda: errno_of(os.fstat, fd)) is None
+    assert flush.run_unshared(lambda: errno_of(os.fstat, fd)) is None
     os.close(fd)
 
 
 def serve_without_syncfs(wish: Wish) -> int:
     """Mount with a daemon for which nobody writes pages out but itself, file by file."""
-    mock.patch.object(mountsync, "sysio", SimpleNamespace(syncfs=lambda _: None)).start()
+    mock.patch.object(flush, "sysio", SimpleNamespace(syncfs=lambda _: None)).start()
     with unhashed():
         return serving.serve(wish)
 

@@ -1,18 +1,24 @@
-"""Making a FUSE mount without libfuse: mount(2) where allowed, fusermount3 otherwise."""
+"""Mounting and unmounting a FUSE file system without libfuse: mount(2) and umount2(2) as root, else fusermount3."""
 
 import array
 import contextlib
 import os
 import socket
 import stat
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from overlayfs.errors import MountError
-from overlayfs.fuse.engine import MountSettings
 from overlayfs.mount import syscalls
-from overlayfs.mount.detach import FUSERMOUNT, detach, run_fusermount
-from overlayfs.mount.mountinfo import mounted_on
+from overlayfs.mount.mounts import mounted_on
+from overlayfs.mount.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
 
+if TYPE_CHECKING:
+    from overlayfs.fuse.engine import MountSettings  # imports the engine: nothing heavy is loaded before the fork
+
+FUSERMOUNT = "fusermount3"
 _DEVICE = "/dev/fuse"
 _COMMFD = "_FUSE_COMMFD"  # how fusermount3 learns where to send the descriptor
 
@@ -72,9 +78,9 @@ class FuseMount:
         os.close(nowhere)
 
 
-def attach(mountpoint: bytes, settings: MountSettings) -> FuseMount:
+def attach(mountpoint: bytes, settings: "MountSettings") -> FuseMount:
     """Mount at a directory; MountError with the reason."""
-    fd = _mount(mountpoint, settings) if os.geteuid() == 0 else _fusermount(mountpoint, settings)
+    fd = _mount(mountpoint, settings) if os.geteuid() == 0 else _mount_with_fusermount(mountpoint, settings)
     try:
         found = mounted_on(mountpoint)
     except OSError as error:  # no descriptor is left: then nothing could be served either
@@ -85,7 +91,7 @@ def attach(mountpoint: bytes, settings: MountSettings) -> FuseMount:
     return FuseMount(fd, mountpoint, None if found is None else found.device)
 
 
-def _mount(mountpoint: bytes, settings: MountSettings) -> int:
+def _mount(mountpoint: bytes, settings: "MountSettings") -> int:
     fd = _open_device()
     data = b",".join(
         (
@@ -111,7 +117,7 @@ def _open_device() -> int:
         raise MountError(f"cannot open {_DEVICE}: {error.strerror}; is the module fuse loaded?") from None
 
 
-def _flags(settings: MountSettings) -> int:
+def _flags(settings: "MountSettings") -> int:
     chosen = (
         (settings.read_only, _RDONLY),
         (not settings.suid, _NOSUID),
@@ -125,7 +131,7 @@ def _flags(settings: MountSettings) -> int:
     return sum(flag for wanted, flag in chosen if wanted)
 
 
-def _fusermount(mountpoint: bytes, settings: MountSettings) -> int:
+def _mount_with_fusermount(mountpoint: bytes, settings: "MountSettings") -> int:
     """Let fusermount3, which may mount, do it; it sends the descriptor over a socket (mount.fuse3(8))."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -138,7 +144,7 @@ def _fusermount(mountpoint: bytes, settings: MountSettings) -> int:
         return _received(ours)
 
 
-def _words(settings: MountSettings) -> list[bytes]:
+def _words(settings: "MountSettings") -> list[bytes]:
     chosen = (
         (settings.read_only, b"ro"),
         (not settings.exec, b"noexec"),
@@ -167,3 +173,32 @@ def _received(ours: socket.socket) -> int:
             os.set_inheritable(descriptors[0], False)
             return descriptors[0]
     raise MountError(f"{FUSERMOUNT} sent no descriptor")
+
+
+def detach(mountpoint: bytes, lazy: bool = False) -> None:
+    """Unmount what is uppermost on `mountpoint`; `lazy` also when it is in use. MountError with the reason."""
+    try:
+        umount(mountpoint, UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0))
+    except OSError as error:
+        if os.geteuid() == 0:
+            raise MountError(f"cannot unmount {os.fsdecode(mountpoint)}: {error.strerror}") from None
+        _unmount_with_fusermount(mountpoint, lazy)
+
+
+def _unmount_with_fusermount(mountpoint: bytes, lazy: bool) -> None:
+    words = [b"-u", *([b"-z"] if lazy else []), b"--", mountpoint]
+    try:
+        run_fusermount(words)
+    except ValueError as reason:
+        raise MountError(f"cannot unmount {os.fsdecode(mountpoint)}: {reason}") from None
+
+
+def run_fusermount(words: Sequence[bytes], **more: Any) -> None:
+    """Run fusermount3, which may do what we may not. ValueError with the reason when it fails, MountError for none."""
+    try:
+        done = subprocess.run([FUSERMOUNT, *words], check=False, capture_output=True, **more)
+    except FileNotFoundError:
+        raise MountError(f"{FUSERMOUNT} is missing; install the package fuse3") from None
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().removeprefix(f"{FUSERMOUNT}: ")
+        raise ValueError(reason or f"{FUSERMOUNT} was ended by signal {-done.returncode}")
