@@ -117,7 +117,8 @@ def test_a_work_directory_that_cannot_be_made(overlayfs: Run, tmp_path: Path) ->
     upper = tmp_path / ("u" * 253)
     upper.mkdir()
     ended = overlayfs("mount", "--lower", "/a", "--upper", str(upper), "/m")
-    sentence = f"cannot make a work directory beside the upper: {upper}.work: File name too long; name one with --work"
+    where = f"{upper}.work: File name too long"
+    sentence = f"cannot create a work directory beside the upper: {where}; name one with --work"
     assert ended == (32, "", f"overlayfs: {sentence}\n")
 
 
