@@ -6,38 +6,13 @@ the work, so the question is asked again inside.
 """
 
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
-
-import trio
 
 from overlayfs.fs.copyup import CopyUpStep, Requirement
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.gate import Gate
 from overlayfs.fuse.locks import KeyedLocks
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class Threads:
-    """Worker threads for calls that may block: more of them than operations that are expected to stall."""
-
-    def __init__(self, count: int = 200) -> None:
-        self._limiter = trio.CapacityLimiter(count)
-
-    async def run(self, call: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R:
-        """Return the result of `call` made in a thread; the caller is not cancelled before it is back.
-
-        It is made even if the caller is cancelled already: what was prepared for it is freed by nobody else.
-        """
-        return await self._finish(lambda: call(*args, **keywords))
-
-    async def _finish(self, call: Callable[[], R]) -> R:
-        results: list[R] = []
-        with trio.CancelScope(shield=True):
-            results.append(await trio.to_thread.run_sync(call, limiter=self._limiter))
-        return results[0]
+from overlayfs.fuse.threads import Threads
 
 
 class CopyUpRunner:

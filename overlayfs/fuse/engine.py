@@ -16,9 +16,10 @@ from typing import ClassVar
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.caching_policy import CachingPolicy
-from overlayfs.fuse.copyup import CopyUpRunner, Threads
+from overlayfs.fuse.copyup import CopyUpRunner
 from overlayfs.fuse.gate import Gate
 from overlayfs.fuse.locks import KeyedLocks
+from overlayfs.fuse.threads import Threads
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from tests.support.mutants import seeded
 from tests.support.serving import Wish
 
 MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.live_commit",
-           "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3_engine")  # fmt: skip
+           "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3.engine")  # fmt: skip
 """What a server of daemons has loaded."""
 PATIENCE = 0.1  # seconds that a second mount waits for the first to go
 _BIND, _DETACH = 4096, 2

@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytest
 
 from overlayfs.errors import MountError
-from overlayfs.fuse import pyfuse3_engine
+from overlayfs.fuse.pyfuse3 import engine as pyfuse3_engine
 from overlayfs.library import Store
 from overlayfs.mount import (  # all of it: a user may not read our interpreter
     control,

@@ -21,7 +21,7 @@ from overlayfs.fuse.engine import MountSettings
 from overlayfs.fuse.kernel.engine import KernelEngine
 from overlayfs.fuse.kernel.passthrough import Io
 from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, OUT_HEADER, Op
-from overlayfs.fuse.kernel.session import Reply, received
+from overlayfs.fuse.kernel.request import Reply, received
 
 UNANSWERED = {Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT}
 OFFERED = 0x5FD_73FF_FFFB  # what Linux 6.18 offers

@@ -9,8 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Layout, Op, padded, split_flags
-from overlayfs.fuse.kernel.session import Request, decode_device, encode_device
+from overlayfs.fuse.kernel.protocol import (
+    LAYOUTS,
+    Init,
+    Layout,
+    Op,
+    decode_device,
+    encode_device,
+    padded,
+    split_flags,
+)
+from overlayfs.fuse.kernel.request import Request
 
 # sizeof() of the structures in linux/fuse.h on a 64-bit machine; what is made of several of them is their sum.
 SIZES = {

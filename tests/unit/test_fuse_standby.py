@@ -1,4 +1,4 @@
-"""The stand-in: only while a call of the loop hangs, never beside the loop, and nobody else's calls count."""
+"""The standby thread serves only while a call of the loop hangs, and never at the same time as the loop."""
 
 import os
 import threading
@@ -13,33 +13,33 @@ LIMIT = 10.0
 
 
 class Requests:
-    """Work on a pipe: each byte is a request."""
+    """A reader of requests from a pipe: each byte is a request."""
 
     def __init__(self) -> None:
         self.source, self._send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.answered: list[bytes] = []
-        self.began, self.took, self.ended = (threading.Event() for _ in range(3))
+        self.began, self.read, self.ended = (threading.Event() for _ in range(3))
 
     def ask(self, request: bytes) -> None:
         """Send a request of one byte."""
-        self.took.clear()
+        self.read.clear()
         os.write(self._send, request)
 
     def begin(self) -> None:
-        """Somebody stands in."""
+        """The standby thread serves."""
         self.ended.clear()
         self.began.set()
 
-    def take(self) -> None:
-        """Read one request; nothing more is an error, as after an unmount."""
+    def read_one(self) -> None:
+        """Read one request; the end of the pipe is an error, as after an unmount."""
         found = os.read(self.source, 1)
         if not found:
             raise ConnectionAbortedError
         self.answered.append(found)
-        self.took.set()
+        self.read.set()
 
     def end(self) -> None:
-        """Nobody does any more."""
+        """It has stopped."""
         self.began.clear()
         self.ended.set()
 
@@ -57,7 +57,7 @@ class Requests:
 
 @pytest.fixture
 def requests() -> Iterator[Requests]:
-    """Requests that nobody has sent."""
+    """No requests yet."""
     made = Requests()
     yield made
     made.close()
@@ -65,25 +65,25 @@ def requests() -> Iterator[Requests]:
 
 @pytest.fixture
 def standby(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standby]:
-    """A stand-in for the thread of the test."""
+    """A standby thread that watches the thread of the test."""
     monkeypatch.setattr(standby_module, "TICK", 0.001)
     made = Standby(requests)
     yield made
     made.close()
 
 
-def test_a_call_that_hangs_is_stood_in_for(standby: Standby, requests: Requests) -> None:
+def test_requests_are_answered_while_a_call_hangs(standby: Standby, requests: Requests) -> None:
     standby.begin()
     assert requests.began.wait(LIMIT)
     for request in (b"1", b"2"):
         requests.ask(request)
-        assert requests.took.wait(LIMIT)
+        assert requests.read.wait(LIMIT)
     standby.end()
-    assert requests.ended.is_set(), "the loop goes on beside the stand-in"
+    assert requests.ended.is_set(), "the loop runs at the same time as the standby thread"
     assert requests.answered == [b"1", b"2"]
 
 
-def test_each_call_that_hangs(standby: Standby, requests: Requests) -> None:
+def test_requests_are_answered_during_each_call_that_hangs(standby: Standby, requests: Requests) -> None:
     for _ in range(3):
         standby.begin()
         assert requests.began.wait(LIMIT)
@@ -91,7 +91,7 @@ def test_each_call_that_hangs(standby: Standby, requests: Requests) -> None:
         assert requests.ended.is_set()
 
 
-def test_calls_that_come_back_are_left_alone(standby: Standby, requests: Requests) -> None:
+def test_calls_that_return_change_nothing(standby: Standby, requests: Requests) -> None:
     requests.ask(b"1")
     for _ in range(100_000):
         standby.begin()
@@ -99,7 +99,7 @@ def test_calls_that_come_back_are_left_alone(standby: Standby, requests: Request
     assert not requests.answered
 
 
-def test_calls_of_other_threads_are_left_alone(standby: Standby, requests: Requests) -> None:
+def test_calls_of_other_threads_change_nothing(standby: Standby, requests: Requests) -> None:
     standby.begin()
     standby.end()
     threads = [threading.Thread(target=standby.begin) for _ in range(3)]
@@ -109,15 +109,15 @@ def test_calls_of_other_threads_are_left_alone(standby: Standby, requests: Reque
     assert not requests.began.wait(0.1)
 
 
-def test_nobody_looks_before_the_first_change(standby: Standby) -> None:
-    assert "stand-in" not in {thread.name for thread in threading.enumerate()}
+def test_there_is_no_thread_before_the_first_change(standby: Standby) -> None:
+    assert "standby" not in {thread.name for thread in threading.enumerate()}
     standby.begin()
     standby.end()
-    assert "stand-in" in {thread.name for thread in threading.enumerate()}
+    assert "standby" in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_call_after_a_rest(standby: Standby, requests: Requests) -> None:
-    """Nobody looks while nothing changes; the next change is looked at again."""
+def test_a_call_that_hangs_after_a_pause(standby: Standby, requests: Requests) -> None:
+    """The thread sleeps while nothing changes; the next change wakes it."""
     standby.begin()
     standby.end()
     while not standby._resting:
@@ -127,8 +127,8 @@ def test_a_call_after_a_rest(standby: Standby, requests: Requests) -> None:
     standby.end()
 
 
-def test_an_end_while_a_call_hangs(standby: Standby, requests: Requests) -> None:
-    """The mount has gone meanwhile: whoever stands in goes, and the loop goes on when it can."""
+def test_the_end_of_the_mount_while_a_call_hangs(standby: Standby, requests: Requests) -> None:
+    """The standby thread stops, and the loop continues when its call returns."""
     requests.hang_up()
     standby.begin()
     assert requests.ended.wait(LIMIT)

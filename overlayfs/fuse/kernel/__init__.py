@@ -1,5 +1,7 @@
 """The engine that speaks the FUSE protocol itself.
 
-protocol, handshake, spin: pure. connection: what goes over /dev/fuse besides replies. openings: how each file is open.
-desk: what all handlers need; names, nodes, files, listings: the handlers. engine: the loop.
+engine: the loop that receives requests and sends replies. session: what all handlers share. handlers/: one method per
+kind of request. request, protocol, handshake, busy_poll: no state of the mount. connection: /dev/fuse apart from
+replies. node_ids: nodes by the numbers that the kernel uses. passthrough: which open files the kernel reads and writes
+by itself. standby: answers while the loop is blocked.
 """

@@ -1,9 +1,9 @@
 """The loop: requests in, replies out, on the descriptor of /dev/fuse itself.
 
-One task of the trio loop drains the descriptor without a wait between two requests, looks a little longer when it is
-empty (spin.py), and only then waits for it as every task waits. So handlers, tasks that answer later and the control
-socket share one thread and need no locks (design, D9), and a busy mount pays for the scheduler once per idle moment,
-not once per request.
+One task of the trio loop drains the descriptor without a wait between two requests, polls a little longer when it is
+empty (busy_poll.py), and only then waits for it as every task waits. So handlers, tasks that answer later and the
+control socket share one thread and need no locks, and a busy mount pays for the scheduler once per idle moment, not
+once per request.
 """
 
 import errno
@@ -20,18 +20,20 @@ from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.caching_policy import CachingPolicy
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.fuse.kernel.aside import Aside
 from overlayfs.fuse.kernel.busy_poll import BusyPoll
 from overlayfs.fuse.kernel.connection import Attacher, Attachment, BackingFiles, Connection
 from overlayfs.fuse.kernel.handlers.attributes import AttributeHandlers
 from overlayfs.fuse.kernel.handlers.files import FileHandlers
+from overlayfs.fuse.kernel.handlers.filesystem import FilesystemHandlers
 from overlayfs.fuse.kernel.handlers.names import NameHandlers
 from overlayfs.fuse.kernel.handlers.readdir import DirectoryHandlers
+from overlayfs.fuse.kernel.handlers.xattrs import XattrHandlers
 from overlayfs.fuse.kernel.handshake import MAX_WRITE, Agreement, TooOldError, Wishes, agree
 from overlayfs.fuse.kernel.passthrough import Io, OpenFiles
 from overlayfs.fuse.kernel.protocol import LAYOUTS, MAJOR, OUT_HEADER, Init, Op
-from overlayfs.fuse.kernel.session import KINDS, Handler, Reply, Request, Session, received
-from overlayfs.fuse.kernel.standby import Standby
+from overlayfs.fuse.kernel.request import KINDS, Handler, Reply, Request, received
+from overlayfs.fuse.kernel.session import Session
+from overlayfs.fuse.kernel.standby import Standby, StandbyReader
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ class KernelEngine(Engine):
         if self.overlay.read_only:
             yield
             return
-        sysio.guard = standby = Standby(Aside(self._fd, _BUFFER, self.overlay, self._handle))
+        sysio.guard = standby = Standby(StandbyReader(self._fd, _BUFFER, self.overlay, self._handle))
         try:
             yield
         finally:
@@ -171,11 +173,11 @@ class KernelEngine(Engine):
         backing_files = BackingFiles(self._fd) if passes else None
         open_files = OpenFiles(self._connection, backing_files, self._io, self.policy.keep_cache)
         self._session = Session(self, self._connection, open_files, self._settings, agreement.features, self._send)
-        self._files = files = FileHandlers(self._session)
-        nodes = AttributeHandlers(self._session)
-        names = NameHandlers(self._session, (files.forget, nodes.forget))
-        groups = (names, nodes, DirectoryHandlers(self._session), files)
-        for group in groups:
+        session = self._session
+        self._files, xattrs = FileHandlers(session), XattrHandlers(session)
+        names = NameHandlers(session, (self._files.forget, xattrs.forget))
+        others = (AttributeHandlers(session), DirectoryHandlers(session), FilesystemHandlers(session))
+        for group in (names, self._files, xattrs, *others):
             self._handlers.update(group.handlers)
         log.debug("FUSE 7.%d: %s", agreement.minor, agreement.features)
 

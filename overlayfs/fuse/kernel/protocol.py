@@ -6,6 +6,7 @@ Requests carry a header (`IN_HEADER`), then the structure of their kind, then na
 and what the kind prescribes.
 """
 
+import stat
 from collections.abc import Mapping
 from enum import IntEnum, IntFlag
 from struct import Struct
@@ -244,3 +245,22 @@ def split_flags(flags: int) -> tuple[int, int]:
 def padded(name: bytes) -> bytes:
     """Return a name of a listing, filled up to a multiple of eight bytes."""
     return name + bytes(-len(name) % 8)
+
+
+def encode_device(device: int) -> int:
+    """Return a device number as the kernel writes it in 32 bits (new_encode_dev in linux/kdev_t.h)."""
+    if not device:
+        return 0
+    major, minor = device >> 8 & 0xFFF | device >> 32 & ~0xFFF, device & 0xFF | device >> 12 & ~0xFF
+    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
+
+
+def decode_device(device: int) -> int:
+    """Return such a number as makedev(3) makes it."""
+    major, minor = device >> 8 & 0xFFF, device & 0xFF | device >> 12 & 0xFFF00
+    return minor & 0xFF | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12 | (major & ~0xFFF) << 32
+
+
+def file_type(mode: int) -> int:
+    """Return the type of an object as listings carry it (DT_* of readdir(3))."""
+    return stat.S_IFMT(mode) >> 12

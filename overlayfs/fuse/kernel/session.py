@@ -6,7 +6,6 @@ comes later. What may wait (a closed gate, a copy-up, a disk) becomes a task; un
 
 import errno
 import logging
-import stat
 import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -14,73 +13,27 @@ from typing import TypeAlias, TypeVar
 
 import trio
 
-from overlayfs.errors import oserror
 from overlayfs.fs.attributes import Attributes
 from overlayfs.fs.copyup import Requirement
-from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.engine import Engine, MountSettings, reply_errno
 from overlayfs.fuse.kernel.connection import Connection
 from overlayfs.fuse.kernel.node_ids import NodeIds
 from overlayfs.fuse.kernel.passthrough import OpenFiles
-from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, Init, Op
-from overlayfs.fuse.kernel.workers import Workers
+from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, encode_device
+from overlayfs.fuse.kernel.request import KINDS, Reply, Request
+from overlayfs.fuse.threads import Workers
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-Reply: TypeAlias = bytes | tuple[bytes, bytes | memoryview] | None
-Handler: TypeAlias = Callable[["Request"], Reply]
 Wanted: TypeAlias = Callable[[], Iterable[tuple[Node, Requirement]]]
-
-KINDS = {op.value: op.name for op in Op}
 
 _OUT = LAYOUTS["out_header"]
 _ENTRY = LAYOUTS["entry_reply"]
 _ATTR = LAYOUTS["attr_reply"]
 _BILLION = 1_000_000_000
-
-
-class Request:
-    """One request: the header's fields, and the body, which lies in the receive buffer until the handler returns."""
-
-    __slots__ = ("body", "gid", "nodeid", "op", "pid", "uid", "unique")
-
-    def __init__(self, op: int, unique: int, nodeid: int, uid: int, gid: int, pid: int, body: memoryview) -> None:
-        self.op = op
-        self.unique = unique
-        self.nodeid = nodeid
-        self.uid = uid
-        self.gid = gid
-        self.pid = pid
-        self.body = body
-
-    def caller(self, umask: int = 0) -> Caller:
-        """Return who asks."""
-        return Caller(self.uid, self.gid, umask)
-
-    def name(self, start: int = 0) -> bytes:
-        """Return the one name that the body ends with, without its NUL; EINVAL for none."""
-        raw = bytes(self.body[start:])
-        if raw[-1:] != b"\0" or raw.count(b"\0") != 1:
-            raise oserror(errno.EINVAL)
-        return raw[:-1]
-
-    def two_names(self, start: int = 0) -> tuple[bytes, bytes]:
-        """Return the two names that the body ends with; EINVAL for fewer."""
-        first, between, rest = bytes(self.body[start:]).partition(b"\0")
-        if not between or rest[-1:] != b"\0" or rest.count(b"\0") != 1:
-            raise oserror(errno.EINVAL)
-        return first, rest[:-1]
-
-
-def received(buffer: bytearray, view: memoryview, length: int) -> Request:
-    """Return the request of `length` bytes that lies in a buffer; EPROTO when it says another length."""
-    size, op, unique, nodeid, uid, gid, pid, _, _ = IN_HEADER.unpack_from(buffer)
-    if size != length:
-        raise oserror(errno.EPROTO)
-    return Request(op, unique, nodeid, uid, gid, pid, view[IN_HEADER.size : length])
 
 
 class Session:
@@ -275,25 +228,6 @@ def attr_fields(found: Attributes) -> tuple[int, ...]:
         atime % _BILLION, mtime % _BILLION, ctime % _BILLION,
         mode, nlink, uid, gid, encode_device(rdev), blksize, 0,
     )  # fmt: skip
-
-
-def encode_device(device: int) -> int:
-    """Return a device number as the kernel writes it in 32 bits (new_encode_dev in linux/kdev_t.h)."""
-    if not device:
-        return 0
-    major, minor = device >> 8 & 0xFFF | device >> 32 & ~0xFFF, device & 0xFF | device >> 12 & ~0xFF
-    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
-
-
-def decode_device(device: int) -> int:
-    """Return such a number as makedev(3) makes it."""
-    major, minor = device >> 8 & 0xFFF, device & 0xFF | device >> 12 & 0xFFF00
-    return minor & 0xFF | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12 | (major & ~0xFFF) << 32
-
-
-def file_type(mode: int) -> int:
-    """Return the type of an object as listings carry it (DT_* of readdir(3))."""
-    return stat.S_IFMT(mode) >> 12
 
 
 def _split(seconds: float) -> tuple[int, int]:

@@ -25,7 +25,7 @@ IMAGE, WORKSPACE = "forked:1", "w"
 
 def load() -> None:
     """Import what daemons need, so that they find it when they are forked."""
-    for name in ("mount.daemon", "mount.live_commit", "fuse.pyfuse3_engine", "fuse.kernel.engine"):
+    for name in ("mount.daemon", "mount.live_commit", "fuse.pyfuse3.engine", "fuse.kernel.engine"):
         importlib.import_module(f"overlayfs.{name}")
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
-from overlayfs.fuse import engine, pyfuse3_engine
+from overlayfs.fuse import engine
 from overlayfs.fuse.kernel import session
+from overlayfs.fuse.pyfuse3 import handlers as pyfuse3_handlers
 from overlayfs.tree.layer import Entry, Layer
 from overlayfs.union.resolve import Kind
 
@@ -41,7 +42,7 @@ def escaping_exceptions() -> Iterator[None]:
     """Return the patch for M7: the edge forgets descriptors and memory that have run out, and whatever is a defect."""
     with (
         mock.patch.object(session, "reply_errno", _map_disk_errors_alone),
-        mock.patch.object(pyfuse3_engine, "reply_errno", _map_disk_errors_alone),
+        mock.patch.object(pyfuse3_handlers, "reply_errno", _map_disk_errors_alone),
     ):
         yield
 

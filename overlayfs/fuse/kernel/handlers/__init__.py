@@ -1,1 +1,1 @@
-"""The handlers of requests, grouped by what a request is about: names, attributes, open files, directories."""
+"""The handlers of the kernel engine, by subject. Each class lists in `handlers` which kinds of request it answers."""

@@ -1,27 +1,18 @@
-"""Requests about nodes: attributes, links, extended attributes, flags; and about the file system as a whole."""
+"""GETATTR, SETATTR and STATX; and IOCTL, whose only commands read and change the flags of chattr(1)."""
 
-import errno
 import os
-import stat
 
 from overlayfs import sysio
-from overlayfs.errors import oserror
 from overlayfs.fs.attributes import Attributes, Changes
 from overlayfs.fs.copyup import Requirement
-from overlayfs.fs.nodes import Node
 from overlayfs.fs.space import CHANGING_REQUESTS
-from overlayfs.fuse.kernel.protocol import LAYOUTS, SETXATTR_ACL_KILL_SGID, Attr, Init, Op
-from overlayfs.fuse.kernel.session import Handler, Reply, Request, Session
+from overlayfs.fuse.kernel.protocol import LAYOUTS, Attr, Init, Op
+from overlayfs.fuse.kernel.request import Handler, Reply, Request
+from overlayfs.fuse.kernel.session import Session
 
 _SETATTR = LAYOUTS["setattr_in"]
-_SETXATTR = LAYOUTS["setxattr_in"]
-_OLD_SETXATTR = LAYOUTS["getxattr_in"]  # before FUSE_SETXATTR_EXT: size and flags alone
-_GETXATTR = LAYOUTS["getxattr_in"]
-_SIZE = LAYOUTS["getxattr_out"]
-_STATX = LAYOUTS["statx_in"]
 _IOCTL = LAYOUTS["ioctl_in"]
 _IOCTL_OUT = LAYOUTS["ioctl_out"]
-_INTERRUPT = LAYOUTS["interrupt_in"]
 
 # Plain numbers: a flag of the enum module costs half a microsecond each time it is looked at.
 _MODE, _UID, _GID, _FH = int(Attr.MODE), int(Attr.UID), int(Attr.GID), int(Attr.FH)
@@ -30,8 +21,6 @@ _ATIME, _ATIME_NOW = int(Attr.ATIME), int(Attr.ATIME_NOW)
 _MTIME, _MTIME_NOW = int(Attr.MTIME), int(Attr.MTIME_NOW)
 
 _NOTHING = Changes()
-_CAPABILITY = b"security.capability"
-_ASKED_FOR_CAPABILITY = _CAPABILITY + b"\0"
 _LARGEST_IOCTL = 1 << 14  # as the number of a request encodes its size
 _BILLION = 1_000_000_000
 _BASIC_STATS = 0x7FF  # STATX_BASIC_STATS of statx(2)
@@ -39,32 +28,18 @@ _BTIME = 0x800
 
 
 class AttributeHandlers:
-    """The handlers."""
+    """Handles requests about the attributes of nodes."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._overlay = session.overlay
-        self._no_caps = session.no_caps
-        extended = bool(session.features & Init.SETXATTR_EXT)
-        self._setxattr_in = _SETXATTR if extended else _OLD_SETXATTR
         self._kills = bool(session.features & Init.HANDLE_KILLPRIV_V2)
         self.handlers: dict[int, Handler] = {
             Op.GETATTR: self.getattr,
             Op.SETATTR: self.setattr,
             Op.STATX: self.statx,
-            Op.READLINK: self.readlink,
-            Op.STATFS: self.statfs,
-            Op.GETXATTR: self.getxattr,
-            Op.LISTXATTR: self.listxattr,
-            Op.SETXATTR: self.setxattr,
-            Op.REMOVEXATTR: self.removexattr,
             Op.IOCTL: self.ioctl,
-            Op.SYNCFS: self.syncfs,
-            Op.INTERRUPT: self.interrupt,
-            Op.DESTROY: self.destroy,
         }
-
-    # --- attributes ------------------------------------------------------------------------------------
 
     def getattr(self, request: Request) -> Reply:
         """Answer with fresh attributes."""
@@ -126,85 +101,6 @@ class AttributeHandlers:
             strip=self._kills and bool(valid & _SIZE_SET and valid & _KILL),
         )
 
-    def readlink(self, request: Request) -> Reply:
-        """Answer with the target of a symbolic link."""
-        return self._session.done(request, self._overlay.readlink(self._session.node(request.nodeid)))
-
-    # --- extended attributes ---------------------------------------------------------------------------
-
-    def getxattr(self, request: Request) -> Reply:
-        """Answer with a value, or with its length when no room is offered; ENODATA without one."""
-        if not self._session.settings.xattrs:
-            return self._session.refused(request, errno.ENOSYS)  # the kernel answers EOPNOTSUPP for us from now on
-        if request.nodeid in self._no_caps and request.body[_GETXATTR.size :] == _ASKED_FOR_CAPABILITY:
-            return self._session.refused(request, errno.ENODATA)
-        size, _ = _GETXATTR.unpack_from(request.body)
-        node, name = self._session.node(request.nodeid), request.name(_GETXATTR.size)
-        if name == _CAPABILITY and self._overlay.find_xattr(node, name) is None:
-            self._no_caps.add(request.nodeid)
-            return self._session.refused(request, errno.ENODATA)
-        return self._sized(request, size, self._overlay.getxattr(node, name))
-
-    def forget(self, nodeid: int) -> None:
-        """The kernel has let a number go."""
-        self._no_caps.discard(nodeid)
-
-    def listxattr(self, request: Request) -> Reply:
-        """Answer with the visible names, or with their length."""
-        if not self._session.settings.xattrs:
-            return self._session.refused(request, errno.ENOSYS)
-        size, _ = _GETXATTR.unpack_from(request.body)
-        names = self._overlay.listxattr(self._session.node(request.nodeid))
-        return self._sized(request, size, b"".join(name + b"\0" for name in names))
-
-    def _sized(self, request: Request, size: int, value: bytes) -> Reply:
-        if not size:
-            return self._session.done(request, _SIZE.pack(len(value), 0))
-        if len(value) > size:
-            raise oserror(errno.ERANGE)
-        return self._session.done(request, value)
-
-    def setxattr(self, request: Request) -> Reply:
-        """Set a value; an ACL set from outside the file's group takes S_ISGID away (posix_acl_update_mode)."""
-        if not self._session.settings.xattrs:
-            return self._session.refused(request, errno.ENOSYS)
-        size, flags, *more = self._setxattr_in.unpack_from(request.body)
-        name, _, value = bytes(request.body[self._setxattr_in.size :]).partition(b"\0")
-        node, kill = self._session.node(request.nodeid), bool(more and more[0] & SETXATTR_ACL_KILL_SGID)
-        self._no_caps.discard(request.nodeid)
-
-        def act() -> Reply:
-            self._overlay.setxattr(node, name, value[:size], flags)
-            if kill:
-                self._drop_set_gid(request, node)
-            return self._session.done(request)
-
-        return self._session.change(request, lambda: self._requirements_of_xattr(node, name), act)
-
-    def _requirements_of_xattr(self, node: Node, name: bytes) -> tuple[tuple[Node, Requirement]]:
-        self._overlay.check_xattr(name)
-        return ((node, Requirement.META),)
-
-    def _drop_set_gid(self, request: Request, node: Node) -> None:
-        mode = self._overlay.attributes(node).mode & 0o7777
-        if mode & stat.S_ISGID:
-            self._overlay.set_attributes(node, Changes(mode=mode & ~stat.S_ISGID), request.caller())
-
-    def removexattr(self, request: Request) -> Reply:
-        """Remove a value; one that is not there is refused before anything is lifted."""
-        if not self._session.settings.xattrs:
-            return self._session.refused(request, errno.ENOSYS)
-        node, name = self._session.node(request.nodeid), request.name()
-        self._overlay.getxattr(node, name)
-
-        def act() -> Reply:
-            self._overlay.removexattr(node, name)
-            return self._session.done(request)
-
-        return self._session.change(request, lambda: self._requirements_of_xattr(node, name), act)
-
-    # --- flags -----------------------------------------------------------------------------------------
-
     def ioctl(self, request: Request) -> Reply:
         """Read or change the flags of a file; ENOTTY for every other request."""
         _, _, command, _, in_size, out_size = _IOCTL.unpack_from(request.body)
@@ -219,40 +115,6 @@ class AttributeHandlers:
             return self._session.done(request, _IOCTL_OUT.encode())
 
         return self._session.change(request, lambda: ((node, Requirement.META),), act)
-
-    # --- the whole -------------------------------------------------------------------------------------
-
-    def statfs(self, request: Request) -> Reply:
-        """Answer with the figures of the file system that takes the writes."""
-        found = self._overlay.statfs()
-        body = LAYOUTS["statfs_out"].encode(
-            blocks=found.f_blocks,
-            bfree=found.f_bfree,
-            bavail=found.f_bavail,
-            files=found.f_files,
-            ffree=found.f_ffree,
-            bsize=found.f_bsize,
-            namelen=min(found.f_namemax, self._overlay.longest_name),
-            frsize=found.f_frsize,
-        )
-        return self._session.done(request, body)
-
-    def syncfs(self, request: Request) -> Reply:
-        """Answer when all of the upper is durable."""
-        self._session.in_thread(request, self._overlay.sync, lambda _: self._session.done(request))
-        return None
-
-    def interrupt(self, request: Request) -> Reply:
-        """Let a request that waits end with EINTR; one that is being carried out ends by itself."""
-        (unique,) = _INTERRUPT.unpack_from(request.body)
-        scope = self._session.waiting.get(unique)
-        if scope is not None:
-            scope.cancel()
-        return None
-
-    def destroy(self, request: Request) -> Reply:
-        """The mount has gone."""
-        return self._session.done(request)
 
 
 def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:

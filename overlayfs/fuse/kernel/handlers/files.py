@@ -21,7 +21,8 @@ from overlayfs.fuse.kernel.protocol import (
     Init,
     Op,
 )
-from overlayfs.fuse.kernel.session import Handler, Reply, Request, Session
+from overlayfs.fuse.kernel.request import Handler, Reply, Request
+from overlayfs.fuse.kernel.session import Session
 
 _OPEN = LAYOUTS["open_in"]
 _OPEN_REPLY = LAYOUTS["open_reply"]

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.nodes import Node
 from overlayfs.fuse import needs
-from overlayfs.fuse.kernel.protocol import LAYOUTS, Op
-from overlayfs.fuse.kernel.session import Handler, Reply, Request, Session, decode_device
+from overlayfs.fuse.kernel.protocol import LAYOUTS, Op, decode_device
+from overlayfs.fuse.kernel.request import Handler, Reply, Request
+from overlayfs.fuse.kernel.session import Session
 
 _FORGET = LAYOUTS["forget_in"]
 _BATCH = LAYOUTS["batch_forget_in"]
@@ -27,6 +28,7 @@ class NameHandlers:
         self._forgotten = forgotten
         self.handlers: dict[int, Handler] = {
             Op.LOOKUP: self.lookup,
+            Op.READLINK: self.readlink,
             Op.FORGET: self.forget,
             Op.BATCH_FORGET: self.batch_forget,
             Op.MKDIR: self.mkdir,
@@ -45,6 +47,10 @@ class NameHandlers:
             self._session.sent_back.pop(request.pid, None)
         node = self._overlay.find(self._session.node(request.nodeid), request.name())
         return self._session.absent(request) if node is None else self._session.entry(request, node)
+
+    def readlink(self, request: Request) -> Reply:
+        """Answer with the target of a symbolic link."""
+        return self._session.done(request, self._overlay.readlink(self._session.node(request.nodeid)))
 
     def forget(self, request: Request) -> Reply:
         """Take back look-ups of one node."""

@@ -6,8 +6,9 @@ import stat
 from overlayfs.errors import oserror
 from overlayfs.fs.nodes import Dir, Node
 from overlayfs.fuse.engine import UNKNOWN_NUMBER
-from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Op, padded
-from overlayfs.fuse.kernel.session import Handler, Reply, Request, Session, file_type
+from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Op, file_type, padded
+from overlayfs.fuse.kernel.request import Handler, Reply, Request
+from overlayfs.fuse.kernel.session import Session
 
 _READ = LAYOUTS["read_in"]
 _ENTRY = LAYOUTS["direntplus"]

@@ -1,15 +1,13 @@
-"""The engine on pyfuse3 and libfuse: runs wherever libfuse3 does, without privilege too.
+"""The handlers of libfuse's requests.
 
-Only this file imports pyfuse3. What libfuse 3.14 and kernel 6.18 send us, and what they keep from us, is
-written in docs/deviations.md. Three rules of pyfuse3 shape the code: an exception that is not a FUSEError
-ends the main loop, so each handler runs in `_request`; st_ino of a reply is the node id; and every entry of
-a listing that the reply took counts as one lookup.
+Three rules of pyfuse3 shape the code: an exception that is not a FUSEError ends its main loop, so each handler is
+wrapped by `_request`; st_ino of a reply is the node id; and every entry of a listing that the reply took counts as one
+look-up.
 """
 
 import contextlib
 import errno
 import functools
-import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -18,100 +16,20 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from overlayfs.errors import MountError, oserror
+from overlayfs.errors import oserror
 from overlayfs.fs.attributes import Attributes, Changes
 from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Dir, Node
 from overlayfs.fuse import needs
 from overlayfs.fuse.engine import UNKNOWN_NUMBER, Engine, MountSettings, reply_errno
-from overlayfs.fuse.stderr import captured_stderr
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Handler: TypeAlias = Callable[Concatenate["_Requests", P], Coroutine[Any, Any, R]]
+Handler: TypeAlias = Callable[Concatenate["Handlers", P], Coroutine[Any, Any, R]]
 
 ACL_ACCESS = b"system.posix_acl_access"
 DOTS = 2  # offsets of a listing up to here belong to "." and ".."
-TASKS = 400  # requests in the works at once; those that wait at the gate or on a slow disk hold one each
-
-
-class Pyfuse3Engine(Engine):
-    """Serves an overlay through libfuse. pyfuse3 keeps its session in the module: one engine per process."""
-
-    name = "pyfuse3"
-
-    def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
-        """Mount; the reason that libfuse and fusermount3 write to standard error goes into the MountError."""
-        self._requests = _Requests(self, settings)
-        logging.getLogger("pyfuse3").addFilter(_is_news)
-        with captured_stderr() as written:
-            try:
-                pyfuse3.init(self._requests, os.fsdecode(mountpoint), _libfuse_options(settings))
-            except RuntimeError as error:
-                reason = _reason(written()) or str(error)
-                raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {reason}") from None
-
-    async def serve(self, ready: Callable[[], None]) -> None:
-        """Answer requests until unmounted or stopped."""
-        self._requests.ready = ready
-        await pyfuse3.main(max_tasks=TASKS)
-
-    def files_with_pages(self) -> set[int]:
-        """Return the numbers of the files of which the kernel may hold dirty pages."""
-        return self._requests.open_to_write()
-
-    def drop_pages(self, number: int) -> None:
-        """Have the kernel write out and drop the pages of a file, and return when it has."""
-        pyfuse3.invalidate_inode(number)
-
-    def stop(self) -> None:
-        """Make `serve` return."""
-        pyfuse3.terminate()
-
-    def detach(self) -> None:
-        """Unmount if still mounted (lazily, as libfuse does) and free the session."""
-        pyfuse3.close(unmount=True)
-
-
-def _libfuse_options(settings: MountSettings) -> set[str]:
-    """Return the settings as libfuse spells them; without suid and dev it mounts nosuid,nodev by itself."""
-    chosen = {
-        "default_permissions": True,
-        "allow_other": settings.allow_other and not settings.allow_root,
-        "allow_root": settings.allow_root,
-        "suid": settings.suid,
-        "dev": settings.dev,
-        "noexec": not settings.exec,
-        "ro": settings.read_only,
-        "noatime": not settings.atime,
-        "nodiratime": not settings.diratime,
-        "sync": settings.sync,
-        "dirsync": settings.dirsync,
-    }
-    valued = (b"fsname=" + settings.source, b"subtype=" + settings.subtype, *settings.context)
-    return {name for name, wanted in chosen.items() if wanted} | {_escaped(option) for option in valued}
-
-
-def _escaped(option: bytes) -> str:
-    """Return an option with all that is special to libfuse, or not ASCII, as the octal escapes it undoes."""
-    plain = set(range(0x21, 0x7F)) - set(b",\\")
-    return "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in option)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether a message of pyfuse3 is worth its line: not that nobody waits for a reply any more.
-
-    That is how requests end whose mount has gone.
-    """
-    endings = tuple(f"fuse_reply_* failed with {os.strerror(code)}" for code in (errno.ENOENT, errno.ENODEV))
-    return not record.getMessage().endswith(endings)
-
-
-def _reason(written: bytes) -> str:
-    """Return the last line of what libfuse said, without its name in front."""
-    lines = [line.strip() for line in written.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("fuse: ").removeprefix("fusermount3: ") if lines else ""
 
 
 def _request(kind: str) -> Callable[[Handler[P, R]], Handler[P, R]]:
@@ -119,7 +37,7 @@ def _request(kind: str) -> Callable[[Handler[P, R]], Handler[P, R]]:
 
     def decorate(handler: Handler[P, R]) -> Handler[P, R]:
         @functools.wraps(handler)
-        async def guarded(self: "_Requests", /, *args: P.args, **keywords: P.kwargs) -> R:
+        async def guarded(self: "Handlers", /, *args: P.args, **keywords: P.kwargs) -> R:
             self.counters[kind] += 1
             try:
                 return await handler(self, *args, **keywords)
@@ -133,12 +51,12 @@ def _request(kind: str) -> Callable[[Handler[P, R]], Handler[P, R]]:
     return decorate
 
 
-class _Requests(pyfuse3.Operations):
+class Handlers(pyfuse3.Operations):
     """The handlers: find the node, lift it if it will change, one call of the overlay, the attributes."""
 
     supports_dot_lookup = False  # a forgotten number cannot be found again
 
-    def __init__(self, engine: Pyfuse3Engine, settings: MountSettings) -> None:
+    def __init__(self, engine: Engine, settings: MountSettings) -> None:
         super().__init__()
         self.enable_acl = settings.acl
         self.enable_writeback_cache = engine.policy.writeback

@@ -1,0 +1,108 @@
+"""Extended attributes: GETXATTR, LISTXATTR, SETXATTR and REMOVEXATTR."""
+
+import errno
+import stat
+
+from overlayfs.errors import oserror
+from overlayfs.fs.attributes import Changes
+from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.nodes import Node
+from overlayfs.fuse.kernel.protocol import LAYOUTS, SETXATTR_ACL_KILL_SGID, Init, Op
+from overlayfs.fuse.kernel.request import Handler, Reply, Request
+from overlayfs.fuse.kernel.session import Session
+
+_SETXATTR = LAYOUTS["setxattr_in"]
+_OLD_SETXATTR = LAYOUTS["getxattr_in"]  # before FUSE_SETXATTR_EXT: only size and flags
+_GETXATTR = LAYOUTS["getxattr_in"]
+_SIZE = LAYOUTS["getxattr_out"]
+
+_CAPABILITY = b"security.capability"
+_ASKED_FOR_CAPABILITY = _CAPABILITY + b"\0"
+
+
+class XattrHandlers:
+    """Handles requests about extended attributes. On a mount without them the kernel sends each kind once (ENOSYS)."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._overlay = session.overlay
+        self._no_caps = session.no_caps
+        extended = bool(session.features & Init.SETXATTR_EXT)
+        self._setxattr_in = _SETXATTR if extended else _OLD_SETXATTR
+        self.handlers: dict[int, Handler] = {
+            Op.GETXATTR: self.getxattr,
+            Op.LISTXATTR: self.listxattr,
+            Op.SETXATTR: self.setxattr,
+            Op.REMOVEXATTR: self.removexattr,
+        }
+
+    def getxattr(self, request: Request) -> Reply:
+        """Answer with a value, or with its length when no room is offered; ENODATA without one."""
+        if not self._session.settings.xattrs:
+            return self._session.refused(request, errno.ENOSYS)  # the kernel answers EOPNOTSUPP for us from now on
+        if request.nodeid in self._no_caps and request.body[_GETXATTR.size :] == _ASKED_FOR_CAPABILITY:
+            return self._session.refused(request, errno.ENODATA)
+        size, _ = _GETXATTR.unpack_from(request.body)
+        node, name = self._session.node(request.nodeid), request.name(_GETXATTR.size)
+        if name == _CAPABILITY and self._overlay.find_xattr(node, name) is None:
+            self._no_caps.add(request.nodeid)
+            return self._session.refused(request, errno.ENODATA)
+        return self._sized(request, size, self._overlay.getxattr(node, name))
+
+    def forget(self, nodeid: int) -> None:
+        """The kernel has let a number go."""
+        self._no_caps.discard(nodeid)
+
+    def listxattr(self, request: Request) -> Reply:
+        """Answer with the visible names, or with their length."""
+        if not self._session.settings.xattrs:
+            return self._session.refused(request, errno.ENOSYS)
+        size, _ = _GETXATTR.unpack_from(request.body)
+        names = self._overlay.listxattr(self._session.node(request.nodeid))
+        return self._sized(request, size, b"".join(name + b"\0" for name in names))
+
+    def _sized(self, request: Request, size: int, value: bytes) -> Reply:
+        if not size:
+            return self._session.done(request, _SIZE.pack(len(value), 0))
+        if len(value) > size:
+            raise oserror(errno.ERANGE)
+        return self._session.done(request, value)
+
+    def setxattr(self, request: Request) -> Reply:
+        """Set a value; an ACL set from outside the file's group takes S_ISGID away (posix_acl_update_mode)."""
+        if not self._session.settings.xattrs:
+            return self._session.refused(request, errno.ENOSYS)
+        size, flags, *more = self._setxattr_in.unpack_from(request.body)
+        name, _, value = bytes(request.body[self._setxattr_in.size :]).partition(b"\0")
+        node, kill = self._session.node(request.nodeid), bool(more and more[0] & SETXATTR_ACL_KILL_SGID)
+        self._no_caps.discard(request.nodeid)
+
+        def act() -> Reply:
+            self._overlay.setxattr(node, name, value[:size], flags)
+            if kill:
+                self._drop_set_gid(request, node)
+            return self._session.done(request)
+
+        return self._session.change(request, lambda: self._requirements_of_xattr(node, name), act)
+
+    def _requirements_of_xattr(self, node: Node, name: bytes) -> tuple[tuple[Node, Requirement]]:
+        self._overlay.check_xattr(name)
+        return ((node, Requirement.META),)
+
+    def _drop_set_gid(self, request: Request, node: Node) -> None:
+        mode = self._overlay.attributes(node).mode & 0o7777
+        if mode & stat.S_ISGID:
+            self._overlay.set_attributes(node, Changes(mode=mode & ~stat.S_ISGID), request.caller())
+
+    def removexattr(self, request: Request) -> Reply:
+        """Remove a value; one that is not there is refused before anything is lifted."""
+        if not self._session.settings.xattrs:
+            return self._session.refused(request, errno.ENOSYS)
+        node, name = self._session.node(request.nodeid), request.name()
+        self._overlay.getxattr(node, name)
+
+        def act() -> Reply:
+            self._overlay.removexattr(node, name)
+            return self._session.done(request)
+
+        return self._session.change(request, lambda: self._requirements_of_xattr(node, name), act)
