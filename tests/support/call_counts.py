@@ -24,7 +24,7 @@ from overlayfs.fuse.engine import MountSettings
 from overlayfs.fuse.kernel.engine import KernelEngine
 from overlayfs.fuse.kernel.passthrough import Io
 from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, OUT_HEADER, Init, Op
-from overlayfs.fuse.kernel.session import received
+from overlayfs.fuse.kernel.request import received
 
 _PACKAGE = os.path.dirname(overlayfs.__file__) + os.sep
 _OFFERED = int(~Init(0) & ~Init.PASSTHROUGH)
