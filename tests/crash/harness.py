@@ -30,7 +30,8 @@ TEARABLE = ("write_at", "copy_data", "copy_range")
 
 
 LOOKING = (
-    *("open_beneath", "open_child", "stat_at", "list_dir", "readlink_at", "getxattr_at", "find_xattr", "listxattr_at"),
+    *("open_beneath", "open_child", "stat_at", "exists_at", "list_dir"),
+    *("readlink_at", "getxattr_at", "find_xattr", "listxattr_at"),
     *("file_handle", "open_by_handle", "statvfs_fd"),
 )
 """Calls of `sysio` that look, or open what is to be looked at."""
@@ -79,11 +80,11 @@ class Fuse:
         self._undo.enter_context(mock.patch.object(os, "copy_file_range", copy_half))
 
     def __enter__(self) -> Self:
-        sysio.fuse = self
+        sysio.fault_hook = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        sysio.fuse = None
+        sysio.fault_hook = None
         self._undo.close()
 
     @property

@@ -71,7 +71,7 @@ def serve_until_call(number: int, wish: Wish) -> int:
         if next(calls) == number:
             _die()
 
-    sysio.fuse = count
+    sysio.fault_hook = count
     return serving.serve(wish)
 
 

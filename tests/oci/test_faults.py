@@ -44,11 +44,11 @@ def failing(number: int, code: int) -> Iterator[list[str]]:
         if len(calls) == number:
             raise OSError(code, os.strerror(code))
 
-    sysio.fuse = fuse
+    sysio.fault_hook = fuse
     try:
         yield calls
     finally:
-        sysio.fuse = None
+        sysio.fault_hook = None
 
 
 def each_failure(act: Callable[[], object], after: Callable[[], None], code: int) -> None:

@@ -280,7 +280,7 @@ def test_a_root_can_be_opaque(root: Path) -> None:
 def test_repeated_opaque_marks_cost_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     archive = directory(b"d") + b"".join(file(b"d/f%d" % n) for n in range(50)) + file(b"d/.wh..wh..opq") * 2000
-    monkeypatch.setattr(sysio, "fuse", calls.append)
+    monkeypatch.setattr(sysio, "fault_hook", calls.append)
     made(root, archive)
     assert len(calls) < 50 * 10
 

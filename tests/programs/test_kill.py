@@ -65,7 +65,7 @@ def count_down(left: int) -> None:
         if next(calls) == left:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sysio.fuse = count
+    sysio.fault_hook = count
 
 
 def shown(stack: Stack) -> Dump:

@@ -208,12 +208,12 @@ def test_killed_anywhere_and_done_again(
             if left[0] < 0:
                 raise Killed
 
-        monkeypatch.setattr(sysio, "fuse", blow)
+        monkeypatch.setattr(sysio, "fault_hook", blow)
         try:
             store.repair(source=os.fsdecode(other.path))
         except Killed:
             pass
-        monkeypatch.setattr(sysio, "fuse", None)
+        monkeypatch.setattr(sysio, "fault_hook", None)
         store.repair(source=os.fsdecode(other.path))
         assert not verify(store.place, None).problems, f"killed at change {point}"
         assert sorted(os.listdir(layer.path)) == [b"lock", b"manifest", b"record", b"tree"]

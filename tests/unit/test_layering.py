@@ -15,7 +15,7 @@ BELOW_FS = BELOW_TREE | {"tree"}
 # room -> (rooms it may import, the reason)
 ALLOWED: dict[str, tuple[set[str], str]] = {
     "errors": (set(), "the words for failure are used by everybody and so know nobody"),
-    "sysio": ({"errors"}, "a door: values in, values out; it must not know why it is opened"),
+    "sysio": ({"errors"}, "system calls: values in, values out; it must not know what they are for"),
     "format": ({"errors"}, "pure: a format that could look at a disk could not be tested on bytes alone"),
     "union": ({"format", "errors"}, "pure: rules decide from facts, others collect the facts and act"),
     "tree": (BELOW_TREE, "one layer as an object; it does not know that there are nodes, or other layers"),
@@ -49,7 +49,7 @@ CONFINED: dict[str, tuple[set[str], str]] = {
     "urllib3": ({"oci/wire.py"}, "one place decides which host sees a secret, and what is tried again"),
     "asyncio": (set(), "one event loop is enough"),
     "ctypes": (
-        {"sysio.py", "mount"},
+        {"sysio", "mount"},
         "raw system calls on layers have one door; mounting itself is not one on a layer",
     ),
     "overlayfs_cli": (set(), "the library does not know its command line"),
@@ -153,6 +153,21 @@ def test_nothing_imports_the_directory_cli() -> None:
     for folder in ("overlayfs", "cli", "tests", "scripts"):
         for path in (ROOT / folder).rglob("*.py"):
             assert "cli" not in {module.split(".")[0] for module in _imports(path)}, path
+
+
+def test_sysio_is_imported_whole() -> None:
+    """A call that tests replace has one name, `sysio.NAME`; only the package and its own test see the parts."""
+    own = (PACKAGE / "sysio", ROOT / "tests" / "unit" / "test_sysio.py")
+    for folder in ("overlayfs", "cli", "tests", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if not any(path.is_relative_to(place) for place in own):
+                assert not [module for module in _imports(path) if module.startswith("overlayfs.sysio.")], path
+                assert "overlayfs.sysio" not in _from_imports(path), f"{path}: from overlayfs import sysio"
+
+
+def _from_imports(path: Path) -> list[str]:
+    nodes = ast.walk(ast.parse(path.read_bytes()))
+    return [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
 
 
 def test_the_walk_sees_what_it_forbids(tmp_path: Path) -> None:

@@ -94,11 +94,11 @@ class KernelEngine(Engine):
         if self.overlay.read_only:
             yield
             return
-        sysio.guard = standby = Standby(StandbyReader(self._fd, _BUFFER, self.overlay, self._handle))
+        sysio.stall_watch = standby = Standby(StandbyReader(self._fd, _BUFFER, self.overlay, self._handle))
         try:
             yield
         finally:
-            sysio.guard = None
+            sysio.stall_watch = None
             standby.close()
 
     def stop(self) -> None:
