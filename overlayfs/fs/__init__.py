@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from overlayfs.fs.attributes import Attributes, Changes
     from overlayfs.fs.config import IdRange, StackConfig
     from overlayfs.fs.copyup import CopyUpStep, Requirement
     from overlayfs.fs.files import Child
+    from overlayfs.fs.metadata import Attributes, Changes
     from overlayfs.fs.names import Caller
     from overlayfs.fs.nodes import Node
     from overlayfs.fs.overlay import Overlay

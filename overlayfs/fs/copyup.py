@@ -16,14 +16,14 @@ from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import metacopy, nlink, origin, xattrs
 from overlayfs.format.origin import Origin
-from overlayfs.fs.attributes import AttributeVerbs, Located
 from overlayfs.fs.durability import Durability
 from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.metadata import Located, Metadata
 from overlayfs.fs.nodes import Dir, File, LowerFile, Node, NodeTable
 from overlayfs.fs.stack import Stack
-from overlayfs.tree import copyup
-from overlayfs.tree.copyup import Content, Source
+from overlayfs.tree import staging
 from overlayfs.tree.layer import Layer, open_readable
+from overlayfs.tree.staging import Content, Source
 from overlayfs.tree.stats import resized
 from overlayfs.tree.upper import Upper
 from overlayfs.union.plans import Create
@@ -33,7 +33,7 @@ from overlayfs.union.resolve import Kind
 class Requirement(Enum):
     """What a verb needs of a node in the upper."""
 
-    META = auto()  # the object with its attributes; data may stay below
+    METADATA = auto()  # the object with its attributes; data may stay below
     DATA = auto()  # the data as well
     TRUNCATED = auto()  # the object, its data about to be cut off: none is copied
 
@@ -84,7 +84,7 @@ class CopyUp:
     """Decides which step comes next, and carries out the parts of steps that need the tables."""
 
     def __init__(
-        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs, durability: Durability
+        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata, durability: Durability
     ) -> None:
         self.durability = durability
         self.stack = stack
@@ -116,7 +116,7 @@ class CopyUp:
         return _Build(self, upper, node, requirement)
 
     def _next_of_copied_up(self, upper: Upper, node: Node, requirement: Requirement) -> CopyUpStep | None:
-        if not isinstance(node, File) or node.data is None or requirement is Requirement.META:
+        if not isinstance(node, File) or node.data is None or requirement is Requirement.METADATA:
             return None
         return _Fill(self, upper, node, node.data) if requirement is Requirement.DATA else _Cut(self, upper, node)
 
@@ -143,7 +143,7 @@ class CopyUp:
             highest, parent = parent, parent.parent
         return highest
 
-    def copy_up(self, node: Node, requirement: Requirement = Requirement.META) -> None:
+    def copy_up(self, node: Node, requirement: Requirement = Requirement.METADATA) -> None:
         """Meet a need here and now."""
         while (step := self.next_copy_up(node, requirement)) is not None:
             step.run()
@@ -235,7 +235,7 @@ class CopyUp:
 
 
 class _TimesKept:
-    def __init__(self, attributes: AttributeVerbs, parent: Dir) -> None:
+    def __init__(self, attributes: Metadata, parent: Dir) -> None:
         self._attributes = attributes
         self._parent = parent
 
@@ -255,7 +255,7 @@ class _Build(CopyUpStep):
         super().__init__(node)
         self._copyup = copyup
         self._upper = upper
-        self._need = requirement if isinstance(node, File) else Requirement.META
+        self._need = requirement if isinstance(node, File) else Requirement.METADATA
         found = copyup.attributes.stat(node)
         self._size = copyup.attributes.size(node, found)
         self._content = self._choose_content(self._size)
@@ -268,8 +268,8 @@ class _Build(CopyUpStep):
     def _choose_content(self, size: int) -> Content:
         if self.node.kind != stat.S_IFREG or self._need is Requirement.TRUNCATED or size == 0:
             return Content.NONE
-        if self._need is Requirement.META and self._copyup.stack.metacopy:
-            return Content.BELOW
+        if self._need is Requirement.METADATA and self._copyup.stack.metacopy:
+            return Content.METACOPY
         return Content.COPY
 
     def begin(self) -> None:
@@ -278,7 +278,7 @@ class _Build(CopyUpStep):
 
     def stage(self) -> None:
         assert self._source is not None
-        self._staged = copyup.build(self._upper, self._source)
+        self._staged = staging.build(self._upper, self._source)
 
     def _open_source(self) -> Source:
         layer, dirfd, name = self._locate()
@@ -309,11 +309,11 @@ class _Build(CopyUpStep):
         marks = {}
         self._origin = layer.filesystem.origin(sysio.file_handle(pin, b""))
         first = self._origin
-        if self._content is not Content.BELOW:
+        if self._content is not Content.METACOPY:
             first = self._copyup.lookup.lasting_origin(layer.marks_at(pin, b"")) or first
         if first is not None:
             marks[xattrs.ORIGIN] = origin.encode(first)
-        if self._content is Content.BELOW:
+        if self._content is Content.METACOPY:
             marks[xattrs.METACOPY] = metacopy.VALUE
         if self._is_indexed():
             assert self._origin is not None
@@ -390,7 +390,7 @@ class _Build(CopyUpStep):
         self._copyup.nodes.add_key(node, (found.st_dev, found.st_ino))
         node.nlink_delta += self._nlink - links
         node.in_upper = True
-        node.data = (node.data or node.lower) if self._content is Content.BELOW else None
+        node.data = (node.data or node.lower) if self._content is Content.METACOPY else None
         with suppress(OSError):  # the mark that was staged with it, relative to the lower count, is as good
             self._copyup.persist_nlink(node)
         if reader is not None:
@@ -399,7 +399,7 @@ class _Build(CopyUpStep):
             node.writer = writer
 
     def _open_reader(self, node: File, pinned: int) -> int | None:
-        if node.reader is None or self._content is Content.BELOW:
+        if node.reader is None or self._content is Content.METACOPY:
             return None
         return self._copyup.stack.dirfds.retry(lambda: sysio.open_child(pinned, b"", os.O_RDONLY))
 
@@ -506,7 +506,7 @@ class _Fill(CopyUpStep):
 
     def stage(self) -> None:
         self._sync_places_left()
-        copyup.fill(self._upper, *self._open)
+        staging.fill(self._upper, *self._open)
 
     def publish(self) -> None:
         assert isinstance(self.node, File)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.fs.attributes import AttributeVerbs
+from overlayfs.fs.metadata import Metadata
 from overlayfs.fs.nodes import Dir, File, Node
 from overlayfs.fs.stack import Stack
 
@@ -48,7 +48,7 @@ class _Listed(NamedTuple):
 class Durability:
     """Prepares the calls that make nodes of one overlay durable."""
 
-    def __init__(self, stack: Stack, attributes: AttributeVerbs) -> None:
+    def __init__(self, stack: Stack, attributes: Metadata) -> None:
         self._stack = stack
         self._attributes = attributes
         self.barrier: SyncBarrier | None = None

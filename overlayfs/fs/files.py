@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.fs.attributes import AttributeVerbs
 from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.metadata import Metadata
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable, close_backing
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import open_readable
@@ -80,7 +80,7 @@ def requirement_of_open(node: Node, flags: int) -> Requirement | None:
 class Files:
     """All handles of one overlay."""
 
-    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs) -> None:
+    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata) -> None:
         self._stack = stack
         self._nodes = nodes
         self._lookup = lookup

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import acl, redirect, whiteout, xattrs
-from overlayfs.fs.attributes import AttributeVerbs, after_change
 from overlayfs.fs.copyup import CopyUp, Requirement
 from overlayfs.fs.lookup import LONGEST_NAME, Lookup
+from overlayfs.fs.metadata import Metadata, after_change
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import join
@@ -56,9 +56,7 @@ class Moving(NamedTuple):
 class Names:
     """The verbs that change which names exist."""
 
-    def __init__(
-        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs, copyup: CopyUp
-    ) -> None:
+    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata, copyup: CopyUp) -> None:
         self._stack = stack
         self._nodes = nodes
         self._lookup = lookup
@@ -444,7 +442,7 @@ class Names:
         pending = [node]
         while pending:
             directory = pending.pop()
-            yield directory, Requirement.META
+            yield directory, Requirement.METADATA
             for _, child in self._children(directory):
                 if isinstance(child, Dir):
                     pending.append(child)

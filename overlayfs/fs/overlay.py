@@ -16,7 +16,6 @@ from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import origin, xattrs
 from overlayfs.fs import index
-from overlayfs.fs.attributes import Attributes, AttributeVerbs, Changes, after_change
 from overlayfs.fs.changes import Change, changes
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.copyup import CopyUp, CopyUpStep, Requirement
@@ -25,12 +24,13 @@ from overlayfs.fs.durability import Durability, SyncBarrier
 from overlayfs.fs.explain import Holder, explain
 from overlayfs.fs.files import Child, Files, children, requirement_of_open
 from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.metadata import Attributes, Changes, Metadata, after_change
 from overlayfs.fs.names import Caller, Names
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable
 from overlayfs.fs.rotate import Rotation, holds_changes
 from overlayfs.fs.space import Space
 from overlayfs.fs.stack import Stack
-from overlayfs.tree import copyup
+from overlayfs.tree import staging
 
 
 class Overlay:
@@ -43,7 +43,7 @@ class Overlay:
         self._stack = Stack(config)
         self.nodes = NodeTable(config.ino32)
         self._lookup = Lookup(self._stack, self.nodes)
-        self._attributes = AttributeVerbs(self._stack, self._lookup)
+        self._attributes = Metadata(self._stack, self._lookup)
         self._durability = Durability(self._stack, self._attributes)
         self._copyup = CopyUp(self._stack, self.nodes, self._lookup, self._attributes, self._durability)
         self._names = Names(self._stack, self.nodes, self._lookup, self._attributes, self._copyup)
@@ -333,7 +333,7 @@ class Overlay:
 
     # --- lifting, for engines --------------------------------------------------------------------------
 
-    def next_copy_up(self, node: Node, requirement: Requirement = Requirement.META) -> CopyUpStep | None:
+    def next_copy_up(self, node: Node, requirement: Requirement = Requirement.METADATA) -> CopyUpStep | None:
         """Return the next step before `need` of a node is met, None when it is met."""
         return self._copyup.next_copy_up(node, requirement)
 
@@ -347,13 +347,13 @@ class Overlay:
 
     def requirement_of_unlink(self, node: Node) -> Requirement | None:
         """Return what removing a name of a node needs of it."""
-        return Requirement.META if self._names.must_copy_up_counted(node) else None
+        return Requirement.METADATA if self._names.must_copy_up_counted(node) else None
 
     def requirements_of_rename(self, node: Node) -> Iterator[tuple[Node, Requirement]]:
         """Yield the nodes that must be lifted before this one can move: itself, or a tree that cannot be redirected."""
         if isinstance(node, Dir) and self._names.must_copy_tree(node):
             return self._names.tree_to_copy_up(node)
-        return iter(((node, Requirement.META),))
+        return iter(((node, Requirement.METADATA),))
 
     # --- for a commit ----------------------------------------------------------------------------------
 
@@ -403,7 +403,7 @@ class Overlay:
         """
         source = view._copyup.directory_source(node)
         try:
-            copyup.build_directory(self._attributes.upper, source, dirfd, name)
+            staging.build_directory(self._attributes.upper, source, dirfd, name)
         finally:
             source.close()
 
@@ -427,7 +427,7 @@ class Overlay:
         """Whether the upper holds anything, or its root shows other attributes than the layers below."""
         return holds_changes(self._stack)
 
-    def prepare_rotation(self) -> Rotation:
+    def rotation(self) -> Rotation:
         """Return what lets the upper become a layer while the tree, its handles and its numbers live on."""
         return Rotation(self._stack, self.nodes, self._lookup, self._attributes, self._copyup)
 
@@ -461,7 +461,7 @@ class Overlay:
 def requirement_of_change(changes: Changes) -> Requirement:
     """Return what a setattr needs: the data only when a part of it stays."""
     if changes.size is None:
-        return Requirement.META
+        return Requirement.METADATA
     return Requirement.DATA if changes.size > 0 else Requirement.TRUNCATED
 
 

@@ -1,8 +1,8 @@
 """A change of seats: the upper becomes the top layer, an empty one takes its place, and the tree stays what it is.
 
-Numbers, handles, descriptors and listings go on; only where things lie changes. First `settle`, in small steps with
+Numbers, handles, descriptors and listings go on; only where things lie changes. First `prepare`, in small steps with
 other verbs between them: what only the index of the work directory knows becomes names in the upper, since a layer has
-no index. Then `switch`, while nothing changes: one rename by the caller, which is the commit point, and a walk over the
+no index. Then `rotate`, while nothing changes: one rename by the caller, which is the commit point, and a walk over the
 live nodes. Nothing that may fail comes after the rename.
 
 A file that is open for writing keeps its descriptor for reading only: it belongs to a layer now, so the next write
@@ -19,23 +19,21 @@ from contextlib import contextmanager, suppress
 from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import origin, xattrs
-from overlayfs.fs.attributes import AttributeVerbs
 from overlayfs.fs.copyup import CopyUp
 from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.metadata import Metadata
 from overlayfs.fs.nodes import Dir, File, LowerDir, LowerFile, Node, NodeTable
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import Layer, join
 from overlayfs.union.resolve import Kind
 
-_SEARCHES = 3  # before the rest is left to `switch`: each is good only if no directory moves meanwhile
+_SEARCHES = 3  # before the rest is left to `rotate`: each is good only if no directory moves meanwhile
 
 
 class Rotation:
     """One change of seats of one overlay. On the loop."""
 
-    def __init__(
-        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: AttributeVerbs, copyup: CopyUp
-    ) -> None:
+    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata, copyup: CopyUp) -> None:
         self._stack = stack
         self._nodes = nodes
         self._lookup = lookup
@@ -45,7 +43,7 @@ class Rotation:
 
     # --- before ----------------------------------------------------------------------------------------
 
-    def settle(self) -> Iterator[None]:
+    def prepare(self) -> Iterator[None]:
         """Make the upper independent of the index, a little further at each step; other verbs may run between steps."""
         self._attributes.upper.work.drop_unused_index()
         for entry in self._entries():
@@ -54,12 +52,12 @@ class Rotation:
             if self._missing(entry) <= 0:
                 self._retire(entry)
         for _ in range(_SEARCHES):
-            if self.is_settled():
+            if self.is_prepared():
                 return
             yield from self._search()
 
-    def is_settled(self) -> bool:
-        """Return whether `switch` has nothing to search for."""
+    def is_prepared(self) -> bool:
+        """Return whether `rotate` has nothing to search for."""
         return not self._entries() and not self._strays()
 
     def _entries(self) -> list[bytes]:
@@ -185,14 +183,14 @@ class Rotation:
 
     # --- the change ------------------------------------------------------------------------------------
 
-    def switch(self, next_upper: bytes, layer: bytes, move: Callable[[], None]) -> None:
+    def rotate(self, next_upper: bytes, layer: bytes, move: Callable[[], None]) -> None:
         """Let the upper become the directory `layer`, and the empty directory `next_upper` the upper.
 
         `move` carries that out on the disk: when it returns both are in their places, and when it raises neither is,
         and nothing has changed here. No change may run meanwhile: EBUSY when a node is being lifted. Both directories
         are on the upper's file system.
         """
-        for _ in self.settle():
+        for _ in self.prepare():
             pass
         if self._entries() or self._copyup.running:
             raise oserror(errno.EBUSY)  # what an entry leads to would be written to, in the layer

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.fs.attributes import AttributeVerbs
 from overlayfs.fs.files import Files
 from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.metadata import Metadata
 from overlayfs.fs.nodes import Node
 
 R = TypeVar("R")
@@ -34,7 +34,7 @@ CHANGING_REQUESTS = {FS_IOC_SETFLAGS: 4, FS_IOC_FSSETXATTR: 28}
 class Space:
     """These verbs, on nodes and on the handles of `Files`."""
 
-    def __init__(self, attributes: AttributeVerbs, lookup: Lookup, files: Files) -> None:
+    def __init__(self, attributes: Metadata, lookup: Lookup, files: Files) -> None:
         self._attributes = attributes
         self._lookup = lookup
         self._files = files

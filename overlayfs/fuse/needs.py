@@ -13,7 +13,7 @@ Requirements = Iterator[tuple[Node, Requirement]]
 def of_unlink(overlay: Overlay, parent: Node, name: bytes) -> Requirements:
     """Yield what must be lifted before a name can be removed; ENOENT for none."""
     node = overlay.lookup(parent, name)
-    yield parent, Requirement.META
+    yield parent, Requirement.METADATA
     if (requirement := overlay.requirement_of_unlink(node)) is not None:
         yield node, requirement
 
@@ -21,7 +21,7 @@ def of_unlink(overlay: Overlay, parent: Node, name: bytes) -> Requirements:
 def of_rename(overlay: Overlay, old: Node, name: bytes, new: Node, new_name: bytes, flags: int) -> Requirements:
     """Yield what must be lifted before a name can be moved; ENOENT for none."""
     source = overlay.lookup(old, name)
-    yield new, Requirement.META
+    yield new, Requirement.METADATA
     yield from overlay.requirements_of_rename(source)
     yield from _of_target(overlay, new, new_name, flags)
 

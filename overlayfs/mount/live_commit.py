@@ -206,18 +206,18 @@ class LiveCommits:
 
     async def _switch(self, store: LayerStore, adoption: Adoption, directory: int) -> tuple[SyncBarrier, float]:
         tree = os.path.join(store.path, layout.LAYERS, adoption.id.encode(), layout.TREE)
-        rotation = self._overlay.prepare_rotation()
+        rotation = self._overlay.rotation()
         for attempt in range(1, _ATTEMPTS + 1):
-            await self._settle(rotation)
+            await self._prepare(rotation)
             await self._engine.gate.close()
             began = time.monotonic()
             try:
                 self._refuse_unseen_writers()
-                if attempt < _ATTEMPTS and not rotation.is_settled():
+                if attempt < _ATTEMPTS and not rotation.is_prepared():
                     continue
                 barrier = self._overlay.hold_syncs()
                 try:
-                    rotation.switch(adoption.next_upper, tree, lambda: adoption.take(directory, layout.UPPER))
+                    rotation.rotate(adoption.next_upper, tree, lambda: adoption.take(directory, layout.UPPER))
                 except BaseException:
                     self._overlay.release_syncs(barrier)
                     raise
@@ -226,9 +226,9 @@ class LiveCommits:
                 self._engine.gate.open()
         raise AssertionError("the last attempt settles what is left")
 
-    async def _settle(self, rotation: Rotation) -> None:
+    async def _prepare(self, rotation: Rotation) -> None:
         """Settle in small pieces, each a change of its own."""
-        steps = rotation.settle()
+        steps = rotation.prepare()
         going_on = True
         while going_on:
             async with self._engine.gate.change():

@@ -12,7 +12,7 @@ from overlayfs.oci.pack import Item, Open
 from overlayfs.oci.streams import PIECE, Read
 from overlayfs.oci.tarread import BLOCK, TarReader
 from overlayfs.oci.unpack import Unpacker, write_pieces
-from overlayfs.tree.copyup import copy_data
+from overlayfs.tree.staging import copy_data
 
 _TOGETHER = 256 * 1024  # bytes of headers and small files that go on as one piece
 _ZEROS = bytes(PIECE)

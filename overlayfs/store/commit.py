@@ -19,9 +19,9 @@ from overlayfs.fs.config import StackConfig
 from overlayfs.fs.nodes import Dir, File
 from overlayfs.fs.overlay import Overlay
 from overlayfs.store.twins import Twins
-from overlayfs.tree.copyup import copy_data
 from overlayfs.tree.dirfds import DirFds, default_capacity
 from overlayfs.tree.layer import join
+from overlayfs.tree.staging import copy_data
 from overlayfs.tree.workdir import drop_inherited_acls, remove_tree
 
 _STAGING = b".overlayfs-commit-"

@@ -71,7 +71,7 @@ def _settle(workspace: Workspace, below: Sequence[Layer]) -> bool:
     try:
         if not overlay.is_changed:
             return False
-        for _ in overlay.prepare_rotation().settle():
+        for _ in overlay.rotation().prepare():
             pass
         return True
     finally:

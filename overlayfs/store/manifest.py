@@ -23,7 +23,7 @@ from overlayfs.errors import UserError
 from overlayfs.store import scan
 from overlayfs.store.entries import FLAGS, Entry, Type
 from overlayfs.store.scan import Progress
-from overlayfs.tree.copyup import copy_data
+from overlayfs.tree.staging import copy_data
 
 _HEADER = b"overlayfs manifest 1\n"
 _LENGTH = struct.Struct("<I")

@@ -25,7 +25,7 @@ from overlayfs.store.manifest import DamagedError, Manifest
 from overlayfs.store.records import ImageRecord, LayerRecord
 from overlayfs.store.store import LayerStore
 from overlayfs.store.verify import EXTRA, Problem
-from overlayfs.tree.copyup import copy_data
+from overlayfs.tree.staging import copy_data
 from overlayfs.tree.workdir import remove_tree
 
 _NEW = b"new"

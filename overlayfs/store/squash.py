@@ -24,10 +24,10 @@ from overlayfs.store.layers import StagedLayer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import History, ImageRecord, now
 from overlayfs.store.store import LayerStore
-from overlayfs.tree import copyup
-from overlayfs.tree.copyup import Content, Source
+from overlayfs.tree import staging
 from overlayfs.tree.dirfds import SPARE, DirFds
 from overlayfs.tree.layer import join
+from overlayfs.tree.staging import Content, Source
 from overlayfs.tree.upper import Upper, find_features
 from overlayfs.tree.workdir import WorkDir, remove_tree
 from overlayfs.union.plans import Remove
@@ -89,7 +89,7 @@ class _Writer:
         source = _directory_source(node, _NO_MARKS)
         try:
             self._upper.set_owner(self._upper.root, b"", source.stat.st_uid, source.stat.st_gid)
-            copyup.copy_xattrs(self._upper, source, self._upper.root, b"")
+            staging.copy_xattrs(self._upper, source, self._upper.root, b"")
             self._upper.set_mode(self._upper.root, b"", stat.S_IMODE(source.stat.st_mode))
         finally:
             source.close()
@@ -118,7 +118,7 @@ class _Writer:
 
     def _add(self, parent: bytes, name: bytes, source: Source) -> None:
         try:
-            temporary = copyup.build(self._upper, source)
+            temporary = staging.build(self._upper, source)
         finally:
             source.close()
         sysio.rename_at(self._upper.work.fd, temporary, self._upper.dirfd(parent), name)

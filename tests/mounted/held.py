@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from overlayfs.tree import copyup
-from overlayfs.tree.copyup import Content, Source
+from overlayfs.tree import staging
+from overlayfs.tree.staging import Content, Source
 from overlayfs.tree.upper import Upper
 
 LIMIT = 10.0  # seconds; whoever waits longer hangs
@@ -24,7 +24,7 @@ class Hold:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Daemons that are forked within this context hold their copies."""
-        build = copyup.build
+        build = staging.build
 
         def held(upper: Upper, source: Source) -> bytes:
             made = build(upper, source)
@@ -33,7 +33,7 @@ class Hold:
                 assert self._go.acquire(timeout=LIMIT), "nobody lets the copy go on"
             return made
 
-        with mock.patch.object(copyup, "build", held):
+        with mock.patch.object(staging, "build", held):
             yield
 
     def wait(self) -> None:

@@ -351,7 +351,7 @@ def test_a_failed_move_changes_nothing(site: Site) -> None:
             raise oserror(errno.EXDEV)
 
         with pytest.raises(OSError, match="cross-device"):
-            overlay.prepare_rotation().switch(os.fsencode(upcoming), os.fsencode(site.place / "layer"), fail)
+            overlay.rotation().rotate(os.fsencode(upcoming), os.fsencode(site.place / "layer"), fail)
         overlay.write(fh, 0, b"NEW")
         assert (site.place / "store" / "workspaces" / NAME / "upper" / "new").read_bytes() == b"NEW"
         overlay.release(fh)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from overlayfs import Overlay
-from overlayfs.fs.attributes import Changes
 from overlayfs.fs.config import StackConfig
+from overlayfs.fs.metadata import Changes
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Node
 from tests.hostile import forms

@@ -13,8 +13,8 @@ from typing import TypeAlias, TypeVar
 
 import trio
 
-from overlayfs.fs.attributes import Attributes
 from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.metadata import Attributes
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.engine import Engine, MountSettings, reply_errno

@@ -17,8 +17,8 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from overlayfs.errors import oserror
-from overlayfs.fs.attributes import Attributes, Changes
 from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.metadata import Attributes, Changes
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Dir, Node
 from overlayfs.fuse import needs
@@ -188,7 +188,7 @@ class Handlers(pyfuse3.Operations):
         """Give a node one more name."""
         async with self._gate.change():
             node, parent = self._node(inode), self._node(new_parent_inode)
-            await self._copy_up_all(lambda: ((node, Requirement.META), (parent, Requirement.META)))
+            await self._copy_up_all(lambda: ((node, Requirement.METADATA), (parent, Requirement.METADATA)))
             return self._entry(self._overlay.link(node, parent, new_name))
 
     @_request("UNLINK")
@@ -224,7 +224,7 @@ class Handlers(pyfuse3.Operations):
     async def _parent(self, number: int) -> Node:
         """Return the directory `number`, ready to be changed."""
         parent = self._node(number)
-        await self._copy_up(parent, Requirement.META)
+        await self._copy_up(parent, Requirement.METADATA)
         return parent
 
     # open files
@@ -395,7 +395,7 @@ class Handlers(pyfuse3.Operations):
         self._check_xattrs()
         node = self._node(inode)
         async with self._gate.change():
-            await self._copy_up(node, Requirement.META)
+            await self._copy_up(node, Requirement.METADATA)
             async with self._locks.hold(node.number):
                 self._overlay.setxattr(node, name, value)
                 if name == ACL_ACCESS:
@@ -418,7 +418,7 @@ class Handlers(pyfuse3.Operations):
         node = self._node(inode)
         self._overlay.getxattr(node, name)
         async with self._gate.change():
-            await self._copy_up(node, Requirement.META)
+            await self._copy_up(node, Requirement.METADATA)
             async with self._locks.hold(node.number):
                 self._overlay.removexattr(node, name)
 

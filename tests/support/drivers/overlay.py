@@ -330,7 +330,7 @@ class FsDriver(Tree):
             os.rename(upper, layer)
             os.rename(upcoming, upper)
 
-        self.overlay.prepare_rotation().switch(os.fsencode(upcoming), os.fsencode(layer), move)
+        self.overlay.rotation().rotate(os.fsencode(upcoming), os.fsencode(layer), move)
         stack.lengthen(layer)
 
     def run_as(self, user: User, act: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ from unittest import mock
 
 from overlayfs import sysio
 from overlayfs.fs import stack
-from overlayfs.fs.attributes import AttributeVerbs
+from overlayfs.fs.metadata import Metadata
 from overlayfs.tree.upper import Upper
 
 
@@ -38,7 +38,7 @@ def kept_bits() -> Iterator[None]:
             sysio.chmod_at(dirfd, name, stat.S_IMODE(mode))
 
     with (
-        mock.patch.object(AttributeVerbs, "strip_set_id"),
+        mock.patch.object(Metadata, "strip_set_id"),
         mock.patch.object(sysio, "WithoutCapability", return_value=nullcontext()),
         mock.patch.object(Upper, "set_owner", set_owner_alone),
     ):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 from overlayfs import sysio
-from overlayfs.tree import copyup
+from overlayfs.tree import staging
 
 
 def _nothing(_fd: int) -> None:
@@ -15,7 +15,7 @@ def _nothing(_fd: int) -> None:
 def without_fsync() -> AbstractContextManager[object]:
     """Return the patch for M1."""
     silent = SimpleNamespace(**{**vars(sysio), "fsync": _nothing, "syncfs": _nothing})
-    return mock.patch.object(copyup, "sysio", silent)
+    return mock.patch.object(staging, "sysio", silent)
 
 
 MUTANTS = {"M1": without_fsync}

@@ -11,10 +11,10 @@ from unittest import mock
 
 from overlayfs import sysio
 from overlayfs.format import xattrs
-from overlayfs.tree import copyup
+from overlayfs.tree import staging
 from overlayfs.tree.upper import Upper
 
-_fill = copyup.fill
+_fill = staging.fill
 
 
 def _record_first(upper: Upper, pin: int, target: int, data: int) -> None:
@@ -25,7 +25,7 @@ def _record_first(upper: Upper, pin: int, target: int, data: int) -> None:
 
 def record_before_data() -> AbstractContextManager[object]:
     """Return the patch for M6."""
-    return mock.patch.object(copyup, "fill", _record_first)
+    return mock.patch.object(staging, "fill", _record_first)
 
 
 MUTANTS = {"M6": record_before_data}

@@ -6,8 +6,8 @@ from typing import Any
 from unittest import mock
 
 from overlayfs.fs import rotate
-from overlayfs.fs.attributes import Attributes, Changes
 from overlayfs.fs.copyup import CopyUp, CopyUpStep, Requirement
+from overlayfs.fs.metadata import Attributes, Changes
 from overlayfs.fs.nodes import File, Node, NodeTable
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.copyup import CopyUpRunner

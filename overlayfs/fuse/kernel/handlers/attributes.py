@@ -3,8 +3,8 @@
 import os
 
 from overlayfs import sysio
-from overlayfs.fs.attributes import Attributes, Changes
 from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.metadata import Attributes, Changes
 from overlayfs.fs.space import CHANGING_REQUESTS
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Attr, Init, Op
 from overlayfs.fuse.kernel.request import Handler, Reply, Request
@@ -114,7 +114,7 @@ class AttributeHandlers:
             self._overlay.space.change_flags(node, command, value)
             return self._session.done(request, _IOCTL_OUT.encode())
 
-        return self._session.change(request, lambda: ((node, Requirement.META),), act)
+        return self._session.change(request, lambda: ((node, Requirement.METADATA),), act)
 
 
 def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:

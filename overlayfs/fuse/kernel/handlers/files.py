@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from overlayfs.errors import oserror
-from overlayfs.fs.attributes import after_change
 from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.metadata import after_change
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import File, Node
 from overlayfs.fs.overlay import Overlay
@@ -179,7 +179,7 @@ class FileHandlers:
         return self._session.change(request, lambda: self._requirements_of_create(parent, name, flags), act)
 
     def _requirements_of_create(self, parent: Node, name: bytes, flags: int) -> Iterator[tuple[Node, Requirement]]:
-        yield parent, Requirement.META
+        yield parent, Requirement.METADATA
         existing = self._overlay.find(parent, name)
         if existing is not None and (requirement := self._overlay.requirement_of_open(existing, flags)) is not None:
             yield existing, requirement
@@ -194,7 +194,7 @@ class FileHandlers:
             node, handle = self._overlay.create_unnamed(parent, masked, request.caller(umask))
             return self._created(request, node, handle, flags)
 
-        return self._session.change(request, lambda: ((parent, Requirement.META),), act)
+        return self._session.change(request, lambda: ((parent, Requirement.METADATA),), act)
 
     def _created(self, request: Request, node: Node, handle: int, flags: int) -> Reply:
         if self._must_be_found_anew(self._session.node_ids.number(node), node):

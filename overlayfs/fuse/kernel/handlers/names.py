@@ -98,7 +98,7 @@ class NameHandlers:
 
     def _make(self, request: Request, parent: Node, make: Callable[[], Node]) -> Reply:
         return self._session.change(
-            request, lambda: ((parent, Requirement.META),), lambda: self._session.entry(request, make())
+            request, lambda: ((parent, Requirement.METADATA),), lambda: self._session.entry(request, make())
         )
 
     def link(self, request: Request) -> Reply:
@@ -107,7 +107,7 @@ class NameHandlers:
         node, parent, name = self._session.node(old), self._session.node(request.nodeid), request.name(_LINK.size)
         return self._session.change(
             request,
-            lambda: ((node, Requirement.META), (parent, Requirement.META)),
+            lambda: ((node, Requirement.METADATA), (parent, Requirement.METADATA)),
             lambda: self._session.entry(request, self._overlay.link(node, parent, name)),
         )
 
@@ -131,7 +131,7 @@ class NameHandlers:
             self._overlay.rmdir(parent, name)
             return self._session.done(request)
 
-        return self._session.change(request, lambda: ((parent, Requirement.META),), act)
+        return self._session.change(request, lambda: ((parent, Requirement.METADATA),), act)
 
     def rename(self, request: Request) -> Reply:
         """Move a name, over what is there."""

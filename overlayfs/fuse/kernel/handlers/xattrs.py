@@ -4,8 +4,8 @@ import errno
 import stat
 
 from overlayfs.errors import oserror
-from overlayfs.fs.attributes import Changes
 from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.metadata import Changes
 from overlayfs.fs.nodes import Node
 from overlayfs.fuse.kernel.protocol import LAYOUTS, SETXATTR_ACL_KILL_SGID, Init, Op
 from overlayfs.fuse.kernel.request import Handler, Reply, Request
@@ -87,7 +87,7 @@ class XattrHandlers:
 
     def _requirements_of_xattr(self, node: Node, name: bytes) -> tuple[tuple[Node, Requirement]]:
         self._overlay.check_xattr(name)
-        return ((node, Requirement.META),)
+        return ((node, Requirement.METADATA),)
 
     def _drop_set_gid(self, request: Request, node: Node) -> None:
         mode = self._overlay.attributes(node).mode & 0o7777

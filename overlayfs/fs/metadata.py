@@ -71,7 +71,7 @@ def after_change(look: Callable[[], T]) -> T:
         return look()
 
 
-class AttributeVerbs:
+class Metadata:
     """Reading and changing attributes of nodes; changing needs the node in the upper already."""
 
     def __init__(self, stack: Stack, lookup: Lookup) -> None:

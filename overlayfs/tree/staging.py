@@ -32,7 +32,7 @@ class Content(Enum):
     """What becomes of the data of a regular file."""
 
     COPY = auto()  # cloned or copied, holes kept
-    BELOW = auto()  # stays in the lower layer: a metadata-only copy
+    METACOPY = auto()  # stays in the lower layer: a metadata-only copy
     NONE = auto()  # about to be truncated: not copied
 
 
@@ -106,7 +106,7 @@ def _make(upper: Upper, source: Source, name: bytes) -> None:
 def _make_file(upper: Upper, source: Source, name: bytes) -> None:
     fd = sysio.open_child(upper.work.fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        if source.content is Content.BELOW:
+        if source.content is Content.METACOPY:
             sysio.truncate_fd(fd, source.stat.st_size)
         elif source.content is Content.COPY and source.data is not None:
             copy_data(source.data, fd)
