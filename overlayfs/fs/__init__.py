@@ -30,9 +30,9 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Attributes": "attributes",
+    "Attributes": "metadata",
     "Caller": "names",
-    "Changes": "attributes",
+    "Changes": "metadata",
     "Child": "files",
     "IdRange": "config",
     "CopyUpStep": "copyup",
