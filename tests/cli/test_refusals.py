@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount import control, mounts, start
+from overlayfs.mount import control, life, table
 from overlayfs_cli.main import COMMANDS
 from tests.cli.conftest import Run, program
 
@@ -117,8 +117,7 @@ def test_a_work_directory_that_cannot_be_made(overlayfs: Run, tmp_path: Path) ->
     upper = tmp_path / ("u" * 253)
     upper.mkdir()
     ended = overlayfs("mount", "--lower", "/a", "--upper", str(upper), "/m")
-    where = f"{upper}.work: File name too long"
-    sentence = f"cannot create a work directory beside the upper: {where}; name one with --work"
+    sentence = f"cannot create a work directory beside the upper: {upper}.work: File name too long; name one with --work"
     assert ended == (32, "", f"overlayfs: {sentence}\n")
 
 
@@ -132,7 +131,7 @@ def _raising(error: BaseException) -> object:
 def test_a_failed_mount_leaves_no_work_directory(
     overlayfs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "mount", _raising(MountError("layer /a does not exist")))
+    monkeypatch.setattr(life, "mount", _raising(MountError("layer /a does not exist")))
     upper = tmp_path / "up"
     upper.mkdir()
     ended = overlayfs("mount", "--lower", "/a", "--upper", str(upper), "/m")
@@ -143,7 +142,7 @@ def test_a_failed_mount_leaves_no_work_directory(
 def test_a_failed_mount_leaves_a_work_directory_that_was_there(
     overlayfs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "mount", _raising(MountError("no")))
+    monkeypatch.setattr(life, "mount", _raising(MountError("no")))
     (tmp_path / "up").mkdir()
     (tmp_path / "up.work").mkdir()
     overlayfs("mount", "--lower", "/a", "--upper", str(tmp_path / "up"), "/m")
@@ -156,19 +155,19 @@ def test_the_sentence_of_the_daemon_is_passed_on(overlayfs: Run, monkeypatch: py
 
 
 def test_an_error_of_the_system_is_a_sentence(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounts, "list_mounts", _raising(OSError(13, "Permission denied", b"/proc/self/mountinfo")))
+    monkeypatch.setattr(table, "mounts", _raising(OSError(13, "Permission denied", b"/proc/self/mountinfo")))
     assert overlayfs("mounts") == (1, "", "overlayfs: /proc/self/mountinfo: Permission denied\n")
 
 
 def test_a_sentence_is_one_line_whatever_names_are_in_it(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     name = os.fsdecode(b"a\nb\x1b[31m\xff") + "\u202e"
-    monkeypatch.setattr(mounts, "list_mounts", _raising(OSError(5, "Input/output error", name)))
+    monkeypatch.setattr(table, "mounts", _raising(OSError(5, "Input/output error", name)))
     told = "a\\nb\\x1b[31m\\udcff\\u202e"
     assert overlayfs("mounts") == (1, "", f"overlayfs: {told}: Input/output error\n")
 
 
 def test_a_defect_is_a_sentence_too(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounts, "list_mounts", _raising(KeyError("x")))
+    monkeypatch.setattr(table, "mounts", _raising(KeyError("x")))
     sentence = "unexpected KeyError: 'x' (a defect; OVERLAYFS_DEBUG=1 shows where)"
     assert overlayfs("mounts") == (1, "", f"overlayfs: {sentence}\n")
     monkeypatch.setenv("OVERLAYFS_DEBUG", "1")
@@ -177,7 +176,7 @@ def test_a_defect_is_a_sentence_too(overlayfs: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_interrupt_ends_the_line_and_is_130(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounts, "list_mounts", _raising(KeyboardInterrupt()))
+    monkeypatch.setattr(table, "mounts", _raising(KeyboardInterrupt()))
     assert overlayfs("mounts") == (130, "", "\n")
 
 
