@@ -5,10 +5,13 @@ BIN = $(VENV)/bin/
 SOURCES = overlayfs cli tests scripts/bench
 PYTEST = $(BIN)python -m pytest -q -n 2  # two processes: most tests wait for the disk or for a daemon
 
-.PHONY: setup demo fmt lint types test test-mounted test-together test-pyfuse3 check campaign steps bench conformance clean
+.PHONY: setup setup-tests demo fmt lint types test test-mounted test-together test-pyfuse3 check campaign steps bench conformance clean
 
-setup:          ## system packages and .venv
+setup:          ## what the program needs: a few system packages, and .venv
 	scripts/setup
+
+setup-tests:    ## what the tests and measurements need, too
+	scripts/setup --tests
 
 demo: setup     ## the main job, to watch
 	scripts/demo
