@@ -58,7 +58,7 @@ def export(
             destination,
             form=chosen,
             compression=compression,
-            report=lambda layer, layers, done: show(progress.layer_text(layer, layers, done)),
+            progress=lambda layer, layers, done: show(progress.layer_text(layer, layers, done)),
             notice=progress.note,
         )
     if as_json:

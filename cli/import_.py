@@ -42,7 +42,7 @@ def import_(
             platform=platform,
             author=storage.author(),
             message=message,
-            report=lambda layer, layers, done: show(progress.layer_text(layer, layers, done)),
+            progress=lambda layer, layers, done: show(progress.layer_text(layer, layers, done)),
             notice=progress.note,
         )
     _show(made, as_json)

@@ -36,9 +36,9 @@ def pull(
 
     Logins are those of podman and docker. A pull that was cut short goes on where it stopped when it is run again.
     """
-    with storage.opened(store, create=True) as opened, registry.lines(quiet) as (on_step, notice):
+    with storage.opened(store, create=True) as opened, registry.lines(quiet) as (progress, notice):
         pulled = opened.pull(
-            reference, name=name, platform=platform, plain_http=plain_http, ca=ca, on_step=on_step,
+            reference, name=name, platform=platform, plain_http=plain_http, ca=ca, progress=progress,
             notice=notice,
         )  # fmt: skip
     if as_json:

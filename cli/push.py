@@ -27,8 +27,8 @@ def push(
 
     Logins are those of podman and docker. The same image gives the same digest, whoever pushes it and when.
     """
-    with storage.opened(store) as opened, registry.lines(quiet) as (on_step, notice):
-        pushed = opened.push(image, reference, plain_http=plain_http, ca=ca, on_step=on_step, notice=notice)
+    with storage.opened(store) as opened, registry.lines(quiet) as (progress, notice):
+        pushed = opened.push(image, reference, plain_http=plain_http, ca=ca, progress=progress, notice=notice)
     if pushed.same is False and not quiet:
         registry.note("the digest is not that of the pulled image: its layers had to be compressed again")
     if as_json:

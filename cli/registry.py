@@ -11,7 +11,7 @@ from overlayfs_cli.main import complain
 
 if TYPE_CHECKING:
     from overlayfs.oci.blobs import Notice
-    from overlayfs.oci.transfer import OnStep, Step
+    from overlayfs.oci.transfer import LayerProgress, ProgressCallback
 
 _KEY_SHOWN = 12
 
@@ -29,7 +29,7 @@ def note(sentence: str) -> None:
 
 
 @contextmanager
-def lines(quiet: bool) -> Iterator[tuple["OnStep", "Notice"]]:
+def lines(quiet: bool) -> Iterator[tuple["ProgressCallback", "Notice"]]:
     """Show a line for each layer on a terminal while it is on its way; notices are shown when the lines are gone."""
     notices: list[str] = []
     try:
@@ -40,12 +40,12 @@ def lines(quiet: bool) -> Iterator[tuple["OnStep", "Notice"]]:
             note(sentence)
 
 
-def line(step: "Step") -> str:
+def line(step: "LayerProgress") -> str:
     """Return the line of a layer: which one, what happens to it, how much of it is done."""
     return f"{step.key.removeprefix('sha256:')[:_KEY_SHOWN]}  {step.doing:<12}  {_amount(step)}".rstrip()
 
 
-def _amount(step: "Step") -> str:
+def _amount(step: "LayerProgress") -> str:
     if not step.total:
         return storage.size_text(step.done) if step.done else ""
     return f"{100 * step.done // step.total:3}%  {storage.size_text(step.done)} of {storage.size_text(step.total)}"

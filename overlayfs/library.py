@@ -17,11 +17,10 @@ from overlayfs.store.store import LayerStore
 
 if TYPE_CHECKING:
     from overlayfs.fs.config import StackConfig
-    from overlayfs.oci.blobs import Notice
-    from overlayfs.oci.importing import Report
+    from overlayfs.oci.blobs import ImageProgress, Notice
     from overlayfs.oci.pull import Pulled
     from overlayfs.oci.push import Pushed
-    from overlayfs.oci.transfer import OnStep
+    from overlayfs.oci.transfer import ProgressCallback
     from overlayfs.store.compare import Change
     from overlayfs.store.layers import Layer
     from overlayfs.store.records import ImageRecord
@@ -41,20 +40,21 @@ class Store(LayerStore):
         platform: str | None = None,
         author: str = "",
         message: str = "",
-        report: "Report | None" = None,
+        progress: "ImageProgress | None" = None,
         notice: "Notice | None" = None,
     ) -> "ImageRecord":
         """Make `source` the image `name`: a directory, a layer tar, an OCI layout, an oci-archive or docker-archive.
 
         ``PATH:NAME`` is one of several images in it, ``-`` standard input. `platform`: OS/ARCHITECTURE[/VARIANT], else
-        this machine's. `author` and `message` are for a layer without a history. `report` is told layer, layers and
-        bytes, `notice` in a sentence what could not be kept. UserError: nothing of it is in the store.
+        this machine's. `author` and `message` are for a layer without a history. `progress(layer, layers, bytes)`
+        is called periodically, `notice(sentence)` for each kind of thing that could not be kept. UserError: nothing of
+        it is in the store.
         """
-        from overlayfs.oci import blobs, importing, platforms
+        from overlayfs.oci import blobs, image_import, platforms
 
         wanted = None if platform is None else platforms.parse(platform)
-        options = importing.ImportOptions(wanted, author, message, report, notice or blobs.ignore)
-        return importing.import_image(self, source, name, options)
+        options = image_import.ImportOptions(wanted, author, message, progress, notice or blobs.ignore)
+        return image_import.import_image(self, source, name, options)
 
     def export_image(
         self,
@@ -63,7 +63,7 @@ class Store(LayerStore):
         *,
         form: str = "oci",
         compression: str | None = None,
-        report: "Report | None" = None,
+        progress: "ImageProgress | None" = None,
         notice: "Notice | None" = None,
     ) -> None:
         """Write an image to a new file or directory, to a pipe, or to standard output (``-``).
@@ -71,16 +71,16 @@ class Store(LayerStore):
         `form`: oci, oci-archive, docker-archive, tar or dir. `compression`: gzip, zstd or none. The other arguments
         are those of `import_image`. UserError: nothing is there.
         """
-        from overlayfs.oci import blobs, exporting
+        from overlayfs.oci import blobs, image_export
         from overlayfs.oci.compression import Compression
 
-        options = exporting.ExportOptions(
-            exporting.Format(form),
+        options = image_export.ExportOptions(
+            image_export.Format(form),
             None if compression is None else Compression(compression),
-            report,
+            progress,
             notice or blobs.ignore,
         )
-        exporting.export_image(self, name, destination, options)
+        image_export.export_image(self, name, destination, options)
 
     def pull(
         self,
@@ -90,25 +90,26 @@ class Store(LayerStore):
         platform: str | None = None,
         plain_http: bool = False,
         ca: str | None = None,
-        on_step: "OnStep | None" = None,
+        progress: "ProgressCallback | None" = None,
         notice: "Notice | None" = None,
     ) -> "Pulled":
         """Load the image behind REGISTRY/REPO[:TAG][@DIGEST] and call it `name`, or as it is called there.
 
         `platform`: OS/ARCHITECTURE[/VARIANT], else this machine's. `plain_http`: no TLS, with this machine alone.
-        `ca`: a file of certificates to trust beside the system's. `on_step` is told how far each layer is, `notice`
-        in a sentence what could not be kept. UserError: nothing is named, and what was loaded serves the next pull.
+        `ca`: a file of certificates to trust beside the system's. `progress(LayerProgress)` is called periodically
+        from several threads, `notice(sentence)` for each kind of thing that could not be kept. UserError: nothing is
+        named, and what was downloaded is used by the next pull.
         """
-        from overlayfs.oci import blobs, platforms, pull, transfer, wire
+        from overlayfs.oci import blobs, http_client, platforms, pull, transfer
         from overlayfs.oci import reference as references
 
         found = references.parse(reference)
         wanted = None if platform is None else platforms.parse(platform)
         chosen = name or references.image_name(found)
-        with wire.Wire(plain_http=plain_http, ca=ca) as line:
+        with http_client.HttpClient(plain_http=plain_http, ca=ca) as client:
             return pull.pull(
-                self, found, name=chosen, wire=line, platform=wanted,
-                on_step=on_step or transfer.unseen, notice=notice or blobs.ignore,
+                self, found, name=chosen, client=client, platform=wanted,
+                progress=progress or transfer.ignore_progress, notice=notice or blobs.ignore,
             )  # fmt: skip
 
     def push(
@@ -118,17 +119,22 @@ class Store(LayerStore):
         *,
         plain_http: bool = False,
         ca: str | None = None,
-        on_step: "OnStep | None" = None,
+        progress: "ProgressCallback | None" = None,
         notice: "Notice | None" = None,
     ) -> "Pushed":
         """Send the image `name` to REGISTRY/REPO[:TAG]. The other arguments are those of `pull`."""
-        from overlayfs.oci import blobs, push, transfer, wire
+        from overlayfs.oci import blobs, http_client, push, transfer
         from overlayfs.oci import reference as references
 
         found = references.parse(reference)
-        with wire.Wire(plain_http=plain_http, ca=ca) as line:
+        with http_client.HttpClient(plain_http=plain_http, ca=ca) as client:
             return push.push(
-                self, name, found, wire=line, on_step=on_step or transfer.unseen, notice=notice or blobs.ignore
+                self,
+                name,
+                found,
+                client=client,
+                progress=progress or transfer.ignore_progress,
+                notice=notice or blobs.ignore,
             )
 
     def commit_workspace(

@@ -5,20 +5,22 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-from overlayfs.oci import compression, media
-from overlayfs.oci.compression import Compression, Compressor, Expanded
-from overlayfs.oci.entry import ArchiveError
-from overlayfs.oci.layertar import Progress, source_date_epoch, tar_pieces, unpack_items, unpack_tar
-from overlayfs.oci.pack import Item, Losses, layer_items, merged_items
-from overlayfs.oci.streams import PIECE, Ahead, Hashed, Peeked, Read
+from overlayfs.oci import compression, image_spec
+from overlayfs.oci.compression import Compression, Compressor, DecompressingReader
+from overlayfs.oci.layer_entries import EntryWithData, Losses, layer_entries, merged_entries
+from overlayfs.oci.layer_tar import Progress, source_date_epoch, tar_pieces, unpack_entries, unpack_tar
+from overlayfs.oci.streams import PIECE, HashingReader, PeekableReader, Prefetch, Read
+from overlayfs.oci.tar_entry import ArchiveError
 from overlayfs.store.layers import Layer, StagedLayer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.store import LayerStore
 
-Items = Generator[Item, None, None]
+Entries = Generator[EntryWithData, None, None]
 Sink = Callable[[bytes], object]
 Notice = Callable[[str], None]
-"""Told, in a sentence, what is left out."""
+"""`notice(sentence)` is called for each kind of thing that an archive or a layer cannot keep."""
+ImageProgress = Callable[[int, int, int], None]
+"""`progress(layer, layers, bytes)` is called periodically; `layer` counts from 1, both are 0 while it is not known."""
 
 
 class DigestError(ArchiveError):
@@ -33,9 +35,9 @@ class LayerBlob(NamedTuple):
     diff_id: str
     media_type: str
 
-    def descriptor(self) -> media.Descriptor:
+    def descriptor(self) -> image_spec.Descriptor:
         """Return the descriptor by which a manifest points to it."""
-        return media.Descriptor(self.media_type, self.digest, self.size)
+        return image_spec.Descriptor(self.media_type, self.digest, self.size)
 
 
 def ignore(_: str) -> None:
@@ -72,21 +74,21 @@ def write_blob(
     return blob
 
 
-def _layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Items:
-    with layer_items(tree, below, losses) as items:
+def _layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Entries:
+    with layer_entries(tree, below, losses) as items:
         yield from items
 
 
-def stream_blob(items: Items, sink: Sink, kind: Compression, progress: Progress | None = None) -> LayerBlob:
+def stream_blob(items: Entries, sink: Sink, kind: Compression, progress: Progress | None = None) -> LayerBlob:
     """Give the tar of items, compressed, to `sink`. The items are asked for in another thread."""
     squeeze = compression.compressor(kind)
-    plain = _Tally()
-    packed = plain if kind is Compression.NONE else _Tally()  # the same bytes need one hash
+    plain = _HashingWriter()
+    packed = plain if kind is Compression.NONE else _HashingWriter()  # the same bytes need one hash
     with ExitStack() as undo:
         undo.callback(items.close)
         undo.callback(squeeze.close)
-        tar = undo.enter_context(Ahead(tar_pieces(items, source_date_epoch()), "tar", patience=None))
-        blob = undo.enter_context(Ahead(_squeezed(tar, plain, squeeze), "compress", patience=None))
+        tar = undo.enter_context(Prefetch(tar_pieces(items, source_date_epoch()), "tar", patience=None))
+        blob = undo.enter_context(Prefetch(_squeezed(tar, plain, squeeze), "compress", patience=None))
         for piece in blob:
             if packed is not plain:
                 packed.add(piece)
@@ -96,7 +98,7 @@ def stream_blob(items: Items, sink: Sink, kind: Compression, progress: Progress 
     return LayerBlob(packed.digest, packed.size, plain.digest, kind.media_type)
 
 
-class _Tally(Hashed):
+class _HashingWriter(HashingReader):
     """Digest and length of what is pushed, not pulled."""
 
     def __init__(self) -> None:
@@ -107,7 +109,7 @@ class _Tally(Hashed):
         self.size += len(data)
 
 
-def _squeezed(tar: Ahead, plain: _Tally, squeeze: Compressor) -> Iterator[bytes]:
+def _squeezed(tar: Prefetch, plain: _HashingWriter, squeeze: Compressor) -> Iterator[bytes]:
     for piece in tar:
         plain.add(piece)
         yield from filter(None, squeeze.feed(piece))
@@ -121,7 +123,7 @@ def read_blob(
     store: LayerStore,
     source: Read,
     *,
-    descriptor: media.Descriptor | None = None,
+    descriptor: image_spec.Descriptor | None = None,
     diff_id: str | None = None,
     author: str = "",
     message: str = "",
@@ -148,7 +150,7 @@ class LayerDetails(NamedTuple):
     created: str | None = None
 
 
-class Prepared:
+class PreparedLayer:
     """A layer that is complete but for becoming a part of the store. Leaving its context without that discards it."""
 
     def __init__(self, staged: StagedLayer, manifest: Manifest, diff_id: str | None, details: LayerDetails) -> None:
@@ -166,13 +168,13 @@ class Prepared:
 def prepared_blob(
     store: LayerStore,
     source: Read,
-    descriptor: media.Descriptor | None,
+    descriptor: image_spec.Descriptor | None,
     diff_id: str | None,
     details: LayerDetails,
     what: str,
     progress: Progress | None = None,
     notice: Notice = ignore,
-) -> Iterator[Prepared]:
+) -> Iterator[PreparedLayer]:
     """Give a layer made of a blob, as `read_blob` describes it."""
     with store.new_layer() as staged:
         try:
@@ -180,38 +182,38 @@ def prepared_blob(
         except ArchiveError as error:
             raise type(error)(f"{what} is refused: {error}") from error
         with Manifest.build(staged.tree_fd) as manifest:
-            yield Prepared(staged, manifest, found, details)
+            yield PreparedLayer(staged, manifest, found, details)
 
 
 @contextmanager
 def prepared_tree(
     store: LayerStore, tree: bytes, details: LayerDetails, progress: Progress | None = None, notice: Notice = ignore
-) -> Iterator[Prepared]:
+) -> Iterator[PreparedLayer]:
     """Give a layer that holds a copy of what a directory shows, the store itself left out if it lies inside."""
     losses = Losses()
     found = os.stat(store.path)
     with store.new_layer() as staged:
-        with merged_items((tree,), losses, frozenset(((found.st_dev, found.st_ino),))) as items:
-            unpacker = unpack_items(items, staged.tree_fd, progress)
+        with merged_entries((tree,), losses, frozenset(((found.st_dev, found.st_ino),))) as items:
+            unpacker = unpack_entries(items, staged.tree_fd, progress)
         for sentence in (*losses.sentences(), *unpacker.sentences()):
             notice(sentence)
         with Manifest.build(staged.tree_fd) as manifest:
-            yield Prepared(staged, manifest, None, details)
+            yield PreparedLayer(staged, manifest, None, details)
 
 
 def _unpack_blob(
     source: Read,
     staged: StagedLayer,
-    descriptor: media.Descriptor | None,
+    descriptor: image_spec.Descriptor | None,
     diff_id: str | None,
     progress: Progress | None,
     notice: Notice,
 ) -> str:
     """Fill a staged layer, check all digests, and return the diff id."""
-    blob = Hashed(source if descriptor is None else _limited(source, descriptor.size))
+    blob = HashingReader(source if descriptor is None else _limited(source, descriptor.size))
     with ExitStack() as undo:
         plain, read = _expanded(blob, undo)
-        tar = undo.enter_context(Ahead(iter(lambda: read(PIECE), b""), "expand"))
+        tar = undo.enter_context(Prefetch(iter(lambda: read(PIECE), b""), "expand"))
         unpacker = unpack_tar(tar.read, staged.tree_fd, progress)
     if descriptor is not None and (blob.digest, blob.size) != (descriptor.digest, descriptor.size):
         raise DigestError(f"it is {blob.digest} with {blob.size} bytes, and was told to be {descriptor.digest}")
@@ -237,12 +239,12 @@ def _limited(source: Read, size: int) -> Read:
     return read
 
 
-def _expanded(blob: Hashed, undo: ExitStack) -> tuple[Hashed, Read]:
+def _expanded(blob: HashingReader, undo: ExitStack) -> tuple[HashingReader, Read]:
     """Return the plain tar of a blob: what knows its digest, and the stream."""
-    peeked = Peeked(blob.read)
-    kind = compression.recognise(peeked.peek(compression.LONGEST_MAGIC))
+    peeked = PeekableReader(blob.read)
+    kind = compression.detect(peeked.peek(compression.LONGEST_MAGIC))
     if kind is Compression.NONE:
         return blob, peeked.read
-    ahead = undo.enter_context(Ahead(iter(lambda: peeked.read(PIECE), b""), "read"))
-    plain = Hashed(Expanded(ahead.read, kind).read)
+    ahead = undo.enter_context(Prefetch(iter(lambda: peeked.read(PIECE), b""), "read"))
+    plain = HashingReader(DecompressingReader(ahead.read, kind).read)
     return plain, plain.read

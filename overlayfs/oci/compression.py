@@ -18,8 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from typing import Any, Protocol
 
-from overlayfs.oci import media
-from overlayfs.oci.entry import ArchiveError
+from overlayfs.oci import image_spec
+from overlayfs.oci.tar_entry import ArchiveError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -57,7 +57,7 @@ class Compression(Enum):
     @property
     def media_type(self) -> str:
         """The OCI type of a layer compressed so."""
-        return media.OCI_LAYER if self is Compression.NONE else f"{media.OCI_LAYER}+{self.value}"
+        return image_spec.OCI_LAYER if self is Compression.NONE else f"{image_spec.OCI_LAYER}+{self.value}"
 
 
 class Compressor(Protocol):
@@ -178,7 +178,7 @@ _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # after a first byte of 50 to 5f; estargz an
 LONGEST_MAGIC = 5
 
 
-def recognise(start: bytes) -> Compression:
+def detect(start: bytes) -> Compression:
     """Return how a stream is compressed that begins so; ArchiveError for a compression that is not known."""
     if start.startswith(_GZIP_MAGIC):
         return Compression.GZIP
@@ -190,7 +190,7 @@ def recognise(start: bytes) -> Compression:
     return Compression.NONE
 
 
-class Expanded:
+class DecompressingReader:
     """A compressed stream, read as what it holds: any number of gzip members or zstd frames, one after the other."""
 
     def __init__(self, read: Read, kind: Compression) -> None:

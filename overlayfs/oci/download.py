@@ -12,9 +12,9 @@ from typing import Any
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci.media import Descriptor
+from overlayfs.oci.http_client import PIECE, BrokenConnectionError, Response, RetryPolicy
+from overlayfs.oci.image_spec import Descriptor
 from overlayfs.oci.registry import Repository
-from overlayfs.oci.wire import PIECE, BrokenError, Pace, Reply
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]+)-([0-9]+)/([0-9]+|\*)", re.ASCII)
 
@@ -62,7 +62,7 @@ class _Partial:
         return "sha256:" + str(self._hash.hexdigest())
 
 
-def fetch(repository: Repository, blob: Descriptor, fd: int, pace: Pace, report: Report) -> None:
+def fetch(repository: Repository, blob: Descriptor, fd: int, retry: RetryPolicy, report: Report) -> None:
     """Make a file the whole blob, whatever of it is there already. Raises `UserError` when that cannot be done.
 
     A broken connection is taken up where it broke. A blob that is whole and wrong is loaded once more: the beginning
@@ -71,7 +71,7 @@ def fetch(repository: Repository, blob: Descriptor, fd: int, pace: Pace, report:
     partial = _Partial(fd, blob.size, report)
     partial.take_up()
     for _ in range(2):
-        _complete(repository, blob, partial, pace)
+        _complete(repository, blob, partial, retry)
         if partial.digest == blob.digest:
             return
         partial.drop()
@@ -80,20 +80,20 @@ def fetch(repository: Repository, blob: Descriptor, fd: int, pace: Pace, report:
     )
 
 
-def _complete(repository: Repository, blob: Descriptor, partial: _Partial, pace: Pace) -> None:
+def _complete(repository: Repository, blob: Descriptor, partial: _Partial, retry: RetryPolicy) -> None:
     failures = 0
     while partial.have < blob.size:
         before = partial.have
         try:
             _receive(repository, blob, partial)
-        except BrokenError as error:
+        except BrokenConnectionError as error:
             failures = 1 if partial.have - before >= PIECE else failures + 1
-            if failures >= pace.attempts:
+            if failures >= retry.attempts:
                 raise UserError(
                     f"the connection broke {failures} times at byte {partial.have} of blob {blob.digest} ({error}); "
                     "run the same pull again, it goes on from there"
                 ) from None
-            pace.pause(failures - 1)
+            retry.pause(failures - 1)
 
 
 def _receive(repository: Repository, blob: Descriptor, partial: _Partial) -> None:
@@ -103,7 +103,7 @@ def _receive(repository: Repository, blob: Descriptor, partial: _Partial) -> Non
         if start != partial.have:
             partial.drop()
         if start is None:
-            raise BrokenError("the registry does not send the part that was asked for")
+            raise BrokenConnectionError("the registry does not send the part that was asked for")
         _check_announced(reply, blob, partial.have)
         for piece in reply.pieces():
             if partial.have + len(piece) > blob.size:
@@ -113,10 +113,10 @@ def _receive(repository: Repository, blob: Descriptor, partial: _Partial) -> Non
                 )
             partial.add(piece)
     if partial.have < blob.size:
-        raise BrokenError("it ended early")
+        raise BrokenConnectionError("it ended early")
 
 
-def _start_of(reply: Reply, wanted: int) -> int | None:
+def _start_of(reply: Response, wanted: int) -> int | None:
     """Return at which byte the answer begins: 0 for a server that does not know ranges, None where it is of no use."""
     if reply.status == 200:
         return 0
@@ -124,7 +124,7 @@ def _start_of(reply: Reply, wanted: int) -> int | None:
     return wanted if found is not None and int(found[1]) == wanted else None
 
 
-def _check_announced(reply: Reply, blob: Descriptor, have: int) -> None:
+def _check_announced(reply: Response, blob: Descriptor, have: int) -> None:
     announced = reply.headers.get("Content-Length", "")
     if announced.isascii() and announced.isdigit() and int(announced[:18]) != blob.size - have:
         raise UserError(

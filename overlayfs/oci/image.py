@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci import media, platforms
-from overlayfs.oci.media import Descriptor, HistoryEntry, ImageConfig, Index, Platform, RootFs
-from overlayfs.oci.pack import has_opaque_root
+from overlayfs.oci import image_spec, platforms
+from overlayfs.oci.image_spec import Descriptor, HistoryEntry, ImageConfig, Index, Platform, RootFs
+from overlayfs.oci.layer_entries import has_opaque_root
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import History, ImageRecord, now
 
@@ -34,13 +34,13 @@ def _is_image(descriptor: Descriptor) -> bool:
     platform = descriptor.platform
     if platform is not None and platform.os == platform.architecture == "unknown":
         return False
-    known = descriptor.media_type in (*media.MANIFESTS, *media.INDEXES)
+    known = descriptor.media_type in (*image_spec.MANIFESTS, *image_spec.INDEXES)
     return known and not descriptor.artifact_type and _ATTESTATION not in (descriptor.annotations or {})
 
 
 def require_platform(config: ImageConfig, wanted: Platform | None, what: str) -> None:
     """Refuse an image whose configuration is for another platform than the one that was asked for."""
-    if wanted is not None and config.architecture and not platforms.fits(wanted, config.platform):
+    if wanted is not None and config.architecture and not platforms.matches(wanted, config.platform):
         raise UserError(f"{what} is for {config.platform}, not for {wanted}")
 
 
@@ -49,7 +49,7 @@ def require_platform(config: ImageConfig, wanted: Platform | None, what: str) ->
 
 def parse_config(data: bytes, what: str) -> ImageConfig:
     """Read the configuration of an image; DocumentError for one that cannot be used."""
-    return media.decode(data, ImageConfig, what)
+    return image_spec.decode(data, ImageConfig, what)
 
 
 def image_record(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from overlayfs.errors import UsageError, UserError, listed
-from overlayfs.oci.media import Descriptor, Index, Platform
+from overlayfs.oci.image_spec import Descriptor, Index, Platform
 
 _MACHINES = {
     "x86_64": ("amd64", ""), "aarch64": ("arm64", "v8"), "armv8l": ("arm", "v7"), "armv7l": ("arm", "v7"),
@@ -36,7 +36,7 @@ def parse(text: str) -> Platform:
     return Platform(_ALIASES.get(words[1], words[1]), words[0], words[2] if len(words) == 3 else "")
 
 
-def fits(wanted: Platform, found: Platform) -> bool:
+def matches(wanted: Platform, found: Platform) -> bool:
     """Whether an image for `found` is one for `wanted`; a variant that either leaves open is no reason against it."""
     return (found.os, found.architecture) == (wanted.os, wanted.architecture) and (
         not wanted.variant or not found.variant or found.variant in _variants(wanted)
@@ -52,7 +52,7 @@ def _variants(wanted: Platform) -> Sequence[str]:
 
 def choose(index: Index, wanted: Platform, what: str) -> Descriptor:
     """Return the entry of an index for a platform. Raises `UserError`, which lists what there is."""
-    fitting = [each for each in index.manifests if each.platform is not None and fits(wanted, each.platform)]
+    fitting = [each for each in index.manifests if each.platform is not None and matches(wanted, each.platform)]
     if fitting:
         return min(fitting, key=lambda each: _rank(wanted, each.platform or Platform()))
     if len(index.manifests) == 1 and index.manifests[0].platform is None:

@@ -6,21 +6,21 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci import auth, download, image, media, platforms, remote, staging
-from overlayfs.oci.auth import Credential
+from overlayfs.oci import blob_info_cache, credentials, download, image, image_spec, platforms, staging
 from overlayfs.oci.blobs import Notice, ignore, read_blob
-from overlayfs.oci.entry import ArchiveError
-from overlayfs.oci.media import Descriptor, HistoryEntry, ImageConfig, Manifest, Platform
+from overlayfs.oci.credentials import Credential
+from overlayfs.oci.http_client import HttpClient
+from overlayfs.oci.image_spec import Descriptor, HistoryEntry, ImageConfig, Manifest, Platform
 from overlayfs.oci.reference import Reference
-from overlayfs.oci.registry import Fetched, Repository
-from overlayfs.oci.transfer import OnStep, Step, disk_failures, together, unseen
-from overlayfs.oci.wire import Wire
+from overlayfs.oci.registry import FetchedManifest, Repository
+from overlayfs.oci.tar_entry import ArchiveError
+from overlayfs.oci.transfer import LayerProgress, ProgressCallback, disk_failures, ignore_progress, run_all
 from overlayfs.store import layout
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import ImageRecord
 from overlayfs.store.store import LayerStore
 
-CONFIGS = (media.OCI_CONFIG, media.DOCKER_CONFIG)
+CONFIGS = (image_spec.OCI_CONFIG, image_spec.DOCKER_CONFIG)
 DEEPEST = 2  # indexes on the way to a manifest; the specification allows one to point to another
 
 
@@ -47,10 +47,10 @@ def pull(
     reference: Reference,
     *,
     name: str,
-    wire: Wire,
+    client: HttpClient,
     platform: Platform | None = None,
-    find: Callable[[Reference], Credential | None] = auth.find,
-    on_step: OnStep = unseen,
+    find: Callable[[Reference], Credential | None] = credentials.find,
+    progress: ProgressCallback = ignore_progress,
     notice: Notice = ignore,
 ) -> Pulled:
     """Make the image behind a reference the image `name` of the store; layers that are there are not loaded again.
@@ -59,12 +59,12 @@ def pull(
     an interrupted pull is used by the next one. Raises `UserError`.
     """
     layout.image_name(name)  # a name that cannot be is told before anything is loaded
-    repository = Repository(wire, reference, functools.partial(find, reference))
+    repository = Repository(client, reference, functools.partial(find, reference))
     fetched, manifest = _manifest(repository, reference, platform)
     config_data, config = _config(repository, reference, manifest, platform)
-    if platform is None and config.architecture and not platforms.fits(platforms.host(), config.platform):
+    if platform is None and config.architecture and not platforms.matches(platforms.host(), config.platform):
         notice(f"{reference} is for {config.platform}; this machine is {platforms.host()}")
-    loader = _Loader(store, repository, reference, wire, on_step, notice)
+    loader = _Puller(store, repository, reference, client, progress, notice)
     with disk_failures(store):
         layers = loader.load(manifest, config)
     stored = [layer for layer, _ in layers]
@@ -75,24 +75,26 @@ def pull(
     )
     _remember(store, reference, manifest, pulled)
     if len(record.layers) == len(manifest.layers):
-        remote.note_original(store, record, fetched.media_type, fetched.data, config_data)
+        blob_info_cache.note_original(store, record, fetched.media_type, fetched.data, config_data)
     return Pulled(record, fetched.digest, pulled)
 
 
 def _remember(store: LayerStore, reference: Reference, manifest: Manifest, pulled: Sequence[PulledLayer]) -> None:
     for blob, each in zip(manifest.layers, pulled, strict=True):
-        remote.note_blob(store, each.layer, blob, each.diff_id, reference.name)
+        blob_info_cache.note_blob(store, each.layer, blob, each.diff_id, reference.name)
 
 
 # --- documents -----------------------------------------------------------------------------------------------
 
 
-def _manifest(repository: Repository, reference: Reference, platform: Platform | None) -> tuple[Fetched, Manifest]:
+def _manifest(
+    repository: Repository, reference: Reference, platform: Platform | None
+) -> tuple[FetchedManifest, Manifest]:
     """Ask for the reference, and where several images are behind it for the one that fits."""
     what = str(reference)
     fetched = repository.manifest(reference.target)
     for _ in range(DEEPEST + 1):
-        found = media.decode_manifest(fetched.data, fetched.media_type, what)
+        found = image_spec.decode_manifest(fetched.data, fetched.media_type, what)
         if isinstance(found, Manifest):
             return fetched, found
         fetched = repository.manifest(image.choose(found.manifests, platform, what).digest)
@@ -105,7 +107,7 @@ def _config(
     what = str(reference)
     if manifest.config.media_type not in CONFIGS:
         raise UserError(f"{what} is no image for containers but {manifest.config.media_type[:120]!r}")
-    strange = next((each.media_type for each in manifest.layers if each.media_type not in media.LAYERS), None)
+    strange = next((each.media_type for each in manifest.layers if each.media_type not in image_spec.LAYERS), None)
     if strange is not None:
         raise UserError(f"{what} has a layer of the unknown type {strange[:120]!r}")
     data = repository.document(manifest.config, "the configuration")
@@ -122,7 +124,7 @@ def _config(
 # --- layers --------------------------------------------------------------------------------------------------
 
 
-class _Loader:
+class _Puller:
     """Brings the layers of one image into the store."""
 
     def __init__(
@@ -130,15 +132,15 @@ class _Loader:
         store: LayerStore,
         repository: Repository,
         reference: Reference,
-        wire: Wire,
-        on_step: OnStep,
+        client: HttpClient,
+        progress: ProgressCallback,
         notice: Notice,
     ) -> None:
         self._store = store
         self._repository = repository
         self._reference = reference
-        self._wire = wire
-        self._on_step = on_step
+        self._client = client
+        self._progress = progress
         self._notice = notice
 
     def load(self, manifest: Manifest, config: ImageConfig) -> list[tuple[Layer, bool]]:
@@ -146,7 +148,7 @@ class _Loader:
         diff_ids = config.rootfs.diff_ids
         wanted = dict(zip(diff_ids, zip(manifest.layers, _steps(config), strict=True), strict=False))
         jobs = [functools.partial(self._layer, blob, diff_id, step) for diff_id, (blob, step) in wanted.items()]
-        found = dict(zip(wanted, together(self._wire, jobs), strict=True))
+        found = dict(zip(wanted, run_all(self._client, jobs), strict=True))
         return [found[diff_id] for diff_id in diff_ids]
 
     def _layer(self, blob: Descriptor, diff_id: str, step: HistoryEntry) -> tuple[Layer, bool]:
@@ -154,7 +156,7 @@ class _Loader:
         downloaded = layer is None
         if layer is None:
             layer = self._loaded(blob, diff_id, step)
-        self._on_step(Step(blob.digest, "loaded" if downloaded else "already here", blob.size, blob.size))
+        self._progress(LayerProgress(blob.digest, "loaded" if downloaded else "already here", blob.size, blob.size))
         return layer, downloaded
 
     def _present(self, diff_id: str) -> Layer | None:
@@ -165,16 +167,16 @@ class _Loader:
     def _loaded(self, blob: Descriptor, diff_id: str, step: HistoryEntry) -> Layer:
         """Load a blob and make it a layer. Waits while another pull does just that, and then takes its layer."""
         self._tell(blob, "waiting", 0)
-        with staging.incoming(self._store.place, blob.digest, self._wire.pace.rest) as file:
+        with staging.incoming(self._store.place, blob.digest, self._client.retry.rest) as file:
             layer = self._present(diff_id)
             if layer is None:
                 report = functools.partial(self._tell, blob, "loading")
-                download.fetch(self._repository, blob, file.fd, self._wire.pace, report)
+                download.fetch(self._repository, blob, file.fd, self._client.retry, report)
                 layer = self._unpacked(file, blob, diff_id, step)
             file.discard()
         return layer
 
-    def _unpacked(self, file: staging.Staged, blob: Descriptor, diff_id: str, step: HistoryEntry) -> Layer:
+    def _unpacked(self, file: staging.StagedBlob, blob: Descriptor, diff_id: str, step: HistoryEntry) -> Layer:
         try:
             return read_blob(
                 self._store, self._reader(file.fd, blob), descriptor=blob, diff_id=diff_id,
@@ -190,7 +192,7 @@ class _Loader:
 
         def read(size: int) -> bytes:
             nonlocal done
-            self._wire.pace.check()
+            self._client.retry.check()
             data = sysio.read_at(fd, done, size)
             done += len(data)
             self._tell(blob, "unpacking", done)
@@ -199,7 +201,7 @@ class _Loader:
         return read
 
     def _tell(self, blob: Descriptor, doing: str, done: int) -> None:
-        self._on_step(Step(blob.digest, doing, done, blob.size))
+        self._progress(LayerProgress(blob.digest, doing, done, blob.size))
 
 
 def _steps(config: ImageConfig) -> Sequence[HistoryEntry]:

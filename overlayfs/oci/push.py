@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import UsageError
-from overlayfs.oci import auth, image, media, remote, staging
-from overlayfs.oci.auth import Credential
+from overlayfs.oci import blob_info_cache, credentials, image, image_spec, staging
+from overlayfs.oci.blob_info_cache import KnownBlob, OriginalManifest
 from overlayfs.oci.blobs import Notice, ignore, write_blob
-from overlayfs.oci.media import Descriptor, Manifest
+from overlayfs.oci.credentials import Credential
+from overlayfs.oci.http_client import HttpClient
+from overlayfs.oci.image_spec import Descriptor, Manifest
 from overlayfs.oci.reference import DEFAULT_TAG, Reference
-from overlayfs.oci.registry import Repository, Source, sha256
-from overlayfs.oci.remote import Blob, Original
-from overlayfs.oci.transfer import OnStep, Step, disk_failures, pieces_of, together, unseen
-from overlayfs.oci.wire import Wire
+from overlayfs.oci.registry import BlobSource, Repository, sha256
+from overlayfs.oci.transfer import LayerProgress, ProgressCallback, disk_failures, ignore_progress, pieces_of, run_all
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import ImageRecord
 from overlayfs.store.store import LayerStore
@@ -65,22 +65,22 @@ def push(
     name: str,
     reference: Reference,
     *,
-    wire: Wire,
-    find: Callable[[Reference], Credential | None] = auth.find,
-    on_step: OnStep = unseen,
+    client: HttpClient,
+    find: Callable[[Reference], Credential | None] = credentials.find,
+    progress: ProgressCallback = ignore_progress,
     notice: Notice = ignore,
 ) -> Pushed:
     """Make the image `name` of the store the image behind a reference with a tag. Raises `UserError`."""
     if reference.digest is not None:
         raise UsageError(f"{reference}: an image is pushed to a tag; its digest follows from what is in it")
     record = store.image(name)
-    repository = Repository(wire, reference, functools.partial(find, reference), push=True)
+    repository = Repository(client, reference, functools.partial(find, reference), push=True)
     with ExitStack() as held:
         layers = [store.layer(each) for each in reversed(record.layers)]  # lowest first
         for layer in layers:
             held.enter_context(layer.hold())
         original = _original(store, record)
-        sender = _Sender(store, repository, reference, wire, on_step, notice)
+        sender = _Pusher(store, repository, reference, client, progress, notice)
         with disk_failures(store):
             sent = sender.send(layers, original)
         document = _document(record, [blob for blob, _ in sent], original)
@@ -92,39 +92,39 @@ def push(
     return Pushed(sha256(document.data), same, tuple(pushed))
 
 
-def _original(store: LayerStore, record: ImageRecord) -> Original | None:
-    found = remote.original_of(store, record)
+def _original(store: LayerStore, record: ImageRecord) -> OriginalManifest | None:
+    found = blob_info_cache.original_of(store, record)
     return None if found is None or len(_blobs_of(found)) != len(record.layers) else found
 
 
-def _blobs_of(original: Original) -> Sequence[Descriptor]:
-    found = media.decode_manifest(original.manifest, original.media_type, "the manifest of the image")
+def _blobs_of(original: OriginalManifest) -> Sequence[Descriptor]:
+    found = image_spec.decode_manifest(original.manifest, original.media_type, "the manifest of the image")
     return found.layers if isinstance(found, Manifest) else ()
 
 
-def _document(record: ImageRecord, blobs: Sequence[Blob], original: Original | None) -> _Document:
+def _document(record: ImageRecord, blobs: Sequence[KnownBlob], original: OriginalManifest | None) -> _Document:
     """Return the manifest that the image came with if it tells the truth, else our own."""
     if original is not None and [each.digest for each in _blobs_of(original)] == [each.digest for each in blobs]:
         return _Document(original.media_type, original.manifest, original.config)
-    config = media.encode(image.config_of(record, [each.diff_id for each in blobs]))
+    config = image_spec.encode(image.config_of(record, [each.diff_id for each in blobs]))
     manifest = Manifest(
         2,
-        Descriptor(media.OCI_CONFIG, sha256(config), len(config)),
+        Descriptor(image_spec.OCI_CONFIG, sha256(config), len(config)),
         tuple(Descriptor(_oci_type(each.media_type), each.digest, each.size) for each in blobs),
-        media.OCI_MANIFEST,
-        media.annotations_of(record.annotations),
+        image_spec.OCI_MANIFEST,
+        image_spec.annotations_of(record.annotations),
     )
-    return _Document(media.OCI_MANIFEST, media.encode(manifest), config)
+    return _Document(image_spec.OCI_MANIFEST, image_spec.encode(manifest), config)
 
 
 def _oci_type(media_type: str) -> str:
     """Our manifests are OCI's, where Docker's types do not belong; the blobs are the same."""
     if media_type.endswith("gzip"):
-        return media.OCI_LAYER_GZIP
-    return media.OCI_LAYER_ZSTD if media_type.endswith("zstd") else media.OCI_LAYER
+        return image_spec.OCI_LAYER_GZIP
+    return image_spec.OCI_LAYER_ZSTD if media_type.endswith("zstd") else image_spec.OCI_LAYER
 
 
-class _Sender:
+class _Pusher:
     """Brings the blobs of one image into a repository."""
 
     def __init__(
@@ -132,36 +132,36 @@ class _Sender:
         store: LayerStore,
         repository: Repository,
         reference: Reference,
-        wire: Wire,
-        on_step: OnStep,
+        client: HttpClient,
+        progress: ProgressCallback,
         notice: Notice,
     ) -> None:
         self._store = store
         self._repository = repository
         self._reference = reference
-        self._wire = wire
-        self._on_step = on_step
+        self._client = client
+        self._progress = progress
         self._notice = notice
 
-    def send(self, layers: Sequence[Layer], original: Original | None) -> list[tuple[Blob, str]]:
+    def send(self, layers: Sequence[Layer], original: OriginalManifest | None) -> list[tuple[KnownBlob, str]]:
         """Return the blob of each layer, and how it got there; a layer that comes twice is sent once."""
         wanted = [each.digest for each in _blobs_of(original)] if original else [""] * len(layers)
         unique = {layer.id: (layer, digest) for layer, digest in zip(layers, wanted, strict=True)}
         jobs = [functools.partial(self._layer, layer, digest) for layer, digest in unique.values()]
-        found = dict(zip(unique, together(self._wire, jobs), strict=True))
+        found = dict(zip(unique, run_all(self._client, jobs), strict=True))
         return [found[layer.id] for layer in layers]
 
-    def _layer(self, layer: Layer, preferred: str) -> tuple[Blob, str]:
+    def _layer(self, layer: Layer, preferred: str) -> tuple[KnownBlob, str]:
         found = self._there(layer, preferred) or self._fresh(layer)
         blob, how = found
-        remote.note_blob(self._store, layer.id, blob.descriptor(), blob.diff_id, self._reference.name)
-        self._on_step(Step(layer.id, how, blob.size, blob.size))
+        blob_info_cache.note_blob(self._store, layer.id, blob.descriptor(), blob.diff_id, self._reference.name)
+        self._progress(LayerProgress(layer.id, how, blob.size, blob.size))
         return found
 
-    def _there(self, layer: Layer, preferred: str) -> tuple[Blob, str] | None:
+    def _there(self, layer: Layer, preferred: str) -> tuple[KnownBlob, str] | None:
         """Look for what the layer is known as: the wanted blob first, then those that the repository should have."""
-        self._on_step(Step(layer.id, "looking"))
-        known = remote.read(self._store, layer.id).blobs
+        self._progress(LayerProgress(layer.id, "looking"))
+        known = blob_info_cache.read(self._store, layer.id).blobs
         here = self._reference.name
         for blob in sorted(known, key=lambda each: (each.digest != preferred, here not in each.places)):
             if self._repository.has(blob.digest):
@@ -170,49 +170,49 @@ class _Sender:
                 return blob, "mounted"
         return None
 
-    def _others(self, blob: Blob) -> Sequence[str]:
+    def _others(self, blob: KnownBlob) -> Sequence[str]:
         """Return other repositories of this registry that had the blob."""
         start = f"{self._reference.registry}/"
         places = (place.removeprefix(start) for place in blob.places if place.startswith(start))
         return [place for place in places if place != self._reference.repository][:MOUNTS]
 
-    def _fresh(self, layer: Layer) -> tuple[Blob, str]:
+    def _fresh(self, layer: Layer) -> tuple[KnownBlob, str]:
         """Compress the layer into a file: its digest must be known to ask for it, and it may have to be sent twice."""
-        with staging.outgoing(self._store.place, layer.id, self._wire.pace.rest) as file:
+        with staging.outgoing(self._store.place, layer.id, self._client.retry.rest) as file:
             sysio.truncate_fd(file.fd, 0)
             made = write_blob(
-                self._store, layer, _writer(file.fd, self._wire),
-                progress=lambda done: self._on_step(Step(layer.id, "compressing", done)), notice=self._notice,
+                self._store, layer, _writer(file.fd, self._client),
+                progress=lambda done: self._progress(LayerProgress(layer.id, "compressing", done)), notice=self._notice,
             )  # fmt: skip
             how = self._uploaded(layer, file.fd, made.digest, made.size)
             file.discard()
-        return Blob(made.digest, made.size, made.media_type, made.diff_id, ()), how
+        return KnownBlob(made.digest, made.size, made.media_type, made.diff_id, ()), how
 
     def _uploaded(self, layer: Layer, fd: int, digest: str, size: int) -> str:
         if self._repository.has(digest):
             return "present"
         report = functools.partial(self._tell, layer, size)
-        self._repository.upload(Source(digest, size, lambda: pieces_of(fd, size, self._wire.pace, report)))
+        self._repository.upload(BlobSource(digest, size, lambda: pieces_of(fd, size, self._client.retry, report)))
         return "uploaded"
 
     def _tell(self, layer: Layer, size: int, done: int) -> None:
-        self._on_step(Step(layer.id, "uploading", done, size))
+        self._progress(LayerProgress(layer.id, "uploading", done, size))
 
     def put(self, document: _Document) -> None:
         """Put the configuration, and then the manifest under its tag: from then on the image is there."""
         digest = sha256(document.config)
         if not self._repository.has(digest):
             data = document.config
-            self._repository.upload(Source(digest, len(data), lambda: iter((data,))))
+            self._repository.upload(BlobSource(digest, len(data), lambda: iter((data,))))
         self._repository.put_manifest(self._reference.tag or DEFAULT_TAG, document.media_type, document.data)
 
 
-def _writer(fd: int, wire: Wire) -> Callable[[bytes], object]:
+def _writer(fd: int, client: HttpClient) -> Callable[[bytes], object]:
     done = 0
 
     def write(data: bytes) -> None:
         nonlocal done
-        wire.pace.check()
+        client.retry.check()
         done += sysio.write_at(fd, done, data)
 
     return write

@@ -12,19 +12,27 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from overlayfs.errors import UserError
-from overlayfs.oci.auth import Credential
-from overlayfs.oci.login import Login, Scopes
-from overlayfs.oci.media import INDEXES, LARGEST_DOCUMENT, MANIFESTS, Descriptor
+from overlayfs.oci.auth_challenge import Authorizer, Scopes
+from overlayfs.oci.credentials import Credential
+from overlayfs.oci.http_client import (
+    RETRY_STATUSES,
+    Body,
+    BrokenConnectionError,
+    HttpClient,
+    Response,
+    origin,
+    printable,
+)
+from overlayfs.oci.image_spec import INDEXES, LARGEST_DOCUMENT, MANIFESTS, Descriptor
 from overlayfs.oci.reference import Reference, is_digest
-from overlayfs.oci.wire import BUSY, Body, BrokenError, Reply, Wire, origin, printable
 
 ACCEPT = ", ".join((*MANIFESTS, *INDEXES))
 """All four: asked for OCI types alone, a registry turns Docker's images into those of schema 1."""
 
-LOGINS = 3  # answers to a 401 for one request: a first login, an expired token, and no more
+MAX_AUTH_ROUNDS = 3  # answers to a 401 for one request: a first login, an expired token, and no more
 
 
-class Fetched(NamedTuple):
+class FetchedManifest(NamedTuple):
     """A manifest or an index as the registry sent it; `digest` is that of `data`."""
 
     media_type: str
@@ -32,7 +40,7 @@ class Fetched(NamedTuple):
     data: bytes
 
 
-class Source(NamedTuple):
+class BlobSource(NamedTuple):
     """A blob to upload, which may be read several times, each time from its beginning."""
 
     digest: str
@@ -44,18 +52,18 @@ class Repository:
     """One repository, shared by threads; `push` says whether logins must allow to write."""
 
     def __init__(
-        self, wire: Wire, reference: Reference, find: Callable[[], Credential | None], *, push: bool = False
+        self, client: HttpClient, reference: Reference, find: Callable[[], Credential | None], *, push: bool = False
     ) -> None:
-        self._wire = wire
+        self._client = client
         self._reference = reference
-        self._server = f"{wire.scheme}://{reference.host}"
+        self._server = f"{client.scheme}://{reference.host}"
         self._base = f"{self._server}/v2/{reference.repository}"
-        self._login = Login(wire, reference.registry, find)
+        self._login = Authorizer(client, reference.registry, find)
         self._scopes: Scopes = (f"repository:{reference.repository}:{'pull,push' if push else 'pull'}",)
 
     # --- reading ---------------------------------------------------------------------------------------
 
-    def manifest(self, target: str) -> Fetched:
+    def manifest(self, target: str) -> FetchedManifest:
         """Return the manifest or index behind a tag or digest. Raises `UserError` where there is none."""
         url = f"{self._base}/manifests/{target}"
         what = f"{self._reference.name}{'@' if is_digest(target) else ':'}{target}"
@@ -65,7 +73,7 @@ class Repository:
         told = next(filter(is_digest, (target, header)), digest)
         if digest != told:
             raise UserError(f"{what}: the registry sent something else than {printable(told)}; nothing was stored")
-        return Fetched(reply.headers.get("Content-Type", "").partition(";")[0].strip(), digest, data)
+        return FetchedManifest(reply.headers.get("Content-Type", "").partition(";")[0].strip(), digest, data)
 
     def document(self, descriptor: Descriptor, what: str) -> bytes:
         """Return a small blob, such as a configuration, after checking its size and digest."""
@@ -79,7 +87,7 @@ class Repository:
             f"{what} of {self._reference} does not match its digest {descriptor.digest}; nothing was stored"
         )
 
-    def blob(self, digest: str, start: int = 0) -> Reply:
+    def blob(self, digest: str, start: int = 0) -> Response:
         """Ask for a blob from byte `start`; the answer may begin there (206) or, if it pleases, at 0 (200)."""
         headers = {"Range": f"bytes={start}-"} if start else {}
         reply = self._request("GET", self._blob_url(digest), headers=headers)
@@ -111,17 +119,17 @@ class Repository:
                 self._abandon(reply)
             return reply.status == 201
 
-    def upload(self, source: Source) -> None:
+    def upload(self, source: BlobSource) -> None:
         """Send a blob; a broken connection makes it start again."""
-        for attempt in range(self._wire.pace.attempts):
+        for attempt in range(self._client.retry.attempts):
             try:
                 return self._upload(source)
-            except BrokenError as error:
+            except BrokenConnectionError as error:
                 last = error
-            self._wire.pace.pause(attempt)
+            self._client.retry.pause(attempt)
         raise UserError(f"cannot upload blob {source.digest} to {self._reference.name}: {last}; try again later")
 
-    def _upload(self, source: Source) -> None:
+    def _upload(self, source: BlobSource) -> None:
         """POST for a place, PUT the whole: what every registry takes. A Location may be anywhere and have a query."""
         what = f"blob {source.digest}"
         with contextlib.closing(self._request("POST", f"{self._base}/blobs/uploads/")) as reply:
@@ -133,20 +141,20 @@ class Repository:
         kind = {"Content-Type": "application/octet-stream"}
         body = Body(source.size, source.pieces)
         with contextlib.closing(self._request("PUT", url, headers=kind, body=body, again=False)) as reply:
-            if reply.status in BUSY:
-                raise BrokenError(f"status {reply.status}")
+            if reply.status in RETRY_STATUSES:
+                raise BrokenConnectionError(f"status {reply.status}")
             if reply.status != 201:
                 raise self._failure(reply, what)
 
-    def _place(self, reply: Reply) -> str:
+    def _place(self, reply: Response) -> str:
         location = reply.headers.get("Location")
         if location is None:
             raise UserError(f"{self._reference.registry} takes an upload but does not say where")
-        return self._wire.joined(reply.url, location)
+        return self._client.joined(reply.url, location)
 
-    def _abandon(self, reply: Reply) -> None:
+    def _abandon(self, reply: Response) -> None:
         """The registry began an upload instead of mounting; unfinished uploads would stay with it for days."""
-        with contextlib.suppress(UserError, BrokenError):
+        with contextlib.suppress(UserError, BrokenConnectionError):
             self._request("DELETE", self._place(reply), again=False).close()
 
     def put_manifest(self, target: str, media_type: str, data: bytes) -> str:
@@ -176,32 +184,32 @@ class Repository:
         body: Body | bytes = b"",
         scopes: Scopes | None = None,
         again: bool = True,
-    ) -> Reply:
+    ) -> Response:
         """Send a request with what the registry wants to see; only the registry itself sees it, and may ask for it."""
         ours = origin(url) == origin(self._server)
         wanted = scopes or self._scopes
-        for _ in range(LOGINS):
+        for _ in range(MAX_AUTH_ROUNDS):
             secret = self._login.header(wanted) if ours else None
-            reply = self._wire.request(method, url, headers=headers, body=body, secret=secret, again=again)
+            reply = self._client.request(method, url, headers=headers, body=body, secret=secret, again=again)
             if reply.status != 401 or origin(reply.url) != origin(self._server):
                 return reply
             reply.close()
             self._login.answer(reply, secret, wanted)
         raise UserError(f"{self._reference.registry} does not accept the login it has asked for; log in again")
 
-    def _whole(self, url: str, what: str, headers: dict[str, str], limit: int) -> tuple[Reply, bytes]:
-        for attempt in range(self._wire.pace.attempts):
+    def _whole(self, url: str, what: str, headers: dict[str, str], limit: int) -> tuple[Response, bytes]:
+        for attempt in range(self._client.retry.attempts):
             reply = self._request("GET", url, headers=headers)
             if reply.status != 200:
                 raise self._failure(reply, what)
             try:
                 return reply, reply.text(limit)
-            except BrokenError as error:
+            except BrokenConnectionError as error:
                 last = error
-            self._wire.pace.pause(attempt)
+            self._client.retry.pause(attempt)
         raise UserError(f"cannot read {what} from {self._reference.registry}: {last}; try again later")
 
-    def _failure(self, reply: Reply, what: str) -> UserError:
+    def _failure(self, reply: Response, what: str) -> UserError:
         """The sentence for a refusal; `errors` in its body say why (distribution-spec, "Error Codes")."""
         message = _message(reply)
         if reply.status == 404:
@@ -219,10 +227,10 @@ def sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def _message(reply: Reply) -> str:
+def _message(reply: Response) -> str:
     try:
         errors = json.loads(reply.text())["errors"]
         text = "; ".join(str(error.get("message") or error.get("code")) for error in errors)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError, BrokenError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError, BrokenConnectionError):
         return ""
     return f" ({printable(text)})" if text else ""

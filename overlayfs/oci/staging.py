@@ -21,7 +21,7 @@ Wait = Callable[[float], object]
 """Called with the seconds of each pause while somebody else has the file; may raise to give up."""
 
 
-class Staged:
+class StagedBlob:
     """A blob's file in the store, ours alone until `close`; `fd` is open for reading and writing."""
 
     def __init__(self, place: Place, name: bytes, wait: Wait) -> None:
@@ -76,11 +76,11 @@ class Staged:
         self.close()
 
 
-def incoming(place: Place, digest: str, wait: Wait) -> Staged:
+def incoming(place: Place, digest: str, wait: Wait) -> StagedBlob:
     """Hold the file for a blob that comes from a registry."""
-    return Staged(place, b"blob-" + digest.removeprefix("sha256:").encode(), wait)
+    return StagedBlob(place, b"blob-" + digest.removeprefix("sha256:").encode(), wait)
 
 
-def outgoing(place: Place, layer_id: str, wait: Wait) -> Staged:
+def outgoing(place: Place, layer_id: str, wait: Wait) -> StagedBlob:
     """Hold the file for the blob that a layer becomes."""
-    return Staged(place, b"push-" + layer_id.encode(), wait)
+    return StagedBlob(place, b"push-" + layer_id.encode(), wait)

@@ -36,7 +36,7 @@ def unnamed_file(directory: int) -> int:
     return fd
 
 
-class Hashed:
+class HashingReader:
     """A stream, its sha256 and its length so far."""
 
     def __init__(self, read: Read) -> None:
@@ -62,7 +62,7 @@ class Hashed:
         return "sha256:" + self._hash.hexdigest()
 
 
-class Ahead:
+class Prefetch:
     """Runs an iterator in a thread and gives its pieces in their order. A context; leaving it ends the thread.
 
     What the iterator raises is raised to the reader, in the place of the piece. `patience`: how many seconds leaving
@@ -123,7 +123,7 @@ class Ahead:
         self._thread.join(self._patience)
 
 
-class Peeked:
+class PeekableReader:
     """A stream whose first bytes were looked at and are given again."""
 
     def __init__(self, read: Read) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci.wire import PIECE, GivenUpError, Pace, Wire
+from overlayfs.oci.http_client import PIECE, CancelledError, HttpClient, RetryPolicy
 from overlayfs.store.store import LayerStore
 
 AT_ONCE = 4  # layers; more connections to one registry gain nothing and annoy it
@@ -16,7 +16,7 @@ AT_ONCE = 4  # layers; more connections to one registry gain nothing and annoy i
 Result = TypeVar("Result")
 
 
-class Step(NamedTuple):
+class LayerProgress(NamedTuple):
     """How far one layer is. `key` tells layers apart: the digest of the blob, or the id of the layer.
 
     `done` and `total` are bytes; `total` is 0 where it is not known, both are 0 where nothing moves.
@@ -28,15 +28,15 @@ class Step(NamedTuple):
     total: int = 0
 
 
-OnStep = Callable[[Step], None]
+ProgressCallback = Callable[[LayerProgress], None]
 """Called from several threads."""
 
 
-def unseen(_: Step) -> None:
+def ignore_progress(_: LayerProgress) -> None:
     """Take a step and do nothing."""
 
 
-def together(wire: Wire, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+def run_all(client: HttpClient, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
     """Do all jobs, a few at a time, and return their results in order.
 
     When one fails, or the user interrupts, the others are stopped, and it is raised when the last one has ended.
@@ -47,7 +47,7 @@ def together(wire: Wire, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             if not all(map(_succeeded, futures)):
-                wire.stop()
+                client.stop()
                 pool.shutdown(wait=False, cancel_futures=True)
     _raise_first_failure(futures)
     return [future.result() for future in futures]
@@ -61,7 +61,7 @@ def _raise_first_failure(futures: Sequence[Future[Result]]) -> None:
     """A job that was given up is no reason for anything; some other one is."""
     for future in futures:
         error = None if future.cancelled() else future.exception()
-        if error is not None and not isinstance(error, GivenUpError):
+        if error is not None and not isinstance(error, CancelledError):
             raise error
 
 
@@ -77,11 +77,11 @@ def disk_failures(store: LayerStore) -> Iterator[None]:
         ) from error
 
 
-def pieces_of(fd: int, size: int, pace: Pace, report: Callable[[int], None]) -> Iterator[bytes]:
+def pieces_of(fd: int, size: int, retry: RetryPolicy, report: Callable[[int], None]) -> Iterator[bytes]:
     """Give the first `size` bytes of a file."""
     done = 0
     while done < size:
-        pace.check()
+        retry.check()
         piece = sysio.read_at(fd, done, min(PIECE, size - done))
         if not piece:
             raise EOFError(f"a file of {size} bytes ends at {done}")

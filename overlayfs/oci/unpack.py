@@ -25,14 +25,14 @@ from overlayfs.errors import UserError
 from overlayfs.format import opaque, override, whiteout, xattrs
 from overlayfs.format.override import Override
 from overlayfs.format.xattrs import Mode
-from overlayfs.oci.entry import LONGEST_NAME, ArchiveError, Entry, Kind, shown
+from overlayfs.oci.tar_entry import LONGEST_NAME, ArchiveError, Kind, TarEntry, shown
 from overlayfs.tree.layer import join
 from overlayfs.tree.workdir import drop_inherited_acls, remove_tree
 
 OVERRIDE = b"user.containers.override_stat"
 _LARGEST_VALUE = 64 * 1024  # XATTR_SIZE_MAX
 _OPEN = 64  # directories
-_MOST_WAITING = 100_000  # deletions in directories that have not come yet
+_MAX_DEFERRED = 100_000  # deletions in directories that have not come yet
 _LARGE = 64 << 20  # bytes of a file for which it is worth asking how much room there is
 _MOST_CONTENT = 4  # times the file system's own size that the files of a layer may come to, holes counted
 _SOLID = 64 * 1024
@@ -84,7 +84,7 @@ class Unpacker:
         self._mode = _find_mode(root)
         self._open: OrderedDict[bytes, _Directory] = OrderedDict()
         self._whiteout: int | None = None  # pins a device 0:0 that can get more names
-        self._waiting: list[tuple[bytes, Entry]] = []
+        self._deferred: list[tuple[bytes, TarEntry]] = []
         self._top = self._opened(sysio.open_child(root, b"", os.O_PATH | os.O_DIRECTORY), b"")
         self._closed = False
         self._content = 0  # bytes of all files so far, holes counted
@@ -93,12 +93,12 @@ class Unpacker:
         self.devices = 0
         self._newest: int | None = 0  # time of a root that has no entry; None when it has one
         try:
-            self._dress_directory(self._top, Entry(b"", Kind.DIRECTORY))
+            self._apply_directory_attributes(self._top, TarEntry(b"", Kind.DIRECTORY))
         except BaseException:
             self.close()
             raise
 
-    def add(self, entry: Entry, fill: Fill | None = None) -> None:
+    def add(self, entry: TarEntry, fill: Fill | None = None) -> None:
         """Make what an entry says; ArchiveError when it says what must not be, UserError when it cannot be."""
         try:
             self._add(entry, fill)
@@ -108,7 +108,7 @@ class Unpacker:
     def finish(self) -> None:
         """Settle what had to wait, and close all. No entry may follow."""
         try:
-            for path, entry in self._waiting:
+            for path, entry in self._deferred:
                 self._delete_late(path, entry)
             if self._newest is not None:
                 self._top.times = self._newest
@@ -135,10 +135,10 @@ class Unpacker:
         )
         return [f"{count} {text}" for count, text in facts if count]
 
-    def _add(self, entry: Entry, fill: Fill | None) -> None:
+    def _add(self, entry: TarEntry, fill: Fill | None) -> None:
         if not entry.path:
             self._newest = None
-            self._dress_directory(self._top, entry)
+            self._apply_directory_attributes(self._top, entry)
             return
         if self._newest is not None and b"/" not in entry.path:
             self._newest = max(self._newest, entry.mtime_ns)
@@ -152,7 +152,7 @@ class Unpacker:
 
     # --- marks -----------------------------------------------------------------------------------------
 
-    def _is_mark(self, entry: Entry) -> bool:
+    def _is_mark(self, entry: TarEntry) -> bool:
         """Carry out a deletion or an opaque mark; False for an ordinary name."""
         *above, name = entry.path.split(b"/")
         if any(part.startswith(b".wh..wh.") for part in above):
@@ -163,12 +163,12 @@ class Unpacker:
             return False
         path = b"/".join(above)
         if name == whiteout.OPAQUE_MARK:
-            self._cut_off(self._directory(path, entry))
+            self._make_opaque(self._directory(path, entry))
         elif not name.startswith(b".wh..wh."):
             self._delete(path, name, entry)
         return True
 
-    def _delete(self, path: bytes, mark: bytes, entry: Entry) -> None:
+    def _delete(self, path: bytes, mark: bytes, entry: TarEntry) -> None:
         name = whiteout.target(mark)
         if name is None:
             raise ArchiveError(f"the entry {shown(entry.path)} deletes no name")
@@ -176,13 +176,13 @@ class Unpacker:
         directory = self._try_open(path)
         if directory is not None:
             self._put_whiteout(directory, name)
-        elif len(self._waiting) < _MOST_WAITING:
+        elif len(self._deferred) < _MAX_DEFERRED:
             # The directory may be deleted itself, and then this says nothing: known when all has come.
-            self._waiting.append((path, deletion))
+            self._deferred.append((path, deletion))
         else:
             self._delete_late(path, deletion)
 
-    def _delete_late(self, path: bytes, entry: Entry) -> None:
+    def _delete_late(self, path: bytes, entry: TarEntry) -> None:
         if self._try_open(path) is not None or not self._is_below_nothing(path):
             self._put_whiteout(self._directory(path, entry), entry.path.rpartition(b"/")[2])
 
@@ -210,7 +210,7 @@ class Unpacker:
         except FileExistsError:
             inner = self._try_open(join(directory.path, name))
             if inner is not None:  # the entry of this layer wins, and covers what lies below
-                self._cut_off(inner)
+                self._make_opaque(inner)
         except PermissionError:
             with suppress(FileExistsError):
                 sysio.mknod_at(directory.fd, whiteout.name_for(name), stat.S_IFREG | 0o600, 0)
@@ -229,7 +229,7 @@ class Unpacker:
         sysio.mknod_at(directory.fd, name, stat.S_IFCHR, 0)
         self._whiteout = sysio.open_child(directory.fd, name, os.O_PATH)
 
-    def _cut_off(self, directory: _Directory) -> None:
+    def _make_opaque(self, directory: _Directory) -> None:
         """Make a directory opaque; the deletions in it say nothing any more."""
         if directory.opaque:
             return
@@ -253,9 +253,9 @@ class Unpacker:
 
     # --- directories -----------------------------------------------------------------------------------
 
-    def _directory(self, path: bytes, entry: Entry) -> _Directory:
+    def _directory(self, path: bytes, entry: TarEntry) -> _Directory:
         """Return a directory in which an entry is to be, made if it is missing."""
-        return self._try_open(path) or self._make_way(path, entry)
+        return self._try_open(path) or self._make_parents(path, entry)
 
     def _try_open(self, path: bytes) -> _Directory | None:
         """Return a directory; None when it is missing or anything else is in its way."""
@@ -292,7 +292,7 @@ class Unpacker:
             self._open.popitem(last=False)[1].close()
         return directory
 
-    def _make_way(self, path: bytes, entry: Entry) -> _Directory:
+    def _make_parents(self, path: bytes, entry: TarEntry) -> _Directory:
         """Make the directories that an entry leaves out: 0755, root's, as old as the entry."""
         at = self._top
         for name in path.split(b"/"):
@@ -308,8 +308,8 @@ class Unpacker:
     def _child(self, parent: _Directory, name: bytes, path: bytes) -> _Directory | None:
         return self._known(path) or self._open_from(parent.fd, name, path)
 
-    def _make_missing(self, parent: _Directory, name: bytes, path: bytes, entry: Entry) -> None:
-        missing = Entry(path, Kind.DIRECTORY, mtime_ns=entry.mtime_ns)
+    def _make_missing(self, parent: _Directory, name: bytes, path: bytes, entry: TarEntry) -> None:
+        missing = TarEntry(path, Kind.DIRECTORY, mtime_ns=entry.mtime_ns)
         try:
             self._create(parent, name, missing, None)
         except FileExistsError:
@@ -326,23 +326,23 @@ class Unpacker:
 
     # --- objects ---------------------------------------------------------------------------------------
 
-    def _make(self, directory: _Directory, name: bytes, entry: Entry, fill: Fill | None) -> None:
+    def _make(self, directory: _Directory, name: bytes, entry: TarEntry, fill: Fill | None) -> None:
         try:
             self._create(directory, name, entry, fill)
         except FileExistsError:
-            self._make_again(directory, name, entry, fill)
+            self._make_over_existing(directory, name, entry, fill)
 
-    def _make_again(self, directory: _Directory, name: bytes, entry: Entry, fill: Fill | None) -> None:
+    def _make_over_existing(self, directory: _Directory, name: bytes, entry: TarEntry, fill: Fill | None) -> None:
         """Make what has a name that is taken: attributes of a directory change, anything else is replaced."""
         if entry.kind is Kind.HARDLINK and entry.target == entry.path:
             return
         known = self._try_open(entry.path) if entry.kind is Kind.DIRECTORY else None
         if known is not None:
-            self._dress_directory(known, entry)
+            self._apply_directory_attributes(known, entry)
         else:
             self._replace(directory, name, entry, fill)
 
-    def _replace(self, directory: _Directory, name: bytes, entry: Entry, fill: Fill | None) -> None:
+    def _replace(self, directory: _Directory, name: bytes, entry: TarEntry, fill: Fill | None) -> None:
         deleted = self._is_whiteout(directory, name, 0)
         self._forget_below(join(directory.path, name))
         remove_tree(directory.fd, name)
@@ -350,9 +350,9 @@ class Unpacker:
         if deleted and entry.kind is Kind.DIRECTORY:
             made = self._try_open(entry.path)
             assert made is not None
-            self._cut_off(made)
+            self._make_opaque(made)
 
-    def _create(self, directory: _Directory, name: bytes, entry: Entry, fill: Fill | None) -> None:
+    def _create(self, directory: _Directory, name: bytes, entry: TarEntry, fill: Fill | None) -> None:
         """Make a new object; FileExistsError when its name is taken."""
         if entry.kind is Kind.FILE:
             self._create_file(directory.fd, name, entry, fill)
@@ -365,9 +365,9 @@ class Unpacker:
             return
         else:
             self._create_special(directory.fd, name, entry)
-        self._dress(directory, name, entry)
+        self._apply_attributes(directory, name, entry)
 
-    def _create_file(self, dirfd: int, name: bytes, entry: Entry, fill: Fill | None) -> None:
+    def _create_file(self, dirfd: int, name: bytes, entry: TarEntry, fill: Fill | None) -> None:
         if entry.size > _LARGE:
             self._require_room(entry)
         self._count(entry)
@@ -378,7 +378,7 @@ class Unpacker:
         finally:
             sysio.close(fd)
 
-    def _require_room(self, entry: Entry) -> None:
+    def _require_room(self, entry: TarEntry) -> None:
         needed = entry.size if entry.extents is None else sum(length for _, length in entry.extents)
         there = sysio.statvfs_fd(self._root)
         free = there.f_bavail * there.f_frsize
@@ -387,7 +387,7 @@ class Unpacker:
                 f"cannot unpack {shown(entry.path)}: it has {needed >> 20} MiB, and {free >> 20} MiB are free"
             )
 
-    def _count(self, entry: Entry) -> None:
+    def _count(self, entry: TarEntry) -> None:
         """Refuse content out of all proportion: zeros take no room and next to no archive, and are hashed for days."""
         self._content += entry.size
         if self._content > self._most_content:
@@ -396,7 +396,7 @@ class Unpacker:
                 f"cannot unpack {shown(entry.path)}: {told}, and no more than {self._most_content >> 20} MiB are taken"
             )
 
-    def _create_special(self, dirfd: int, name: bytes, entry: Entry) -> None:
+    def _create_special(self, dirfd: int, name: bytes, entry: TarEntry) -> None:
         kind = _SPECIAL[entry.kind]
         if kind == stat.S_IFCHR and entry.device == (0, 0):
             raise ArchiveError(f"the entry {shown(entry.path)} is a device 0:0, which means a deletion")
@@ -406,7 +406,7 @@ class Unpacker:
             sysio.mknod_at(dirfd, name, stat.S_IFREG | 0o600, 0)  # its type goes into the override attribute
 
     @staticmethod
-    def _create_node(dirfd: int, name: bytes, mode: int, entry: Entry) -> None:
+    def _create_node(dirfd: int, name: bytes, mode: int, entry: TarEntry) -> None:
         try:
             sysio.mknod_at(dirfd, name, mode, os.makedev(*entry.device))
         except PermissionError as error:
@@ -414,7 +414,7 @@ class Unpacker:
                 f"cannot unpack {shown(entry.path)}: making a {entry.kind.value} needs root outside of a user namespace"
             ) from error
 
-    def _link(self, directory: _Directory, name: bytes, entry: Entry) -> None:
+    def _link(self, directory: _Directory, name: bytes, entry: TarEntry) -> None:
         parent, _, source = entry.target.rpartition(b"/")
         above = self._try_open(parent)
         found = None
@@ -437,7 +437,7 @@ class Unpacker:
 
     # --- attributes ------------------------------------------------------------------------------------
 
-    def _dress(self, directory: _Directory, name: bytes, entry: Entry) -> None:
+    def _apply_attributes(self, directory: _Directory, name: bytes, entry: TarEntry) -> None:
         """Give a new object its owner, attributes, mode and times, in this order."""
         dirfd = directory.fd
         if self._privileged:
@@ -450,17 +450,17 @@ class Unpacker:
             self._set_mode(dirfd, name, entry)
         sysio.utimens_at(dirfd, name, entry.mtime_ns, entry.mtime_ns)
 
-    def _dress_directory(self, directory: _Directory, entry: Entry) -> None:
+    def _apply_directory_attributes(self, directory: _Directory, entry: TarEntry) -> None:
         """Give a directory that is there the attributes of an entry; what marks it stays."""
         kept = {OVERRIDE} if self._mode is None else {OVERRIDE, xattrs.prefix(self._mode) + xattrs.OPAQUE}
         for attribute in set(sysio.listxattr_at(directory.fd, b"")) - kept - _LOCAL:
             sysio.removexattr_at(directory.fd, b"", attribute)
         directory.inherits = False
-        self._dress(directory, b"", entry)
+        self._apply_attributes(directory, b"", entry)
         directory.inherits = _DEFAULT_ACL in entry.xattrs
         directory.times = entry.mtime_ns
 
-    def _set_mode(self, dirfd: int, name: bytes, entry: Entry) -> None:
+    def _set_mode(self, dirfd: int, name: bytes, entry: TarEntry) -> None:
         if self._privileged:
             sysio.chmod_at(dirfd, name, entry.mode)
             return
@@ -472,7 +472,7 @@ class Unpacker:
             told = Override(entry.uid, entry.gid, entry.mode, kind, os.makedev(*entry.device))
             sysio.setxattr_at(dirfd, name, OVERRIDE, override.encode(told))
 
-    def _set_xattr(self, dirfd: int, name: bytes, entry: Entry, attribute: bytes, value: bytes) -> None:
+    def _set_xattr(self, dirfd: int, name: bytes, entry: TarEntry, attribute: bytes, value: bytes) -> None:
         stored = self._stored_name(entry, attribute, value)
         if stored is None:
             return
@@ -486,7 +486,7 @@ class Unpacker:
                 f"cannot unpack {shown(entry.path)}: its attribute {shown(attribute)} cannot be kept: {error.strerror}"
             ) from error
 
-    def _stored_name(self, entry: Entry, attribute: bytes, value: bytes) -> bytes | None:
+    def _stored_name(self, entry: TarEntry, attribute: bytes, value: bytes) -> bytes | None:
         """Return the name under which an attribute lies in a layer, None for one that is not taken over."""
         if not 0 < len(attribute) <= xattrs.LONGEST or b"\0" in attribute or len(value) > _LARGEST_VALUE:
             raise ArchiveError(f"the entry {shown(entry.path)} has an impossible attribute {shown(attribute)}")
@@ -522,7 +522,7 @@ def _most_content(root: int) -> int:
     return _MOST_CONTENT * there.f_blocks * there.f_frsize or sys.maxsize
 
 
-def write_pieces(fd: int, entry: Entry, pieces: Iterable[memoryview]) -> None:
+def write_pieces(fd: int, entry: TarEntry, pieces: Iterable[memoryview]) -> None:
     """Write a file's data as an archive holds it, one extent behind the other; zeros become holes."""
     extents = iter(((0, entry.size),) if entry.extents is None else entry.extents)
     offset, left, end = 0, 0, 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.oci import platforms
-from overlayfs.oci.transfer import Step
+from overlayfs.oci.transfer import LayerProgress
 from overlayfs.store.store import LayerStore
 from overlayfs_cli import registry as shown
 from tests.cli.conftest import Ended, Run, process, program
@@ -138,9 +138,9 @@ def test_a_note_where_the_image_is_for_another_machine(overlayfs: Run, store: Pa
 
 def test_a_line() -> None:
     key = "sha256:0123456789abcdef"
-    assert shown.line(Step(key, "loading", 512, 2048)) == "0123456789ab  loading        25%  512 B of 2 KiB"
-    assert shown.line(Step(key, "compressing", 2048)) == "0123456789ab  compressing   2 KiB"
-    assert shown.line(Step("0123456789abcdef", "looking")) == "0123456789ab  looking"
+    assert shown.line(LayerProgress(key, "loading", 512, 2048)) == "0123456789ab  loading        25%  512 B of 2 KiB"
+    assert shown.line(LayerProgress(key, "compressing", 2048)) == "0123456789ab  compressing   2 KiB"
+    assert shown.line(LayerProgress("0123456789abcdef", "looking")) == "0123456789ab  looking"
 
 
 class Stall:

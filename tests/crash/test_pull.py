@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import UserError
+from overlayfs.oci.http_client import HttpClient
 from overlayfs.oci.pull import pull
 from overlayfs.oci.push import push
 from overlayfs.oci.reference import Reference, parse
-from overlayfs.oci.wire import Wire
 from overlayfs.store.store import LayerStore
 from tests.crash.harness import Fuse, Stopped
 from tests.oci import registries
@@ -35,14 +35,14 @@ def image(scratch: Path) -> Iterator[Reference]:
     with registries.registry(place) as host, LayerStore(os.fsencode(place / "store")) as store:
         add_image(store, "it", FILES)
         reference = parse(f"{host}/it")
-        with Wire(plain_http=True) as wire:
-            push(store, "it", reference, wire=wire, find=lambda _: None)
+        with HttpClient(plain_http=True) as client:
+            push(store, "it", reference, client=client, find=lambda _: None)
         yield reference
 
 
 def _pull(base: Path, image: Reference, fuse: Fuse | None = None) -> None:
-    with LayerStore(os.fsencode(base / "store")) as store, Wire(plain_http=True) as wire, fuse or Fuse():
-        pull(store, image, name="it", wire=wire, find=lambda _: None)
+    with LayerStore(os.fsencode(base / "store")) as store, HttpClient(plain_http=True) as client, fuse or Fuse():
+        pull(store, image, name="it", client=client, find=lambda _: None)
 
 
 def _calls(place: Path, image: Reference) -> list[str]:

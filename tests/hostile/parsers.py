@@ -18,10 +18,10 @@ from typing import Any
 from overlayfs.errors import UsageError, UserError
 from overlayfs.format import metacopy, nlink, opaque, origin, override, redirect, whiteout, xattrs
 from overlayfs.mount.options import Draft
-from overlayfs.oci import bundles, compression, image, media, platforms, reference
-from overlayfs.oci.compression import Compression, Expanded
-from overlayfs.oci.entry import ArchiveError, shown
-from overlayfs.oci.tarread import TarReader
+from overlayfs.oci import compression, image, image_layouts, image_spec, platforms, reference
+from overlayfs.oci.compression import Compression, DecompressingReader
+from overlayfs.oci.tar_entry import ArchiveError, shown
+from overlayfs.oci.tar_reader import TarReader
 from overlayfs.store import layout, records
 from overlayfs.store.entries import Entry, Type
 from overlayfs.store.manifest import DamagedError, Manifest
@@ -138,8 +138,8 @@ def _make_stream(streams: list[tuple[Compression, bytes]], random: Random) -> tu
 
 def _expand(given: tuple[Compression, bytes]) -> None:
     kind, data = given
-    compression.recognise(data)
-    expanded = Expanded(io.BytesIO(data).read, kind)
+    compression.detect(data)
+    expanded = DecompressingReader(io.BytesIO(data).read, kind)
     for _ in range(200):  # a bomb comes in pieces: whoever reads it decides when it is enough
         if not expanded.read(1 << 16):
             return
@@ -148,13 +148,13 @@ def _expand(given: tuple[Compression, bytes]) -> None:
 # --- documents of images -----------------------------------------------------------------------------------
 
 DIGEST = "sha256:" + "ab" * 32
-DESCRIPTOR = {"mediaType": media.OCI_LAYER_GZIP, "digest": DIGEST, "size": 100, "annotations": {"a": "b"},
+DESCRIPTOR = {"mediaType": image_spec.OCI_LAYER_GZIP, "digest": DIGEST, "size": 100, "annotations": {"a": "b"},
               "platform": {"architecture": "amd64", "os": "linux", "variant": "v8"}}  # fmt: skip
-MANIFEST = {"schemaVersion": 2, "mediaType": media.OCI_MANIFEST,
-            "config": {**DESCRIPTOR, "mediaType": media.OCI_CONFIG}, "layers": [DESCRIPTOR, DESCRIPTOR],
+MANIFEST = {"schemaVersion": 2, "mediaType": image_spec.OCI_MANIFEST,
+            "config": {**DESCRIPTOR, "mediaType": image_spec.OCI_CONFIG}, "layers": [DESCRIPTOR, DESCRIPTOR],
             "annotations": {"x": "y"}}  # fmt: skip
-INDEX = {"schemaVersion": 2, "mediaType": media.OCI_INDEX,
-         "manifests": [{**DESCRIPTOR, "mediaType": media.OCI_MANIFEST}]}  # fmt: skip
+INDEX = {"schemaVersion": 2, "mediaType": image_spec.OCI_INDEX,
+         "manifests": [{**DESCRIPTOR, "mediaType": image_spec.OCI_MANIFEST}]}  # fmt: skip
 CONFIG = {"architecture": "amd64", "os": "linux", "created": "2020-01-01T00:00:00Z", "config": {"Env": ["A=b"]},
           "rootfs": {"type": "layers", "diff_ids": [DIGEST]},
           "history": [{"created_by": "x", "empty_layer": True}, {"comment": "y"}]}  # fmt: skip
@@ -193,13 +193,13 @@ def _make_layout(random: Random) -> dict[bytes, bytes]:
 
     def put(kind: str, valid: object) -> dict[str, object]:
         data = mutate.document(random, valid) if spoilt == kind else json.dumps(valid).encode()
-        digest = media.digest_of(data)
+        digest = image_spec.digest_of(data)
         members[b"blobs/sha256/" + digest[7:].encode()] = data
         return {"digest": digest, "size": len(data)}
 
-    config = {**DESCRIPTOR, "mediaType": media.OCI_CONFIG, **put("config", CONFIG)}
+    config = {**DESCRIPTOR, "mediaType": image_spec.OCI_CONFIG, **put("config", CONFIG)}
     manifest = put("manifest", {**MANIFEST, "config": config, "layers": [DESCRIPTOR]})
-    index = {**INDEX, "manifests": [{"mediaType": media.OCI_MANIFEST, **manifest}]}
+    index = {**INDEX, "manifests": [{"mediaType": image_spec.OCI_MANIFEST, **manifest}]}
     members[b"index.json"] = mutate.document(random, index) if spoilt == "index" else json.dumps(index).encode()
     version = {"imageLayoutVersion": "1.0.0"}
     members[b"oci-layout"] = mutate.document(random, version) if spoilt == "layout" else json.dumps(version).encode()
@@ -207,13 +207,13 @@ def _make_layout(random: Random) -> dict[bytes, bytes]:
 
 
 def _find_image(members: dict[bytes, bytes]) -> None:
-    found = bundles.find(_Files(members), None, None, "it")
+    found = image_layouts.find(_Files(members), None, None, "it")
     image.image_record("x:1", found.config, ())
 
 
 def _make_manifest(random: Random) -> tuple[bytes, str]:
-    kind, valid = random.choice(((media.OCI_MANIFEST, MANIFEST), (media.OCI_INDEX, INDEX)))
-    told = kind if random.random() < 0.9 else random.choice((*media.MANIFESTS, *media.INDEXES, "text/plain"))
+    kind, valid = random.choice(((image_spec.OCI_MANIFEST, MANIFEST), (image_spec.OCI_INDEX, INDEX)))
+    told = kind if random.random() < 0.9 else random.choice((*image_spec.MANIFESTS, *image_spec.INDEXES, "text/plain"))
     return mutate.document(random, valid), told
 
 
@@ -362,7 +362,7 @@ def _make_reference(random: Random) -> str:
 
 
 def _read_reference(text: str) -> None:
-    for parse in (layout.image_name, layout.workspace_name, platforms.parse, media.check_digest):
+    for parse in (layout.image_name, layout.workspace_name, platforms.parse, image_spec.check_digest):
         try:
             parse(text)
         except UserError:
@@ -371,7 +371,7 @@ def _read_reference(text: str) -> None:
 
 
 def _read_manifest(given: tuple[bytes, str]) -> None:
-    media.decode_manifest(given[0], given[1], "it")
+    image_spec.decode_manifest(given[0], given[1], "it")
 
 
 def _parsers() -> dict[str, Parser]:
@@ -379,8 +379,10 @@ def _parsers() -> dict[str, Parser]:
     return {
         "tar archives": Parser(lambda random: mutate.tar(random, BLOCKS), _read_tar, (ArchiveError,)),
         "compressed streams": Parser(partial(_make_stream, streams), _expand, (ArchiveError,)),
-        "manifests and indexes": Parser(_make_manifest, _read_manifest, (media.DocumentError,)),
-        "configurations": Parser(_make_config, lambda data: image.parse_config(data, "it"), (media.DocumentError,)),
+        "manifests and indexes": Parser(_make_manifest, _read_manifest, (image_spec.DocumentError,)),
+        "configurations": Parser(
+            _make_config, lambda data: image.parse_config(data, "it"), (image_spec.DocumentError,)
+        ),
         "image layouts": Parser(_make_layout, _find_image, (UserError,)),
         "records": Parser(_make_record, _read_record, (UserError,)),
         "layer manifests": Parser(partial(_make_layer_manifest, stored), _read_layer_manifest, (DamagedError,)),

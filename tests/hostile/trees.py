@@ -15,7 +15,7 @@ from overlayfs import Overlay, StackConfig
 from overlayfs.errors import UserError
 from overlayfs.fs import Caller, Changes, Node
 from overlayfs.fuse.kernel.passthrough import Io
-from overlayfs.oci.layertar import unpack_tar
+from overlayfs.oci.layer_tar import unpack_tar
 from overlayfs.tree.workdir import remove_tree
 from tests.hostile import mutate, parsers
 from tests.hostile.parsers import Found, Parser

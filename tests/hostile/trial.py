@@ -22,8 +22,8 @@ ACTIONS = ("import", "stack", "read", "copy-up", "commit")
 MEMORY = 256 << 20
 """Bytes of resident memory, the interpreter included, that an action may take, or the daemon during all of them."""
 MODULES = ("tests.hostile.actions", "tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.live_commit",
-           "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3.engine", "overlayfs.oci.importing",
-           "overlayfs.oci.exporting", "overlayfs.store.committing")  # fmt: skip
+           "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3.engine", "overlayfs.oci.image_import",
+           "overlayfs.oci.image_export", "overlayfs.store.committing")  # fmt: skip
 _DETACH = 2
 _HANG = 12  # times what an action may take of a processor is how long it is waited for on a busy machine
 _COMPLAINTS = ("Traceback", " ERROR: ", " CRITICAL: ")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from overlayfs.oci.layertar import unpack_tar
+from overlayfs.oci.layer_tar import unpack_tar
 from overlayfs.oci.unpack import Unpacker
 from tests.support.drivers.posix import PosixRaw
 from tests.support.dump import Dump, dump

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from overlayfs.oci.compression import Compression
-from overlayfs.oci.exporting import ExportOptions, Format, export_image
-from overlayfs.oci.importing import import_image
+from overlayfs.oci.image_export import ExportOptions, Format, export_image
+from overlayfs.oci.image_import import import_image
 from overlayfs.store.store import LayerStore
 from tests.oci import archives, samples
 from tests.oci.engines import Engines, build_two, engines, filled, like_podman, plain

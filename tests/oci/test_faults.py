@@ -12,8 +12,8 @@ import pytest
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci import streams
-from overlayfs.oci.exporting import ExportOptions, Format, export_image
-from overlayfs.oci.importing import import_image
+from overlayfs.oci.image_export import ExportOptions, Format, export_image
+from overlayfs.oci.image_import import import_image
 from overlayfs.store.store import LayerStore
 from tests.oci import samples
 from tests.oci.archives import END, directory, file, pax

@@ -16,11 +16,11 @@ import msgspec
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.oci import importing, media, platforms
+from overlayfs.oci import image_import, image_spec, platforms
 from overlayfs.oci.blobs import read_blob, write_blob
 from overlayfs.oci.compression import Compression
-from overlayfs.oci.exporting import ExportOptions, Format, export_image
-from overlayfs.oci.importing import ImportOptions, import_image
+from overlayfs.oci.image_export import ExportOptions, Format, export_image
+from overlayfs.oci.image_import import ImportOptions, import_image
 from overlayfs.store.records import ImageRecord
 from overlayfs.store.store import LayerStore
 from tests.oci import archives, samples
@@ -230,7 +230,7 @@ def test_history_says_that_hidden_layers_are_empty(store: LayerStore, other: Lay
 
 
 def _index(place: Path, *descriptors: dict[str, Any]) -> bytes:
-    document = {"schemaVersion": 2, "mediaType": media.OCI_INDEX, "manifests": descriptors}
+    document = {"schemaVersion": 2, "mediaType": image_spec.OCI_INDEX, "manifests": descriptors}
     (place / "out" / "index.json").write_text(json.dumps(document))
     return os.fsencode(place / "out")
 
@@ -249,7 +249,7 @@ def manifest(store: LayerStore, place: Path) -> dict[str, Any]:
     export(store, place / "out", Format.OCI)
     (found,) = json.loads((place / "out" / "index.json").read_text())["manifests"]
     assert found.pop("platform") == {"architecture": "amd64", "os": "linux"}
-    assert found.pop("annotations") == {media.REF_NAME: "1", media.FULL_NAME: "sample:1"}
+    assert found.pop("annotations") == {image_spec.REF_NAME: "1", image_spec.FULL_NAME: "sample:1"}
     return dict(found)
 
 
@@ -261,9 +261,9 @@ def test_an_image_for_several_platforms(store: LayerStore, place: Path, manifest
     broken = {**manifest, "digest": "sha256:" + "0" * 64}
     host = platforms.host().architecture
     attestation = _for(broken, "unknown", "unknown")
-    inner = _put(place, {"schemaVersion": 2, "mediaType": media.OCI_INDEX, "manifests": [
+    inner = _put(place, {"schemaVersion": 2, "mediaType": image_spec.OCI_INDEX, "manifests": [
         attestation, _for(broken, "s390x"), _for(manifest, host), _for(broken, host, "windows")]})  # fmt: skip
-    source = _index(place, {"mediaType": media.OCI_INDEX, **inner})
+    source = _index(place, {"mediaType": image_spec.OCI_INDEX, **inner})
     import_image(store, source, "host")
     with pytest.raises(UserError, match=r"riscv64.*s390x"):
         import_image(store, source, "x", ImportOptions(platforms.parse("linux/riscv64")))
@@ -282,7 +282,7 @@ def test_the_only_image_is_taken_unless_another_platform_is_asked_for(
 
 
 def test_one_of_several_by_its_name(store: LayerStore, place: Path, manifest: dict[str, Any]) -> None:
-    names = [{"annotations": {media.REF_NAME: name}} for name in ("v1", "v2")]
+    names = [{"annotations": {image_spec.REF_NAME: name}} for name in ("v1", "v2")]
     source = _index(place, *({**manifest, **name} for name in names))
     with pytest.raises(UserError, match=r"several images \(v1, v2\)"):
         import_image(store, source, "x")
@@ -292,7 +292,7 @@ def test_one_of_several_by_its_name(store: LayerStore, place: Path, manifest: di
 
 
 def test_names_of_images_fit_a_sentence(store: LayerStore, place: Path, manifest: dict[str, Any]) -> None:
-    names = [{"annotations": {media.REF_NAME: f"{number:03}" + "n" * 5000}} for number in range(100)]
+    names = [{"annotations": {image_spec.REF_NAME: f"{number:03}" + "n" * 5000}} for number in range(100)]
     source = _index(place, *({**manifest, **name} for name in names))
     with pytest.raises(UserError, match="90 more") as caught:
         import_image(store, source, "x")
@@ -361,7 +361,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an index as well": (lambda d: d.update(manifests=[]), "at once"),
     "an artifact": (lambda d: d["layers"][0].update(mediaType="application/wasm"), "unknown type"),
     "another version": (lambda d: d.update(schemaVersion=1), "schema version"),
-    "another type": (lambda d: d.update(mediaType=media.DOCKER_MANIFEST), "announced as"),
+    "another type": (lambda d: d.update(mediaType=image_spec.DOCKER_MANIFEST), "announced as"),
 }
 
 
@@ -418,7 +418,7 @@ def test_indexes_that_cannot_be_used(
 
 def test_indexes_inside_each_other(other: LayerStore, place: Path, manifest: dict[str, Any]) -> None:
     for _ in range(9):
-        manifest = {"mediaType": media.OCI_INDEX, **_put(place, {"schemaVersion": 2, "manifests": [manifest]})}
+        manifest = {"mediaType": image_spec.OCI_INDEX, **_put(place, {"schemaVersion": 2, "manifests": [manifest]})}
     refused_whole(other, place, _index(place, manifest), "nested too deeply")
 
 
@@ -505,7 +505,7 @@ def test_an_import_that_is_interrupted_leaves_nothing(
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        import_image(other, source, "x", ImportOptions(report=report))
+        import_image(other, source, "x", ImportOptions(progress=report))
     assert there(place / "elsewhere") == before
 
 
@@ -513,7 +513,7 @@ def test_more_layers_than_may_wait_for_each_other(
     store: LayerStore, other: LayerStore, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples.add_image(store, "sample:1", *({f"f{number}": b"x"} for number in range(5)))
-    monkeypatch.setattr(importing, "_TOGETHER", 2)
+    monkeypatch.setattr(image_import, "_TOGETHER", 2)
     descriptors = len(os.listdir("/proc/self/fd"))
     import_image(other, export(store, place / "out", Format.OCI), "other")
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -529,7 +529,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(store: LayerStore, place: 
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        export_image(store, "sample:1", os.fsencode(place / "out"), ExportOptions(kind, report=report))
+        export_image(store, "sample:1", os.fsencode(place / "out"), ExportOptions(kind, progress=report))
     assert sorted(os.listdir(place)) == before
 
 
@@ -560,8 +560,8 @@ def test_a_blob_is_checked_against_all_that_is_known(store: LayerStore, other: L
     assert len(stream.getvalue()) == blob.size
     for wrong in (
         {"descriptor": blob.descriptor(), "diff_id": "sha256:" + "0" * 64},
-        {"descriptor": media.Descriptor(blob.media_type, "sha256:" + "0" * 64, blob.size)},
-        {"descriptor": media.Descriptor(blob.media_type, blob.digest, blob.size + 1)},
+        {"descriptor": image_spec.Descriptor(blob.media_type, "sha256:" + "0" * 64, blob.size)},
+        {"descriptor": image_spec.Descriptor(blob.media_type, blob.digest, blob.size + 1)},
     ):
         with pytest.raises(UserError, match="the layer is refused"):
             read_blob(other, io.BytesIO(stream.getvalue()).read, **wrong)

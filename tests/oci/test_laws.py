@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from overlayfs import Overlay, StackConfig
-from overlayfs.oci import layertar
-from overlayfs.oci.pack import Losses, layer_items, merged_items
+from overlayfs.oci import layer_tar
+from overlayfs.oci.layer_entries import Losses, layer_entries, merged_entries
 from tests.oci.archives import unpack
 from tests.support.builder import build
 from tests.support.drivers.overlay import FsRaw
@@ -47,8 +47,8 @@ layers = st.dictionaries(NAMES, entries, max_size=5)
 
 
 def packed(tree: Path, *below: Path) -> bytes:
-    with layer_items(os.fsencode(tree), list(map(os.fsencode, below)), Losses()) as items:
-        return b"".join(layertar.tar_pieces(items))
+    with layer_entries(os.fsencode(tree), list(map(os.fsencode, below)), Losses()) as items:
+        return b"".join(layer_tar.tar_pieces(items))
 
 
 def view(trees: list[Path]) -> Dump:
@@ -80,12 +80,12 @@ def test_layers_through_archives(place: Path, stack: list[dict[str, Entry]]) -> 
 
 
 def _check_merged(stack: list[Path], target: Path) -> None:
-    with merged_items(list(map(os.fsencode, stack)), Losses()) as items:
-        archive = b"".join(layertar.tar_pieces(items))
+    with merged_entries(list(map(os.fsencode, stack)), Losses()) as items:
+        archive = b"".join(layer_tar.tar_pieces(items))
     target.mkdir()
     root = os.open(target, os.O_RDONLY)
     try:
-        layertar.unpack_tar(io.BytesIO(archive).read, root, merged=True)
+        layer_tar.unpack_tar(io.BytesIO(archive).read, root, merged=True)
     finally:
         os.close(root)
     # Merged directories have no true link count, and are as old as their topmost part in both.

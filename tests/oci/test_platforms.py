@@ -4,7 +4,7 @@ import pytest
 
 from overlayfs.errors import UsageError, UserError
 from overlayfs.oci import platforms
-from overlayfs.oci.media import OCI_MANIFEST, Descriptor, Index, Platform
+from overlayfs.oci.image_spec import OCI_MANIFEST, Descriptor, Index, Platform
 
 
 def index(*names: str | None) -> Index:

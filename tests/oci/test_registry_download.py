@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from overlayfs.errors import UserError
 from overlayfs.oci.download import fetch
-from overlayfs.oci.media import OCI_LAYER_GZIP, Descriptor
+from overlayfs.oci.http_client import BrokenConnectionError, RetryPolicy
+from overlayfs.oci.image_spec import OCI_LAYER_GZIP, Descriptor
 from overlayfs.oci.registry import Repository
-from overlayfs.oci.wire import BrokenError, Pace
 
 ATTEMPTS = 4
 
@@ -39,7 +39,7 @@ class Answer:
         for start in range(0, len(self._sent), 7):
             yield self._sent[start : start + 7]
         if self._breaks:
-            raise BrokenError("cut")
+            raise BrokenConnectionError("cut")
 
     def close(self) -> None:
         pass
@@ -57,7 +57,7 @@ class Registry:
         self.asked += 1
         fault = self._faults.pop(0) if self._faults else Fault("none")
         if fault.kind == "busy":
-            raise BrokenError("no answer")
+            raise BrokenConnectionError("no answer")
         if fault.kind == "no such part":
             return Answer(416, {}, b"", False)
         if fault.kind == "deaf":
@@ -90,8 +90,8 @@ def run(blob: bytes, faults: list[Fault], left: bytes) -> tuple[bytes, Registry]
     told: list[int] = []
     with tempfile.TemporaryFile() as file:
         os.pwrite(file.fileno(), left, 0)
-        pace = Pace(attempts=ATTEMPTS, wait=lambda _: None)
-        fetch(cast(Repository, registry), descriptor, file.fileno(), pace, told.append)
+        retry = RetryPolicy(attempts=ATTEMPTS, wait=lambda _: None)
+        fetch(cast(Repository, registry), descriptor, file.fileno(), retry, told.append)
         assert all(done <= len(blob) for done in told)
         return os.pread(file.fileno(), len(blob) + 200, 0), registry
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.oci import media, staging
+from overlayfs.oci import image_spec, staging
+from overlayfs.oci.http_client import HttpClient
 from overlayfs.oci.pull import Pulled, pull
 from overlayfs.oci.push import push
 from overlayfs.oci.reference import parse
 from overlayfs.oci.registry import Repository
-from overlayfs.oci.transfer import Step
-from overlayfs.oci.wire import Wire
+from overlayfs.oci.transfer import LayerProgress
 from overlayfs.store.store import LayerStore
 from tests.oci import registries
 from tests.oci.registries import Answer, Proxy, Request, Server, cut, flip, longer, status
@@ -81,8 +81,8 @@ def test_a_bit_that_is_always_flipped_is_refused(server: str, proxy: Proxy, here
 @pytest.mark.parametrize("path", ["/manifests/", "/blobs/CONFIG"])
 def test_a_flipped_bit_in_a_document(server: str, proxy: Proxy, here: Side, away: Side, path: str) -> None:
     digest = here.push("it", f"{server}/document/it").digest
-    with Wire(plain_http=True) as wire:
-        data = Repository(wire, parse(f"{server}/document/it"), lambda: None).manifest("latest").data
+    with HttpClient(plain_http=True) as client:
+        data = Repository(client, parse(f"{server}/document/it"), lambda: None).manifest("latest").data
     config = json.loads(data)["config"]["digest"]
     proxy.harm("GET", path.replace("CONFIG", config), *[flip(20)] * (2 if "CONFIG" in path else 1))
     with pytest.raises(UserError, match="nothing was stored"):
@@ -235,7 +235,7 @@ def test_two_pulls_at_once_load_once(server: str, here: Side, away: Side) -> Non
 
     waiting = threading.Event()
 
-    def see(step: Step) -> None:
+    def see(step: LayerProgress) -> None:
         if step.doing == "waiting" and step.key == digest:
             waiting.set()
 
@@ -243,9 +243,9 @@ def test_two_pulls_at_once_load_once(server: str, here: Side, away: Side) -> Non
 
     def other_pull() -> None:
         assert held.wait(20)
-        with Wire(plain_http=True) as wire:
+        with HttpClient(plain_http=True) as client:
             reference = parse(f"{proxy.host}/both/it")
-            outcome.append(pull(second, reference, name="other", wire=wire, find=lambda _: None, on_step=see))
+            outcome.append(pull(second, reference, name="other", client=client, find=lambda _: None, progress=see))
 
     with Proxy(server) as proxy:
         proxy.harm("GET", f"/blobs/{digest}", slow)
@@ -284,16 +284,16 @@ def test_gc_at_every_step_takes_nothing_of_it(server: str, here: Side, away: Sid
         with LayerStore(side.store.path) as other:
             lock = threading.Lock()
 
-            def collect(_: Step, other: LayerStore = other, lock: threading.Lock = lock) -> None:
+            def collect(_: LayerProgress, other: LayerStore = other, lock: threading.Lock = lock) -> None:
                 with lock:
                     other.gc(False)
 
-            with Wire(plain_http=True) as wire:
+            with HttpClient(plain_http=True) as client:
                 reference = parse(f"{server}/gc/it")
                 if side is here:
-                    push(here.store, "it", reference, wire=wire, find=side.find, on_step=collect)
+                    push(here.store, "it", reference, client=client, find=side.find, progress=collect)
                 else:
-                    pull(away.store, reference, name="it", wire=wire, find=side.find, on_step=collect)
+                    pull(away.store, reference, name="it", client=client, find=side.find, progress=collect)
             other.gc(False)
     assert same(here, away) and here.is_clean() and away.is_clean()
 
@@ -319,7 +319,7 @@ def test_the_file_for_a_blob_is_held(away: Side) -> None:
 # --- what a registry may answer
 
 
-def hostile(manifest: object, kind: str = media.OCI_MANIFEST, **headers: str) -> Server:
+def hostile(manifest: object, kind: str = image_spec.OCI_MANIFEST, **headers: str) -> Server:
     """A registry whose every answer is this document."""
     data = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
     return Server(lambda request: request.give(200, {"Content-Type": kind, **headers}, data))
@@ -328,21 +328,21 @@ def hostile(manifest: object, kind: str = media.OCI_MANIFEST, **headers: str) ->
 @pytest.mark.parametrize(
     ("manifest", "kind", "reason"),
     [
-        (b"", media.OCI_MANIFEST, "cannot be used"),
-        (b"x" * (5 << 20), media.OCI_MANIFEST, "more than 4194304 bytes"),
-        (b"[" * 1_000_000, media.OCI_MANIFEST, "cannot be used"),
+        (b"", image_spec.OCI_MANIFEST, "cannot be used"),
+        (b"x" * (5 << 20), image_spec.OCI_MANIFEST, "more than 4194304 bytes"),
+        (b"[" * 1_000_000, image_spec.OCI_MANIFEST, "cannot be used"),
         ({"schemaVersion": 1}, "application/vnd.docker.distribution.manifest.v1+prettyjws", "of the unknown type"),
         ({"schemaVersion": 2}, "", "of the unknown type ''"),
-        ({"schemaVersion": 2, "manifests": []}, media.OCI_INDEX, "holds no image"),
+        ({"schemaVersion": 2, "manifests": []}, image_spec.OCI_INDEX, "holds no image"),
         (
             {"schemaVersion": 2, "layers": [], "config": {"mediaType": "x", "digest": "sha256:../x", "size": 1}},
-            media.OCI_MANIFEST,
+            image_spec.OCI_MANIFEST,
             "is not a sha256 digest",
         ),
         (
-            {"schemaVersion": 2, "layers": [], "config": {"mediaType": media.OCI_CONFIG, "digest": "sha256:" + "0" * 64,
-                                                          "size": 1 << 40}},
-            media.OCI_MANIFEST,
+            {"schemaVersion": 2, "layers": [],
+             "config": {"mediaType": image_spec.OCI_CONFIG, "digest": "sha256:" + "0" * 64, "size": 1 << 40}},
+            image_spec.OCI_MANIFEST,
             "is larger than 4 MiB",
         ),
     ],
@@ -355,9 +355,9 @@ def test_hostile_documents(away: Side, manifest: object, kind: str, reason: str)
 
 def test_an_index_that_leads_to_itself_ends(away: Side) -> None:
     def answer(request: Request) -> None:
-        entry = {"mediaType": media.OCI_INDEX, "digest": "sha256:" + "0" * 64, "size": 1}
+        entry = {"mediaType": image_spec.OCI_INDEX, "digest": "sha256:" + "0" * 64, "size": 1}
         request.give(
-            200, {"Content-Type": media.OCI_INDEX}, json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
+            200, {"Content-Type": image_spec.OCI_INDEX}, json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
         )
 
     with Server(answer) as server, pytest.raises(UserError, match="sent something else"):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.oci import auth
-from overlayfs.oci.auth import Credential
-from overlayfs.oci.login import Challenge, challenges
+from overlayfs.oci import credentials
+from overlayfs.oci.auth_challenge import Challenge, challenges
+from overlayfs.oci.credentials import Credential
 from overlayfs.oci.reference import parse
 
 IMAGE = parse("quay.io/team/app/web:1")
@@ -44,20 +44,20 @@ def helper(place: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 
 def test_the_files_are_asked_in_their_order(place: Path, home: dict[str, str]) -> None:
-    assert auth.find(IMAGE, home) is None
+    assert credentials.find(IMAGE, home) is None
     places = [".docker/config.json", ".config/containers/auth.json", "run/containers/auth.json"]
     for number, path in enumerate(places):
         write(place / path, auths={"quay.io": entry(f"user{number}:x")})
-        assert user_of(auth.find(IMAGE, home)) == f"user{number}"
+        assert user_of(credentials.find(IMAGE, home)) == f"user{number}"
 
 
 def test_the_variable_names_the_only_file(place: Path, home: dict[str, str]) -> None:
     write(place / "run/containers/auth.json", auths={"quay.io": entry("other:x")})
     home["REGISTRY_AUTH_FILE"] = str(write(place / "mine.json", auths={}))
-    assert auth.find(IMAGE, home) is None
+    assert credentials.find(IMAGE, home) is None
     home["REGISTRY_AUTH_FILE"] = str(place / "missing.json")
     with pytest.raises(UserError, match=r"missing\.json: no such file"):
-        auth.find(IMAGE, home)
+        credentials.find(IMAGE, home)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_variable_names_the_only_file(place: Path, home: dict[str, str]) -> 
 )
 def test_other_places_by_variable(place: Path, home: dict[str, str], variable: str, path: str) -> None:
     write(place / "else" / path, auths={"quay.io": entry("me:x")})
-    assert user_of(auth.find(IMAGE, {**home, variable: str(place / "else")})) == "me"
+    assert user_of(credentials.find(IMAGE, {**home, variable: str(place / "else")})) == "me"
 
 
 def test_the_longest_prefix_wins(place: Path, home: dict[str, str]) -> None:
@@ -74,36 +74,36 @@ def test_the_longest_prefix_wins(place: Path, home: dict[str, str]) -> None:
     for key in keys:
         auths[key] = entry(f"{key}:p:w")
         write(place / "run/containers/auth.json", auths=auths)
-        assert auth.find(IMAGE, home) == Credential(key, "p:w", f"{place}/run/containers/auth.json, entry {key}")
+        assert credentials.find(IMAGE, home) == Credential(key, "p:w", f"{place}/run/containers/auth.json, entry {key}")
 
 
 @pytest.mark.parametrize("key", ["https://quay.io", "https://quay.io/v1/", "http://quay.io/v2"])
 def test_keys_of_old_docker_versions(place: Path, home: dict[str, str], key: str) -> None:
     write(place / ".docker/config.json", auths={key: entry("old:x")})
-    assert user_of(auth.find(IMAGE, home)) == "old"
+    assert user_of(credentials.find(IMAGE, home)) == "old"
 
 
 def test_docker_hub_has_several_names(place: Path, home: dict[str, str]) -> None:
     for key in ("https://index.docker.io/v1/", "docker.io", "index.docker.io", "docker.io/library"):
         write(place / ".docker/config.json", auths={key: entry("hub:x")})
-        assert user_of(auth.find(parse("docker.io/alpine"), home)) == "hub"
+        assert user_of(credentials.find(parse("docker.io/alpine"), home)) == "hub"
 
 
 def test_an_identity_token_has_no_user(place: Path, home: dict[str, str]) -> None:
     write(place / ".docker/config.json", auths={"quay.io": {**entry("me:"), "identitytoken": "long"}})
-    found = auth.find(IMAGE, home)
+    found = credentials.find(IMAGE, home)
     assert found is not None and (found.user, found.secret) == ("", "long")
 
 
 def test_an_empty_entry_is_none(place: Path, home: dict[str, str]) -> None:
     write(place / ".docker/config.json", auths={"quay.io": {}})
-    assert auth.find(IMAGE, home) is None
+    assert credentials.find(IMAGE, home) is None
 
 
 @pytest.mark.parametrize("text", ["", "   \n", "{}", '{"auths": null}'])
 def test_an_empty_file_is_none(place: Path, home: dict[str, str], text: str) -> None:
     write(place / ".docker/config.json").write_text(text)
-    assert auth.find(IMAGE, home) is None
+    assert credentials.find(IMAGE, home) is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_broken_files_are_named(place: Path, home: dict[str, str], text: str, re
     path = write(place / ".docker/config.json")
     path.write_text(text)
     with pytest.raises(UserError, match=reason) as caught:
-        auth.find(IMAGE, home)
+        credentials.find(IMAGE, home)
     assert str(path) in str(caught.value)
 
 
@@ -135,10 +135,10 @@ def test_a_helper_gets_the_registry_and_gives_a_login(
 ) -> None:
     helper(place, monkeypatch, 'read r; echo "{\\"Username\\": \\"$1 $r\\", \\"Secret\\": \\"s\\"}"')
     write(place / ".docker/config.json", credHelpers={"quay.io": "vault"}, auths={"quay.io/team": entry("other:x")})
-    assert auth.find(IMAGE, home) == Credential("get quay.io", "s", "docker-credential-vault")
+    assert credentials.find(IMAGE, home) == Credential("get quay.io", "s", "docker-credential-vault")
     write(place / ".docker/config.json", credsStore="vault", auths={"quay.io": {}})
-    assert user_of(auth.find(IMAGE, home)) == "get quay.io"
-    assert user_of(auth.find(parse("docker.io/alpine"), home)) == "get https://index.docker.io/v1/"
+    assert user_of(credentials.find(IMAGE, home)) == "get quay.io"
+    assert user_of(credentials.find(parse("docker.io/alpine"), home)) == "get https://index.docker.io/v1/"
 
 
 def test_a_helper_may_give_an_identity_token(
@@ -146,14 +146,14 @@ def test_a_helper_may_give_an_identity_token(
 ) -> None:
     helper(place, monkeypatch, """echo '{"ServerURL": "x", "Username": "<token>", "Secret": "long"}'""")
     write(place / ".docker/config.json", credsStore="vault")
-    found = auth.find(IMAGE, home)
+    found = credentials.find(IMAGE, home)
     assert found is not None and (found.user, found.secret) == ("", "long")
 
 
 def test_a_helper_without_a_login_is_none(place: Path, home: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     helper(place, monkeypatch, "echo credentials not found in native keychain; exit 1")
     write(place / ".docker/config.json", credsStore="vault")
-    assert auth.find(IMAGE, home) is None
+    assert credentials.find(IMAGE, home) is None
 
 
 @pytest.mark.parametrize(
@@ -170,14 +170,14 @@ def test_a_helper_that_fails(
     helper(place, monkeypatch, script)
     write(place / ".docker/config.json", credsStore="vault")
     with pytest.raises(UserError, match=reason):
-        auth.find(IMAGE, home)
+        credentials.find(IMAGE, home)
 
 
 def test_a_helper_that_is_missing(place: Path, home: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(place))
     write(place / ".docker/config.json", credsStore="vault")
     with pytest.raises(UserError, match="docker-credential-vault, which is not on the PATH"):
-        auth.find(IMAGE, home)
+        credentials.find(IMAGE, home)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.oci.auth import Credential
+from overlayfs.oci.credentials import Credential
+from overlayfs.oci.http_client import HttpClient
 from overlayfs.oci.reference import Reference, parse
 from overlayfs.oci.registry import Repository
-from overlayfs.oci.wire import Wire
 from tests.oci import registries
 from tests.oci.registries import Proxy, Request, Server, TokenServer, redirect, status
 from tests.oci.transfers import Side, biggest, same
@@ -46,8 +46,8 @@ def test_a_redirect_of_a_blob_gets_no_password(place: Path, here: Side, away: Si
 
 
 def _blob(host: str, repository: str, digest: str) -> bytes:
-    with Wire(plain_http=True) as wire:
-        target = Repository(wire, parse(f"{host}/{repository}"), lambda: KNOWN(parse(f"{host}/x")))
+    with HttpClient(plain_http=True) as client:
+        target = Repository(client, parse(f"{host}/{repository}"), lambda: KNOWN(parse(f"{host}/x")))
         return b"".join(target.blob(digest).pieces())
 
 
@@ -175,7 +175,7 @@ def test_a_token_at_its_end_is_renewed(tokens: Tokens, here: Side, away: Side, m
         seconds += 1000.0
         return seconds
 
-    monkeypatch.setattr("overlayfs.oci.login.time.monotonic", later)
+    monkeypatch.setattr("overlayfs.oci.auth_challenge.time.monotonic", later)
     before = len(tokens.server.requests)
     away.pull(f"{tokens.host}/t/it")
     assert len(tokens.server.requests) - before > 1 and same(here, away)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.oci import media, platforms
+from overlayfs.oci import image_spec, platforms
+from overlayfs.oci.http_client import HttpClient
 from overlayfs.oci.reference import parse
 from overlayfs.oci.registry import Repository
-from overlayfs.oci.wire import Wire
 from tests.oci import registries
 from tests.oci.registries import Proxy
 from tests.oci.transfers import BASE, TOP, Side, foreign, same
@@ -166,10 +166,10 @@ def put_index(host: str, repository: str, manifests: list[tuple[str, str, str]],
         os_name, architecture = platform.split("/")
         listed.append({"mediaType": kind, "digest": digest, "size": 1,
                        "platform": {"os": os_name, "architecture": architecture}})  # fmt: skip
-    data = json.dumps({"schemaVersion": 2, "mediaType": media.OCI_INDEX, "manifests": listed}).encode()
-    with Wire(plain_http=True) as wire:
-        Repository(wire, parse(f"{host}/{repository}"), lambda: None, push=True).put_manifest(
-            tag, media.OCI_INDEX, data
+    data = json.dumps({"schemaVersion": 2, "mediaType": image_spec.OCI_INDEX, "manifests": listed}).encode()
+    with HttpClient(plain_http=True) as client:
+        Repository(client, parse(f"{host}/{repository}"), lambda: None, push=True).put_manifest(
+            tag, image_spec.OCI_INDEX, data
         )
 
 
@@ -179,8 +179,8 @@ def test_several_platforms(server: str, away: Side) -> None:
     theirs = foreign(server, "multi/x", architecture=other, tag="theirs")
     put_index(
         server, "multi/x",
-        [(theirs, media.DOCKER_MANIFEST, f"linux/{other}"),
-         (mine, media.DOCKER_MANIFEST, f"linux/{platforms.host().architecture}")],
+        [(theirs, image_spec.DOCKER_MANIFEST, f"linux/{other}"),
+         (mine, image_spec.DOCKER_MANIFEST, f"linux/{platforms.host().architecture}")],
     )  # fmt: skip
     assert away.pull(f"{server}/multi/x").digest == mine
     pulled = away.pull(f"{server}/multi/x", platform=f"linux/{other}")

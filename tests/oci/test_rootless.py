@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from overlayfs.oci.blobs import read_blob, write_blob
-from overlayfs.oci.exporting import ExportOptions, Format, export_image
-from overlayfs.oci.importing import ImportOptions, import_image
+from overlayfs.oci.image_export import ExportOptions, Format, export_image
+from overlayfs.oci.image_import import ImportOptions, import_image
 from overlayfs.store.store import LayerStore
 from tests.oci import samples
 from tests.oci.archives import END, device, directory, file, header, pax, picture, symlink

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlayfs.oci import compression
-from overlayfs.oci.compression import Compression, Expanded, compressor, recognise
-from overlayfs.oci.entry import ArchiveError
-from overlayfs.oci.streams import Ahead, Hashed, Peeked
+from overlayfs.oci.compression import Compression, DecompressingReader, compressor, detect
+from overlayfs.oci.streams import HashingReader, PeekableReader, Prefetch
+from overlayfs.oci.tar_entry import ArchiveError
 
 SAMPLE = random.Random(3).randbytes(1_500_000) + bytes(3_000_000) + b"text " * 200_000
 PACKED = [Compression.GZIP, Compression.ZSTD]
@@ -32,7 +32,7 @@ def compressed(data: bytes, kind: Compression, step: int = 300_001) -> bytes:
 
 def expanded(data: bytes, kind: Compression, most: int = 1 << 16) -> bytes:
     source = io.BytesIO(data)
-    stream = Expanded(lambda size: source.read(min(size, most)), kind)
+    stream = DecompressingReader(lambda size: source.read(min(size, most)), kind)
     return b"".join(iter(lambda: stream.read(1 << 20), b""))
 
 
@@ -47,7 +47,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("kind", Compression)
 def test_what_was_packed_comes_back(kind: Compression) -> None:
     packed = compressed(SAMPLE, kind)
-    assert recognise(packed) is kind
+    assert detect(packed) is kind
     assert expanded(packed, kind) == SAMPLE
     if kind is not Compression.NONE:
         assert len(packed) < len(SAMPLE) // 2
@@ -77,7 +77,7 @@ def test_several_members_are_one_stream(kind: Compression) -> None:
         assert expanded(one + two + bytes(2000), kind) == SAMPLE
     else:
         skipped = b"\x50\x2a\x4d\x18\x04\0\0\0skip"
-        assert recognise(skipped) is kind
+        assert detect(skipped) is kind
         assert expanded(skipped + one + skipped + two, kind) == SAMPLE
 
 
@@ -102,7 +102,7 @@ def test_a_bomb_comes_in_small_pieces(kind: Compression) -> None:
     packed = compressed(bytes(64 << 20), kind)
     assert len(packed) < 1 << 20
     source = io.BytesIO(packed)
-    stream = Expanded(source.read, kind)
+    stream = DecompressingReader(source.read, kind)
     sizes = [len(piece) for piece in iter(lambda: stream.read(1 << 20), b"")]
     assert sum(sizes) == 64 << 20
     assert max(sizes) <= 1 << 20
@@ -120,14 +120,14 @@ def test_any_input(parts: list[bytes], kind: Compression) -> None:
 @pytest.mark.parametrize(("start", "name"), [(b"\xfd7zXZ\0", "xz"), (b"BZh91", "bzip2"), (b"\x04\x22\x4d\x18", "lz4")])
 def test_other_compressions_are_named(start: bytes, name: str) -> None:
     with pytest.raises(ArchiveError, match=f"compressed with {name}"):
-        recognise(start)
+        detect(start)
 
 
 # --- threads
 
 
 def test_pieces_come_in_order() -> None:
-    with Ahead(iter([b"%d" % number for number in range(1000)]), "test") as ahead:
+    with Prefetch(iter([b"%d" % number for number in range(1000)]), "test") as ahead:
         assert list(ahead) == [b"%d" % number for number in range(1000)]
         assert ahead.read(1) == b""
 
@@ -137,7 +137,7 @@ def test_a_failure_takes_its_place_in_the_stream() -> None:
         yield b"first"
         raise OSError(5, os.strerror(5))
 
-    with Ahead(fails(), "test") as ahead:
+    with Prefetch(fails(), "test") as ahead:
         assert ahead.read(1) == b"first"
         with pytest.raises(OSError, match="Input/output error"):
             ahead.read(1)
@@ -154,7 +154,7 @@ def test_a_thread_runs_ahead_only_so_far_and_ends_with_its_reader() -> None:
         finally:
             closed.set()
 
-    with Ahead(endless(), "test") as ahead:
+    with Prefetch(endless(), "test") as ahead:
         assert ahead.read(1) == b"x"
     assert closed.wait(10)
     assert len(given) < 20
@@ -170,14 +170,14 @@ def test_leaving_waits_for_a_piece_that_is_being_made() -> None:
         made.append(b"x")
         yield b"x"
 
-    with Ahead(slow(), "test", patience=None):
+    with Prefetch(slow(), "test", patience=None):
         assert begun.wait(10)
         threading.Timer(1.2, go_on.set).start()  # longer than the patience with sources outside
     assert made == [b"x"]
 
 
 def test_a_stream_knows_its_digest() -> None:
-    stream = Hashed(io.BytesIO(b"abc" * 1000).read)
+    stream = HashingReader(io.BytesIO(b"abc" * 1000).read)
     assert b"".join(stream.pieces()) == b"abc" * 1000
     assert stream.size == 3000
     assert stream.digest == "sha256:" + hashlib.sha256(b"abc" * 1000).hexdigest()
@@ -185,7 +185,7 @@ def test_a_stream_knows_its_digest() -> None:
 
 def test_what_was_looked_at_is_read_again() -> None:
     source = io.BytesIO(b"abcdef")
-    stream = Peeked(lambda size: source.read(min(size, 2)))
+    stream = PeekableReader(lambda size: source.read(min(size, 2)))
     assert stream.peek(3) == b"abc"
     assert stream.peek(100) == b"abcdef"
     assert b"".join(iter(lambda: stream.read(4), b"")) == b"abcdef"

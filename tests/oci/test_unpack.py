@@ -12,8 +12,8 @@ import pytest
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci import unpack as unpacking
-from overlayfs.oci.entry import ArchiveError, Entry, Kind
-from overlayfs.oci.layertar import unpack_tar
+from overlayfs.oci.layer_tar import unpack_tar
+from overlayfs.oci.tar_entry import ArchiveError, Kind, TarEntry
 from overlayfs.oci.unpack import Unpacker
 from tests.oci import archives
 from tests.oci.archives import END, device, directory, file, hardlink, header, pax, symlink, unpack
@@ -259,7 +259,7 @@ def test_deletions_in_directories_that_come_later_or_never(root: Path) -> None:
 
 
 def test_more_deletions_than_can_wait(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacking, "_MOST_WAITING", 3)
+    monkeypatch.setattr(unpacking, "_MAX_DEFERRED", 3)
     made(root, *(file(b"d/.wh.%d" % number) for number in range(6)), file(b".wh.e"), file(b"e/.wh.x"), file(b"f/g"))
     assert all(is_whiteout(root / "d" / str(number)) for number in range(6))
     assert is_whiteout(root / "e")
@@ -446,7 +446,7 @@ def test_a_merged_tree_has_ordinary_names(root: Path) -> None:
     root.mkdir()
     fd = os.open(root, os.O_RDONLY)
     unpacker = Unpacker(fd, merged=True)
-    unpacker.add(Entry(b".wh.x", Kind.FILE))
+    unpacker.add(TarEntry(b".wh.x", Kind.FILE))
     unpacker.finish()
     os.close(fd)
     assert paths(root) == [".wh.x"]

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from overlayfs.oci import media, platforms
-from overlayfs.oci.auth import Credential
+from overlayfs.oci import image_spec, platforms
+from overlayfs.oci.credentials import Credential
+from overlayfs.oci.http_client import HttpClient, RetryPolicy
 from overlayfs.oci.pull import Pulled, pull
 from overlayfs.oci.push import Pushed, push
 from overlayfs.oci.reference import Reference, parse
-from overlayfs.oci.registry import Repository, Source, sha256
-from overlayfs.oci.transfer import Step
-from overlayfs.oci.wire import Pace, Wire
+from overlayfs.oci.registry import BlobSource, Repository, sha256
+from overlayfs.oci.transfer import LayerProgress
 from overlayfs.store.store import LayerStore
 from tests.store.samples import there
 
@@ -29,23 +29,23 @@ class Side:
         place.mkdir()
         self.store = LayerStore(os.fsencode(place / "store"))
         self.waits: list[float] = []
-        self.steps: list[Step] = []
+        self.steps: list[LayerProgress] = []
         self.find: Callable[[Reference], Credential | None] = lambda _: None
 
-    def _wire(self) -> Wire:
-        return Wire(plain_http=True, pace=Pace(attempts=4, wait=self.waits.append, jitter=lambda: 1.0))
+    def _client(self) -> HttpClient:
+        return HttpClient(plain_http=True, retry=RetryPolicy(attempts=4, wait=self.waits.append, jitter=lambda: 1.0))
 
     def pull(self, text: str, name: str = "it", platform: str | None = None) -> Pulled:
         wanted = None if platform is None else platforms.parse(platform)
-        with self._wire() as wire:
+        with self._client() as client:
             return pull(
-                self.store, parse(text), name=name, wire=wire, platform=wanted, find=self.find,
-                on_step=self.steps.append,
+                self.store, parse(text), name=name, client=client, platform=wanted, find=self.find,
+                progress=self.steps.append,
             )  # fmt: skip
 
     def push(self, name: str, text: str) -> Pushed:
-        with self._wire() as wire:
-            return push(self.store, name, parse(text), wire=wire, find=self.find, on_step=self.steps.append)
+        with self._client() as client:
+            return push(self.store, name, parse(text), client=client, find=self.find, progress=self.steps.append)
 
     def files(self, name: str = "it") -> list[dict[str, str]]:
         """The regular files of each layer, top first."""
@@ -67,11 +67,11 @@ def same(left: Side, right: Side) -> bool:
 
 def foreign(host: str, repository: str, **words: Any) -> str:
     """Put an image as Docker makes them: other media types, other compression, members unknown to us. Its digest."""
-    with Wire(plain_http=True) as wire:
-        target = Repository(wire, parse(f"{host}/{repository}"), lambda: None, push=True)
+    with HttpClient(plain_http=True) as client:
+        target = Repository(client, parse(f"{host}/{repository}"), lambda: None, push=True)
 
         def upload(data: bytes) -> tuple[str, int]:
-            target.upload(Source(sha256(data), len(data), lambda: iter((data,))))
+            target.upload(BlobSource(sha256(data), len(data), lambda: iter((data,))))
             return sha256(data), len(data)
 
         tar = _tar()
@@ -85,13 +85,14 @@ def foreign(host: str, repository: str, **words: Any) -> str:
         }  # fmt: skip
         config_digest, config_size = upload(json.dumps(config, indent=3).encode())
         manifest = {
-            "schemaVersion": 2, "mediaType": media.DOCKER_MANIFEST,
-            "config": {"mediaType": words.get("config_type", media.DOCKER_CONFIG), "size": config_size,
+            "schemaVersion": 2, "mediaType": image_spec.DOCKER_MANIFEST,
+            "config": {"mediaType": words.get("config_type", image_spec.DOCKER_CONFIG), "size": config_size,
                        "digest": config_digest},
-            "layers": [{"mediaType": words.get("layer_type", media.DOCKER_LAYER_GZIP), "size": size, "digest": layer}],
+            "layers": [{"mediaType": words.get("layer_type", image_spec.DOCKER_LAYER_GZIP), "size": size,
+                        "digest": layer}],
         }  # fmt: skip
         return target.put_manifest(
-            words.get("tag", "latest"), media.DOCKER_MANIFEST, json.dumps(manifest, indent=1).encode()
+            words.get("tag", "latest"), image_spec.DOCKER_MANIFEST, json.dumps(manifest, indent=1).encode()
         )
 
 

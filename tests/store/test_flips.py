@@ -11,8 +11,8 @@ import pytest
 
 from overlayfs.errors import UserError
 from overlayfs.library import Store
-from overlayfs.oci import remote
-from overlayfs.oci.media import Descriptor
+from overlayfs.oci import blob_info_cache
+from overlayfs.oci.image_spec import Descriptor
 from tests.store.test_repair import TREE, put
 from tests.support.campaign import Campaign
 
@@ -32,7 +32,9 @@ def fill(base: Path) -> None:
         put(store, "other", {"file": b"another" * 5_000, "d": {"e": b"e"}}, low.id)
         store.new_workspace("site", "draft")
         store.note_diff_id(low, DIFF_ID)
-        remote.note_blob(store, low.id, Descriptor("application/octet-stream", DIFF_ID, 5), DIFF_ID, "host/repository")
+        blob_info_cache.note_blob(
+            store, low.id, Descriptor("application/octet-stream", DIFF_ID, 5), DIFF_ID, "host/repository"
+        )
 
 
 def answers(base: Path) -> Answers:

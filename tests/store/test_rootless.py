@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.library import Store
-from overlayfs.oci import blobs, importing, platforms
+from overlayfs.oci import blobs, image_import, platforms
 from overlayfs.store import compare, repair, squash, trees, verify
 from overlayfs.store.records import ImageRecord, now
 from tests.oci import samples
@@ -16,7 +16,7 @@ from tests.support.users import ALICE, run_as
 
 pytestmark = pytest.mark.root
 
-LOADED = blobs, importing, platforms, compare, repair, squash, trees, verify  # the user may not read our modules
+LOADED = blobs, image_import, platforms, compare, repair, squash, trees, verify  # the user may not read our modules
 
 BASE = (
     directory(b"d", uid=5, gid=6, mode=0o3750)

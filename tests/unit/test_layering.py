@@ -46,7 +46,7 @@ CONFINED: dict[str, tuple[set[str], str]] = {
     "trio": ({"fuse", "mount"}, "only what waits is async; all else can be called from anywhere"),
     "isal": ({"oci/compression.py"}, "bytes that depend on a library are made in one place"),
     "backports": ({"oci/compression.py"}, "Python 3.14 has it under another name"),
-    "urllib3": ({"oci/wire.py"}, "one place decides which host sees a secret, and what is tried again"),
+    "urllib3": ({"oci/http_client.py"}, "one place decides which host sees a secret, and what is tried again"),
     "asyncio": (set(), "one event loop is enough"),
     "ctypes": (
         {"sysio", "mount"},

@@ -12,7 +12,7 @@ import pytest
 
 from overlayfs import StackConfig
 from overlayfs.library import Store
-from overlayfs.oci import importing
+from overlayfs.oci import image_import
 from overlayfs.store import committing, squash
 from overlayfs.store.store import LayerStore
 from tests.crash.power.conftest import Memory
@@ -45,10 +45,10 @@ def _operations(place: Path) -> dict[str, Operation]:
     (place / "tree" / "d" / "f").write_bytes(b"a tree" * 1000)
 
     def import_archive(store: LayerStore) -> None:
-        importing.import_image(store, os.fsencode(archive), "imported", importing.ImportOptions())
+        image_import.import_image(store, os.fsencode(archive), "imported", image_import.ImportOptions())
 
     def import_directory(store: LayerStore) -> None:
-        importing.import_image(store, os.fsencode(place / "tree"), "tree", importing.ImportOptions())
+        image_import.import_image(store, os.fsencode(place / "tree"), "tree", image_import.ImportOptions())
 
     def commit_copy(store: LayerStore) -> None:
         upper = place / "upper"

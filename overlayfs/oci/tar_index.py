@@ -4,9 +4,9 @@ import os
 from typing import NamedTuple
 
 from overlayfs import sysio
-from overlayfs.oci.entry import ArchiveError, Kind, shown
 from overlayfs.oci.streams import PIECE, Read
-from overlayfs.oci.tarread import TarReader
+from overlayfs.oci.tar_entry import ArchiveError, Kind, shown
+from overlayfs.oci.tar_reader import TarReader
 
 _MOST = 100_000  # members: an image has a few for each layer
 _MOST_LINKS = 8
@@ -17,7 +17,7 @@ class _Place(NamedTuple):
     size: int
 
 
-class Members:
+class TarIndex:
     """The regular files in the plain tar archive behind `fd`, which stays the caller's and can be read anywhere."""
 
     def __init__(self, fd: int) -> None:
@@ -63,11 +63,11 @@ class Members:
             at += len(data)
             return data
 
-        def leap(length: int) -> None:
+        def skip(length: int) -> None:
             nonlocal at
             at += length
 
-        reader = TarReader(read, leap)
+        reader = TarReader(read, skip)
         for entry in reader:
             if entry.kind is Kind.FILE and entry.extents is None:
                 if reader.position + entry.size > size:

@@ -32,7 +32,7 @@ class Kind(Enum):
 Extents = tuple[tuple[int, int], ...]  # (offset, length) of each piece of data, ascending
 
 
-class Entry(NamedTuple):
+class TarEntry(NamedTuple):
     """One object. `path` is relative to the root, ``b""`` being the root itself.
 
     target: of a symbolic link as it stands; of a hard link a path like `path`. device: (major, minor).

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.oci.wire import Body, BrokenError, GivenUpError, Pace, Wire
+from overlayfs.oci.http_client import Body, BrokenConnectionError, CancelledError, HttpClient, RetryPolicy
 from tests.oci import registries
 from tests.oci.registries import Request, Server
 
@@ -20,8 +20,8 @@ class Waits:
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def pace(self, jitter: float = 1.0) -> Pace:
-        return Pace(attempts=4, first=1.0, longest=3.0, wait=self.seconds.append, jitter=lambda: jitter)
+    def retry(self, jitter: float = 1.0) -> RetryPolicy:
+        return RetryPolicy(attempts=4, first=1.0, longest=3.0, wait=self.seconds.append, jitter=lambda: jitter)
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def waits() -> Waits:
 
 
 @pytest.fixture
-def wire(waits: Waits) -> Iterator[Wire]:
-    with Wire(plain_http=True, pace=waits.pace()) as wire:
-        yield wire
+def client(waits: Waits) -> Iterator[HttpClient]:
+    with HttpClient(plain_http=True, retry=waits.retry()) as client:
+        yield client
 
 
 def answers(*statuses: int, **headers: str) -> Server:
@@ -46,65 +46,65 @@ def answers(*statuses: int, **headers: str) -> Server:
     return Server(answer)
 
 
-def get(wire: Wire, server: Server, path: str = "/", secret: str | None = None) -> bytes:
-    return wire.request("GET", f"http://{server.host}{path}", secret=secret).text()
+def get(client: HttpClient, server: Server, path: str = "/", secret: str | None = None) -> bytes:
+    return client.request("GET", f"http://{server.host}{path}", secret=secret).text()
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_busy_server_is_asked_again_later(wire: Wire, waits: Waits, status: int) -> None:
+def test_a_busy_server_is_asked_again_later(client: HttpClient, waits: Waits, status: int) -> None:
     with answers(status, status, status) as server:
-        assert get(wire, server) == b"text"
+        assert get(client, server) == b"text"
     assert waits.seconds == [1.0, 2.0, 3.0]
 
 
 def test_half_of_a_pause_is_random(waits: Waits) -> None:
-    waits.pace(jitter=0.0).pause(0)
-    waits.pace(jitter=0.5).pause(1)
+    waits.retry(jitter=0.0).pause(0)
+    waits.retry(jitter=0.5).pause(1)
     assert waits.seconds == [0.5, 1.5]
 
 
-def test_a_server_says_when_to_come_back(wire: Wire, waits: Waits) -> None:
+def test_a_server_says_when_to_come_back(client: HttpClient, waits: Waits) -> None:
     with answers(429, 503, **{"Retry-After": "7"}) as server:
-        get(wire, server)
+        get(client, server)
     assert waits.seconds == [7.0, 7.0]
 
 
-def test_a_date_in_the_past_is_no_pause(wire: Wire, waits: Waits) -> None:
+def test_a_date_in_the_past_is_no_pause(client: HttpClient, waits: Waits) -> None:
     with answers(503, **{"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}) as server:
-        get(wire, server)
+        get(client, server)
     assert waits.seconds == [1.0]
 
 
 @pytest.mark.parametrize("nonsense", ["soon", "-1", "1e9", "²"])
-def test_nonsense_is_no_pause(wire: Wire, waits: Waits, nonsense: str) -> None:
+def test_nonsense_is_no_pause(client: HttpClient, waits: Waits, nonsense: str) -> None:
     def answer(request: Request) -> None:
         request.give(503 if len(server.requests) == 1 else 200, {"Retry-After": nonsense})
 
     with Server(answer) as server:
-        get(wire, server)
+        get(client, server)
     assert waits.seconds == [1.0]
 
 
-def test_a_server_that_wants_hours_is_not_waited_for(wire: Wire, waits: Waits) -> None:
+def test_a_server_that_wants_hours_is_not_waited_for(client: HttpClient, waits: Waits) -> None:
     with answers(429, **{"Retry-After": "7200"}) as server, pytest.raises(UserError, match="7200 seconds of rest"):
-        get(wire, server)
+        get(client, server)
     assert waits.seconds == []
 
 
-def test_a_server_that_stays_busy_is_given_up(wire: Wire, waits: Waits) -> None:
+def test_a_server_that_stays_busy_is_given_up(client: HttpClient, waits: Waits) -> None:
     with answers(*[503] * 9) as server, pytest.raises(UserError, match=rf"{server.host} is busy \(status 503\)"):
-        get(wire, server)
+        get(client, server)
     assert len(server.requests) == 4 and len(waits.seconds) == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 501])
-def test_other_statuses_are_for_the_caller(wire: Wire, waits: Waits, status: int) -> None:
+def test_other_statuses_are_for_the_caller(client: HttpClient, waits: Waits, status: int) -> None:
     with answers(status) as server:
-        assert wire.request("GET", f"http://{server.host}/").status == status
+        assert client.request("GET", f"http://{server.host}/").status == status
     assert waits.seconds == []
 
 
-def test_a_connection_that_breaks_is_made_again(wire: Wire, waits: Waits) -> None:
+def test_a_connection_that_breaks_is_made_again(client: HttpClient, waits: Waits) -> None:
     def answer(request: Request) -> None:
         if len(server.requests) < 3:
             request.hang_up()
@@ -112,43 +112,43 @@ def test_a_connection_that_breaks_is_made_again(wire: Wire, waits: Waits) -> Non
             request.give(200, data=b"there")
 
     with Server(answer) as server:
-        assert get(wire, server) == b"there"
+        assert get(client, server) == b"there"
     assert waits.seconds == [1.0, 2.0]
 
 
-def test_what_may_not_be_repeated_breaks_for_the_caller(wire: Wire, waits: Waits) -> None:
-    with Server(Request.hang_up) as server, pytest.raises(BrokenError):
-        wire.request("PUT", f"http://{server.host}/", body=b"x", again=False)
+def test_what_may_not_be_repeated_breaks_for_the_caller(client: HttpClient, waits: Waits) -> None:
+    with Server(Request.hang_up) as server, pytest.raises(BrokenConnectionError):
+        client.request("PUT", f"http://{server.host}/", body=b"x", again=False)
     with answers(503) as server:
-        assert wire.request("PUT", f"http://{server.host}/", body=b"x", again=False).status == 503
+        assert client.request("PUT", f"http://{server.host}/", body=b"x", again=False).status == 503
     assert waits.seconds == []
 
 
-def test_nobody_listens(wire: Wire, waits: Waits) -> None:
+def test_nobody_listens(client: HttpClient, waits: Waits) -> None:
     with Server(Request.hang_up) as server:
         pass
     with pytest.raises(UserError, match=f"cannot reach {server.host}: Connection refused"):
-        get(wire, server)
+        get(client, server)
     assert waits.seconds == []  # a name that is wrong stays wrong
 
 
-def test_a_body_that_ends_early_is_broken(wire: Wire) -> None:
+def test_a_body_that_ends_early_is_broken(client: HttpClient) -> None:
     def answer(request: Request) -> None:
         request.give(200, {"Content-Length": "100"}, b"short")
         request.hang_up()
 
-    with Server(answer) as server, pytest.raises(BrokenError):
-        get(wire, server)
+    with Server(answer) as server, pytest.raises(BrokenConnectionError):
+        get(client, server)
 
 
-def test_little_is_expected_and_much_refused(wire: Wire) -> None:
+def test_little_is_expected_and_much_refused(client: HttpClient) -> None:
     with Server(lambda request: request.give(200, data=b"x" * 100)) as server:
-        reply = wire.request("GET", f"http://{server.host}/")
+        reply = client.request("GET", f"http://{server.host}/")
         with pytest.raises(UserError, match="more than 99 bytes"):
             reply.text(99)
 
 
-def test_a_body_is_sent_again_from_its_beginning(wire: Wire) -> None:
+def test_a_body_is_sent_again_from_its_beginning(client: HttpClient) -> None:
     got = []
 
     def answer(request: Request) -> None:
@@ -157,12 +157,12 @@ def test_a_body_is_sent_again_from_its_beginning(wire: Wire) -> None:
 
     with Server(answer) as server:
         body = Body(6, lambda: iter((b"abc", b"def")))
-        assert wire.request("PUT", f"http://{server.host}/", body=body).status == 201
+        assert client.request("PUT", f"http://{server.host}/", body=body).status == 201
     assert got == [b"abcdef", b"abcdef"]
     assert {headers["content-length"] for headers in server.seen("PUT", "/")} == {"6"}
 
 
-def test_connections_are_kept(wire: Wire) -> None:
+def test_connections_are_kept(client: HttpClient) -> None:
     clients = set()
 
     def answer(request: Request) -> None:
@@ -171,9 +171,9 @@ def test_connections_are_kept(wire: Wire) -> None:
 
     with Server(answer) as server:
         for _ in range(3):
-            get(wire, server)
-            wire.request("HEAD", f"http://{server.host}/").close()
-        wire.close()
+            get(client, server)
+            client.request("HEAD", f"http://{server.host}/").close()
+        client.close()
     assert len(clients) == 1
 
 
@@ -184,29 +184,29 @@ def redirecting(target: str, status: int = 307) -> Server:
     return Server(lambda request: request.give(status, {"Location": target}))
 
 
-def test_a_secret_goes_to_its_host(wire: Wire) -> None:
+def test_a_secret_goes_to_its_host(client: HttpClient) -> None:
     with answers() as server:
-        get(wire, server, secret=SECRET)
+        get(client, server, secret=SECRET)
     assert server.requests[0][2]["authorization"] == SECRET
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_secret_does_not_follow_a_redirect_to_another_host(wire: Wire, status: int) -> None:
+def test_a_secret_does_not_follow_a_redirect_to_another_host(client: HttpClient, status: int) -> None:
     with answers() as storage, redirecting(f"http://{storage.host}/blob", status) as server:
-        assert get(wire, server, secret=SECRET) == b"text"
+        assert get(client, server, secret=SECRET) == b"text"
     assert "authorization" in server.requests[0][2]
     assert storage.requests[0][1] == "/blob" and "authorization" not in storage.requests[0][2]
 
 
-def test_a_name_is_another_host_even_with_the_same_address(wire: Wire) -> None:
+def test_a_name_is_another_host_even_with_the_same_address(client: HttpClient) -> None:
     with answers() as storage:
         port = storage.host.rpartition(":")[2]
         with redirecting(f"http://localhost:{port}/") as server:
-            get(wire, server, secret=SECRET)
+            get(client, server, secret=SECRET)
     assert "authorization" not in storage.requests[0][2]
 
 
-def test_a_secret_follows_a_redirect_on_its_host(wire: Wire) -> None:
+def test_a_secret_follows_a_redirect_on_its_host(client: HttpClient) -> None:
     def answer(request: Request) -> None:
         if request.path == "/":
             request.give(302, {"Location": "/there?x=1"})
@@ -214,40 +214,40 @@ def test_a_secret_follows_a_redirect_on_its_host(wire: Wire) -> None:
             request.give(200, data=b"found")
 
     with Server(answer) as server:
-        assert get(wire, server, secret=SECRET) == b"found"
+        assert get(client, server, secret=SECRET) == b"found"
     assert [headers["authorization"] for headers in server.seen("GET", "")] == [SECRET, SECRET]
 
 
-def test_only_reading_follows_redirects(wire: Wire) -> None:
+def test_only_reading_follows_redirects(client: HttpClient) -> None:
     with redirecting("/else") as server:
-        assert wire.request("PUT", f"http://{server.host}/", body=b"x").status == 307
+        assert client.request("PUT", f"http://{server.host}/", body=b"x").status == 307
 
 
-def test_redirects_without_end(wire: Wire) -> None:
+def test_redirects_without_end(client: HttpClient) -> None:
     with redirecting("/again") as server, pytest.raises(UserError, match="without end"):
-        get(wire, server)
+        get(client, server)
     assert len(server.requests) == 6
 
 
 @pytest.mark.parametrize("target", ["http://10.1.2.3/", "http://registry.example/", "file://localhost/etc", "ftp://x/"])
-def test_a_redirect_may_not_lead_out_of_tls(wire: Wire, target: str) -> None:
+def test_a_redirect_may_not_lead_out_of_tls(client: HttpClient, target: str) -> None:
     with redirecting(target) as server, pytest.raises(UserError, match="without TLS"):
-        get(wire, server)
+        get(client, server)
 
 
 @pytest.mark.parametrize(
     "target", ["http://localhost:x@registry.example/", "http://u:p@127.0.0.1/", "file:///etc/passwd", "http://[::1"]
 )
-def test_an_address_that_two_may_understand_differently(wire: Wire, target: str) -> None:
+def test_an_address_that_two_may_understand_differently(client: HttpClient, target: str) -> None:
     with redirecting(target) as server, pytest.raises(UserError, match="is no address that we go to"):
-        get(wire, server)
+        get(client, server)
 
 
 @pytest.mark.parametrize("target", ["http://localhost:1\\@registry.example/", "http://registry.example#@localhost/"])
-def test_a_name_behind_another_one(wire: Wire, target: str) -> None:
+def test_a_name_behind_another_one(client: HttpClient, target: str) -> None:
     """The host that is looked at is the one that is connected to, whatever others may read in an address."""
     with redirecting(target) as server, pytest.raises(UserError, match=r"cannot reach|without TLS"):
-        get(wire, server)
+        get(client, server)
 
 
 # --- TLS
@@ -255,18 +255,18 @@ def test_a_name_behind_another_one(wire: Wire, target: str) -> None:
 
 def test_plain_http_is_for_this_machine() -> None:
     with pytest.raises(UserError, match=r"refused to talk to registry\.example:5000 without TLS"):
-        Wire(plain_http=True).request("GET", "http://registry.example:5000/")
+        HttpClient(plain_http=True).request("GET", "http://registry.example:5000/")
 
 
 def test_plain_http_wants_to_be_asked_for() -> None:
     with answers() as server, pytest.raises(UserError, match="without TLS"):
-        Wire().request("GET", f"http://{server.host}/")
+        HttpClient().request("GET", f"http://{server.host}/")
     assert server.requests == []
 
 
 def test_a_server_without_tls(waits: Waits) -> None:
     with answers() as server, pytest.raises(UserError, match=f"{server.host} does not speak TLS; .*--plain-http"):
-        Wire(pace=waits.pace()).request("GET", f"https://{server.host}/")
+        HttpClient(retry=waits.retry()).request("GET", f"https://{server.host}/")
     assert waits.seconds == []
 
 
@@ -276,19 +276,19 @@ def test_a_certificate_must_be_trusted(place: Path, waits: Waits, monkeypatch: p
     with registries.registry(place / "registry", http=tls) as host:
         url = f"https://{host}/v2/"
         with pytest.raises(UserError, match=rf"certificate of {host} is not trusted \(self.signed.*--ca"):
-            Wire(pace=waits.pace()).request("GET", url)
-        with Wire(ca=str(keys.certificate)) as wire:
-            assert wire.request("GET", url).text() == b"{}"
+            HttpClient(retry=waits.retry()).request("GET", url)
+        with HttpClient(ca=str(keys.certificate)) as client:
+            assert client.request("GET", url).text() == b"{}"
         monkeypatch.setenv("SSL_CERT_FILE", str(keys.certificate))
-        with Wire() as wire:
-            assert wire.request("GET", url).text() == b"{}"
+        with HttpClient() as client:
+            assert client.request("GET", url).text() == b"{}"
     assert waits.seconds == []
 
 
 def test_a_certificate_is_for_one_host(place: Path, waits: Waits) -> None:
     keys = registries.make_keys(place, "IP:127.0.0.9")
     tls = {"tls": {"certificate": str(keys.certificate), "key": str(keys.key)}}
-    trusting = Wire(ca=str(keys.certificate))
+    trusting = HttpClient(ca=str(keys.certificate))
     with (
         registries.registry(place / "registry", http=tls) as host,
         pytest.raises(UserError, match=rf"certificate of {host} is not trusted \(.*127\.0\.0\.1"),
@@ -298,10 +298,10 @@ def test_a_certificate_is_for_one_host(place: Path, waits: Waits) -> None:
 
 def test_a_file_that_holds_no_certificate(place: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read certificates from .*missing"):
-        Wire(ca=str(place / "missing"))
+        HttpClient(ca=str(place / "missing"))
     (place / "empty").write_text("nothing")
     with pytest.raises(UserError, match=r"cannot read certificates from .*empty"):
-        Wire(ca=str(place / "empty"))
+        HttpClient(ca=str(place / "empty"))
 
 
 # --- proxies
@@ -311,12 +311,12 @@ def test_a_proxy_is_used_but_not_for_this_machine(waits: Waits, monkeypatch: pyt
     with Server(lambda request: request.give(200)) as proxy, answers() as server:
         for name in ("http_proxy", "https_proxy"):
             monkeypatch.setenv(name, f"http://{proxy.host}")
-        with Wire(plain_http=True) as direct:
+        with HttpClient(plain_http=True) as direct:
             assert get(direct, server) == b"text"
         assert proxy.requests == []
-        wire = Wire(pace=waits.pace())
+        client = HttpClient(retry=waits.retry())
         with pytest.raises(UserError):  # the tunnel leads to nobody
-            wire.request("GET", "https://registry.example/v2/", secret=SECRET)
+            client.request("GET", "https://registry.example/v2/", secret=SECRET)
     assert {(name, path) for name, path, _ in proxy.requests} == {("CONNECT", "registry.example:443")}
     assert all("authorization" not in headers for _, _, headers in proxy.requests)
 
@@ -324,7 +324,7 @@ def test_a_proxy_is_used_but_not_for_this_machine(waits: Waits, monkeypatch: pyt
 # --- giving up
 
 
-def test_stop_ends_a_read_that_waits(wire: Wire) -> None:
+def test_stop_ends_a_read_that_waits(client: HttpClient) -> None:
     begun, ended = threading.Event(), threading.Event()
 
     def answer(request: Request) -> None:
@@ -337,7 +337,7 @@ def test_stop_ends_a_read_that_waits(wire: Wire) -> None:
 
     def read() -> None:
         try:
-            wire.request("GET", f"http://{server.host}/").text()
+            client.request("GET", f"http://{server.host}/").text()
         except BaseException as error:
             outcome.append(error)
         ended.set()
@@ -346,12 +346,12 @@ def test_stop_ends_a_read_that_waits(wire: Wire) -> None:
         reader = threading.Thread(target=read)
         reader.start()
         assert begun.wait(20)
-        wire.stop()
+        client.stop()
         reader.join(20)
-    assert [type(error) for error in outcome] == [GivenUpError]
+    assert [type(error) for error in outcome] == [CancelledError]
 
 
-def test_stop_ends_a_wait_for_an_answer(wire: Wire) -> None:
+def test_stop_ends_a_wait_for_an_answer(client: HttpClient) -> None:
     asked, ended = threading.Event(), threading.Event()
 
     def never(request: Request) -> None:
@@ -362,7 +362,7 @@ def test_stop_ends_a_wait_for_an_answer(wire: Wire) -> None:
 
     def ask() -> None:
         try:
-            wire.request("GET", f"http://{server.host}/")
+            client.request("GET", f"http://{server.host}/")
         except BaseException as error:
             outcome.append(error)
         ended.set()
@@ -371,16 +371,16 @@ def test_stop_ends_a_wait_for_an_answer(wire: Wire) -> None:
         asker = threading.Thread(target=ask)
         asker.start()
         assert asked.wait(20)
-        wire.stop()
+        client.stop()
         asker.join(10)
         assert ended.is_set()
-        with pytest.raises(GivenUpError):
-            wire.request("GET", f"http://{server.host}/")
-    assert [type(error) for error in outcome] == [GivenUpError]
+        with pytest.raises(CancelledError):
+            client.request("GET", f"http://{server.host}/")
+    assert [type(error) for error in outcome] == [CancelledError]
 
 
 def test_stop_ends_every_pause() -> None:
-    pace = Pace(first=1000.0, longest=1000.0)
-    pace.stop()
-    with pytest.raises(GivenUpError):
-        pace.pause(0)
+    retry = RetryPolicy(first=1000.0, longest=1000.0)
+    retry.stop()
+    with pytest.raises(CancelledError):
+        retry.pause(0)

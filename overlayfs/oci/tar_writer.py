@@ -9,8 +9,8 @@ Sources: POSIX pax(1); formats, section 10, "Writing"; reproducible-builds.org, 
 import struct
 from collections.abc import Iterator
 
-from overlayfs.oci.entry import Entry, Kind
-from overlayfs.oci.tarread import BLOCK
+from overlayfs.oci.tar_entry import Kind, TarEntry
+from overlayfs.oci.tar_reader import BLOCK
 
 END = bytes(2 * BLOCK)
 
@@ -29,7 +29,7 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def header(entry: Entry) -> bytes:
+def header(entry: TarEntry) -> bytes:
     """Return all that stands before an entry's data. Extents have no form here: holes are zeros."""
     name = (entry.path or b".") + b"/" if entry.kind is Kind.DIRECTORY else entry.path
     records = dict(_records(entry, name))
@@ -42,7 +42,7 @@ def file_header(name: bytes, size: int, mode: int = 0o644) -> bytes:
 
     A size beyond what octal digits hold is written in base 256, which every reader of our time knows.
     """
-    block = bytearray(header(Entry(name, Kind.FILE, mode, size=min(size, _LARGEST_OCTAL_SIZE))))
+    block = bytearray(header(TarEntry(name, Kind.FILE, mode, size=min(size, _LARGEST_OCTAL_SIZE))))
     if size > _LARGEST_OCTAL_SIZE:
         block[124:136] = (1 << 95 | size).to_bytes(12, "big")
         block[148:156] = b" " * 8
@@ -50,7 +50,7 @@ def file_header(name: bytes, size: int, mode: int = 0o644) -> bytes:
     return bytes(block)
 
 
-def _records(entry: Entry, name: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _records(entry: TarEntry, name: bytes) -> Iterator[tuple[bytes, bytes]]:
     if _split(name) is None or not _is_plain(name):
         yield b"path", name
     if len(entry.target) > 100 or not _is_plain(entry.target):
@@ -96,7 +96,7 @@ def time_text(nanoseconds: int) -> bytes:
     return text.rstrip(b"0").rstrip(b".")
 
 
-def _ustar(entry: Entry, name: bytes, records: dict[bytes, bytes]) -> bytes:
+def _ustar(entry: TarEntry, name: bytes, records: dict[bytes, bytes]) -> bytes:
     prefix, field = _split(name) or (b"", name[:100])
     major, minor = entry.device
     return _sealed(

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci import tarwrite
-from overlayfs.oci.entry import Entry, shown
-from overlayfs.oci.pack import Item, Open
+from overlayfs.oci import tar_writer
+from overlayfs.oci.layer_entries import EntryWithData, OpenData
 from overlayfs.oci.streams import PIECE, Read
-from overlayfs.oci.tarread import BLOCK, TarReader
+from overlayfs.oci.tar_entry import TarEntry, shown
+from overlayfs.oci.tar_reader import BLOCK, TarReader
 from overlayfs.oci.unpack import Unpacker, write_pieces
 from overlayfs.tree.staging import copy_data
 
@@ -21,7 +21,7 @@ Progress = Callable[[int], None]
 """Called with the bytes of the plain tar so far."""
 
 
-def tar_pieces(items: Iterable[Item], newest: int | None = None) -> Iterator[bytes]:
+def tar_pieces(items: Iterable[EntryWithData], newest: int | None = None) -> Iterator[bytes]:
     """Yield the tar of items, in pieces of little more than 1 MiB. `newest`: no time is later, in nanoseconds."""
     held: list[bytes] = []
     size = 0
@@ -31,21 +31,21 @@ def tar_pieces(items: Iterable[Item], newest: int | None = None) -> Iterator[byt
         if size >= _TOGETHER:
             yield b"".join(held) if len(held) > 1 else piece
             held, size = [], 0
-    yield b"".join(held) + tarwrite.END
+    yield b"".join(held) + tar_writer.END
 
 
-def _small_pieces(items: Iterable[Item], newest: int | None) -> Iterator[bytes]:
+def _small_pieces(items: Iterable[EntryWithData], newest: int | None) -> Iterator[bytes]:
     for entry, opener in items:
         if newest is not None and entry.mtime_ns > newest:
             entry = entry._replace(mtime_ns=newest)
-        yield tarwrite.header(entry)
+        yield tar_writer.header(entry)
         if opener is not None and entry.size:
             yield from _data(entry, opener())
             if entry.size % BLOCK:
-                yield tarwrite.padding(entry.size)
+                yield tar_writer.padding(entry.size)
 
 
-def _data(entry: Entry, fd: int) -> Iterator[bytes]:
+def _data(entry: TarEntry, fd: int) -> Iterator[bytes]:
     try:
         offset = hole = 0
         while offset < entry.size:
@@ -102,7 +102,9 @@ def unpack_tar(read: Read, root: int, progress: Progress | None = None, merged: 
     return unpacker
 
 
-def unpack_items(items: Iterable[Item], root: int, progress: Progress | None = None, merged: bool = False) -> Unpacker:
+def unpack_entries(
+    items: Iterable[EntryWithData], root: int, progress: Progress | None = None, merged: bool = False
+) -> Unpacker:
     """Make copies of items in the empty directory `root`: data shared where the file systems can, holes kept.
 
     Returns the unpacker, closed: it knows what could not be kept.
@@ -121,7 +123,7 @@ def unpack_items(items: Iterable[Item], root: int, progress: Progress | None = N
     return unpacker
 
 
-def _copy(opener: Open, target: int) -> None:
+def _copy(opener: OpenData, target: int) -> None:
     source = opener()
     try:
         copy_data(source, target)
@@ -129,7 +131,7 @@ def _copy(opener: Open, target: int) -> None:
         sysio.close(source)
 
 
-def _fill(reader: TarReader, entry: Entry, progress: Progress | None, fd: int) -> None:
+def _fill(reader: TarReader, entry: TarEntry, progress: Progress | None, fd: int) -> None:
     write_pieces(fd, entry, reader.pieces() if progress is None else _told(reader, progress))
 
 

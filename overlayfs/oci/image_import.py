@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci import bundles, compression, image, platforms
-from overlayfs.oci.blobs import LayerDetails, Notice, Prepared, ignore, prepared_blob, prepared_tree
-from overlayfs.oci.bundles import Directory, Found, LayerSource
-from overlayfs.oci.compression import Compression, Expanded
-from overlayfs.oci.entry import ArchiveError
-from overlayfs.oci.media import HistoryEntry, ImageConfig, Platform
-from overlayfs.oci.members import Members, stream_of
-from overlayfs.oci.streams import PIECE, Peeked, Read, unnamed_file
-from overlayfs.oci.tarread import TarReader
+from overlayfs.oci import compression, image, image_layouts, platforms
+from overlayfs.oci.blobs import ImageProgress, LayerDetails, Notice, PreparedLayer, ignore, prepared_blob, prepared_tree
+from overlayfs.oci.compression import Compression, DecompressingReader
+from overlayfs.oci.image_layouts import DirectoryFiles, FoundImage, LayerSource
+from overlayfs.oci.image_spec import HistoryEntry, ImageConfig, Platform
+from overlayfs.oci.streams import PIECE, PeekableReader, Read, unnamed_file
+from overlayfs.oci.tar_entry import ArchiveError
+from overlayfs.oci.tar_index import TarIndex, stream_of
+from overlayfs.oci.tar_reader import TarReader
 from overlayfs.store import layout
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import ImageRecord, now
@@ -32,24 +32,21 @@ _IMAGE_MEMBER = re.compile(
     rb"blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|(sha256:)?[0-9a-f]{64}(/.*|\.json|\.tar)?"
 )
 
-Report = Callable[[int, int, int], None]
-"""Called with which layer is being read, of how many, and how many bytes of it there have been."""
-
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the user says beside source and name. `platform` None: the host's. `report` and `notice` are told things."""
+    """What the user says beside source and name. `platform` None: the host's."""
 
     platform: Platform | None = None
     author: str = ""
     message: str = ""
-    report: Report | None = None
+    progress: ImageProgress | None = None
     notice: Notice = field(default=ignore)
 
-    def progress(self, layer: int, layers: int) -> Callable[[int], None] | None:
+    def layer_progress(self, layer: int, layers: int) -> Callable[[int], None] | None:
         """Return what is told the bytes of one layer."""
-        report = self.report
-        return None if report is None else lambda done: report(layer, layers, done)
+        progress = self.progress
+        return None if progress is None else lambda done: progress(layer, layers, done)
 
 
 def import_image(store: LayerStore, source: bytes, name: str, options: ImportOptions | None = None) -> ImageRecord:
@@ -81,26 +78,26 @@ class _Import:
     # --- directories -----------------------------------------------------------------------------------
 
     def _directory(self, fd: int, path: bytes, reference: str | None, shown: str) -> ImageRecord:
-        files = Directory(fd)
+        files = DirectoryFiles(fd)
         try:
-            if bundles.is_layout(files):
-                return self._found(bundles.find(files, reference, self._options.platform, shown), shown)
+            if image_layouts.is_layout(files):
+                return self._found(image_layouts.find(files, reference, self._options.platform, shown), shown)
         finally:
             files.close()
         if reference is not None:
             raise UserError(f"{shown} is not an image layout, so it has no image {reference}")
         # By descriptor: what is imported is what was opened.
         inside = b"/proc/self/fd/%d" % fd
-        progress = self._options.progress(1, 1)
+        progress = self._options.layer_progress(1, 1)
         with prepared_tree(self._store, inside, self._details(), progress, self._options.notice) as prepared:
             return self._single(prepared, shown)
 
     # --- streams ---------------------------------------------------------------------------------------
 
     def _stream(self, fd: int, shown: str, reference: str | None) -> ImageRecord:
-        raw = Peeked(lambda size: os.read(fd, min(size, PIECE)))
+        raw = PeekableReader(lambda size: os.read(fd, min(size, PIECE)))
         try:
-            kind = compression.recognise(raw.peek(compression.LONGEST_MAGIC))
+            kind = compression.detect(raw.peek(compression.LONGEST_MAGIC))
             is_image = _may_be_image(raw.peek(_LOOKED_AT), kind)
         except ArchiveError as error:
             raise type(error)(f"{shown} is refused: {error}") from error
@@ -111,13 +108,13 @@ class _Import:
     def _members(self, fd: int, kind: Compression, raw: Read, shown: str, reference: str | None) -> ImageRecord:
         with ExitStack() as undo:
             if kind is not Compression.NONE or not _is_seekable(fd):
-                fd = self._spooled(Expanded(raw, kind).read, undo)
+                fd = self._spooled(DecompressingReader(raw, kind).read, undo)
             try:
-                files = Members(fd)
+                files = TarIndex(fd)
             except ArchiveError as error:
                 raise type(error)(f"{shown} is refused: {error}") from error
-            if bundles.is_layout(files) or bundles.is_docker(files):
-                return self._found(bundles.find(files, reference, self._options.platform, shown), shown)
+            if image_layouts.is_layout(files) or image_layouts.is_docker(files):
+                return self._found(image_layouts.find(files, reference, self._options.platform, shown), shown)
             if reference is not None:
                 raise UserError(f"{shown} is not an archive of images, so it has no image {reference}")
             return self._layer(stream_of(fd, 0, sysio.stat_at(fd, b"").st_size), shown)
@@ -129,8 +126,8 @@ class _Import:
         at = 0
         while data := read(PIECE):
             at += sysio.write_at(fd, at, data)
-            if self._options.report is not None:
-                self._options.report(0, 0, at)
+            if self._options.progress is not None:
+                self._options.progress(0, 0, at)
         return fd
 
     def _layer(self, read: Read, shown: str) -> ImageRecord:
@@ -141,7 +138,7 @@ class _Import:
             None,
             self._details(),
             shown,
-            self._options.progress(1, 1),
+            self._options.layer_progress(1, 1),
             self._options.notice,
         ) as prepared:
             return self._single(prepared, shown)
@@ -153,7 +150,7 @@ class _Import:
             return LayerDetails(self._options.author, self._options.message, None)
         return LayerDetails(step.author, step.comment or step.created_by, step.created or None)
 
-    def _single(self, prepared: Prepared, shown: str) -> ImageRecord:
+    def _single(self, prepared: PreparedLayer, shown: str) -> ImageRecord:
         """Put the image of one layer that came without a configuration."""
         time = now()
         step = HistoryEntry(time, self._options.author, f"import {shown}", self._options.message)
@@ -163,11 +160,11 @@ class _Import:
         )
         return self._store.put_image(image.image_record(self._name, config, (prepared.publish(),)))
 
-    def _found(self, found: Found, shown: str) -> ImageRecord:
+    def _found(self, found: FoundImage, shown: str) -> ImageRecord:
         """Bring in the layers that are missing, publish them when all are there, then put the image."""
         ready: dict[str, Layer] = {}
         with ExitStack() as undo:
-            waiting: dict[str, Prepared] = {}
+            waiting: dict[str, PreparedLayer] = {}
             for number, (layer, step) in enumerate(_with_steps(found), 1):
                 if layer.diff_id in ready or layer.diff_id in waiting:
                     continue
@@ -185,8 +182,8 @@ class _Import:
 
     @contextmanager
     def _prepared(
-        self, layer: LayerSource, step: HistoryEntry | None, what: str, number: int, found: Found
-    ) -> Iterator[Prepared]:
+        self, layer: LayerSource, step: HistoryEntry | None, what: str, number: int, found: FoundImage
+    ) -> Iterator[PreparedLayer]:
         try:
             read = layer.open()
         except ArchiveError as error:
@@ -198,13 +195,13 @@ class _Import:
             layer.diff_id,
             self._details(step),
             what,
-            self._options.progress(number, len(found.layers)),
+            self._options.layer_progress(number, len(found.layers)),
             self._options.notice,
         ) as prepared:
             yield prepared
 
 
-def _publish(waiting: dict[str, Prepared], ready: dict[str, Layer], undo: ExitStack) -> None:
+def _publish(waiting: dict[str, PreparedLayer], ready: dict[str, Layer], undo: ExitStack) -> None:
     """Make layers parts of the store, and give back what they held while they were prepared."""
     while waiting:
         diff_id, prepared = waiting.popitem()
@@ -212,7 +209,7 @@ def _publish(waiting: dict[str, Prepared], ready: dict[str, Layer], undo: ExitSt
     undo.close()
 
 
-def _with_steps(found: Found) -> Iterator[tuple[LayerSource, HistoryEntry | None]]:
+def _with_steps(found: FoundImage) -> Iterator[tuple[LayerSource, HistoryEntry | None]]:
     """Yield each layer with the step of the history that made it."""
     steps = iter([step for step in found.config.history or () if not step.empty_layer])
     for layer in found.layers:
@@ -253,7 +250,7 @@ def _is_seekable(fd: int) -> bool:
 
 def _may_be_image(start: bytes, kind: Compression) -> bool:
     """Return whether a stream that starts so is an image in one file; ArchiveError when it is no archive at all."""
-    plain = Expanded(_reader(start), kind)
+    plain = DecompressingReader(_reader(start), kind)
     try:
         first = next((entry for entry in TarReader(plain.read) if entry.path), None)
     except ArchiveError:

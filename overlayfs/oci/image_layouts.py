@@ -12,12 +12,12 @@ import msgspec
 
 from overlayfs import sysio
 from overlayfs.errors import UserError, listed
-from overlayfs.oci import image, media
+from overlayfs.oci import image, image_spec
 from overlayfs.oci.blobs import DigestError
-from overlayfs.oci.entry import ArchiveError
-from overlayfs.oci.media import Descriptor, DockerSaved, DocumentError, ImageConfig, Index, Manifest, Platform
-from overlayfs.oci.members import stream_of
+from overlayfs.oci.image_spec import Descriptor, DockerSaved, DocumentError, ImageConfig, Index, Manifest, Platform
 from overlayfs.oci.streams import Read
+from overlayfs.oci.tar_entry import ArchiveError
+from overlayfs.oci.tar_index import stream_of
 
 LAYOUT = b"oci-layout"
 INDEX = b"index.json"
@@ -35,7 +35,7 @@ class LayerSource(NamedTuple):
     diff_id: str
 
 
-class Found(NamedTuple):
+class FoundImage(NamedTuple):
     """An image that was found: its configuration and its layers, the LOWEST first."""
 
     config: ImageConfig
@@ -43,7 +43,7 @@ class Found(NamedTuple):
     annotations: dict[str, str]
 
 
-class Files(Protocol):
+class LayoutFiles(Protocol):
     """Where the files of a layout lie, by their path in it."""
 
     def __contains__(self, name: bytes) -> bool: ...
@@ -55,7 +55,7 @@ class Files(Protocol):
         """Return the content of a file."""
 
 
-class Directory:
+class DirectoryFiles:
     """The files of a layout in a directory, whose descriptor `fd` stays the caller's."""
 
     def __init__(self, fd: int) -> None:
@@ -95,47 +95,49 @@ class Directory:
         return fd
 
 
-def is_layout(files: Files) -> bool:
+def is_layout(files: LayoutFiles) -> bool:
     """Return whether files are an OCI layout."""
     return LAYOUT in files and INDEX in files
 
 
-def is_docker(files: Files) -> bool:
+def is_docker(files: LayoutFiles) -> bool:
     """Return whether files are what ``docker save`` writes."""
     return DOCKER_INDEX in files
 
 
-def find(files: Files, reference: str | None, wanted: Platform | None, what: str) -> Found:
+def find(files: LayoutFiles, reference: str | None, wanted: Platform | None, what: str) -> FoundImage:
     """Return the image that is meant: the one called `reference`, for the wanted platform; UserError otherwise."""
-    found = _Layout(files, what).find(reference, wanted) if is_layout(files) else _docker(files, reference, what)
+    found = _OciLayout(files, what).find(reference, wanted) if is_layout(files) else _docker(files, reference, what)
     image.require_platform(found.config, wanted, what)
     return found
 
 
-class _Layout:
+class _OciLayout:
     """An OCI layout."""
 
-    def __init__(self, files: Files, what: str) -> None:
+    def __init__(self, files: LayoutFiles, what: str) -> None:
         self._files = files
         self._what = what
-        version = media.decode(_small(files, LAYOUT, what), dict[str, msgspec.Raw], f"{what}: its oci-layout")
+        version = image_spec.decode(_small(files, LAYOUT, what), dict[str, msgspec.Raw], f"{what}: its oci-layout")
         if b"1.0.0" not in bytes(version.get("imageLayoutVersion", msgspec.Raw(b""))):
             raise DocumentError(f"{what} is a layout of a version that is not known; only 1.0.0 is")
 
-    def find(self, reference: str | None, wanted: Platform | None) -> Found:
+    def find(self, reference: str | None, wanted: Platform | None) -> FoundImage:
         data = _small(self._files, INDEX, self._what)
-        index = media.decode_manifest(data, media.OCI_INDEX, f"{self._what}: its index.json")
+        index = image_spec.decode_manifest(data, image_spec.OCI_INDEX, f"{self._what}: its index.json")
         assert isinstance(index, Index)
         manifest = self._manifest(_named(index.manifests, reference, self._what), wanted)
         config = image.parse_config(self._blob(manifest.config), f"{self._what}: the image's configuration")
         layers = _paired(manifest.layers, config.rootfs.diff_ids, self._what)
         sources = (LayerSource(self._opener(each), each, diff_id) for each, diff_id in layers)
-        return Found(config, tuple(sources), manifest.annotations or {})
+        return FoundImage(config, tuple(sources), manifest.annotations or {})
 
     def _manifest(self, offered: Sequence[Descriptor], wanted: Platform | None) -> Manifest:
         for _ in range(_DEEPEST):
             chosen = image.choose(offered, wanted, self._what)
-            document = media.decode_manifest(self._blob(chosen), chosen.media_type, f"{self._what}: {chosen.digest}")
+            document = image_spec.decode_manifest(
+                self._blob(chosen), chosen.media_type, f"{self._what}: {chosen.digest}"
+            )
             if isinstance(document, Manifest):
                 return document
             offered = document.manifests
@@ -144,7 +146,7 @@ class _Layout:
     def _blob(self, descriptor: Descriptor) -> bytes:
         """Return a small blob, checked."""
         data = _small(self._files, _blob_name(descriptor), self._what)
-        if (media.digest_of(data), len(data)) != (descriptor.digest, descriptor.size):
+        if (image_spec.digest_of(data), len(data)) != (descriptor.digest, descriptor.size):
             raise DigestError(f"{self._what}: the blob {descriptor.digest} is damaged")
         return data
 
@@ -156,11 +158,11 @@ def _blob_name(descriptor: Descriptor) -> bytes:
     return b"blobs/sha256/" + descriptor.digest.removeprefix("sha256:").encode()
 
 
-def _small(files: Files, name: bytes, what: str) -> bytes:
+def _small(files: LayoutFiles, name: bytes, what: str) -> bytes:
     """Return a document, whole."""
     try:
-        if files.size(name) > media.LARGEST_DOCUMENT:
-            raise DocumentError(f"{what}: {os.fsdecode(name)} is larger than {media.LARGEST_DOCUMENT >> 20} MiB")
+        if files.size(name) > image_spec.LARGEST_DOCUMENT:
+            raise DocumentError(f"{what}: {os.fsdecode(name)} is larger than {image_spec.LARGEST_DOCUMENT >> 20} MiB")
         read = files.stream(name)
         return b"".join(iter(lambda: read(1 << 20), b""))
     except ArchiveError as error:
@@ -171,7 +173,7 @@ def _paired(layers: Sequence[Descriptor], diff_ids: Sequence[str], what: str) ->
     if len(layers) != len(diff_ids):
         raise DocumentError(f"{what}: the image has {len(layers)} layers, its configuration speaks of {len(diff_ids)}")
     for each in layers:
-        if each.media_type not in media.LAYERS:
+        if each.media_type not in image_spec.LAYERS:
             raise DocumentError(f"{what}: a layer is of the unknown type {each.media_type[:120]!r}; this is no image")
     return tuple(zip(layers, diff_ids, strict=True))
 
@@ -193,7 +195,7 @@ def _named(descriptors: Sequence[Descriptor], reference: str | None, what: str) 
 
 def _names_of(descriptor: Descriptor) -> list[str]:
     annotations = descriptor.annotations or {}
-    return [annotations[key] for key in (media.REF_NAME, media.FULL_NAME) if annotations.get(key)]
+    return [annotations[key] for key in (image_spec.REF_NAME, image_spec.FULL_NAME) if annotations.get(key)]
 
 
 def _name_of(descriptor: Descriptor) -> str:
@@ -203,8 +205,8 @@ def _name_of(descriptor: Descriptor) -> str:
 # --- docker save ---------------------------------------------------------------------------------------------
 
 
-def _docker(files: Files, reference: str | None, what: str) -> Found:
-    saved = media.decode(_small(files, DOCKER_INDEX, what), tuple[DockerSaved, ...], f"{what}: its manifest.json")
+def _docker(files: LayoutFiles, reference: str | None, what: str) -> FoundImage:
+    saved = image_spec.decode(_small(files, DOCKER_INDEX, what), tuple[DockerSaved, ...], f"{what}: its manifest.json")
     chosen = _tagged(saved, reference, what)
     config = image.parse_config(_small(files, chosen.config.encode(), what), f"{what}: the image's configuration")
     names = chosen.layers or ()
@@ -216,10 +218,10 @@ def _docker(files: Files, reference: str | None, what: str) -> Found:
         LayerSource(_member_opener(files, name), None, diff_id)
         for name, diff_id in zip(names, config.rootfs.diff_ids, strict=True)
     )
-    return Found(config, layers, {})
+    return FoundImage(config, layers, {})
 
 
-def _member_opener(files: Files, name: str) -> Callable[[], Read]:
+def _member_opener(files: LayoutFiles, name: str) -> Callable[[], Read]:
     return lambda: files.stream(name.encode())
 
 

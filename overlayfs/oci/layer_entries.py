@@ -23,7 +23,7 @@ from overlayfs.format.xattrs import Mode
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.nodes import Dir, File, LowerFile, Node
 from overlayfs.fs.overlay import Overlay
-from overlayfs.oci.entry import Entry, Kind, shown
+from overlayfs.oci.tar_entry import Kind, TarEntry, shown
 from overlayfs.tree.dirfds import DirFds, default_capacity
 from overlayfs.tree.layer import Entry as LayerEntry
 from overlayfs.tree.layer import Layer, join
@@ -37,17 +37,17 @@ _KINDS = {
 _LOCAL = frozenset((b"security.selinux", b"system.nfs4_acl"))
 _MARKED = frozenset(xattrs.prefix(mode) + suffix for mode in Mode for suffix in (xattrs.REDIRECT, xattrs.METACOPY))
 
-Open = Callable[[], int]
+OpenData = Callable[[], int]
 
 
-class Item(NamedTuple):
+class EntryWithData(NamedTuple):
     """An entry and, for a file with data, the function that opens it for reading; the caller closes it."""
 
-    entry: Entry
-    open: Open | None = None
+    entry: TarEntry
+    open: OpenData | None = None
 
 
-_Walk = Iterator["Item | _Walk"]  # what is found, and the walks into what is found
+_Walk = Iterator["EntryWithData | _Walk"]  # what is found, and the walks into what is found
 
 
 class Losses:
@@ -67,34 +67,34 @@ class Losses:
 
 
 @contextmanager
-def layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Iterator[Iterator[Item]]:
+def layer_entries(tree: bytes, below: Sequence[bytes], losses: Losses) -> Iterator[Iterator[EntryWithData]]:
     """Give the entries of the layer at `tree`. `below`: the stack it was made on, top first, where its marks need one.
 
     The iterator must be used inside the context.
     """
     with ExitStack() as undo:
         if not below:
-            yield _Plain(tree, losses, undo).items()
+            yield _PlainLayer(tree, losses, undo).items()
         else:
-            yield _Resolved(tree, below, losses, undo).items()
+            yield _ResolvedLayer(tree, below, losses, undo).items()
 
 
 @contextmanager
-def merged_items(
+def merged_entries(
     stack: Sequence[bytes], losses: Losses, hidden: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[Iterator[Item]]:
+) -> Iterator[Iterator[EntryWithData]]:
     """Give the entries of the tree that a stack shows, top first; no deletions. Use it inside the context.
 
     `hidden`: directories, by (st_dev, st_ino), that are left out.
     """
     overlay = Overlay(StackConfig(lower=tuple(stack), hidden=hidden))
     try:
-        yield _Merged(overlay, losses).items()
+        yield _MergedTree(overlay, losses).items()
     finally:
         overlay.close()
 
 
-class _Where(NamedTuple):
+class _Location(NamedTuple):
     """Where a real object lies, and the names of its attributes as stored."""
 
     layer: Layer
@@ -103,26 +103,26 @@ class _Where(NamedTuple):
     attributes: list[bytes]
 
 
-def _where(layer: Layer, path: bytes, name: bytes) -> _Where:
+def _where(layer: Layer, path: bytes, name: bytes) -> _Location:
     dirfd = layer.dirfd(path)
-    return _Where(layer, dirfd, name, sysio.listxattr_at(dirfd, name))
+    return _Location(layer, dirfd, name, sysio.listxattr_at(dirfd, name))
 
 
-class _Describer:
+class _EntryBuilder:
     """Makes entries of real objects, and joins the names of hard-linked files."""
 
     def __init__(self, losses: Losses) -> None:
         self._losses = losses
         self._linked: dict[tuple[int, int], list[bytes | int]] = {}
 
-    def item(self, path: bytes, where: _Where, found: AnyStat, data: Open | None) -> Item | None:
+    def item(self, path: bytes, where: _Location, found: AnyStat, data: OpenData | None) -> EntryWithData | None:
         """Return the entry of an object; None for one that archives cannot hold."""
         kind = _KINDS.get(stat.S_IFMT(found.st_mode))
         if kind is None:
             self._losses.sockets += 1
             return None
         first = self._first_name(path, kind, found)
-        entry = Entry(
+        entry = TarEntry(
             path,
             kind,
             stat.S_IMODE(found.st_mode),
@@ -131,16 +131,16 @@ class _Describer:
             found.st_mtime_ns,
         )
         if first is not None:
-            return Item(entry._replace(kind=Kind.HARDLINK, target=first))
+            return EntryWithData(entry._replace(kind=Kind.HARDLINK, target=first))
         if where.attributes:
             entry = entry._replace(xattrs=self._xattrs(where))
         if kind is Kind.FILE:
-            return Item(entry._replace(size=found.st_size), data)
+            return EntryWithData(entry._replace(size=found.st_size), data)
         if kind is Kind.SYMLINK:
-            return Item(entry._replace(target=sysio.readlink_at(where.dirfd, where.name)))
+            return EntryWithData(entry._replace(target=sysio.readlink_at(where.dirfd, where.name)))
         if kind in (Kind.CHARACTER, Kind.BLOCK):
-            return Item(entry._replace(device=(os.major(found.st_rdev), os.minor(found.st_rdev))))
-        return Item(entry)
+            return EntryWithData(entry._replace(device=(os.major(found.st_rdev), os.minor(found.st_rdev))))
+        return EntryWithData(entry)
 
     def _first_name(self, path: bytes, kind: Kind, found: AnyStat) -> bytes | None:
         """Return the name under which a file was described before; only those with names to come are remembered."""
@@ -155,7 +155,7 @@ class _Describer:
             del self._linked[key]
         return None if left == found.st_nlink else first
 
-    def _xattrs(self, where: _Where) -> dict[bytes, bytes]:
+    def _xattrs(self, where: _Location) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
         for stored in where.attributes:
             attribute = _shown_name(stored, where.layer.override is not None)
@@ -194,17 +194,17 @@ def _held(layer: Layer, path: bytes) -> dict[bytes, LayerEntry]:
     return found
 
 
-def _deletions(path: bytes, held: Mapping[bytes, LayerEntry]) -> Iterator[Item]:
+def _deletions(path: bytes, held: Mapping[bytes, LayerEntry]) -> Iterator[EntryWithData]:
     for name, entry in held.items():
         if entry.kind is Held.WHITEOUT:
-            yield Item(Entry(join(path, whiteout.name_for(name)), Kind.FILE, 0))
+            yield EntryWithData(TarEntry(join(path, whiteout.name_for(name)), Kind.FILE, 0))
 
 
-def _opaque_mark(path: bytes) -> Item:
-    return Item(Entry(join(path, whiteout.OPAQUE_MARK), Kind.FILE, 0))
+def _opaque_mark(path: bytes) -> EntryWithData:
+    return EntryWithData(TarEntry(join(path, whiteout.OPAQUE_MARK), Kind.FILE, 0))
 
 
-class _Plain:
+class _PlainLayer:
     """A layer as it lies."""
 
     def __init__(self, tree: bytes, losses: Losses, undo: ExitStack) -> None:
@@ -214,9 +214,9 @@ class _Plain:
         undo.callback(dirfds.close)
         mode = Mode.TRUSTED if os.geteuid() == 0 else Mode.USER
         self._layer = Layer(0, root, dirfds, mode, lowest=False)
-        self._describer = _Describer(losses)
+        self._describer = _EntryBuilder(losses)
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Iterator[EntryWithData]:
         yield from self._item(b"", b"", self._layer.stat(b"", b""))
         cut = _has_any_opaque_root(self._layer)
         if cut:
@@ -226,12 +226,12 @@ class _Plain:
             found = next(pending[-1], None)
             if found is None:
                 pending.pop()
-            elif isinstance(found, Item):
+            elif isinstance(found, EntryWithData):
                 yield found
             else:
                 pending.append(self._inside(*found))
 
-    def _inside(self, path: bytes, cut: bool) -> Iterator[Item | tuple[bytes, bool]]:
+    def _inside(self, path: bytes, cut: bool) -> Iterator[EntryWithData | tuple[bytes, bool]]:
         """Yield the items of a directory, and after each directory in it the arguments of this method for that.
 
         `cut`: it is opaque, and so the deletions in it say nothing.
@@ -249,7 +249,7 @@ class _Plain:
                     yield _opaque_mark(join(path, name))
                 yield join(path, name), covers
 
-    def _item(self, path: bytes, name: bytes, found: AnyStat) -> Iterator[Item]:
+    def _item(self, path: bytes, name: bytes, found: AnyStat) -> Iterator[EntryWithData]:
         with _reading(join(path, name)):
             where = _where(self._layer, path, name)
             if not _MARKED.isdisjoint(where.attributes):
@@ -259,19 +259,19 @@ class _Plain:
             yield item
 
 
-class _Merged:
+class _MergedTree:
     """The tree that a read-only overlay shows."""
 
     def __init__(self, overlay: Overlay, losses: Losses) -> None:
         self.overlay = overlay
-        self._describer = _Describer(losses)
+        self._describer = _EntryBuilder(losses)
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Iterator[EntryWithData]:
         root = self.overlay.root
         yield from self.item(b"", root)
         yield from self.below(b"", root)
 
-    def below(self, path: bytes, node: Node) -> Iterator[Item]:
+    def below(self, path: bytes, node: Node) -> Iterator[EntryWithData]:
         """Yield all that is in a directory."""
         pending = [self._inside(path, node)]
         while pending:
@@ -292,14 +292,14 @@ class _Merged:
                 child = self.overlay.lookup(node, name)
             yield join(path, name), child
 
-    def item(self, path: bytes, node: Node) -> Iterator[Item]:
+    def item(self, path: bytes, node: Node) -> Iterator[EntryWithData]:
         """Yield the item of one node, none for what archives cannot hold."""
         with _reading(path):
             item = self._described(path, node)
         if item is not None:
             yield item
 
-    def _described(self, path: bytes, node: Node) -> Item | None:
+    def _described(self, path: bytes, node: Node) -> EntryWithData | None:
         if isinstance(node, Dir):
             layer, place = node.lower[0]
             return self._describer.item(path, _where(layer, place, b""), layer.stat(place, b""), None)
@@ -318,7 +318,7 @@ def _open(place: LowerFile, path: bytes) -> int:
         return place.layer.open_file(place.path, place.name)
 
 
-class _Resolved:
+class _ResolvedLayer:
     """A layer with redirects and metadata-only copies, seen over the stack that it was made on."""
 
     def __init__(self, tree: bytes, below: Sequence[bytes], losses: Losses, undo: ExitStack) -> None:
@@ -326,10 +326,10 @@ class _Resolved:
         undo.callback(self._view.close)
         self._beneath = Overlay(StackConfig(lower=tuple(below)))
         undo.callback(self._beneath.close)
-        self._merged = _Merged(self._view, losses)
+        self._merged = _MergedTree(self._view, losses)
         self._layer = self._view.root.lower[0].layer
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Iterator[EntryWithData]:
         root = self._view.root
         yield from self._merged.item(b"", root)
         cut = _has_any_opaque_root(self._layer)
@@ -340,7 +340,7 @@ class _Resolved:
             found = next(pending[-1], None)
             if found is None:
                 pending.pop()
-            elif isinstance(found, Item):
+            elif isinstance(found, EntryWithData):
                 yield found
             else:
                 pending.append(found)

@@ -12,20 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlayfs.oci import tarread, tarwrite
-from overlayfs.oci.entry import ArchiveError, Entry, Kind, inside, shown
-from overlayfs.oci.tarread import TarReader
+from overlayfs.oci import tar_reader, tar_writer
+from overlayfs.oci.tar_entry import ArchiveError, Kind, TarEntry, inside, shown
+from overlayfs.oci.tar_reader import TarReader
 from tests.oci import archives
 from tests.oci.archives import END, directory, file, header, pax
 
 
-def read(archive: bytes) -> list[tuple[Entry, bytes]]:
+def read(archive: bytes) -> list[tuple[TarEntry, bytes]]:
     """All entries with their data."""
     reader = TarReader(io.BytesIO(archive).read)
     return [(entry, b"".join(map(bytes, reader.pieces()))) for entry in reader]
 
 
-def entries(archive: bytes) -> list[Entry]:
+def entries(archive: bytes) -> list[TarEntry]:
     return [entry for entry, _ in read(archive)]
 
 
@@ -363,10 +363,10 @@ XATTRS = st.dictionaries(
 
 
 @st.composite
-def written_entries(draw: st.DrawFn) -> Entry:
+def written_entries(draw: st.DrawFn) -> TarEntry:
     kind = draw(KINDS)
     links = kind in (Kind.HARDLINK, Kind.SYMLINK)
-    return Entry(
+    return TarEntry(
         draw(NAMES),
         kind,
         draw(st.integers(0, 0o7777)),
@@ -384,8 +384,8 @@ def written_entries(draw: st.DrawFn) -> Entry:
 
 @settings(deadline=None)
 @given(st.lists(written_entries(), max_size=5))
-def test_reading_inverts_writing(made: list[Entry]) -> None:
-    archive = b"".join(tarwrite.header(e) + b"z" * e.size + tarwrite.padding(e.size) for e in made) + tarwrite.END
+def test_reading_inverts_writing(made: list[TarEntry]) -> None:
+    archive = b"".join(tar_writer.header(e) + b"z" * e.size + tar_writer.padding(e.size) for e in made) + tar_writer.END
     found = read(archive)
     assert [entry for entry, _ in found] == made
     assert [data for _, data in found] == [b"z" * entry.size for entry in made]
@@ -393,9 +393,9 @@ def test_reading_inverts_writing(made: list[Entry]) -> None:
 
 @settings(deadline=None)
 @given(st.lists(written_entries(), max_size=4))
-def test_the_standard_library_reads_what_we_write(made: list[Entry]) -> None:
+def test_the_standard_library_reads_what_we_write(made: list[TarEntry]) -> None:
     made = [entry for entry in made if abs(entry.mtime_ns) < 10**18]
-    archive = b"".join(tarwrite.header(e) + b"z" * e.size + tarwrite.padding(e.size) for e in made) + tarwrite.END
+    archive = b"".join(tar_writer.header(e) + b"z" * e.size + tar_writer.padding(e.size) for e in made) + tar_writer.END
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
         found = opened.getmembers()
     # The library strips slashes at the end and reads an unclean name of PAX as Latin-1; both are its own affair.
@@ -407,8 +407,8 @@ def test_the_standard_library_reads_what_we_write(made: list[Entry]) -> None:
 
 @pytest.mark.parametrize("size", [0, 5, 8**11 - 1, 8**11, 2**40])
 def test_a_header_that_comes_late_is_one_block(size: int) -> None:
-    block = tarwrite.file_header(b"blobs/x", size)
-    assert len(block) == tarread.BLOCK
+    block = tar_writer.file_header(b"blobs/x", size)
+    assert len(block) == tar_reader.BLOCK
     reader = TarReader(io.BytesIO(block).read)
     entry = reader.next()
     assert entry is not None
@@ -417,10 +417,10 @@ def test_a_header_that_comes_late_is_one_block(size: int) -> None:
 
 def test_gnu_tar_lists_what_we_write() -> None:
     made = [
-        Entry(b"d" * 90 + b"/" + b"n" * 90, Kind.FILE, size=3),
-        Entry("ä".encode(), Kind.DIRECTORY, mtime_ns=15 * 10**8),
+        TarEntry(b"d" * 90 + b"/" + b"n" * 90, Kind.FILE, size=3),
+        TarEntry("ä".encode(), Kind.DIRECTORY, mtime_ns=15 * 10**8),
     ]
-    archive = b"".join(tarwrite.header(e) + b"z" * e.size + tarwrite.padding(e.size) for e in made) + tarwrite.END
+    archive = b"".join(tar_writer.header(e) + b"z" * e.size + tar_writer.padding(e.size) for e in made) + tar_writer.END
     listed = subprocess.run(
         ["tar", "-tf", "-"], input=archive, capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}
     )

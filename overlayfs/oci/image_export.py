@@ -14,15 +14,15 @@ import msgspec
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci import image, media, tarwrite
-from overlayfs.oci.blobs import Items, LayerBlob, Notice, Sink, ignore, stream_blob, write_blob
+from overlayfs.oci import image, image_spec, tar_writer
+from overlayfs.oci.blobs import Entries, ImageProgress, LayerBlob, Notice, Sink, ignore, stream_blob, write_blob
 from overlayfs.oci.compression import Compression
-from overlayfs.oci.entry import Entry, Kind
-from overlayfs.oci.layertar import unpack_items
-from overlayfs.oci.media import Descriptor, DockerSaved, ImageConfig, Index, Manifest
-from overlayfs.oci.pack import Losses, merged_items
+from overlayfs.oci.image_spec import Descriptor, DockerSaved, ImageConfig, Index, Manifest
+from overlayfs.oci.layer_entries import Losses, merged_entries
+from overlayfs.oci.layer_tar import unpack_entries
 from overlayfs.oci.streams import PIECE, unnamed_file
-from overlayfs.oci.tarread import BLOCK
+from overlayfs.oci.tar_entry import Kind, TarEntry
+from overlayfs.oci.tar_reader import BLOCK
 from overlayfs.store import layout
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import ImageRecord
@@ -36,9 +36,6 @@ _BLOBS = b"blobs/sha256"
 
 Name = Callable[[LayerBlob], bytes]
 Write = Callable[[Sink], LayerBlob]
-
-Report = Callable[[int, int, int], None]
-"""Called with which layer is being written, of how many, and how many bytes of its tar there have been."""
 
 
 class Format(Enum):
@@ -57,11 +54,11 @@ _DIRECTORIES = frozenset((Format.OCI, Format.DIRECTORY))
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export. `compression` None: gzip in layouts, none elsewhere. `report` and `notice` are told things."""
+    """How to export. `compression` None: gzip in layouts, none elsewhere."""
 
     format: Format
     compression: Compression | None = None
-    report: Report | None = None
+    progress: ImageProgress | None = None
     notice: Notice = field(default=ignore)
 
     @property
@@ -70,10 +67,10 @@ class ExportOptions:
         usual = Compression.GZIP if self.format in _COMPRESSED else Compression.NONE
         return self.compression or usual
 
-    def progress(self, layer: int, layers: int) -> Callable[[int], None] | None:
+    def layer_progress(self, layer: int, layers: int) -> Callable[[int], None] | None:
         """Return what is told the bytes of one layer."""
-        report = self.report
-        return None if report is None else lambda done: report(layer, layers, done)
+        progress = self.progress
+        return None if progress is None else lambda done: progress(layer, layers, done)
 
 
 def export_image(store: LayerStore, name: str, destination: bytes, options: ExportOptions) -> None:
@@ -124,8 +121,8 @@ class _Export:
             self._write_layout(_DirectoryLayout(fd))
             return
         losses = Losses()
-        with merged_items(self._stack(), losses) as items:
-            unpacker = unpack_items(items, fd, self._options.progress(1, 1), merged=True)
+        with merged_entries(self._stack(), losses) as items:
+            unpacker = unpack_entries(items, fd, self._options.layer_progress(1, 1), merged=True)
         self._tell(losses.sentences() + unpacker.sentences())
 
     def _fill_file(self, target: "_Target") -> None:
@@ -151,11 +148,11 @@ class _Export:
     def _write_tar(self, sink: Sink) -> None:
         losses = Losses()
 
-        def items() -> Items:
-            with merged_items(self._stack(), losses) as found:
+        def items() -> Entries:
+            with merged_entries(self._stack(), losses) as found:
                 yield from found
 
-        stream_blob(items(), sink, self._options.packing, self._options.progress(1, 1))
+        stream_blob(items(), sink, self._options.packing, self._options.layer_progress(1, 1))
         self._tell(losses.sentences())
 
     def _write_layout(self, target: _Layout) -> None:
@@ -164,24 +161,24 @@ class _Export:
         config = self._config(blobs)
         manifest = Manifest(
             2,
-            self._put_blob(target, config, media.OCI_CONFIG),
+            self._put_blob(target, config, image_spec.OCI_CONFIG),
             tuple(blob.descriptor() for blob in blobs),
-            media.OCI_MANIFEST,
-            media.annotations_of(self._record.annotations),
+            image_spec.OCI_MANIFEST,
+            image_spec.annotations_of(self._record.annotations),
         )
-        found = self._put_blob(target, manifest, media.OCI_MANIFEST)
+        found = self._put_blob(target, manifest, image_spec.OCI_MANIFEST)
         tag = self._record.name.rpartition(":")[2]
         named = msgspec.structs.replace(
             found,
-            annotations={media.REF_NAME: tag, media.FULL_NAME: self._record.name},
+            annotations={image_spec.REF_NAME: tag, image_spec.FULL_NAME: self._record.name},
             platform=config.platform,
         )
-        target.put(b"index.json", media.encode(Index(2, (named,), media.OCI_INDEX)))
+        target.put(b"index.json", image_spec.encode(Index(2, (named,), image_spec.OCI_INDEX)))
 
     def _write_docker(self, target: _Layout) -> None:
         blobs = self._write_layers(target, b"", _docker_name)
-        data = media.encode(self._config(blobs))
-        config = _hex(media.digest_of(data)).decode() + ".json"
+        data = image_spec.encode(self._config(blobs))
+        config = _hex(image_spec.digest_of(data)).decode() + ".json"
         target.put(config.encode(), data)
         layers = tuple(_docker_name(blob).decode() for blob in blobs)
         target.put(b"manifest.json", msgspec.json.encode([DockerSaved(config, layers, (self._record.name,))]))
@@ -190,8 +187,8 @@ class _Export:
         return image.config_of(self._record, [blob.diff_id for blob in blobs])
 
     def _put_blob(self, target: _Layout, document: msgspec.Struct, media_type: str) -> Descriptor:
-        data = media.encode(document)
-        digest = media.digest_of(data)
+        data = image_spec.encode(document)
+        digest = image_spec.digest_of(data)
         target.put(join(_BLOBS, _hex(digest)), data)
         return Descriptor(media_type, digest, len(data))
 
@@ -205,7 +202,7 @@ class _Export:
 
     def _layer_writer(self, layer: Layer, number: int) -> Write:
         options = self._options
-        progress = options.progress(number, len(self._layers))
+        progress = options.layer_progress(number, len(self._layers))
         return lambda sink: write_blob(self._store, layer, sink, options.packing, progress, options.notice)
 
 
@@ -306,8 +303,8 @@ class _Archive:
         at = self._target.position
         self._target.write(bytes(BLOCK))
         blob = write(self._target.write)
-        self._target.write(tarwrite.padding(blob.size))
-        sysio.write_at(self._target.fd, at, tarwrite.file_header(join(folder, name(blob)), blob.size))
+        self._target.write(tar_writer.padding(blob.size))
+        sysio.write_at(self._target.fd, at, tar_writer.file_header(join(folder, name(blob)), blob.size))
         return blob
 
     def _spooled(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
@@ -316,10 +313,10 @@ class _Archive:
         try:
             blob = write(_Target(fd, seekable=True).write)
             self._make_way(folder)
-            self._target.write(tarwrite.file_header(join(folder, name(blob)), blob.size))
+            self._target.write(tar_writer.file_header(join(folder, name(blob)), blob.size))
             for at in range(0, blob.size, PIECE):
                 self._target.write(sysio.read_at(fd, at, min(PIECE, blob.size - at)))
-            self._target.write(tarwrite.padding(blob.size))
+            self._target.write(tar_writer.padding(blob.size))
         finally:
             sysio.close(fd)
         return blob
@@ -327,7 +324,7 @@ class _Archive:
     def put(self, name: bytes, data: bytes) -> None:
         """Put a document."""
         self._make_way(name.rpartition(b"/")[0])
-        self._target.write(tarwrite.file_header(name, len(data)) + data + tarwrite.padding(len(data)))
+        self._target.write(tar_writer.file_header(name, len(data)) + data + tar_writer.padding(len(data)))
 
     def _make_way(self, folder: bytes) -> None:
         path = b""
@@ -335,11 +332,11 @@ class _Archive:
             path = join(path, name)
             if path not in self._directories:
                 self._directories.add(path)
-                self._target.write(tarwrite.header(Entry(path, Kind.DIRECTORY)))
+                self._target.write(tar_writer.header(TarEntry(path, Kind.DIRECTORY)))
 
     def finish(self) -> None:
         """Write the end mark."""
-        self._target.write(tarwrite.END)
+        self._target.write(tar_writer.END)
 
 
 # --- places --------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from overlayfs.errors import UserError
-from overlayfs.oci.auth import Credential
-from overlayfs.oci.wire import Reply, Wire, host_of, origin, printable
+from overlayfs.oci.credentials import Credential
+from overlayfs.oci.http_client import HttpClient, Response, host_of, origin, printable
 
 CLIENT = "overlayfs"
 DEFAULT_LIFE = 60.0  # seconds that a token lives whose server does not say
@@ -42,11 +42,11 @@ class Token(NamedTuple):
     until: float
 
 
-class Login:
+class Authorizer:
     """The way into one registry, shared by threads; `find` is asked for a credential when one is first wanted."""
 
-    def __init__(self, wire: Wire, registry: str, find: Callable[[], Credential | None]) -> None:
-        self._wire = wire
+    def __init__(self, client: HttpClient, registry: str, find: Callable[[], Credential | None]) -> None:
+        self._client = client
         self._registry = registry
         self._find = find
         self._asked = False
@@ -66,7 +66,7 @@ class Login:
                 token = self._tokens[scopes] = self._fetch(self._challenge, scopes)
             return token.header
 
-    def answer(self, reply: Reply, sent: str | None, scopes: Scopes) -> None:
+    def answer(self, reply: Response, sent: str | None, scopes: Scopes) -> None:
         """Find what a 401 asks for, so that `header` gives it. Raises `UserError` if there is nothing else to send."""
         offered = list(challenges(reply.listed("WWW-Authenticate")))
         with self._lock:
@@ -111,16 +111,16 @@ class Login:
                 raise UserError(f"{host_of(realm)} gives no token for {self._registry} (status {reply.status})")
             return _token(reply.text(LARGEST_TOKEN), host_of(realm))
 
-    def _ask(self, realm: str, service: str, scopes: Scopes, credential: Credential | None) -> Reply:
+    def _ask(self, realm: str, service: str, scopes: Scopes, credential: Credential | None) -> Response:
         wanted = [("service", service)] if service else []
         if credential is not None and not credential.user:
             form = [*wanted, ("grant_type", "refresh_token"), ("client_id", CLIENT), ("scope", " ".join(scopes)),
                     ("refresh_token", credential.secret)]  # fmt: skip
             kind = {"Content-Type": "application/x-www-form-urlencoded"}
-            return self._wire.request("POST", realm, headers=kind, body=urllib.parse.urlencode(form).encode())
+            return self._client.request("POST", realm, headers=kind, body=urllib.parse.urlencode(form).encode())
         query = urllib.parse.urlencode([*wanted, *(("scope", scope) for scope in scopes)])
         joint = "&" if urllib.parse.urlsplit(realm).query else "?"
-        return self._wire.request("GET", f"{realm}{joint}{query}", secret=credential.basic if credential else None)
+        return self._client.request("GET", f"{realm}{joint}{query}", secret=credential.basic if credential else None)
 
     def _denied(self, realm: str, credential: Credential | None) -> str:
         if credential is None:

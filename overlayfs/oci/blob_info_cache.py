@@ -13,7 +13,7 @@ import msgspec
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.oci.media import Descriptor, check_digest
+from overlayfs.oci.image_spec import Descriptor, check_digest
 from overlayfs.store import layout, records
 from overlayfs.store.layers import layer_path
 from overlayfs.store.records import ImageRecord
@@ -22,7 +22,7 @@ from overlayfs.store.store import LayerStore
 MOST = 16  # places of a blob, blobs of a layer, images that end with it: the newest are kept
 
 
-class Blob(msgspec.Struct, frozen=True):
+class KnownBlob(msgspec.Struct, frozen=True):
     """A blob with the content of the layer, and the repositories (REGISTRY/REPO) it was seen in, the last one first.
 
     Its `diff_id` need not be that of our own tar of the layer: equal trees come out of different tars.
@@ -43,7 +43,7 @@ class Blob(msgspec.Struct, frozen=True):
         return Descriptor(self.media_type, self.digest, self.size)
 
 
-class Original(msgspec.Struct, frozen=True):
+class OriginalManifest(msgspec.Struct, frozen=True):
     """Manifest and configuration of an image as they came; `key` tells whether the image is still the same."""
 
     key: str
@@ -52,20 +52,20 @@ class Original(msgspec.Struct, frozen=True):
     config: bytes
 
 
-class Remote(msgspec.Struct, frozen=True):
+class LayerBlobs(msgspec.Struct, frozen=True):
     """All that is remembered with one layer; `originals` are of images whose top layer it is."""
 
-    blobs: tuple[Blob, ...] = ()
-    originals: tuple[Original, ...] = ()
+    blobs: tuple[KnownBlob, ...] = ()
+    originals: tuple[OriginalManifest, ...] = ()
 
 
-def read(store: LayerStore, layer_id: str) -> Remote:
+def read(store: LayerStore, layer_id: str) -> LayerBlobs:
     """Return what is remembered with a layer; nothing if that cannot be read."""
     with contextlib.suppress(OSError, UserError, msgspec.MsgspecError, UnicodeDecodeError):
         data = store.place.read(store.place.root, layer_path(layer_id) + b"/" + layout.REMOTE)
         if records.is_whole(data):
-            return msgspec.json.decode(data, type=Remote)
-    return Remote()
+            return msgspec.json.decode(data, type=LayerBlobs)
+    return LayerBlobs()
 
 
 def note_blob(store: LayerStore, layer_id: str, blob: Descriptor, diff_id: str, place: str) -> None:
@@ -73,9 +73,9 @@ def note_blob(store: LayerStore, layer_id: str, blob: Descriptor, diff_id: str, 
     known = read(store, layer_id)
     same = next((each for each in known.blobs if each.digest == blob.digest), None)
     places = dict.fromkeys((place, *(same.places if same else ())))
-    fresh = Blob(blob.digest, blob.size, blob.media_type, diff_id, tuple(places)[:MOST])
+    fresh = KnownBlob(blob.digest, blob.size, blob.media_type, diff_id, tuple(places)[:MOST])
     others = (each for each in known.blobs if each.digest != blob.digest)
-    _write(store, layer_id, Remote((fresh, *others)[:MOST], known.originals))
+    _write(store, layer_id, LayerBlobs((fresh, *others)[:MOST], known.originals))
 
 
 def note_original(store: LayerStore, record: ImageRecord, media_type: str, manifest: bytes, config: bytes) -> None:
@@ -83,12 +83,12 @@ def note_original(store: LayerStore, record: ImageRecord, media_type: str, manif
     if not record.layers:
         return
     known = read(store, record.layers[0])
-    fresh = Original(image_key(record), media_type, manifest, config)
+    fresh = OriginalManifest(image_key(record), media_type, manifest, config)
     others = (each for each in known.originals if each.key != fresh.key)
-    _write(store, record.layers[0], Remote(known.blobs, (fresh, *others)[:MOST]))
+    _write(store, record.layers[0], LayerBlobs(known.blobs, (fresh, *others)[:MOST]))
 
 
-def original_of(store: LayerStore, record: ImageRecord) -> Original | None:
+def original_of(store: LayerStore, record: ImageRecord) -> OriginalManifest | None:
     """Return how an image came, if it did and is still what it was then, under whatever name."""
     if not record.layers:
         return None
@@ -102,7 +102,7 @@ def image_key(record: ImageRecord) -> str:
     return hashlib.sha256(msgspec.json.encode(nameless, order="deterministic")).hexdigest()
 
 
-def _write(store: LayerStore, layer_id: str, known: Remote) -> None:
+def _write(store: LayerStore, layer_id: str, known: LayerBlobs) -> None:
     with contextlib.suppress(FileNotFoundError), store.place.adding():  # gone already: nothing to remember
         directory = store.place.open(layer_path(layer_id))
         try:

@@ -31,26 +31,26 @@ from urllib3.exceptions import (
 from overlayfs.errors import UserError
 from overlayfs.oci.reference import is_loopback
 
-CONNECT_LIMIT = 15.0  # seconds
-SILENCE_LIMIT = 60.0  # seconds without a byte
-REDIRECTS = 5
+CONNECT_TIMEOUT = 15.0  # seconds
+READ_TIMEOUT = 60.0  # seconds without a byte
+MAX_REDIRECTS = 5
 PIECE = 1 << 18  # bytes read at a time
 TEXT_LIMIT = 1 << 16  # bytes of an answer that is only looked at for its message
-PATIENCE = 300.0  # seconds; a server that asks for more is not waited for
-BUSY = {408, 429, 500, 502, 503, 504}
+MAX_RETRY_AFTER = 300.0  # seconds; a server that asks for more is not waited for
+RETRY_STATUSES = {408, 429, 500, 502, 503, 504}
 _ALWAYS = {"User-Agent": "overlayfs", "Accept-Encoding": "identity"}
-MOVED = {301, 302, 303, 307, 308}
+REDIRECT_STATUSES = {301, 302, 303, 307, 308}
 
 
-class BrokenError(Exception):
+class BrokenConnectionError(Exception):
     """The connection broke, or the answer is not whole; trying again may help."""
 
 
-class GivenUpError(Exception):
+class CancelledError(Exception):
     """Another thread has failed, or the user has interrupted: this work is no longer wanted."""
 
 
-class Pace:
+class RetryPolicy:
     """How often and when to try again; `stop` ends every wait, now and later."""
 
     def __init__(
@@ -90,7 +90,7 @@ class Pace:
     def check(self) -> None:
         """Raise `GivenUpError` after `stop`."""
         if self.stopped:
-            raise GivenUpError
+            raise CancelledError
 
 
 class Body(NamedTuple):
@@ -100,12 +100,12 @@ class Body(NamedTuple):
     pieces: Callable[[], Iterable[bytes]]
 
 
-class Reply:
+class Response:
     """An answer whose body has not been read; close it, or read it to its end."""
 
-    def __init__(self, response: urllib3.BaseHTTPResponse, url: str, wire: "Wire") -> None:
+    def __init__(self, response: urllib3.BaseHTTPResponse, url: str, client: "HttpClient") -> None:
         self._response = response
-        self._wire = wire
+        self._client = client
         self.url = url
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
@@ -118,11 +118,11 @@ class Reply:
         """Give the body piece by piece. Raises `BrokenError` where it ends too early."""
         try:
             while piece := self._response.read(PIECE, decode_content=False):
-                self._wire.pace.check()
+                self._client.retry.check()
                 yield piece
         except HTTPError as error:
-            self._wire.pace.check()
-            raise BrokenError(_reason(error)) from None
+            self._client.retry.check()
+            raise BrokenConnectionError(_reason(error)) from None
         finally:
             self.close()
 
@@ -138,25 +138,25 @@ class Reply:
 
     def close(self) -> None:
         """Let go of the connection; it serves again only if the body was read to its end."""
-        self._wire.forget(self)
+        self._client.forget(self)
         if getattr(self._response, "length_remaining", None) == 0:
             self._response.read()
         self._response.close()
 
 
-class Wire:
+class HttpClient:
     """Connections to any number of hosts, shared by threads."""
 
     def __init__(
-        self, *, plain_http: bool = False, ca: str | None = None, connections: int = 4, pace: Pace | None = None
+        self, *, plain_http: bool = False, ca: str | None = None, connections: int = 4, retry: RetryPolicy | None = None
     ) -> None:
-        self.pace = pace or Pace()
+        self.retry = retry or RetryPolicy()
         self.scheme = "http" if plain_http else "https"
         self._tls = _tls_context(ca)
         self._connections = connections
         self._managers: dict[str, urllib3.PoolManager] = {}
         self._connections_made: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._open: set[Reply] = set()
+        self._open: set[Response] = set()
         self._answered: set[str] = set()
         self._lock = threading.Lock()
 
@@ -169,49 +169,51 @@ class Wire:
         body: Body | bytes = b"",
         secret: str | None = None,
         again: bool = True,
-    ) -> Reply:
+    ) -> Response:
         """Return the answer to a request, whatever its status; GET and HEAD follow redirects.
 
         `secret` is the value of Authorization, for the host of `url` alone.  With `again` busy servers and broken
         connections are tried again, and a `UserError` is raised when that does not help; without, they are the
         caller's: a status that it must look at, or `BrokenError`.
         """
-        for attempt in range(self.pace.attempts):
-            self.pace.check()
-            last = attempt + 1 == self.pace.attempts
+        for attempt in range(self.retry.attempts):
+            self.retry.check()
+            last = attempt + 1 == self.retry.attempts
             try:
                 reply = self._follow(method, url, dict(headers or {}), body, secret)
-            except BrokenError as error:
+            except BrokenConnectionError as error:
                 if not again:
                     raise
                 if last or (isinstance(error, UnreachableError) and host_of(url) not in self._answered):
                     raise UserError(f"cannot reach {host_of(url)}: {error}") from None
-                self.pace.pause(attempt)
+                self.retry.pause(attempt)
                 continue
-            if reply.status not in BUSY or not again:
+            if reply.status not in RETRY_STATUSES or not again:
                 return reply
             asked = _asked_pause(reply)
             reply.close()
-            if last or asked > PATIENCE:
+            if last or asked > MAX_RETRY_AFTER:
                 raise UserError(_busy_sentence(reply, asked))
-            self.pace.pause(attempt, asked)
+            self.retry.pause(attempt, asked)
         raise AssertionError("the last attempt returns or raises")
 
-    def _follow(self, method: str, url: str, headers: dict[str, str], body: Body | bytes, secret: str | None) -> Reply:
+    def _follow(
+        self, method: str, url: str, headers: dict[str, str], body: Body | bytes, secret: str | None
+    ) -> Response:
         home = origin(url)
-        for _ in range(REDIRECTS + 1):
+        for _ in range(MAX_REDIRECTS + 1):
             sent = dict(headers)
             if secret is not None and origin(url) == home:
                 sent["Authorization"] = secret
             reply = self._send(method, url, sent, body)
             target = reply.headers.get("Location")
-            if method not in ("GET", "HEAD") or reply.status not in MOVED or target is None:
+            if method not in ("GET", "HEAD") or reply.status not in REDIRECT_STATUSES or target is None:
                 return reply
             reply.close()
             url = self.joined(url, target)
         raise UserError(f"{home.host} sends us from one address to the next without end")
 
-    def _send(self, method: str, url: str, headers: dict[str, str], body: Body | bytes) -> Reply:
+    def _send(self, method: str, url: str, headers: dict[str, str], body: Body | bytes) -> Response:
         self._allow(url)
         payload: bytes | Iterable[bytes] | None = body or None if isinstance(body, bytes) else body.pieces()
         if not isinstance(body, bytes):
@@ -223,21 +225,21 @@ class Wire:
             )  # fmt: skip
         except (HTTPError, OSError) as error:
             raise self._failure(url, error) from None
-        reply = Reply(response, url, self)
+        reply = Response(response, url, self)
         with self._lock:
             self._open.add(reply)
             self._answered.add(host_of(url))
         return reply
 
     def _failure(self, url: str, error: Exception) -> Exception:
-        self.pace.check()
+        self.retry.check()
         if isinstance(error, LocationParseError):
             return UserError(_no_address(url))
         if isinstance(error, SSLError):
             return UserError(_tls_sentence(host_of(url), error))
         if isinstance(error, (NameResolutionError, NewConnectionError)):
             return UnreachableError(_reason(error))
-        return BrokenError(_reason(error))
+        return BrokenConnectionError(_reason(error))
 
     def joined(self, url: str, target: str) -> str:
         """Return where a Location leads from `url`. Raises `UserError` where it may not lead."""
@@ -262,7 +264,7 @@ class Wire:
             return self._managers[proxy]
 
     def _new_manager(self, proxy: str) -> urllib3.PoolManager:
-        timeout = urllib3.Timeout(connect=CONNECT_LIMIT, read=SILENCE_LIMIT)
+        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT, read=READ_TIMEOUT)
         made: urllib3.PoolManager
         if proxy:
             made = urllib3.ProxyManager(proxy, ssl_context=self._tls, timeout=timeout, maxsize=self._connections)
@@ -274,16 +276,16 @@ class Wire:
     def _watch(self, connection: urllib3.connection.HTTPConnection) -> None:
         """Remember a new connection, so that `stop` can end what a thread waits for on it."""
         self._connections_made.add(connection)
-        self.pace.check()
+        self.retry.check()
 
-    def forget(self, reply: Reply) -> None:
+    def forget(self, reply: Response) -> None:
         """Take an answer off the list of those that `stop` ends."""
         with self._lock:
             self._open.discard(reply)
 
     def stop(self) -> None:
         """Make every thread that waits for a host, or for its turn, come back with `GivenUpError`."""
-        self.pace.stop()
+        self.retry.stop()
         for connection in tuple(self._connections_made):
             with contextlib.suppress(OSError, AttributeError):  # it may be closed already, and then has no socket
                 connection.sock.shutdown(socket.SHUT_RDWR)
@@ -302,7 +304,7 @@ class Wire:
         self.close()
 
 
-class UnreachableError(BrokenError):
+class UnreachableError(BrokenConnectionError):
     """There was no connection at all: no such host, or nobody listens."""
 
 
@@ -380,7 +382,7 @@ def _reason(error: Exception) -> str:
     return printable(str(seen).rpartition(">: ")[2]) or type(seen).__name__
 
 
-def _asked_pause(reply: Reply) -> float:
+def _asked_pause(reply: Response) -> float:
     """Retry-After (RFC 9110, 10.2.3): seconds, or a date."""
     text = reply.headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
@@ -391,7 +393,7 @@ def _asked_pause(reply: Reply) -> float:
         return 0.0
 
 
-def _busy_sentence(reply: Reply, asked: float) -> str:
+def _busy_sentence(reply: Response, asked: float) -> str:
     when = f" and asks for {asked:.0f} seconds of rest" if asked else ""
     return f"{host_of(reply.url)} is busy (status {reply.status}){when}; try again later"
 

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from overlayfs.oci.entry import ArchiveError, Entry, Extents, Kind, inside, shown
+from overlayfs.oci.tar_entry import ArchiveError, Extents, Kind, TarEntry, inside, shown
 
 BLOCK = 512
 LARGEST_HEADER = 8 << 20
@@ -38,16 +38,16 @@ _KINDS = {
 }  # fmt: skip
 
 Read = Callable[[int], bytes]
-Leap = Callable[[int], object]
+Skip = Callable[[int], object]
 """Moves a stream that can on by that many bytes, unread; the end of the file may be passed."""
 
 
-class Input:
+class InputStream:
     """A stream of bytes that counts; `read(n)` gives up to n bytes, ``b""`` at the end."""
 
-    def __init__(self, read: Read, leap: Leap | None = None) -> None:
+    def __init__(self, read: Read, skip: Skip | None = None) -> None:
         self._read = read
-        self._leap = leap
+        self._skip = skip
         self._chunk = memoryview(b"")
         self.position = 0
 
@@ -93,11 +93,11 @@ class Input:
 
     def skip(self, size: int) -> None:
         """Go past `size` bytes."""
-        if self._leap is not None and size > len(self._chunk):
+        if self._skip is not None and size > len(self._chunk):
             size -= len(self._chunk)
             self.position += len(self._chunk) + size
             self._chunk = memoryview(b"")
-            self._leap(size)
+            self._skip(size)
             return
         for _ in self.pieces(size):
             pass
@@ -108,7 +108,7 @@ class Input:
             pass
 
 
-class _Raw(NamedTuple):
+class _RawHeader(NamedTuple):
     """One header block, numbers decoded as far as every kind of entry needs them."""
 
     block: bytes
@@ -126,7 +126,7 @@ class _Raw(NamedTuple):
     prefix: bytes
 
 
-class _Told(NamedTuple):
+class _ExtendedHeaders(NamedTuple):
     """What extended headers have said of the entry that follows."""
 
     pax: dict[bytes, bytes]
@@ -141,8 +141,8 @@ class TarReader:
     stored: how many bytes of data the last entry has in the archive.
     """
 
-    def __init__(self, read: Read, leap: Leap | None = None) -> None:
-        self._input = Input(read, leap)
+    def __init__(self, read: Read, skip: Skip | None = None) -> None:
+        self._input = InputStream(read, skip)
         self._unread = 0
         self._padding = 0
         self.stored = 0
@@ -152,11 +152,11 @@ class TarReader:
         """How many bytes have been read."""
         return self._input.position
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[TarEntry]:
         while (entry := self.next()) is not None:
             yield entry
 
-    def next(self) -> Entry | None:
+    def next(self) -> TarEntry | None:
         """Return the next entry, None at the end of the archive."""
         self._finish_data()
         told, raw = self._headers()
@@ -187,7 +187,7 @@ class TarReader:
 
     # --- headers ---------------------------------------------------------------------------------------
 
-    def _headers(self) -> tuple[_Told, _Raw | None]:
+    def _headers(self) -> tuple[_ExtendedHeaders, _RawHeader | None]:
         pax: dict[bytes, bytes] = {}
         sparse: list[bytes] = []
         long_name = long_link = b""
@@ -196,7 +196,7 @@ class TarReader:
             if raw is None:
                 if pax or long_name or long_link:
                     raise ArchiveError("the archive ends after a header that announces another entry")
-                return _Told(pax, None, b"", b""), None
+                return _ExtendedHeaders(pax, None, b"", b""), None
             if raw.flag in b"xX":
                 pax, sparse = parse_pax(self._extended(raw))
             elif raw.flag == b"g":
@@ -206,10 +206,10 @@ class TarReader:
             elif raw.flag == b"K":
                 long_link = self._extended(raw).split(b"\0", 1)[0]
             else:
-                return _Told(pax, _sparse_pairs(sparse), long_name, long_link), raw
+                return _ExtendedHeaders(pax, _sparse_pairs(sparse), long_name, long_link), raw
         raise ArchiveError("the archive has too many extended headers before one entry")
 
-    def _next_raw(self) -> _Raw | None:
+    def _next_raw(self) -> _RawHeader | None:
         block = self._input.block()
         if not block:
             return None
@@ -221,11 +221,11 @@ class TarReader:
         _check_sum(block, fields[6])
         name, mode, uid, gid, size, mtime, _, flag, link, magic, _, _, major, minor, prefix, _ = fields
         name = _text(name)
-        return _Raw(
+        return _RawHeader(
             block, name, mode, uid, gid, _size(size, name), mtime, flag, _text(link), magic, major, minor, prefix
         )
 
-    def _extended(self, raw: _Raw) -> bytes:
+    def _extended(self, raw: _RawHeader) -> bytes:
         if raw.size > LARGEST_HEADER:
             raise ArchiveError(f"the entry {shown(raw.name)} has an extended header of {raw.size} bytes")
         data = self._input.exactly(raw.size)
@@ -234,14 +234,14 @@ class TarReader:
 
     # --- entries ---------------------------------------------------------------------------------------
 
-    def _entry(self, raw: _Raw, told: _Told) -> Entry:
+    def _entry(self, raw: _RawHeader, told: _ExtendedHeaders) -> TarEntry:
         pax = told.pax
         name = told.long_name or pax.get(b"GNU.sparse.name") or pax.get(b"path") or _whole_name(raw)
         kind = _kind(raw, name)
         path = _path(name, kind)
         size, extents = self._data(raw, told, kind, name)
         target = told.long_link or pax.get(b"linkpath") or raw.linkname
-        return Entry(
+        return TarEntry(
             path,
             kind,
             _number(raw.mode, b"mode", name) & 0o7777,
@@ -255,7 +255,7 @@ class TarReader:
             extents,
         )
 
-    def _data(self, raw: _Raw, told: _Told, kind: Kind, name: bytes) -> tuple[int, Extents | None]:
+    def _data(self, raw: _RawHeader, told: _ExtendedHeaders, kind: Kind, name: bytes) -> tuple[int, Extents | None]:
         if kind is not Kind.FILE:
             self._start_data(0)
             return 0, None
@@ -286,7 +286,7 @@ class TarReader:
             raise ArchiveError(f"the sparse file {shown(name)} has a map that does not fit its data")
         return size, tuple(extent for extent in extents if extent[1])
 
-    def _old_sparse(self, raw: _Raw, name: bytes) -> tuple[int, Extents]:
+    def _old_sparse(self, raw: _RawHeader, name: bytes) -> tuple[int, Extents]:
         found = list(_old_extents(raw.block[386:482], name))
         more = raw.block[482]
         while more:
@@ -408,7 +408,7 @@ def _pax_number(pax: dict[bytes, bytes], key: bytes, name: bytes) -> int | None:
     return value
 
 
-def _whole_name(raw: _Raw) -> bytes:
+def _whole_name(raw: _RawHeader) -> bytes:
     # GNU keeps times and a sparse map where ustar has the prefix; star keeps times in the last 24 bytes of it.
     if raw.magic[:6] != b"ustar\0":
         return raw.name
@@ -417,7 +417,7 @@ def _whole_name(raw: _Raw) -> bytes:
     return prefix + b"/" + raw.name if prefix else raw.name
 
 
-def _kind(raw: _Raw, name: bytes) -> Kind:
+def _kind(raw: _RawHeader, name: bytes) -> Kind:
     kind = _KINDS.get(raw.flag)
     if kind is None:
         raise ArchiveError(f"the entry {shown(name)} is of the unknown type {raw.flag!r}")
@@ -442,7 +442,7 @@ def _target(target: bytes, kind: Kind, name: bytes) -> bytes:
         raise ArchiveError(f"the hard link {shown(name)} leads out of the archive's root, to {shown(target)}") from None
 
 
-def _device(raw: _Raw, name: bytes) -> tuple[int, int]:
+def _device(raw: _RawHeader, name: bytes) -> tuple[int, int]:
     major, minor = _number(raw.major, b"device", name), _number(raw.minor, b"device", name)
     if not (0 <= major < 1 << 12 and 0 <= minor < 1 << 20):  # dev_t of the kernel
         raise ArchiveError(f"the device {shown(name)} has the impossible number {major}:{minor}")
