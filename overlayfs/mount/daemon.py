@@ -71,8 +71,10 @@ def build_engine(options: MountOptions, overlay: Overlay) -> Engine:
     """Return the engine that the options ask for; `auto` is the kernel engine wherever the kernel is new enough."""
     policy = caching(options.timeout, options.writeback)
     if options.engine == "pyfuse3" or (options.engine == "auto" and _kernel_version() < _OLDEST):
-        from overlayfs.fuse.pyfuse3.engine import Pyfuse3Engine
-
+        try:
+            from overlayfs.fuse.pyfuse3.engine import Pyfuse3Engine
+        except ModuleNotFoundError as error:
+            raise MountError(f"the engine pyfuse3 needs {error.name}: pip install 'overlayfs[pyfuse3]'") from None
         return Pyfuse3Engine(overlay, policy)
     from overlayfs.fuse.kernel.engine import KernelEngine
     from overlayfs.fuse.kernel.passthrough import Io

@@ -2,12 +2,15 @@
 
 import os
 import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount import control, life, table
+from overlayfs.fs.overlay import Overlay
+from overlayfs.mount import control, daemon, mounts, options, start
 from overlayfs_cli.main import COMMANDS
 from tests.cli.conftest import Run, program
 
@@ -117,7 +120,8 @@ def test_a_work_directory_that_cannot_be_made(overlayfs: Run, tmp_path: Path) ->
     upper = tmp_path / ("u" * 253)
     upper.mkdir()
     ended = overlayfs("mount", "--lower", "/a", "--upper", str(upper), "/m")
-    sentence = f"cannot create a work directory beside the upper: {upper}.work: File name too long; name one with --work"
+    where = f"{upper}.work: File name too long"
+    sentence = f"cannot create a work directory beside the upper: {where}; name one with --work"
     assert ended == (32, "", f"overlayfs: {sentence}\n")
 
 
@@ -131,7 +135,7 @@ def _raising(error: BaseException) -> object:
 def test_a_failed_mount_leaves_no_work_directory(
     overlayfs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(life, "mount", _raising(MountError("layer /a does not exist")))
+    monkeypatch.setattr(start, "mount", _raising(MountError("layer /a does not exist")))
     upper = tmp_path / "up"
     upper.mkdir()
     ended = overlayfs("mount", "--lower", "/a", "--upper", str(upper), "/m")
@@ -142,7 +146,7 @@ def test_a_failed_mount_leaves_no_work_directory(
 def test_a_failed_mount_leaves_a_work_directory_that_was_there(
     overlayfs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(life, "mount", _raising(MountError("no")))
+    monkeypatch.setattr(start, "mount", _raising(MountError("no")))
     (tmp_path / "up").mkdir()
     (tmp_path / "up.work").mkdir()
     overlayfs("mount", "--lower", "/a", "--upper", str(tmp_path / "up"), "/m")
@@ -155,19 +159,19 @@ def test_the_sentence_of_the_daemon_is_passed_on(overlayfs: Run, monkeypatch: py
 
 
 def test_an_error_of_the_system_is_a_sentence(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "mounts", _raising(OSError(13, "Permission denied", b"/proc/self/mountinfo")))
+    monkeypatch.setattr(mounts, "list_mounts", _raising(OSError(13, "Permission denied", b"/proc/self/mountinfo")))
     assert overlayfs("mounts") == (1, "", "overlayfs: /proc/self/mountinfo: Permission denied\n")
 
 
 def test_a_sentence_is_one_line_whatever_names_are_in_it(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     name = os.fsdecode(b"a\nb\x1b[31m\xff") + "\u202e"
-    monkeypatch.setattr(table, "mounts", _raising(OSError(5, "Input/output error", name)))
+    monkeypatch.setattr(mounts, "list_mounts", _raising(OSError(5, "Input/output error", name)))
     told = "a\\nb\\x1b[31m\\udcff\\u202e"
     assert overlayfs("mounts") == (1, "", f"overlayfs: {told}: Input/output error\n")
 
 
 def test_a_defect_is_a_sentence_too(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "mounts", _raising(KeyError("x")))
+    monkeypatch.setattr(mounts, "list_mounts", _raising(KeyError("x")))
     sentence = "unexpected KeyError: 'x' (a defect; OVERLAYFS_DEBUG=1 shows where)"
     assert overlayfs("mounts") == (1, "", f"overlayfs: {sentence}\n")
     monkeypatch.setenv("OVERLAYFS_DEBUG", "1")
@@ -176,7 +180,7 @@ def test_a_defect_is_a_sentence_too(overlayfs: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_interrupt_ends_the_line_and_is_130(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "mounts", _raising(KeyboardInterrupt()))
+    monkeypatch.setattr(mounts, "list_mounts", _raising(KeyboardInterrupt()))
     assert overlayfs("mounts") == (130, "", "\n")
 
 
@@ -186,3 +190,14 @@ def test_a_reader_that_has_gone_hears_no_traceback() -> None:
     done = subprocess.run([program("overlayfs"), "mounts", "--json"], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_an_engine_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "overlayfs.fuse.pyfuse3.engine", raising=False)
+    monkeypatch.setitem(sys.modules, "pyfuse3", None)
+    draft = options.Draft()
+    draft.read(os.fsencode(f"lowerdir={tmp_path},engine=pyfuse3"))
+    asked = draft.build()
+    missing = r"^the engine pyfuse3 needs pyfuse3: pip install 'overlayfs\[pyfuse3\]'$"
+    with closing(Overlay(asked.stack)) as overlay, pytest.raises(MountError, match=missing):
+        daemon.build_engine(asked, overlay)
