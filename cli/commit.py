@@ -18,7 +18,7 @@ _POLL = 0.1  # seconds between two looks at the hashing: the daemon answers at o
 
 if TYPE_CHECKING:
     from overlayfs import Store
-    from overlayfs.store.committing import Commit
+    from overlayfs.store.commit import CommitRequest
     from overlayfs.store.layers import Layer
 
 
@@ -185,7 +185,7 @@ def _commit_mount(mountpoint: bytes, target: bytes, quiet: bool) -> dict[str, ob
 
 def _commit_upper(source: _Source, place: bytes, quiet: bool) -> dict[str, object]:
     from overlayfs.fs.config import StackConfig
-    from overlayfs.store.commit import commit_unmounted
+    from overlayfs.store.copy_upper import commit_unmounted
 
     assert source.upper is not None
     scratch = contextlib.nullcontext(source.work) if source.work else default_workdir(source.upper)
@@ -226,10 +226,12 @@ def _is_of_image(mountpoint: bytes) -> bool:
 
 
 def _copy_or_take(source: _Source, wish: _Wish, quiet: bool) -> dict[str, object]:
-    from overlayfs.store.committing import Commit
+    from overlayfs.store.commit import CommitRequest
     from overlayfs.store.records import printable
 
-    words = Commit(image=wish.image, message=printable(wish.message), author=wish.author, allow_empty=wish.allow_empty)
+    words = CommitRequest(
+        image=wish.image, message=printable(wish.message), author=wish.author, allow_empty=wish.allow_empty
+    )
     with storage.opened(wish.store) as store:
         if source.upper is not None:
             made = _copy_into_store(store, source, words, quiet)
@@ -253,30 +255,30 @@ def _document(layer: "Layer", image: str | None) -> dict[str, object]:
     }
 
 
-def _commit_workspace(store: "Store", name: str, wish: "Commit", quiet: bool) -> "Layer":
+def _commit_workspace(store: "Store", name: str, wish: "CommitRequest", quiet: bool) -> "Layer":
     from overlayfs.mount import mounts
-    from overlayfs.store import committing
+    from overlayfs.store import commit
     from overlayfs.store.workspaces import WorkspaceInUseError
 
     try:
         with _no_mount_meant():
-            layer = committing.commit_workspace(store, name, wish)
+            layer = commit.commit_workspace(store, name, wish)
     except WorkspaceInUseError as error:
         raise mounts.name_workspace_holder(error) from None
     with progress.line(quiet) as show:
-        return committing.hash_layer(store, layer, _counted(show, "hashing"))
+        return commit.hash_layer(store, layer, _counted(show, "hashing"))
 
 
-def _copy_mount(store: "Store", mountpoint: bytes, wish: "Commit", quiet: bool) -> "Layer":
+def _copy_mount(store: "Store", mountpoint: bytes, wish: "CommitRequest", quiet: bool) -> "Layer":
     from overlayfs.mount import copies
 
     with progress.waiting("committing", quiet):
         return copies.commit_copy(store, mountpoint, wish)
 
 
-def _copy_into_store(store: "Store", source: _Source, wish: "Commit", quiet: bool) -> "Layer":
+def _copy_into_store(store: "Store", source: _Source, wish: "CommitRequest", quiet: bool) -> "Layer":
     from overlayfs.fs.config import StackConfig
-    from overlayfs.store import committing
+    from overlayfs.store import commit
 
     if wish.image is None:
         raise UsageError("an upper of your own needs -t IMAGE: nothing else would name its layer in the store")
@@ -285,7 +287,7 @@ def _copy_into_store(store: "Store", source: _Source, wish: "Commit", quiet: boo
     place = contextlib.nullcontext(source.work) if source.work else default_workdir(source.upper)
     with _no_mount_meant(), place as work, progress.line(quiet) as show:
         config = StackConfig(source.lower, source.upper, work)
-        return committing.commit_upper(store, config, below, wish, _counted(show, "copying"))
+        return commit.commit_upper(store, config, below, wish, _counted(show, "copying"))
 
 
 def _counted(show: progress.Show, doing: str) -> Callable[[int, int], None]:

@@ -60,13 +60,13 @@ class _Comparison:
 
     def changes(self, what: bytes, base: bytes | None, sizes: bool, tell: Callable[[int], None]) -> "list[Change]":
         """Return all changes, by path."""
-        from overlayfs.store import compare, trees
+        from overlayfs.store import compare, diff_operands
 
         mount = _mount_at(what)
         tree = self._tree(what, mount)
         if base is not None:
             return list(compare.compare(self._tree(base, _mount_at(base)), tree, tell))
-        below = trees.below(tree)
+        below = diff_operands.below(tree)
         if mount is None or mount.upper is None:
             return _without_root(compare.compare(below, tree, tell))
         told = _told_by(mount.mountpoint)
@@ -74,7 +74,7 @@ class _Comparison:
 
     def _tree(self, given: bytes, mount: "Mount | None") -> "Tree":
         from overlayfs.mount import mounts
-        from overlayfs.store import trees
+        from overlayfs.store import diff_operands
 
         if mount is not None:
             return self._tree_of_mount(mount)
@@ -82,19 +82,19 @@ class _Comparison:
             mounts.find(given)  # says that it is no mount
         name = os.fsdecode(given)
         opened = self._held.enter_context(storage.opened(self._store))
-        self._held.enter_context(trees.hold(opened, name))
+        self._held.enter_context(diff_operands.hold(opened, name))
         workspace = opened.find_workspace(name)
         if workspace is not None:
             _write_out(workspace.upper_path)
-        return trees.named(opened, name)
+        return diff_operands.named(opened, name)
 
     def _tree_of_mount(self, mount: "Mount") -> "Tree":
-        from overlayfs.store import trees
+        from overlayfs.store import diff_operands
 
         if mount.upper is None or mount.work is None:
-            return trees.plain_directories(mount.lower)
+            return diff_operands.plain_directories(mount.lower)
         _write_out(mount.upper)
-        return trees.over(mount.upper, mount.work, mount.lower)
+        return diff_operands.over(mount.upper, mount.work, mount.lower)
 
 
 def _mount_at(given: bytes) -> "Mount | None":

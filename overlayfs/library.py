@@ -146,10 +146,10 @@ class Store(LayerStore):
         `image` is put for the longer stack. `progress` is told entries and bytes of the hashing. UserError while the
         workspace is mounted, and when nothing was changed unless `allow_empty`.
         """
-        from overlayfs.store import committing
+        from overlayfs.store import commit
 
-        wish = committing.Commit(image=image, message=message, author=author, allow_empty=allow_empty)
-        return committing.hash_layer(self, committing.commit_workspace(self, name, wish), progress)
+        wish = commit.CommitRequest(image=image, message=message, author=author, allow_empty=allow_empty)
+        return commit.hash_layer(self, commit.commit_workspace(self, name, wish), progress)
 
     def commit_upper(
         self, config: "StackConfig", *, image: str, message: str = "", author: str = "", allow_empty: bool = False,
@@ -159,11 +159,11 @@ class Store(LayerStore):
 
         `config` names the upper, its work directory, and as layers trees of layers of this store.
         """
-        from overlayfs.store import committing
+        from overlayfs.store import commit
 
         below = [self.layer_of_tree(path) for path in config.lower]
-        wish = committing.Commit(image=image, message=message, author=author, allow_empty=allow_empty)
-        return committing.commit_upper(self, config, below, wish, progress)
+        wish = commit.CommitRequest(image=image, message=message, author=author, allow_empty=allow_empty)
+        return commit.commit_upper(self, config, below, wish, progress)
 
     def squash(
         self,
@@ -196,13 +196,13 @@ class Store(LayerStore):
         """
         from overlayfs.store import verify
 
-        return verify.verify(self.place, self._named(given), threads, progress)
+        return verify.verify(self.directory, self._named(given), threads, progress)
 
     def recorded_size(self, given: str | None = None) -> int:
         """Return how many bytes `verify` will read at most."""
         from overlayfs.store import verify
 
-        return verify.recorded_size(self.place, self._named(given))
+        return verify.recorded_size(self.directory, self._named(given))
 
     def repair(
         self,
@@ -248,8 +248,8 @@ class Store(LayerStore):
 
         Changes of a workspace count as they are on the disk. UserError for what is not there or cannot be read.
         """
-        from overlayfs.store import compare, trees
+        from overlayfs.store import compare, diff_operands
 
         names = [after] if before is None else [before, after]
-        with trees.hold(self, *names):
-            yield from compare.compare(*trees.pair(self, before, after))
+        with diff_operands.hold(self, *names):
+            yield from compare.compare(*diff_operands.pair(self, before, after))

@@ -11,8 +11,8 @@ import msgspec
 from overlayfs import sysio
 from overlayfs.errors import UsageError
 from overlayfs.mount import control, mounts
-from overlayfs.store import committing, layout
-from overlayfs.store.committing import Commit
+from overlayfs.store import commit, layout
+from overlayfs.store.commit import CommitRequest
 from overlayfs.store.layers import Layer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.store import LayerStore
@@ -21,7 +21,7 @@ _COPY = b"copy"
 _ROOT_ALONE = 1  # entries of a layer that changes nothing
 
 
-def commit_copy(store: LayerStore, mountpoint: bytes, wish: Commit) -> Layer:
+def commit_copy(store: LayerStore, mountpoint: bytes, wish: CommitRequest) -> Layer:
     """Copy the upper of a mount, held still meanwhile, into a layer over those of `store` that it is mounted over.
 
     Puts the image that is asked for. UserError when a layer of the mount is not the store's, or nothing was changed.
@@ -29,16 +29,16 @@ def commit_copy(store: LayerStore, mountpoint: bytes, wish: Commit) -> Layer:
     if wish.image is None:
         raise UsageError("a mount of directories needs -t IMAGE: nothing else would name its layer in the store")
     below = [store.layer_of_tree(path) for path in mounts.find(mountpoint).lower]
-    image = committing.on_top(wish.image, below, None, wish)
+    image = commit.on_top(wish.image, below, None, wish)
     with store.new_layer() as staged:
         copy = os.path.join(os.path.dirname(staged.tree_path), _COPY)
         made = control.request(mountpoint, "commit", destination=os.fsdecode(copy))
         if made["entries"] <= _ROOT_ALONE and not wish.allow_empty:
-            raise committing.NothingToCommitError("the mount")
+            raise commit.NothingToCommitError("the mount")
         os.rename(copy, staged.tree_path)  # over the empty directory that was made for it
         tree = os.open(staged.tree_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with Manifest.build(tree, place=store.place.rooms[layout.STAGING]) as manifest:
+            with Manifest.build(tree, temp_dir=store.directory.subdirectories[layout.STAGING]) as manifest:
                 layer = staged.publish(
                     manifest=manifest,
                     author=wish.author,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from overlayfs.errors import MountError, UsageError, UserError
 from overlayfs.mount import mounts
 from overlayfs.mount.options import ImageMount
-from overlayfs.store.locks import Hold
+from overlayfs.store.locks import HeldLock
 from overlayfs.store.store import LayerStore
 from overlayfs.store.workspaces import Claim, WorkspaceInUseError
 
@@ -108,7 +108,7 @@ def _found(store: LayerStore, claim: Claim) -> WorkspaceLease:
 def hold_image(image_mount: ImageMount) -> Iterator[None]:
     """Hold the workspace and the layers, in the daemon; at the end an ephemeral workspace goes."""
     with contextlib.ExitStack() as holds:
-        holds.enter_context(Hold(os.dup(image_mount.lock)))  # the same lock: the other descriptor of it is closed soon
+        holds.enter_context(HeldLock(os.dup(image_mount.lock)))  # the same lock: the other descriptor is closed soon
         with _opened(image_mount.store, create=False) as store:
             for layer_id in image_mount.layers:
                 holds.enter_context(_layer_held(store, layer_id, image_mount))
@@ -117,7 +117,7 @@ def hold_image(image_mount: ImageMount) -> Iterator[None]:
             _drop(image_mount)
 
 
-def _layer_held(store: LayerStore, layer_id: str, image_mount: ImageMount) -> Hold:
+def _layer_held(store: LayerStore, layer_id: str, image_mount: ImageMount) -> HeldLock:
     try:
         return store.layer(layer_id).hold()
     except OSError as error:

@@ -1,15 +1,15 @@
 """LiveCommits of a mounted image: the upper becomes a layer of the store, and the mount goes on with a fresh one.
 
-1. Dirty pages of the mount are written out, the adoption is prepared, the upper's file system is synced, and what only
-   the index of the work directory knows becomes names. All that while requests are served.
+1. Dirty pages of the mount are written out, the transaction is prepared, the upper's file system is synced, and what
+   only the index of the work directory knows becomes names. All that while requests are served.
 2. The gate closes, and one call on the loop changes the seats: one rename on the disk, a walk over the live nodes.
    Nothing in it waits for a disk to sync, whatever the upper's size. The gate opens.
 3. The file system is synced again, and the records follow; until then every fsync waits, so nothing that comes after
    the commit is durable before the commit is. From here on the layer is usable. It is hashed by another process.
 
 Killed before the rename: the mount as it was. Killed after it: whoever opens the store next finds the intent and lets
-the records follow (overlayfs.store.adoption). Where the disk fails in 3 the mount goes on, on its new upper, and the
-next commit begins with what is missing; fsync fails until then, unless the rename itself is durable.
+the records follow (overlayfs.store.commit_transaction). Where the disk fails in 3 the mount goes on, on its new upper,
+and the next commit begins with what is missing; fsync fails until then, unless the rename itself is durable.
 """
 
 import errno
@@ -30,9 +30,9 @@ from overlayfs.fs.durability import SyncBarrier
 from overlayfs.fs.rotate import Rotation
 from overlayfs.fuse.engine import Engine
 from overlayfs.mount.options import ImageMount
-from overlayfs.store import committing, hashing, layout
-from overlayfs.store.adoption import Adoption, NewLayer
-from overlayfs.store.committing import Commit
+from overlayfs.store import commit, hashing, layout
+from overlayfs.store.commit import CommitRequest
+from overlayfs.store.commit_transaction import CommitTransaction, NewLayer
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import ImageRecord
 from overlayfs.store.store import LayerStore
@@ -47,19 +47,19 @@ _CONSERVATIVE = ("metacopy", "redirect")  # what the layer may hold, until its m
 
 
 class Followed(Protocol):
-    """A hashing that has begun (`overlayfs.store.hashing.Hashing` is one)."""
+    """A hashing that has begun (`overlayfs.store.hashing.HashingProcess` is one)."""
 
-    def look(self) -> hashing.Hashed:
+    def look(self) -> hashing.HashingStatus:
         """Return how far it is; never waits."""
 
 
 class _Beginning:
     """A hashing whose process is being started, or could not be."""
 
-    def __init__(self, found: hashing.Hashed) -> None:
+    def __init__(self, found: hashing.HashingStatus) -> None:
         self._found = found
 
-    def look(self) -> hashing.Hashed:
+    def look(self) -> hashing.HashingStatus:
         """Return what is known."""
         return self._found
 
@@ -78,7 +78,7 @@ class CommitResult(NamedTuple):
 class LiveCommits:
     """All commits of one mounted image, one at a time."""
 
-    def __init__(self, engine: Engine, image_mount: ImageMount, hasher: Hasher = hashing.Hashing) -> None:
+    def __init__(self, engine: Engine, image_mount: ImageMount, hasher: Hasher = hashing.HashingProcess) -> None:
         self._engine = engine
         self._hasher = hasher
         self._overlay = engine.overlay
@@ -86,9 +86,9 @@ class LiveCommits:
         self._turn = trio.Lock()
         self._store: LayerStore | None = None  # keeps the new layers from gc as long as the daemon lives
         self._hashing: dict[str, Followed] = {}
-        self._unsettled: tuple[Adoption, SyncBarrier] | None = None
+        self._unsettled: tuple[CommitTransaction, SyncBarrier] | None = None
 
-    async def commit(self, wanted: Commit) -> CommitResult:
+    async def commit(self, wanted: CommitRequest) -> CommitResult:
         """Make a layer of what was acknowledged until now; UserError with a sentence when there is none to make.
 
         Dirty pages must have been written out.
@@ -96,13 +96,13 @@ class LiveCommits:
         async with self._turn:
             await self._catch_up()
             if not wanted.allow_empty and not self._overlay.is_changed:
-                raise committing.NothingToCommitError("the mount")
+                raise commit.NothingToCommitError("the mount")
             store = await self._opened()
             with _prompt_threads():
                 made, held = await self._carry_out(store, wanted)
             return CommitResult(made.id, None if wanted.image is None else layout.image_name(wanted.image), held)
 
-    def hashed(self, layer_id: str) -> hashing.Hashed:
+    def hashed(self, layer_id: str) -> hashing.HashingStatus:
         """Return how far the hashing of a layer is that was committed here."""
         found = self._hashing.get(layer_id)
         if found is None:
@@ -112,7 +112,7 @@ class LiveCommits:
     def close(self) -> None:
         """Let go of the store: the mount's own hold of its layers must be there no longer than the mount."""
         if self._unsettled is not None:
-            self._unsettled[0].let_go()
+            self._unsettled[0].release()
             self._unsettled = None
         if self._store is not None:
             self._store.close()
@@ -129,47 +129,47 @@ class LiveCommits:
             self._hashing[layer_id] = await self._engine.threads.run(self._hasher, store, layer_id)
         except (OSError, subprocess.SubprocessError) as error:
             log.error("layer %s is not hashed, for no process could be started: %s", layer_id, error)
-            self._hashing[layer_id] = _Beginning(hashing.Hashed("failed", told=str(error)))
+            self._hashing[layer_id] = _Beginning(hashing.HashingStatus("failed", told=str(error)))
 
     # --- one commit ------------------------------------------------------------------------------------
 
-    async def _carry_out(self, store: LayerStore, wanted: Commit) -> tuple[Layer, float]:
+    async def _carry_out(self, store: LayerStore, wanted: CommitRequest) -> tuple[Layer, float]:
         run = self._engine.threads.run
-        adoption, directory = await run(self._begin, store, wanted)
+        transaction, directory = await run(self._begin, store, wanted)
         try:
             await run(self._overlay.sync)
             # From the rename on the mount and the records belong together: an unmount waits for both.
             with trio.CancelScope(shield=True):
-                barrier, held = await self._switch(store, adoption, directory)
-                self._unsettled = adoption, barrier
+                barrier, held = await self._switch(store, transaction, directory)
+                self._unsettled = transaction, barrier
                 await self._catch_up()
         except BaseException:
-            if not adoption.is_taken:
-                await run(adoption.cancel)
+            if not transaction.is_committed:
+                await run(transaction.rollback)
             raise
         finally:
             sysio.close(directory)
-        return adoption.settle(), held
+        return transaction.finalize(), held
 
     async def _catch_up(self) -> None:
-        """Settle the adoption whose tree has moved, if there is one. Until it is lasting fsyncs wait, or fail."""
+        """Settle the transaction whose tree has moved, if there is one. Until it is lasting fsyncs wait, or fail."""
         if self._unsettled is None:
             return
-        adoption, barrier = self._unsettled
+        transaction, barrier = self._unsettled
         try:
-            await self._engine.threads.run(self._make_lasting, adoption)
+            await self._engine.threads.run(self._make_lasting, transaction)
         except BaseException as error:
             barrier.finish(error if isinstance(error, OSError) else oserror(errno.EIO))
-            if adoption.is_lasting:
+            if transaction.is_durable:
                 self._overlay.release_syncs(barrier)
             raise
         self._unsettled = None
         self._overlay.release_syncs(barrier)
-        self._hashing[adoption.id] = _Beginning(hashing.Hashed("hashing"))
-        trio.lowlevel.spawn_system_task(self._begin_hashing, self._lodging.store, adoption.id)
+        self._hashing[transaction.id] = _Beginning(hashing.HashingStatus("hashing"))
+        trio.lowlevel.spawn_system_task(self._begin_hashing, self._lodging.store, transaction.id)
 
-    def _begin(self, store: LayerStore, wanted: Commit) -> tuple[Adoption, int]:
-        """Prepare the adoption; return it with an open descriptor of the workspace. In a thread."""
+    def _begin(self, store: LayerStore, wanted: CommitRequest) -> tuple[CommitTransaction, int]:
+        """Prepare the transaction; return it with an open descriptor of the workspace. In a thread."""
         workspace = store.workspace(self._lodging.workspace)
         new = NewLayer(
             author=wanted.author,
@@ -179,11 +179,11 @@ class LiveCommits:
             workspace=workspace.name,
             image=self._image(store, workspace, wanted),
         )
-        adoption = store.begin_adoption(new, self._overlay.upper_root)
+        transaction = store.begin_commit(new, self._overlay.upper_root)
         try:
-            return adoption, self._keep_work(workspace)
+            return transaction, self._keep_work(workspace)
         except BaseException:
-            adoption.cancel()
+            transaction.rollback()
             raise
 
     @staticmethod
@@ -198,14 +198,16 @@ class LiveCommits:
         return directory
 
     @staticmethod
-    def _image(store: LayerStore, workspace: Workspace, wanted: Commit) -> ImageRecord | None:
+    def _image(store: LayerStore, workspace: Workspace, wanted: CommitRequest) -> ImageRecord | None:
         if wanted.image is None:
             return None
-        base = committing.base_of(store, workspace.record.image, workspace.record.layers)
-        return committing.on_top(wanted.image, store.stack_of_workspace(workspace), base, wanted)
+        base = commit.base_of(store, workspace.record.image, workspace.record.layers)
+        return commit.on_top(wanted.image, store.stack_of_workspace(workspace), base, wanted)
 
-    async def _switch(self, store: LayerStore, adoption: Adoption, directory: int) -> tuple[SyncBarrier, float]:
-        tree = os.path.join(store.path, layout.LAYERS, adoption.id.encode(), layout.TREE)
+    async def _switch(
+        self, store: LayerStore, transaction: CommitTransaction, directory: int
+    ) -> tuple[SyncBarrier, float]:
+        tree = os.path.join(store.path, layout.LAYERS, transaction.id.encode(), layout.TREE)
         rotation = self._overlay.rotation()
         for attempt in range(1, _ATTEMPTS + 1):
             await self._prepare(rotation)
@@ -217,7 +219,7 @@ class LiveCommits:
                     continue
                 barrier = self._overlay.hold_syncs()
                 try:
-                    rotation.rotate(adoption.next_upper, tree, lambda: adoption.take(directory, layout.UPPER))
+                    rotation.rotate(transaction.next_upper, tree, lambda: transaction.commit(directory, layout.UPPER))
                 except BaseException:
                     self._overlay.release_syncs(barrier)
                     raise
@@ -243,10 +245,10 @@ class LiveCommits:
                 "tell what it holds; close them, or mount with io=cached"
             )
 
-    def _make_lasting(self, adoption: Adoption) -> None:
+    def _make_lasting(self, transaction: CommitTransaction) -> None:
         """Sync, then let the workspace and the image follow. In a thread."""
         self._overlay.sync()
-        adoption.settle()
+        transaction.finalize()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from overlayfs.fuse.engine import Engine
 from overlayfs.mount import flush, runtime_state
 from overlayfs.mount.flush import prepare_flush
 from overlayfs.mount.runtime_state import Record
-from overlayfs.store.commit import commit_mounted, refuse_inside
+from overlayfs.store.copy_upper import commit_mounted, refuse_inside
 
 if TYPE_CHECKING:
     from overlayfs.mount.live_commit import LiveCommits  # a mount of plain directories does without the store
@@ -137,11 +137,11 @@ class Control:
         """Commit into the store; the answer comes as soon as the layer is usable."""
         if self._commits is None:
             raise UserError("this is a mount of plain directories: its layers are in no store; commit it with --to DIR")
-        from overlayfs.store.committing import Commit
+        from overlayfs.store.commit import CommitRequest
         from overlayfs.store.records import printable
 
         image = message.get("image")
-        wanted = Commit(
+        wanted = CommitRequest(
             image=None if image is None else str(image),
             message=printable(str(message.get("message", ""))),
             author=printable(str(message.get("author", ""))),

@@ -62,8 +62,8 @@ class LayerBlobs(msgspec.Struct, frozen=True):
 def read(store: LayerStore, layer_id: str) -> LayerBlobs:
     """Return what is remembered with a layer; nothing if that cannot be read."""
     with contextlib.suppress(OSError, UserError, msgspec.MsgspecError, UnicodeDecodeError):
-        data = store.place.read(store.place.root, layer_path(layer_id) + b"/" + layout.REMOTE)
-        if records.is_whole(data):
+        data = store.directory.read(layer_path(layer_id), layout.REMOTE)
+        if records.has_valid_checksum(data):
             return msgspec.json.decode(data, type=LayerBlobs)
     return LayerBlobs()
 
@@ -103,9 +103,9 @@ def image_key(record: ImageRecord) -> str:
 
 
 def _write(store: LayerStore, layer_id: str, known: LayerBlobs) -> None:
-    with contextlib.suppress(FileNotFoundError), store.place.adding():  # gone already: nothing to remember
-        directory = store.place.open(layer_path(layer_id))
+    with contextlib.suppress(FileNotFoundError), store.directory.lock_shared():  # gone already: nothing to remember
+        directory = store.directory.open(layer_path(layer_id))
         try:
-            store.place.write(directory, layout.REMOTE, records.sealed(msgspec.json.encode(known)))
+            store.directory.write(directory, layout.REMOTE, records.with_checksum(msgspec.json.encode(known)))
         finally:
             sysio.close(directory)

@@ -373,7 +373,7 @@ def _new_file(destination: bytes, store: LayerStore, undo: ExitStack) -> Iterato
     """Give a file that gets its name when all has gone well, or the pipe or device that has it."""
 
     def spool() -> int:
-        return unnamed_file(store.place.rooms[layout.STAGING])
+        return unnamed_file(store.directory.subdirectories[layout.STAGING])
 
     if destination == STANDARD_OUTPUT:
         yield _Target(1, seekable=False, spool=spool)

@@ -121,7 +121,7 @@ class _Import:
 
     def _spooled(self, read: Read, undo: ExitStack) -> int:
         """Return an unnamed file of the store with all of a stream that cannot be read twice."""
-        fd = unnamed_file(self._store.place.rooms[layout.STAGING])
+        fd = unnamed_file(self._store.directory.subdirectories[layout.STAGING])
         undo.callback(sysio.close, fd)
         at = 0
         while data := read(PIECE):

@@ -167,7 +167,7 @@ class _Puller:
     def _loaded(self, blob: Descriptor, diff_id: str, step: HistoryEntry) -> Layer:
         """Load a blob and make it a layer. Waits while another pull does just that, and then takes its layer."""
         self._tell(blob, "waiting", 0)
-        with staging.incoming(self._store.place, blob.digest, self._client.retry.rest) as file:
+        with staging.incoming(self._store.directory, blob.digest, self._client.retry.rest) as file:
             layer = self._present(diff_id)
             if layer is None:
                 report = functools.partial(self._tell, blob, "loading")

@@ -178,7 +178,7 @@ class _Pusher:
 
     def _fresh(self, layer: Layer) -> tuple[KnownBlob, str]:
         """Compress the layer into a file: its digest must be known to ask for it, and it may have to be sent twice."""
-        with staging.outgoing(self._store.place, layer.id, self._client.retry.rest) as file:
+        with staging.outgoing(self._store.directory, layer.id, self._client.retry.rest) as file:
             sysio.truncate_fd(file.fd, 0)
             made = write_blob(
                 self._store, layer, _writer(file.fd, self._client),

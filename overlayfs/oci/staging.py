@@ -12,7 +12,7 @@ from typing import Self
 
 from overlayfs import sysio
 from overlayfs.store import layout, locks
-from overlayfs.store.place import Place
+from overlayfs.store.store_directory import StoreDirectory
 
 DATA = b"data"
 POLL = 0.2  # seconds between two looks at a file that another process works on
@@ -24,7 +24,7 @@ Wait = Callable[[float], object]
 class StagedBlob:
     """A blob's file in the store, ours alone until `close`; `fd` is open for reading and writing."""
 
-    def __init__(self, place: Place, name: bytes, wait: Wait) -> None:
+    def __init__(self, place: StoreDirectory, name: bytes, wait: Wait) -> None:
         self._place = place
         self._name = name
         self._hold = self._held(wait)
@@ -37,19 +37,19 @@ class StagedBlob:
         finally:
             sysio.close(directory)
 
-    def _held(self, wait: Wait) -> locks.Hold:
+    def _held(self, wait: Wait) -> locks.HeldLock:
         while True:
             self._make()
             with contextlib.suppress(FileNotFoundError):  # gc or another pull took it away: make it again
-                hold = locks.hold(self._place.root, layout.STAGING + b"/" + self._name, shared=False)
+                hold = locks.try_hold(self._place.root, layout.STAGING + b"/" + self._name, shared=False)
                 if hold is not None:
                     return hold
                 wait(POLL)
 
     def _make(self) -> None:
         """Directory and lock file, under the store's lock: gc takes a directory without a lock at once."""
-        with self._place.adding():
-            staging = self._place.rooms[layout.STAGING]
+        with self._place.lock_shared():
+            staging = self._place.subdirectories[layout.STAGING]
             with contextlib.suppress(FileExistsError):
                 sysio.mkdir_at(staging, self._name, 0o700)
             directory = sysio.open_child(staging, self._name, os.O_RDONLY | os.O_DIRECTORY)
@@ -60,8 +60,8 @@ class StagedBlob:
 
     def discard(self) -> None:
         """Delete what is here; nobody needs it any more."""
-        with self._place.adding():
-            self._place.discard(layout.STAGING, self._name)
+        with self._place.lock_shared():
+            self._place.move_to_trash(layout.STAGING, self._name)
         self._place.empty_trash()
 
     def close(self) -> None:
@@ -76,11 +76,11 @@ class StagedBlob:
         self.close()
 
 
-def incoming(place: Place, digest: str, wait: Wait) -> StagedBlob:
+def incoming(place: StoreDirectory, digest: str, wait: Wait) -> StagedBlob:
     """Hold the file for a blob that comes from a registry."""
     return StagedBlob(place, b"blob-" + digest.removeprefix("sha256:").encode(), wait)
 
 
-def outgoing(place: Place, layer_id: str, wait: Wait) -> StagedBlob:
+def outgoing(place: StoreDirectory, layer_id: str, wait: Wait) -> StagedBlob:
     """Hold the file for the blob that a layer becomes."""
     return StagedBlob(place, b"push-" + layer_id.encode(), wait)

@@ -1,396 +1,174 @@
-"""Commit: the upper becomes a new layer directory, complete or not at all.
+"""Commits into the store of uppers that are not mounted.
 
-The layer is built in a directory beside its place, synced, and published by one rename. It holds what the upper holds,
-with two differences, so that it shows the same tree over the same lower layers without the work directory: copies of
-metadata get their data, and every name of a hard-linked file is there (the index, which joins names that were never
-lifted, is not part of a layer). Marks that only an upper has (`nlink`, `uuid`, `impure`) are left out.
+The upper of a workspace becomes the layer itself, by one rename, and the workspace gets a fresh one. Any other upper
+stays what it is: its layer is a copy. Either way the stack has the new layer on top, and an image may be put for it.
 """
 
-import os
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+
+import msgspec
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.format import xattrs
 from overlayfs.fs.config import StackConfig
-from overlayfs.fs.nodes import Dir, File
 from overlayfs.fs.overlay import Overlay
-from overlayfs.store.twins import Twins
-from overlayfs.tree.dirfds import DirFds, default_capacity
-from overlayfs.tree.layer import join
-from overlayfs.tree.staging import copy_data
-from overlayfs.tree.workdir import drop_inherited_acls, remove_tree
-
-_STAGING = b".overlayfs-commit-"
-_OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_UPPER_ONLY = frozenset(
-    xattrs.prefix(mode) + suffix
-    for mode in xattrs.Mode
-    for suffix in (xattrs.NLINK, xattrs.UUID, xattrs.IMPURE, xattrs.METACOPY)
-)
-_ORIGINS = frozenset(xattrs.prefix(mode) + xattrs.ORIGIN for mode in xattrs.Mode)
-_REDIRECTS = frozenset(xattrs.prefix(mode) + xattrs.REDIRECT for mode in xattrs.Mode)
+from overlayfs.store import layout, records
+from overlayfs.store.commit_transaction import NewLayer
+from overlayfs.store.copy_upper import copy_upper
+from overlayfs.store.layers import Layer
+from overlayfs.store.manifest import Manifest
+from overlayfs.store.records import History, ImageRecord
+from overlayfs.store.store import LayerStore
+from overlayfs.store.workspaces import Workspace
 
 Progress = Callable[[int, int], None]
+_BY = "overlayfs commit"
 
 
-class Committed(NamedTuple):
-    """What a commit made: the new directory, how many entries it holds, and how many bytes of file content."""
+class NothingToCommitError(UserError):
+    """The upper holds no change."""
 
-    destination: bytes
-    entries: int
-    size: int
+    def __init__(self, what: str) -> None:
+        super().__init__(f"there is nothing to commit: {what} has no changes; --allow-empty makes a layer all the same")
 
 
-def commit_unmounted(config: StackConfig, destination: bytes, progress: Progress | None = None) -> Committed:
-    """Make a layer from an upper that is not mounted, which stays as it is; MountError when it is mounted."""
-    overlay = Overlay(config)
+class CommitRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked of a commit: the image to put, if any, and what the records say."""
+
+    image: str | None = None
+    message: str = ""
+    author: str = ""
+    allow_empty: bool = False
+
+
+def commit_workspace(store: LayerStore, name: str, wish: CommitRequest) -> Layer:
+    """Make the upper of an unmounted workspace a layer, which lies on top of its stack from then on.
+
+    The layer is usable at once and its state "hashing": `hash_layer` comes next. WorkspaceInUseError while it is
+    mounted, NothingToCommitError when nothing was changed.
+    """
+    workspace = store.workspace(name)
+    with workspace.hold():
+        workspace = store.workspace(name)
+        below = store.stack_of_workspace(workspace)
+        if not _settle(workspace, below) and not wish.allow_empty:
+            raise NothingToCommitError(f"workspace {name}")
+        base = base_of(store, workspace.record.image, workspace.record.layers)
+        new = NewLayer(
+            author=wish.author,
+            message=wish.message,
+            below=workspace.record.layers,
+            workspace=name,
+            image=None if wish.image is None else on_top(wish.image, below, base, wish),
+        )
+        return store.commit_directory(workspace.upper_path, new)
+
+
+def _settle(workspace: Workspace, below: Sequence[Layer]) -> bool:
+    """Let the upper say all that only its work directory knew; return whether it changes anything."""
+    lower = tuple(layer.tree_path for layer in below)
+    overlay = Overlay(StackConfig(lower=lower, upper=workspace.upper_path, work=workspace.work_path))
     try:
-        return commit_mounted(overlay, destination, progress)
+        if not overlay.is_changed:
+            return False
+        for _ in overlay.rotation().prepare():
+            pass
+        return True
     finally:
         overlay.close()
 
 
-def refuse_inside(destination: bytes, mountpoint: bytes) -> None:
-    """UserError for a layer inside the mount whose upper it shall be made from: that would wait for itself.
+def commit_upper(
+    store: LayerStore,
+    config: StackConfig,
+    below: Sequence[Layer],
+    wish: CommitRequest,
+    progress: Progress | None = None,
+) -> Layer:
+    """Make a layer from a copy of an upper that is not mounted, over the layers `below`, whose trees `config` names.
 
-    Looks at both by their paths, so the mount is asked.
+    `progress` is told entries and bytes now and then. MountError when the upper is mounted.
     """
-    if _identity(mountpoint) in _ancestors(os.path.dirname(os.path.abspath(destination))):
-        raise UserError(f"{os.fsdecode(destination)} lies inside the mount itself; name a place outside")
-
-
-def commit_mounted(overlay: Overlay, destination: bytes, progress: Progress | None = None) -> Committed:
-    """Make a layer from the upper of an open overlay while nothing changes it. May run in a thread.
-
-    `progress` is told entries and bytes now and then. UserError with a sentence when the layer cannot be made. Of a
-    mount, ask `refuse_inside` first.
-    """
-    if overlay.read_only:
-        raise UserError("there is no upper to commit: the mount is read-only")
-    parent, name = os.path.split(os.path.abspath(destination))
-    _check_destination(overlay, parent, name, destination)
-    overlay.sync()
-    with ExitStack() as undo:
-        parent_fd = _open_parent(parent, undo)
-        staging = _claim_staging(parent_fd, name, destination, undo)
-        made = _fill(overlay, destination, staging, progress)
-        sysio.syncfs(staging)
-        _publish(parent_fd, name, destination)
-    return made
-
-
-def _check_destination(overlay: Overlay, parent: bytes, name: bytes, destination: bytes) -> None:
-    shown = os.fsdecode(destination)
-    if not name:
-        raise UserError(f"{shown} cannot become a layer: name a new directory")
-    if os.path.lexists(destination):
-        raise UserError(f"{shown} exists already; name a directory that does not")
-    if not overlay.identities().isdisjoint(_ancestors(parent)):
-        raise UserError(f"{shown} lies inside a directory that this stack is made of; name a place outside")
-
-
-def _ancestors(path: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (st_dev, st_ino) of a directory and of those that hold it, up to the root."""
-    path = os.path.realpath(path)
-    while os.path.isdir(path):
-        yield _identity(path)
-        if path == b"/":
-            return
-        path = os.path.dirname(path)
-
-
-def _identity(path: bytes) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
-
-
-def _open_parent(parent: bytes, undo: ExitStack) -> int:
+    image = None if wish.image is None else on_top(wish.image, below, None, wish)
+    overlay = Overlay(config)
     try:
-        fd = os.open(parent, _OPEN_DIR)
-    except OSError as error:
-        raise UserError(f"cannot make a layer in {os.fsdecode(parent)}: {error.strerror}") from error
-    undo.callback(sysio.close, fd)
-    return fd
-
-
-def _claim_staging(parent_fd: int, name: bytes, destination: bytes, undo: ExitStack) -> int:
-    """Make the staging directory anew and lock it; what a killed commit left is removed first."""
-    staging = _STAGING + name
-    if sysio.exists_at(parent_fd, staging):
-        _refuse_running(parent_fd, staging, destination)
-        remove_tree(parent_fd, staging)
-    sysio.mkdir_at(parent_fd, staging, 0o700)
-    undo.callback(lambda: remove_tree(parent_fd, staging) if sysio.exists_at(parent_fd, staging) else None)
-    fd = sysio.open_child(parent_fd, staging, os.O_RDONLY | os.O_DIRECTORY)
-    undo.callback(sysio.close, fd)
-    sysio.try_lock(fd)
-    return fd
-
-
-def _refuse_running(parent_fd: int, staging: bytes, destination: bytes) -> None:
-    fd = sysio.open_child(parent_fd, staging, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if not sysio.try_lock(fd):
-            raise UserError(f"another commit to {os.fsdecode(destination)} is running")
+        if not overlay.is_changed and not wish.allow_empty:
+            raise NothingToCommitError("the upper")
+        with store.new_layer() as staged:
+            copy_upper(overlay, staged.tree_fd, staged.tree_path, progress)
+            with Manifest.build(staged.tree_fd, temp_dir=store.directory.subdirectories[layout.STAGING]) as manifest:
+                layer = staged.publish(
+                    manifest=manifest,
+                    author=wish.author,
+                    message=wish.message,
+                    below=tuple(layer.id for layer in below),
+                )
     finally:
-        sysio.close(fd)
+        overlay.close()
+    if image is not None:
+        store.put_image(msgspec.structs.replace(image, layers=(layer.id, *image.layers)))
+    return layer
 
 
-def _publish(parent_fd: int, name: bytes, destination: bytes) -> None:
-    try:
-        sysio.rename_at(parent_fd, _STAGING + name, parent_fd, name, sysio.RENAME_NOREPLACE)
-    except FileExistsError as error:
-        raise UserError(f"{os.fsdecode(destination)} exists already; name a directory that does not") from error
-    sysio.fsync(parent_fd)
+def hash_layer(store: LayerStore, layer: Layer, progress: Progress | None = None) -> Layer:
+    """Work out the manifest of a layer whose state is "hashing"; returns the layer that images use from then on."""
+    with layer.hold():
+        tree = layer.tree_fd()
+        try:
+            with Manifest.build(
+                tree, progress=progress, temp_dir=store.directory.subdirectories[layout.STAGING]
+            ) as manifest:
+                return store.complete_layer(layer, manifest)
+        finally:
+            sysio.close(tree)
 
 
-def copy_upper(overlay: Overlay, target: int, shown: bytes, progress: Progress | None = None) -> Committed:
-    """Copy the upper of an open overlay, while nothing changes it, into the open, empty directory `target`.
+# --- the image ------------------------------------------------------------------------------------------------
 
-    The copy needs no work directory and no data of layers below. `shown` is what sentences call the target.
+
+def base_of(store: LayerStore, image: str, layers: tuple[str, ...]) -> ImageRecord | None:
+    """Return the image that a stack was begun from, None when its name is gone or stands for another stack by now."""
+    base = store.find_image(image)
+    return base if base is not None and layers[-len(base.layers) :] == base.layers else None
+
+
+def on_top(name: str, below: Sequence[Layer], base: ImageRecord | None, wish: CommitRequest) -> ImageRecord:
+    """Return an image of the layers `below`, top first, to be put with one more on top.
+
+    Configuration and platform are those of `base`; the history has a step for each layer, the new one included.
     """
-    if overlay.read_only:
-        raise UserError("there is no upper to commit: the mount is read-only")
-    overlay.sync()
-    return _fill(overlay, shown, target, progress)
+    created = records.now()
+    author = records.printable(wish.author)
+    step = History(created=created, author=author, created_by=_BY, comment=records.printable(wish.message))
+    made = ImageRecord(
+        name=layout.image_name(name),
+        layers=tuple(layer.id for layer in below),
+        created=created,
+        author=author,
+        history=(*_history(below, base), step),
+    )
+    if base is None:
+        return made
+    return msgspec.structs.replace(
+        made,
+        architecture=base.architecture,
+        os=base.os,
+        variant=base.variant,
+        config=base.config,
+        annotations=base.annotations,
+    )
 
 
-def _fill(overlay: Overlay, destination: bytes, staging: int, progress: Progress | None) -> Committed:
-    view = Overlay(overlay.view_config())
-    copier = _Copier(overlay, view, staging, progress)
-    try:
-        copier.copy_upper()
-        for path, node in Twins(overlay, view).missing(copier.linked):
-            with _named(path):
-                copier.add_twin(path, node)
-        copier.finish()
-        return Committed(destination, copier.entries, copier.size)
-    except OSError as error:
-        place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, bytes) and error.filename else ""
-        raise UserError(f"cannot commit to {os.fsdecode(destination)}: {error.strerror}{place}") from error
-    finally:
-        copier.close()
-        view.close()
+def _history(below: Sequence[Layer], base: ImageRecord | None) -> tuple[History, ...]:
+    """Return a step for each layer, oldest first: those that the base tells, and what the records of others say."""
+    told = () if base is None else base.history
+    if base is None or sum(not step.empty_layer for step in told) != len(base.layers):
+        told, rest = (), below
+    else:
+        rest = below[: len(below) - len(base.layers)]
+    return (*told, *(_step(layer) for layer in reversed(rest)))
 
 
-@contextmanager
-def _named(path: bytes) -> Iterator[None]:
-    """Within this context an error is that of an entry of the upper."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error
-
-
-class _Copier:
-    """Copies an upper into a staging directory. `linked`: the first name given to each upper inode of several names."""
-
-    def __init__(self, overlay: Overlay, view: Overlay, target: int, progress: Progress | None) -> None:
-        self._upper = overlay.upper_root
-        self._overlay = overlay
-        self._view = view
-        self._target = target
-        self._progress = progress
-        self._dirfds = DirFds(default_capacity())
-        self._directories: list[tuple[bytes, os.stat_result]] = []
-        self.linked: dict[tuple[int, int], list[bytes]] = {}
-        self.entries = 0
-        self.size = 0
-
-    # --- the upper -------------------------------------------------------------------------------------
-
-    def copy_upper(self) -> None:
-        """Copy all that the upper holds, whiteouts and marks included."""
-        self._dress_directory(b"", self._upper, self._target)
-        pending = [b""]
-        while pending:
-            pending.extend(self._copy_directory(pending.pop()))
-
-    def _copy_directory(self, path: bytes) -> Iterator[bytes]:
-        source, target = self._dirfds.get(self._upper, path), self._dirfds.get(self._target, path)
-        for name, _ in sysio.list_dir(source):
-            with _named(join(path, name)):
-                is_directory = self._copy_entry(source, target, path, name)
-            if is_directory:
-                yield join(path, name)
-
-    def _copy_entry(self, source: int, target: int, path: bytes, name: bytes) -> bool:
-        """Copy one entry; return whether it is a directory, whose entries are still to come."""
-        pin = sysio.open_child(source, name, os.O_PATH)
-        try:
-            found = sysio.stat_at(pin, b"")
-            if stat.S_ISDIR(found.st_mode):
-                sysio.mkdir_at(target, name, 0o700)
-                inside = sysio.open_child(target, name, os.O_PATH | os.O_DIRECTORY)
-                try:
-                    self._dress_directory(join(path, name), pin, inside)
-                finally:
-                    sysio.close(inside)
-                return True
-            self._copy_object(pin, found, target, join(path, name), name)
-            return False
-        finally:
-            sysio.close(pin)
-
-    def _dress_directory(self, path: bytes, pin: int, target: int) -> None:
-        found = sysio.stat_at(pin, b"")
-        self._copy_attributes(pin, found, target, b"", keep_redirect=True)
-        self._directories.append((path, found))
-        self._count(0)
-
-    def _copy_object(self, pin: int, found: os.stat_result, target: int, path: bytes, name: bytes) -> None:
-        key = (found.st_dev, found.st_ino)
-        is_whiteout = stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
-        if key in self.linked and not is_whiteout:
-            self._link(self.linked[key][0], target, name)
-        else:
-            self._make(pin, found, target, path, name)
-        if found.st_nlink > 1 and not is_whiteout:
-            self.linked.setdefault(key, []).append(path)
-
-    def _link(self, first: bytes, target: int, name: bytes) -> None:
-        directory, base = os.path.split(first)
-        source = sysio.open_beneath(self._target, directory, os.O_PATH | os.O_DIRECTORY)
-        try:
-            sysio.link_at(source, base, target, name)
-        finally:
-            sysio.close(source)
-        self._count(0)
-
-    def _make(self, pin: int, found: os.stat_result, target: int, path: bytes, name: bytes) -> None:
-        kind = stat.S_IFMT(found.st_mode)
-        if kind == stat.S_IFREG:
-            data = self._open_data(pin, path)
-            try:
-                self._make_file(data, target, name)
-            finally:
-                sysio.close(data)
-        elif kind == stat.S_IFLNK:
-            sysio.symlink_at(sysio.readlink_at(pin, b""), target, name)
-        else:
-            sysio.mknod_at(target, name, kind | 0o600, found.st_rdev)
-        self._copy_attributes(pin, found, target, name, keep_redirect=False)
-        sysio.utimens_at(target, name, found.st_atime_ns, found.st_mtime_ns)
-        self._count(found.st_size if kind == stat.S_IFREG else 0)
-
-    def _open_data(self, pin: int, path: bytes) -> int:
-        """Open what a file of the upper reads as: itself, or the lower file of a metadata-only copy."""
-        if self._is_metadata_only(pin):
-            node = self._node(path)
-            if node.data is not None:
-                return node.data.layer.open_file(node.data.path, node.data.name)
-        return sysio.open_child(pin, b"", os.O_RDONLY | os.O_NONBLOCK)
-
-    def _is_metadata_only(self, pin: int) -> bool:
-        prefixes = self._overlay.mark_prefixes()
-        return any(sysio.find_xattr(pin, b"", prefix + xattrs.METACOPY) is not None for prefix in prefixes)
-
-    def _node(self, path: bytes) -> File:
-        node = self._view.resolve(path)
-        assert isinstance(node, File)
-        return node
-
-    @staticmethod
-    def _make_file(data: int, target: int, name: bytes) -> None:
-        fd = sysio.open_child(target, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            copy_data(data, fd)
-        finally:
-            sysio.close(fd)
-
-    def _copy_attributes(self, pin: int, found: os.stat_result, target: int, name: bytes, keep_redirect: bool) -> None:
-        sysio.chown_at(target, name, found.st_uid, found.st_gid)
-        attributes = sysio.listxattr_at(pin, b"")
-        drop_inherited_acls(target, name, attributes)
-        for attribute in attributes:
-            if attribute in _UPPER_ONLY or (attribute in _REDIRECTS and not keep_redirect):
-                continue
-            sysio.setxattr_at(target, name, attribute, self._value(pin, attribute))
-        if not stat.S_ISLNK(found.st_mode):
-            sysio.chmod_at(target, name, stat.S_IMODE(found.st_mode))
-
-    def _value(self, pin: int, attribute: bytes) -> bytes:
-        # Of a chain of origins only the first says what number the file has had all along.
-        origin = self._overlay.lasting_origin(pin) if attribute in _ORIGINS else None
-        return sysio.getxattr_at(pin, b"", attribute) if origin is None else origin
-
-    # --- names that only the index joins -----------------------------------------------------------------
-
-    def add_twin(self, path: bytes, node: File) -> None:
-        """Give the layer a name that shows an upper file only through the index."""
-        directory, name = os.path.split(path)
-        self._make_parents(directory)
-        target = sysio.open_beneath(self._target, directory, os.O_PATH | os.O_DIRECTORY)
-        try:
-            found, pin = self._pin_indexed(node)
-            try:
-                key = (found.st_dev, found.st_ino)
-                if key in self.linked:
-                    self._link(self.linked[key][0], target, name)
-                else:
-                    self._make_indexed(pin, found, node, target, name)
-                self.linked.setdefault(key, []).append(path)
-            finally:
-                sysio.close(pin)
-        finally:
-            sysio.close(target)
-
-    def _pin_indexed(self, node: File) -> tuple[os.stat_result, int]:
-        pin = self._overlay.pin_indexed(node)
-        return sysio.stat_at(pin, b""), pin
-
-    def _make_indexed(self, pin: int, found: os.stat_result, node: File, target: int, name: bytes) -> None:
-        below = node.data or node.lower
-        assert below is not None
-        if not self._is_metadata_only(pin):
-            self._make(pin, found, target, b"", name)
-            return
-        data = below.layer.open_file(below.path, below.name)
-        try:
-            self._make_file(data, target, name)
-        finally:
-            sysio.close(data)
-        self._copy_attributes(pin, found, target, name, keep_redirect=False)
-        sysio.utimens_at(target, name, found.st_atime_ns, found.st_mtime_ns)
-        self._count(found.st_size)
-
-    def _make_parents(self, path: bytes) -> None:
-        made = b""
-        for name in filter(None, path.split(b"/")):
-            target = sysio.open_beneath(self._target, made, os.O_PATH | os.O_DIRECTORY)
-            try:
-                made = join(made, name)
-                if not sysio.exists_at(target, name):
-                    self._copy_parent(target, made, name)
-            finally:
-                sysio.close(target)
-
-    def _copy_parent(self, target: int, path: bytes, name: bytes) -> None:
-        """Make a directory that only layers below have, without their marks: it leads to them as they are."""
-        node = self._view.resolve(path)
-        assert isinstance(node, Dir)
-        self._overlay.copy_directory(self._view, node, target, name)
-        self._directories.append((path, sysio.stat_at(target, name)))
-        self._count(0)
-
-    # --- the end ---------------------------------------------------------------------------------------
-
-    def finish(self) -> None:
-        """Set the times of all directories, the deepest first: nothing is added to them any more."""
-        for path, found in reversed(self._directories):
-            fd = self._dirfds.get(self._target, path)
-            sysio.utimens_at(fd, b"", found.st_atime_ns, found.st_mtime_ns)
-
-    def close(self) -> None:
-        """Close the directories that are open."""
-        self._dirfds.close()
-
-    def _count(self, size: int) -> None:
-        self.entries += 1
-        self.size += size
-        if self._progress is not None and self.entries % 64 == 0:
-            self._progress(self.entries, self.size)
+def _step(layer: Layer) -> History:
+    record = layer.record
+    return History(created=record.created, author=record.author, comment=record.message)

@@ -16,7 +16,7 @@ from overlayfs.format import origin, xattrs
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.nodes import Dir, File, Key, Node
 from overlayfs.fs.overlay import Overlay
-from overlayfs.store.entries import travels
+from overlayfs.store.entries import is_portable
 from overlayfs.tree.layer import Layer, join
 
 ADDED, CHANGED, DELETED = "A", "C", "D"
@@ -233,14 +233,14 @@ class _Side:
         if entry is not None:
             return self._joined_details(node, entry)
         target = self.overlay.readlink(node) if node.kind == stat.S_IFLNK else b""
-        names = filter(travels, self.overlay.listxattr(node))
+        names = filter(is_portable, self.overlay.listxattr(node))
         return target, {name: self.overlay.getxattr(node, name) for name in names}
 
     def _joined_details(self, node: Node, entry: bytes) -> tuple[bytes, dict[bytes, bytes]]:
         assert self._index is not None
         target = sysio.readlink_at(self._index, entry) if node.kind == stat.S_IFLNK else b""
         stored = {name: xattrs.shown_name(name) for name in sysio.listxattr_at(self._index, entry)}
-        shown = {name: known for name, known in stored.items() if known is not None and travels(known)}
+        shown = {name: known for name, known in stored.items() if known is not None and is_portable(known)}
         return target, {known: sysio.getxattr_at(self._index, entry, name) for name, known in shown.items()}
 
     def open(self, node: Node) -> int:

@@ -53,7 +53,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     xxh3: str | None = None
 
 
-def travels(attribute: bytes) -> bool:
+def is_portable(attribute: bytes) -> bool:
     """Return whether an extended attribute is part of a layer wherever it lies."""
     return attribute not in _LOCAL and not attribute.startswith(_LOCAL_PREFIXES)
 

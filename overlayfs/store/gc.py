@@ -16,8 +16,8 @@ from overlayfs.errors import UserError
 from overlayfs.store import layout, locks, records
 from overlayfs.store.images import Images
 from overlayfs.store.layers import Layers
-from overlayfs.store.place import Place
 from overlayfs.store.records import Intent
+from overlayfs.store.store_directory import StoreDirectory
 from overlayfs.store.workspaces import Workspace, Workspaces
 from overlayfs.tree.layer import join
 
@@ -33,42 +33,44 @@ class Garbage(NamedTuple):
 class Collector:
     """Finds the garbage of one store and takes it away."""
 
-    def __init__(self, place: Place, layers: Layers, images: Images, workspaces: Workspaces) -> None:
-        self._place = place
+    def __init__(self, store_dir: StoreDirectory, layers: Layers, images: Images, workspaces: Workspaces) -> None:
+        self._store_dir = store_dir
         self._layers = layers
         self._images = images
         self._workspaces = workspaces
 
     def collect(self, dry_run: bool) -> list[Garbage]:
         """Return what goes, sorted, and let it go unless `dry_run`."""
-        sweep = _Sweep(self._place, dry_run)
-        with self._place.removing():
-            for name in self._place.names(layout.TRASH):
+        sweep = _Sweep(self._store_dir, dry_run)
+        with self._store_dir.lock_exclusively():
+            for name in self._store_dir.names(layout.TRASH):
                 sweep.note("trash", layout.TRASH, name)
             self._sweep_workspaces(sweep)
-            for name in self._place.names(layout.STAGING):  # files in it were left by the dead: we have the lock
+            for name in self._store_dir.names(layout.STAGING):  # files in it were left by the dead: we have the lock
                 sweep.take("staging", layout.STAGING, name)
             self._sweep_layers(sweep)
-        told = sorted(Garbage(each.kind, os.fsdecode(each.name), _size(self._place, each.path)) for each in sweep.found)
+        told = sorted(
+            Garbage(each.kind, os.fsdecode(each.name), _size(self._store_dir, each.path)) for each in sweep.found
+        )
         if not dry_run:
             self._layers.tidy_indexes()
-            self._place.empty_trash()
+            self._store_dir.empty_trash()
         return told
 
     def drop_ephemeral(self) -> None:
         """Take away the ephemeral workspaces whose mount is gone."""
         dropped = False
-        for name in self._place.names(layout.WORKSPACES):
+        for name in self._store_dir.names(layout.WORKSPACES):
             with contextlib.suppress(UserError, OSError):  # damaged, gone meanwhile, or not to be had now
                 workspace = self._workspaces.read(name)
                 if workspace is not None and workspace.record.ephemeral:
                     dropped |= self._drop(workspace)
         if dropped:
             with contextlib.suppress(OSError):
-                self._place.empty_trash()
+                self._store_dir.empty_trash()
 
     def _drop(self, workspace: Workspace) -> bool:
-        hold = workspace.hold()
+        hold = workspace.try_hold()
         if hold is None:
             return False
         with hold:
@@ -78,14 +80,14 @@ class Collector:
     # --- deciding --------------------------------------------------------------------------------------
 
     def _sweep_workspaces(self, sweep: "_Sweep") -> None:
-        for name in self._place.names(layout.WORKSPACES):
+        for name in self._store_dir.names(layout.WORKSPACES):
             workspace = self._workspaces.read(name)
             if workspace is None or workspace.record.ephemeral:
                 sweep.take("workspace", layout.WORKSPACES, name)
 
     def _sweep_layers(self, sweep: "_Sweep") -> None:
         referred = self._referred({each.name for each in sweep.found if each.kind == "workspace"})
-        for name in self._place.names(layout.LAYERS):
+        for name in self._store_dir.names(layout.LAYERS):
             if os.fsdecode(name) not in referred:
                 sweep.take("layer", layout.LAYERS, name)
 
@@ -102,10 +104,10 @@ class Collector:
         return found
 
     def _intents(self) -> Iterator[Intent]:
-        for name in self._place.names(layout.INTENTS):
+        for name in self._store_dir.names(layout.INTENTS):
             with contextlib.suppress(FileNotFoundError):
-                document = self._place.read(self._place.rooms[layout.INTENTS], name)
-                yield records.decode(document, Intent, self._place.shown(layout.INTENTS, name))
+                document = self._store_dir.read(layout.INTENTS, name)
+                yield records.decode(document, Intent, self._store_dir.display_path(layout.INTENTS, name))
 
 
 class _Found(NamedTuple):
@@ -117,8 +119,8 @@ class _Found(NamedTuple):
 class _Sweep:
     """Takes one thing after the other, each with its lock held for the moment of the rename."""
 
-    def __init__(self, place: Place, dry_run: bool) -> None:
-        self._place = place
+    def __init__(self, store_dir: StoreDirectory, dry_run: bool) -> None:
+        self._store_dir = store_dir
         self._dry_run = dry_run
         self.found: list[_Found] = []
 
@@ -129,7 +131,7 @@ class _Sweep:
     def take(self, kind: str, room: bytes, name: bytes) -> None:
         """Move something to the trash unless it is in use."""
         try:
-            hold = locks.hold(self._place.root, room + b"/" + name, shared=False)
+            hold = locks.try_hold(self._store_dir.root, room + b"/" + name, shared=False)
         except (FileNotFoundError, NotADirectoryError):
             with contextlib.suppress(FileNotFoundError):  # its maker has discarded it meanwhile
                 self._move(kind, room, name)  # no lock: its maker died before making one
@@ -139,17 +141,17 @@ class _Sweep:
                 self._move(kind, room, name)
 
     def _move(self, kind: str, room: bytes, name: bytes) -> None:
-        path = room + b"/" + name if self._dry_run else layout.TRASH + b"/" + self._place.discard(room, name)
+        path = room + b"/" + name if self._dry_run else layout.TRASH + b"/" + self._store_dir.move_to_trash(room, name)
         self.found.append(_Found(kind, name, path))
 
 
-def _size(place: Place, path: bytes) -> int:
+def _size(store_dir: StoreDirectory, path: bytes) -> int:
     """Return the bytes of the regular files at and below a path, hard links once; what vanishes counts nothing."""
     try:
-        fd = place.open(path, os.O_PATH)
+        fd = store_dir.open(path, os.O_PATH)
     except FileNotFoundError:
         return 0
-    with locks.Hold(fd):
+    with locks.HeldLock(fd):
         found = sysio.stat_at(fd, b"")
         return _size_below(fd) if stat.S_ISDIR(found.st_mode) else found.st_size
 
@@ -161,7 +163,7 @@ def _size_below(root: int) -> int:
     while pending:
         path = pending.pop()
         try:
-            with locks.Hold(sysio.open_beneath(root, path, os.O_PATH | os.O_DIRECTORY)) as directory:
+            with locks.HeldLock(sysio.open_beneath(root, path, os.O_PATH | os.O_DIRECTORY)) as directory:
                 for name, kind in sysio.list_dir(directory.fd):
                     if kind == stat.S_IFDIR:
                         pending.append(join(path, name))

@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.store import committing
-from overlayfs.store.committing import Progress
+from overlayfs.store import commit
+from overlayfs.store.commit import Progress
 from overlayfs.store.layers import Layer
 from overlayfs.store.store import LayerStore
 
 
-class Hashed(NamedTuple):
+class HashingStatus(NamedTuple):
     """How far a layer is: `state` is "hashing", "done" or "failed", `told` the digest or the reason."""
 
     state: str
@@ -32,13 +32,13 @@ class Hashed(NamedTuple):
     told: str = ""
 
 
-class Hashing:
+class HashingProcess:
     """A process that hashes one layer, seen from the one that began it."""
 
     def __init__(self, store: bytes, layer_id: str) -> None:
         self.layer_id = layer_id
         self._rest = b""
-        self._last = Hashed("hashing")
+        self._last = HashingStatus("hashing")
         self._fd, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             words = [*_nicely(), sys.executable, "-m", "overlayfs.store.hashing", os.fsdecode(store), layer_id]
@@ -50,7 +50,7 @@ class Hashing:
         finally:
             sysio.close(writing)
 
-    def look(self) -> Hashed:
+    def look(self) -> HashingStatus:
         """Return how far it is; never waits."""
         while self._fd >= 0:
             try:
@@ -68,15 +68,15 @@ class Hashing:
         sysio.close(self._fd)
         self._fd = -1
         if self._last.state == "hashing":
-            self._last = Hashed("failed", told="the process that hashed it has ended")
+            self._last = HashingStatus("failed", told="the process that hashed it has ended")
 
     def _take(self, words: list[str]) -> None:
         if words[0] != self.layer_id or len(words) < 3:
             return
         if words[1] in ("done", "failed"):
-            self._last = Hashed(words[1], self._last.entries, self._last.size, words[2])
+            self._last = HashingStatus(words[1], self._last.entries, self._last.size, words[2])
         else:
-            self._last = Hashed("hashing", int(words[1]), int(words[2]))
+            self._last = HashingStatus("hashing", int(words[1]), int(words[2]))
 
 
 def _nicely() -> tuple[str, ...]:
@@ -97,7 +97,7 @@ def hash_layer(store: LayerStore, layer: Layer, progress: Progress | None = None
         elif not sysio.try_lock(tree):
             return None
         found = store.layer(layer.id)
-        return committing.hash_layer(store, layer, progress) if found.record.state == "hashing" else found
+        return commit.hash_layer(store, layer, progress) if found.record.state == "hashing" else found
 
 
 def hash_unfinished(store: LayerStore, progress: Progress | None = None) -> None:

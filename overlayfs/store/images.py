@@ -8,20 +8,20 @@ from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.store import layout, records
 from overlayfs.store.layers import Layers
-from overlayfs.store.place import Place
 from overlayfs.store.records import ImageRecord
+from overlayfs.store.store_directory import StoreDirectory
 
 
 class Images:
     """All images of a store."""
 
-    def __init__(self, place: Place, layers: Layers) -> None:
-        self._place = place
+    def __init__(self, store_dir: StoreDirectory, layers: Layers) -> None:
+        self._store_dir = store_dir
         self._layers = layers
 
     def all(self) -> Iterator[ImageRecord]:
         """Yield every image, by name."""
-        found = map(self._read, self._place.names(layout.IMAGES))
+        found = map(self._read, self._store_dir.names(layout.IMAGES))
         return (record for record in found if record is not None)
 
     def get(self, name: str) -> ImageRecord | None:
@@ -37,17 +37,17 @@ class Images:
 
     def _read(self, file: bytes) -> ImageRecord | None:
         try:
-            document = self._place.read(self._place.rooms[layout.IMAGES], file)
+            document = self._store_dir.read(layout.IMAGES, file)
         except FileNotFoundError:
             return None
-        return records.decode(document, ImageRecord, self._place.shown(layout.IMAGES, file))
+        return records.decode(document, ImageRecord, self._store_dir.display_path(layout.IMAGES, file))
 
     def put(self, record: ImageRecord) -> ImageRecord:
         """Make a name stand for a stack, in one step; UserError when a layer is not in the store."""
-        with self._place.adding():
+        with self._store_dir.lock_shared():
             placed = self.put_locked(record)
         for layer_id in record.layers:
-            self._layers.forget(layer_id)
+            self._layers.unprotect(layer_id)
         return placed
 
     def put_locked(self, record: ImageRecord) -> ImageRecord:
@@ -56,12 +56,13 @@ class Images:
         for layer_id in record.layers:
             if self._layers.get(layer_id) is None:
                 raise UserError(f"layer {layer_id} is not in the store, so {name} cannot be made of it")
-        layers = tuple(map(self.standing_for, record.layers))
+        layers = tuple(map(self.canonical_id, record.layers))
         placed = msgspec.structs.replace(record, name=name, layers=layers)
-        self._place.write(self._place.rooms[layout.IMAGES], layout.file_name(name), records.encode(placed))
+        images = self._store_dir.subdirectories[layout.IMAGES]
+        self._store_dir.write(images, layout.file_name(name), records.encode(placed))
         return placed
 
-    def standing_for(self, layer_id: str) -> str:
+    def canonical_id(self, layer_id: str) -> str:
         """Return the id of the layer that images name for the content of this one."""
         layer = self._layers.get(layer_id)
         same = None if layer is None else layer.record.same_as
@@ -76,12 +77,12 @@ class Images:
 
     def tag(self, old: str, new: str) -> ImageRecord:
         """Give an image a second name; what that name stood for loses it."""
-        with self._place.adding():
+        with self._store_dir.lock_shared():
             return self.put_locked(msgspec.structs.replace(self.find(old), name=new))
 
     def remove(self, name: str) -> None:
         """Take a name away; the layers stay until gc. UserError if there is none."""
-        with self._place.removing():
+        with self._store_dir.lock_exclusively():
             record = self.find(name)
-            sysio.unlink_at(self._place.rooms[layout.IMAGES], layout.file_name(record.name))
-            sysio.fsync(self._place.rooms[layout.IMAGES])
+            sysio.unlink_at(self._store_dir.subdirectories[layout.IMAGES], layout.file_name(record.name))
+            sysio.fsync(self._store_dir.subdirectories[layout.IMAGES])

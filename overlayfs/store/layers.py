@@ -15,9 +15,9 @@ import msgspec
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.store import layout, locks, records
-from overlayfs.store.locks import Hold
-from overlayfs.store.place import Place
+from overlayfs.store.locks import HeldLock
 from overlayfs.store.records import LayerRecord
+from overlayfs.store.store_directory import StoreDirectory
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _PATIENCE = 10.0  # seconds that a reader waits for a repair to end
@@ -49,8 +49,8 @@ class Summary(Protocol):
 class Layer:
     """One layer of the store and its record as it was when it was looked up."""
 
-    def __init__(self, place: Place, record: LayerRecord) -> None:
-        self._place = place
+    def __init__(self, store_dir: StoreDirectory, record: LayerRecord) -> None:
+        self._store_dir = store_dir
         self.record = record
 
     @property
@@ -61,7 +61,7 @@ class Layer:
     @property
     def path(self) -> bytes:
         """Its directory, absolute."""
-        return os.path.join(self._place.path, layer_path(self.id))
+        return os.path.join(self._store_dir.path, layer_path(self.id))
 
     @property
     def tree_path(self) -> bytes:
@@ -70,23 +70,25 @@ class Layer:
 
     def tree_fd(self) -> int:
         """Open the root of the tree; the caller closes it. FileNotFoundError when the layer is gone."""
-        return self._place.open(layer_path(self.id) + b"/" + layout.TREE)
+        return self._store_dir.open(layer_path(self.id) + b"/" + layout.TREE)
 
     def manifest_fd(self) -> int:
         """Open the manifest for reading; the caller closes it. FileNotFoundError while there is none."""
-        return self._place.open(layer_path(self.id) + b"/" + layout.MANIFEST, os.O_RDONLY)
+        return self._store_dir.open(layer_path(self.id) + b"/" + layout.MANIFEST, os.O_RDONLY)
 
-    def hold(self) -> Hold:
+    def hold(self) -> HeldLock:
         """Keep the layer as it is until the hold is released: neither gc nor a repair touches it. UserError if gone."""
         return self._hold(shared=True)
 
-    def hold_alone(self) -> Hold:
+    def hold_exclusively(self) -> HeldLock:
         """Be the only one who uses the layer, to repair it; UserError when somebody else does."""
         return self._hold(shared=False)
 
-    def _hold(self, shared: bool) -> Hold:
+    def _hold(self, shared: bool) -> HeldLock:
         try:
-            hold = locks.hold(self._place.root, layer_path(self.id), shared=shared, wait=_PATIENCE if shared else 0.0)
+            hold = locks.try_hold(
+                self._store_dir.root, layer_path(self.id), shared=shared, wait=_PATIENCE if shared else 0.0
+            )
         except FileNotFoundError:
             raise UserError(f"layer {self.id} is not in the store any more") from None
         if hold is None:
@@ -111,31 +113,31 @@ def _index_places(record: LayerRecord) -> Iterator[tuple[bytes, bytes]]:
 class Layers:
     """All layers of a store. What is born or found by content here is kept from gc until `forget` or `close`."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self._kept: dict[str, Hold] = {}
+    def __init__(self, store_dir: StoreDirectory) -> None:
+        self.store_dir = store_dir
+        self._protected: dict[str, HeldLock] = {}
 
     def close(self) -> None:
         """Let go of all that is kept."""
-        for layer_id in tuple(self._kept):
-            self.forget(layer_id)
+        for layer_id in tuple(self._protected):
+            self.unprotect(layer_id)
 
-    def forget(self, layer_id: str) -> None:
+    def unprotect(self, layer_id: str) -> None:
         """Let go of one layer: something refers to it now, or nothing ever will."""
-        hold = self._kept.pop(layer_id, None)
+        hold = self._protected.pop(layer_id, None)
         if hold is not None:
             hold.release()
 
-    def retain(self, layer_id: str, hold: Hold) -> None:
+    def protect(self, layer_id: str, hold: HeldLock) -> None:
         """Keep a layer whose lock is held already."""
-        self.forget(layer_id)
-        self._kept[layer_id] = hold
+        self.unprotect(layer_id)
+        self._protected[layer_id] = hold
 
     # --- finding ---------------------------------------------------------------------------------------
 
     def ids(self) -> Iterator[str]:
         """Yield the ids of all directories in the layers' room, whole or not."""
-        return (name.decode() for name in self.place.names(layout.LAYERS) if layout.is_id(os.fsdecode(name)))
+        return (name.decode() for name in self.store_dir.names(layout.LAYERS) if layout.is_id(os.fsdecode(name)))
 
     def all(self) -> Iterator[Layer]:
         """Yield every layer that is there, by id."""
@@ -147,12 +149,14 @@ class Layers:
             return None  # a record may say anything
         path = layer_path(layer_id)
         try:
-            document = self.place.read(self.place.root, path + b"/" + layout.RECORD)
+            document = self.store_dir.read(path, layout.RECORD)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if not self.place.exists(path + b"/" + layout.TREE):
+        if not self.store_dir.exists(path + b"/" + layout.TREE):
             return None
-        return Layer(self.place, records.decode(document, LayerRecord, self.place.shown(path, layout.RECORD)))
+        return Layer(
+            self.store_dir, records.decode(document, LayerRecord, self.store_dir.display_path(path, layout.RECORD))
+        )
 
     def find(self, given: str) -> Layer:
         """Return the layer with an id or digest that begins so; UserError for none and for several."""
@@ -167,7 +171,7 @@ class Layers:
         if not start or not all(digit in "0123456789abcdef" for digit in start):
             return {}
         by_id = (self.get(each) for each in self.ids() if each.startswith(start))
-        digests = (name.decode() for name in self.place.names(layout.DIGESTS) if name.startswith(start.encode()))
+        digests = (name.decode() for name in self.store_dir.names(layout.DIGESTS) if name.startswith(start.encode()))
         by_digest = (layer for each in digests for layer in self._indexed(layout.DIGESTS, f"sha256:{each}"))
         return {layer.id: layer for layer in (*by_id, *by_digest) if layer is not None}
 
@@ -190,7 +194,7 @@ class Layers:
 
     def _index_lines(self, room: bytes, name: bytes | None) -> list[str]:
         try:
-            return [] if name is None else os.fsdecode(self.place.read(self.place.rooms[room], name)).split()
+            return [] if name is None else os.fsdecode(self.store_dir.read(room, name)).split()
         except FileNotFoundError:
             return []
 
@@ -200,15 +204,15 @@ class Layers:
 
     def _keep(self, layer: Layer) -> bool:
         """Hold a layer from now on; False when it is gone, or under repair and so does not count yet."""
-        if layer.id in self._kept:
+        if layer.id in self._protected:
             return True
         try:
-            hold = locks.hold(self.place.root, layer_path(layer.id), shared=True)
+            hold = locks.try_hold(self.store_dir.root, layer_path(layer.id), shared=True)
         except FileNotFoundError:
             return False
         if hold is None:
             return False
-        self.retain(layer.id, hold)
+        self.protect(layer.id, hold)
         return True
 
     def unfinished(self) -> Iterator[Layer]:
@@ -224,7 +228,7 @@ class Layers:
     @contextlib.contextmanager
     def publishing(self) -> Iterator[None]:
         """Be the only one who decides whether a layer is there already; nothing is taken away meanwhile."""
-        with self.place.adding(), locks.waiting(self.place.root, layout.DIGESTS, shared=False):
+        with self.store_dir.lock_shared(), locks.hold(self.store_dir.root, layout.DIGESTS, shared=False):
             yield
 
     def equal(self, digest: str | None, below: tuple[str, ...]) -> Layer | None:
@@ -237,12 +241,20 @@ class Layers:
         The indexes come first: an entry that no record bears out is not believed, a layer without one is not found.
         """
         self.index(record)
-        directory = self.place.open(layer_path(record.id))
+        directory = self.store_dir.open(layer_path(record.id))
         try:
-            self.place.write(directory, layout.RECORD, records.encode(record))
+            self.store_dir.write(directory, layout.RECORD, records.encode(record))
         finally:
             sysio.close(directory)
-        return Layer(self.place, record)
+        return Layer(self.store_dir, record)
+
+    def write_manifest(self, layer_id: str, manifest: Summary) -> None:
+        """Put the manifest of a layer in place, durably."""
+        directory = self.store_dir.open(layer_path(layer_id))
+        try:
+            write_manifest(directory, manifest)
+        finally:
+            sysio.close(directory)
 
     def index(self, record: LayerRecord) -> None:
         """Enter a layer into the indexes, unless another one stands for it."""
@@ -257,16 +269,16 @@ class Layers:
         with self.publishing():
             there = set(self.ids())
             for room in (layout.DIGESTS, layout.DIFFS):
-                for name in self.place.names(room):
+                for name in self.store_dir.names(room):
                     lines = self._index_lines(room, name)
                     left = [line for line in lines if line in there]
                     if not left:
-                        sysio.unlink_at(self.place.rooms[room], name)
+                        sysio.unlink_at(self.store_dir.subdirectories[room], name)
                     elif left != lines:
                         self._write_index(room, name, left)
 
     def _write_index(self, room: bytes, name: bytes, ids: list[str]) -> None:
-        self.place.write(self.place.rooms[room], name, "\n".join(ids).encode() + b"\n")
+        self.store_dir.write(self.store_dir.subdirectories[room], name, "\n".join(ids).encode() + b"\n")
 
     def note_diff_id(self, layer: Layer, diff_id: str) -> Layer:
         """Remember the sha256 of a layer's canonical tar, which somebody has worked out."""
@@ -280,16 +292,16 @@ class StagedLayer:
 
     def __init__(self, layers: Layers, layer_id: str) -> None:
         self._layers = layers
-        self._place = layers.place
+        self._store_dir = layers.store_dir
         self.id = layer_id
         self._name = layer_id.encode()
         self._published = False
         with contextlib.ExitStack() as failing:
-            with self._place.adding():
-                sysio.mkdir_at(self._place.rooms[layout.STAGING], self._name, 0o700)
-                self._directory = self._place.open(layout.STAGING + b"/" + self._name)
+            with self._store_dir.lock_shared():
+                sysio.mkdir_at(self._store_dir.subdirectories[layout.STAGING], self._name, 0o700)
+                self._directory = self._store_dir.open(layout.STAGING + b"/" + self._name)
                 failing.callback(sysio.close, self._directory)
-                self._hold = failing.enter_context(locks.make(self._directory, shared=True))
+                self._hold = failing.enter_context(locks.create(self._directory, shared=True))
             sysio.mkdir_at(self._directory, layout.TREE, 0o755)
             self.tree_fd = sysio.open_child(self._directory, layout.TREE, _DIRECTORY)
             failing.pop_all()
@@ -297,7 +309,7 @@ class StagedLayer:
     @property
     def tree_path(self) -> bytes:
         """The tree to fill, absolute."""
-        return os.path.join(self._place.path, layout.STAGING, self._name, layout.TREE)
+        return os.path.join(self._store_dir.path, layout.STAGING, self._name, layout.TREE)
 
     def __enter__(self) -> Self:
         return self
@@ -306,9 +318,9 @@ class StagedLayer:
         self._close()
         if not self._published:
             with self._hold, contextlib.suppress(OSError):  # what cannot go now goes with the next gc
-                self._place.discard(layout.STAGING, self._name)
+                self._store_dir.move_to_trash(layout.STAGING, self._name)
             with contextlib.suppress(OSError):
-                self._place.empty_trash()
+                self._store_dir.empty_trash()
 
     def _close(self) -> None:
         for fd in (self.tree_fd, self._directory):
@@ -359,14 +371,14 @@ class StagedLayer:
     def _appear(self, record: LayerRecord, manifest: Summary | None) -> Layer:
         if manifest is not None:
             write_manifest(self._directory, manifest)
-        self._place.write(self._directory, layout.RECORD, records.encode(record))
+        self._store_dir.write(self._directory, layout.RECORD, records.encode(record))
         self._layers.index(record)
-        rooms = self._place.rooms
+        rooms = self._store_dir.subdirectories
         sysio.rename_at(rooms[layout.STAGING], self._name, rooms[layout.LAYERS], self._name)
         self._published = True
-        self._layers.retain(self.id, self._hold)
+        self._layers.protect(self.id, self._hold)
         sysio.fsync(rooms[layout.LAYERS])
-        return Layer(self._place, record)
+        return Layer(self._store_dir, record)
 
 
 def write_manifest(directory: int, manifest: Summary) -> None:

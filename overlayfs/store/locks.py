@@ -20,7 +20,7 @@ from overlayfs.store import layout
 _POLL = 0.02  # seconds between two looks at a lock that is held: nothing tells when a flock becomes free in time
 
 
-class Hold:
+class HeldLock:
     """A lock that is held until `release`; also a context. `fd` carries the lock, and so does every duplicate of it."""
 
     def __init__(self, fd: int) -> None:
@@ -40,7 +40,7 @@ class Hold:
 
 
 @contextlib.contextmanager
-def waiting(dirfd: int, name: bytes, *, shared: bool) -> Iterator[None]:
+def hold(dirfd: int, name: bytes, *, shared: bool) -> Iterator[None]:
     """Hold the lock file `name`, which is never renamed, within the context; waits for it."""
     fd = sysio.open_child(dirfd, name, os.O_RDONLY)
     try:
@@ -50,14 +50,14 @@ def waiting(dirfd: int, name: bytes, *, shared: bool) -> Iterator[None]:
         sysio.close(fd)
 
 
-def make(dirfd: int, *, shared: bool) -> Hold:
+def create(dirfd: int, *, shared: bool) -> HeldLock:
     """Make the lock file in a directory that nobody else looks at yet, and hold it."""
     fd = sysio.open_child(dirfd, layout.LOCK, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
     sysio.wait_lock(fd, shared)
-    return Hold(fd)
+    return HeldLock(fd)
 
 
-def hold(dirfd: int, path: bytes, *, shared: bool, wait: float = 0.0) -> Hold | None:
+def try_hold(dirfd: int, path: bytes, *, shared: bool, wait: float = 0.0) -> HeldLock | None:
     """Hold the lock file `path`/lock; None if it stays taken for `wait` seconds. FileNotFoundError when it is gone."""
     until = time.monotonic() + wait
     place = path + b"/" + layout.LOCK
@@ -72,7 +72,7 @@ def hold(dirfd: int, path: bytes, *, shared: bool, wait: float = 0.0) -> Hold | 
     except OSError:
         sysio.close(fd)
         raise
-    return Hold(fd)
+    return HeldLock(fd)
 
 
 def _check_in_place(dirfd: int, place: bytes, fd: int) -> None:

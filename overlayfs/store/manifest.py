@@ -83,20 +83,20 @@ class Manifest:
 
     @classmethod
     def build(
-        cls, tree: int, threads: int | None = None, progress: Progress | None = None, place: int | None = None
+        cls, tree: int, threads: int | None = None, progress: Progress | None = None, temp_dir: int | None = None
     ) -> Self:
-        """Read the layer behind the descriptor `tree` and return its manifest, kept in the directory `place`.
+        """Read the layer behind the descriptor `tree` and return its manifest, kept in the directory `temp_dir`.
 
         `progress` is told entries and bytes now and then. OSError, with the path, where the layer cannot be read or
         changes meanwhile.
         """
         with contextlib.closing(scan.scan(tree, threads, progress)) as scanning:
-            return cls.of(map(scan.required, scanning), place)
+            return cls.of(map(scan.required, scanning), temp_dir)
 
     @classmethod
-    def of(cls, entries: Iterable[Entry], place: int | None = None) -> Self:
-        """Write entries, which come in order, to an unnamed file in the directory `place` (None: the system's)."""
-        fd = _unnamed(place)
+    def of(cls, entries: Iterable[Entry], temp_dir: int | None = None) -> Self:
+        """Write entries, which come in order, to an unnamed file in the directory `temp_dir` (None: the system's)."""
+        fd = _unnamed(temp_dir)
         try:
             return cls(fd, "the manifest", _write(fd, entries))
         except BaseException:
@@ -188,10 +188,10 @@ class Entries:
         return self._manifest.totals.entries
 
 
-def _unnamed(place: int | None) -> int:
-    if place is not None:
+def _unnamed(temp_dir: int | None) -> int:
+    if temp_dir is not None:
         with contextlib.suppress(OSError):  # a file system without O_TMPFILE
-            return sysio.open_child(place, b"", _UNNAMED, 0o600)
+            return sysio.open_child(temp_dir, b"", _UNNAMED, 0o600)
     with tempfile.TemporaryFile() as stream:
         return os.dup(stream.fileno())
 

@@ -93,18 +93,18 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     image: ImageRecord | None = None
 
 
-Kept = TypeVar("Kept", LayerRecord, ImageRecord, WorkspaceRecord, Intent)
+AnyRecord = TypeVar("AnyRecord", LayerRecord, ImageRecord, WorkspaceRecord, Intent)
 
 
 def encode(record: LayerRecord | ImageRecord | WorkspaceRecord | Intent) -> bytes:
     """Return the document of a record, ready to be a file; its last member is the check of all that stands before."""
-    return sealed(msgspec.json.encode(record))
+    return with_checksum(msgspec.json.encode(record))
 
 
-def decode(document: bytes, kind: type[Kept], where: str) -> Kept:
+def decode(document: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
     """Return the record in a document; UserError, which names `where`, for one that is damaged."""
     try:
-        if not is_whole(document):
+        if not has_valid_checksum(document):
             raise msgspec.DecodeError("its check does not fit")
         return msgspec.json.decode(document, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -114,18 +114,18 @@ def decode(document: bytes, kind: type[Kept], where: str) -> Kept:
 _CHECK = b',"check":"'
 
 
-def sealed(document: bytes) -> bytes:
+def with_checksum(document: bytes) -> bytes:
     """Return a JSON object, which is not empty, as a line that ends with its check."""
-    return _checked(document.removesuffix(b"}"))
+    return _append_checksum(document.removesuffix(b"}"))
 
 
-def _checked(members: bytes) -> bytes:
+def _append_checksum(members: bytes) -> bytes:
     return members + _CHECK + xxhash.xxh3_128_hexdigest(members).encode() + b'"}\n'
 
 
-def is_whole(line: bytes) -> bool:
+def has_valid_checksum(line: bytes) -> bool:
     """Return whether not a bit of what `sealed` has returned is another one: what is left may be good JSON."""
-    return line == _checked(line.rpartition(_CHECK)[0])
+    return line == _append_checksum(line.rpartition(_CHECK)[0])
 
 
 def now() -> str:

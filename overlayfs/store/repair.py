@@ -19,7 +19,7 @@ from typing import NamedTuple
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.store import layout, records, scan, verify
-from overlayfs.store.entries import Entry, Type, travels
+from overlayfs.store.entries import Entry, Type, is_portable
 from overlayfs.store.layers import Layer, Layers, layer_path, write_manifest
 from overlayfs.store.manifest import DamagedError, Manifest
 from overlayfs.store.records import ImageRecord, LayerRecord
@@ -67,7 +67,7 @@ def repair(store: LayerStore, problems: tuple[Problem, ...], sources: tuple[Laye
 
     What stays wrong, verification tells again. UserError when a layer is in use.
     """
-    layers = Layers(store.place)
+    layers = Layers(store.directory)
     for problem in problems:
         if not problem.layer and problem.kind == verify.RECORD:
             _restore_image(store, problem.path, sources)
@@ -94,7 +94,7 @@ def _restore_record(layers: Layers, layer_id: str) -> bool:
     Author, message and time of making are lost; the time of the manifest stands for the latter.
     """
     try:
-        fd = layers.place.open(layer_path(layer_id) + b"/" + layout.MANIFEST, os.O_RDONLY)
+        fd = layers.store_dir.open(layer_path(layer_id) + b"/" + layout.MANIFEST, os.O_RDONLY)
     except FileNotFoundError:
         return False
     changed = sysio.stat_at(fd, b"").st_mtime
@@ -122,13 +122,13 @@ def _restore_image(store: LayerStore, path: bytes, sources: tuple[LayerStore, ..
     for source in sources:
         with contextlib.suppress(FileNotFoundError, UserError):
             if path.startswith(layout.IMAGES + b"/"):
-                store.put_image(records.decode(source.place.read(source.place.root, path), ImageRecord, ""))
+                store.put_image(records.decode(source.directory.read(path), ImageRecord, ""))
                 return
 
 
 def _forget_registries(layers: Layers, layer_id: str) -> None:
     """Remove what is remembered of registries: it is found out again."""
-    directory = layers.place.open(layer_path(layer_id))
+    directory = layers.store_dir.open(layer_path(layer_id))
     try:
         sysio.unlink_at(directory, layout.REMOTE)
     finally:
@@ -138,14 +138,14 @@ def _forget_registries(layers: Layers, layer_id: str) -> None:
 def _index_lines(layers: Layers, digest: str) -> list[str]:
     name = layout.digest_file(digest)
     try:
-        return [] if name is None else os.fsdecode(layers.place.read(layers.place.rooms[layout.DIGESTS], name)).split()
+        return [] if name is None else os.fsdecode(layers.store_dir.read(layout.DIGESTS, name)).split()
     except FileNotFoundError:
         return []
 
 
 def _below(layers: Layers, layer_id: str) -> tuple[str, ...]:
     """Return the layers that an image has under this one."""
-    for name in verify.image_records(layers.place):
+    for name in verify.image_records(layers.store_dir):
         if layer_id in name.layers:
             return name.layers[name.layers.index(layer_id) + 1 :]
     return ()
@@ -188,7 +188,7 @@ class _LayerRepair:
     def run(self) -> None:
         """Put right all that can be."""
         with ExitStack() as held:
-            held.enter_context(self._layer.hold_alone())
+            held.enter_context(self._layer.hold_exclusively())
             self._tree = self._opened(self._layer.tree_path, held)
             self._home = self._opened(self._layer.path, held)
             # What a killed repair leaves in the staging place is garbage like a layer that nobody finished.
@@ -407,7 +407,7 @@ def _dress(dirfd: int, name: bytes, entry: Entry) -> None:
         sysio.chown_at(dirfd, name, entry.uid, entry.gid)
     wanted = dict(entry.xattrs)
     for attribute in sysio.listxattr_at(dirfd, name):
-        if travels(attribute) and attribute not in wanted:
+        if is_portable(attribute) and attribute not in wanted:
             sysio.removexattr_at(dirfd, name, attribute)
     for attribute, value in wanted.items():  # after the owner: chown(2) takes capabilities away
         sysio.setxattr_at(dirfd, name, attribute, value)

@@ -18,7 +18,7 @@ import xxhash
 
 from overlayfs import sysio
 from overlayfs.format import whiteout
-from overlayfs.store.entries import Entry, Type, is_metadata_only, travels
+from overlayfs.store.entries import Entry, Type, is_metadata_only, is_portable
 from overlayfs.tree.dirfds import SPARE, DirFds
 from overlayfs.tree.layer import join
 
@@ -298,7 +298,7 @@ def _xattrs(dirfd: int, name: bytes) -> tuple[tuple[bytes, bytes], ...]:
     names = sysio.listxattr_at(dirfd, name)
     if not names:
         return ()
-    return tuple((each, sysio.getxattr_at(dirfd, name, each)) for each in sorted(names) if travels(each))
+    return tuple((each, sysio.getxattr_at(dirfd, name, each)) for each in sorted(names) if is_portable(each))
 
 
 def _open(dirfd: int, name: bytes) -> int:

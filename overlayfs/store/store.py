@@ -15,15 +15,17 @@ import os
 from collections.abc import Iterator
 from typing import Self
 
+import msgspec
+
 from overlayfs import sysio
 from overlayfs.errors import UserError, oserror
-from overlayfs.store import finish, layout
-from overlayfs.store.adoption import Adopter, Adoption, NewLayer
+from overlayfs.store import layout
+from overlayfs.store.commit_transaction import CommitTransaction, CommitTransactions, NewLayer
 from overlayfs.store.gc import Collector, Garbage
 from overlayfs.store.images import Images
 from overlayfs.store.layers import Layer, Layers, StagedLayer, Summary
-from overlayfs.store.place import Place
-from overlayfs.store.records import ImageRecord
+from overlayfs.store.records import ImageRecord, LayerRecord
+from overlayfs.store.store_directory import StoreDirectory
 from overlayfs.store.workspaces import Claim, Workspace, Workspaces
 
 
@@ -35,14 +37,14 @@ class LayerStore:
     """
 
     def __init__(self, path: bytes, create: bool = True) -> None:
-        self.place = Place(path, create)
-        self._layers = Layers(self.place)
-        self._images = Images(self.place, self._layers)
-        self._workspaces = Workspaces(self.place, self._layers, self._images)
-        self._adopter = Adopter(self.place, self._layers, self._images, self._workspaces)
-        self._collector = Collector(self.place, self._layers, self._images, self._workspaces)
+        self.directory = StoreDirectory(path, create)
+        self._layers = Layers(self.directory)
+        self._images = Images(self.directory, self._layers)
+        self._workspaces = Workspaces(self.directory, self._layers, self._images)
+        self._transactions = CommitTransactions(self.directory, self._layers, self._images, self._workspaces)
+        self._collector = Collector(self.directory, self._layers, self._images, self._workspaces)
         try:
-            self._adopter.recover()
+            self._transactions.recover()
             self._collector.drop_ephemeral()
         except BaseException:
             self.close()
@@ -51,12 +53,12 @@ class LayerStore:
     @property
     def path(self) -> bytes:
         """The directory of the store, absolute."""
-        return self.place.path
+        return self.directory.path
 
     def close(self) -> None:
         """Let go of the layers that are kept, and of the descriptors."""
         self._layers.close()
-        self.place.close()
+        self.directory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -98,14 +100,14 @@ class LayerStore:
         """Remember the sha256 of a layer's canonical tar, which somebody has worked out."""
         return self._layers.note_diff_id(layer, diff_id)
 
-    def begin_adoption(self, new: NewLayer, like: int | None = None) -> Adoption:
-        """Prepare that a tree becomes a layer by one rename; `overlayfs.store.adoption` says how to go on.
+    def begin_commit(self, new: NewLayer, like: int | None = None) -> CommitTransaction:
+        """Prepare that a tree becomes a layer by one rename; `overlayfs.store.commit_transaction` says how to go on.
 
         The fresh upper of the workspace will look like the open directory `like`.
         """
-        return self._adopter.begin(new, like)
+        return self._transactions.prepare(new, like)
 
-    def adopt(self, tree: bytes, new: NewLayer | None = None) -> Layer:
+    def commit_directory(self, tree: bytes, new: NewLayer | None = None) -> Layer:
         """Make the directory `tree`, which nobody changes, a layer by renaming it; its state is "hashing".
 
         The layer is kept from gc as after `StagedLayer.publish`. OSError EXDEV when the tree is not on the store's file
@@ -119,22 +121,37 @@ class LayerStore:
             closing.callback(sysio.close, root)
             self._check_same_file_system(root, tree)
             sysio.syncfs(root)
-            adoption = self.begin_adoption(new or NewLayer(), root)
-            closing.callback(adoption.let_go)
-            with adoption:
-                adoption.take(dirfd, name)
-                return adoption.settle()
+            transaction = self.begin_commit(new or NewLayer(), root)
+            closing.callback(transaction.release)
+            with transaction:
+                transaction.commit(dirfd, name)
+                return transaction.finalize()
 
     def _check_same_file_system(self, fd: int, path: bytes) -> None:
-        if sysio.stat_at(fd, b"").st_dev != sysio.stat_at(self.place.root, b"").st_dev:
+        if sysio.stat_at(fd, b"").st_dev != sysio.stat_at(self.directory.root, b"").st_dev:
             raise oserror(errno.EXDEV, path)
 
-    def finish(self, layer: Layer, manifest: Summary, flags: tuple[str, ...] | None = None) -> Layer:
-        """Make a layer complete whose state is "hashing"; `flags` None means those of the manifest.
+    def complete_layer(self, layer: Layer, manifest: Summary, flags: tuple[str, ...] | None = None) -> Layer:
+        """Give a layer whose state is "hashing" its manifest; `flags` None means those of the manifest.
 
-        Returns the layer that images use from now on: an equal one that was there before, or the layer itself.
+        Returns the layer that images use from now on: an equal one that was there before, or the layer itself. Raises
+        UserError if the layer is gone. Images are changed first, the record last: after a crash in between, the layer
+        is hashed again.
         """
-        return finish.finish(self._layers, self._images, layer.id, manifest, flags)
+        with self._layers.publishing():
+            found = self._layers.get(layer.id)
+            if found is None:
+                raise UserError(f"layer {layer.id} is not in the store any more")
+            if found.record.state == "complete":
+                return found
+            record = _complete(found.record, manifest, manifest.flags if flags is None else flags)
+            same = self._layers.equal(manifest.digest, record.below)
+            if same is not None:
+                self._images.replace_layer(layer.id, same.id)
+                record = msgspec.structs.replace(record, same_as=same.id)
+            self._layers.write_manifest(layer.id, manifest)
+            completed = self._layers.write_record(record)
+            return completed if same is None else same
 
     def unfinished(self) -> Iterator[Layer]:
         """Yield the layers that still have to be hashed."""
@@ -251,7 +268,7 @@ class LayerStore:
     def drop_claimed(self, name: str) -> None:
         """Take away a workspace whose lock the caller holds."""
         self._workspaces.discard(name)
-        self.place.empty_trash()
+        self.directory.empty_trash()
 
     def remove_workspace(self, name: str) -> None:
         """Take a workspace away with all that was changed in it; UserError while it is mounted."""
@@ -262,3 +279,15 @@ class LayerStore:
     def gc(self, dry_run: bool = False) -> list[Garbage]:
         """Take away what nothing refers to and nobody uses, and return it; with `dry_run` only return it."""
         return self._collector.collect(dry_run)
+
+
+def _complete(record: LayerRecord, manifest: Summary, flags: tuple[str, ...]) -> LayerRecord:
+    return msgspec.structs.replace(
+        record,
+        state="complete",
+        digest=manifest.digest,
+        size=manifest.size,
+        entries=len(manifest.entries),
+        flags=flags,
+        below=record.below if flags else (),
+    )

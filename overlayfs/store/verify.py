@@ -21,9 +21,9 @@ from overlayfs.store import layout, records, scan
 from overlayfs.store.entries import Entry, Type, order
 from overlayfs.store.layers import Layer, Layers, layer_path
 from overlayfs.store.manifest import DamagedError, Manifest
-from overlayfs.store.place import Place
 from overlayfs.store.records import ImageRecord, LayerRecord, WorkspaceRecord
 from overlayfs.store.scan import Progress, Scanned
+from overlayfs.store.store_directory import StoreDirectory
 
 DAMAGED, MISSING, EXTRA, UNREADABLE = "damaged", "missing", "extra", "unreadable"
 RECORD, MANIFEST, INDEX, REMOTE = "record", "manifest", "index", "remote"
@@ -57,12 +57,12 @@ class Checked(NamedTuple):
     problems: tuple[Problem, ...]
 
 
-def image_records(place: Place) -> Iterator[ImageRecord]:
+def image_records(store_dir: StoreDirectory) -> Iterator[ImageRecord]:
     """Yield every image whose record can be read."""
-    for file in place.names(layout.IMAGES):
+    for file in store_dir.names(layout.IMAGES):
         with contextlib.suppress(UserError, FileNotFoundError):
             path = layout.IMAGES + b"/" + file
-            yield records.decode(place.read(place.root, path), ImageRecord, place.shown(path))
+            yield records.decode(store_dir.read(path), ImageRecord, store_dir.display_path(path))
 
 
 # --- one tree ----------------------------------------------------------------------------------------------
@@ -229,20 +229,20 @@ class LayerCheck:
             yield Problem(self._layer.id, error.filename or b"", UNREADABLE, (_reason(error),))
 
 
-Named = TypeVar("Named", ImageRecord, WorkspaceRecord)
+NamedRecord = TypeVar("NamedRecord", ImageRecord, WorkspaceRecord)
 
 
 # --- a store -----------------------------------------------------------------------------------------------
 
 
 def verify(
-    place: Place, ids: tuple[str, ...] | None, threads: int | None = None, progress: Progress | None = None
+    store_dir: StoreDirectory, ids: tuple[str, ...] | None, threads: int | None = None, progress: Progress | None = None
 ) -> Checked:
     """Verify these layers, or with None the whole store: all layers, images and workspaces.
 
     `progress` is told entries and bytes of all layers together. A layer that is being repaired is waited for.
     """
-    layers = Layers(place)
+    layers = Layers(store_dir)
     check = _StoreCheck(layers, threads, progress)
     for layer_id in tuple(layers.ids()) if ids is None else ids:
         check.layer(layer_id, wanted=ids is not None)
@@ -251,9 +251,9 @@ def verify(
     return check.result()
 
 
-def recorded_size(place: Place, ids: tuple[str, ...] | None) -> int:
+def recorded_size(store_dir: StoreDirectory, ids: tuple[str, ...] | None) -> int:
     """Return how many bytes the files of these layers, with None of all, have, as far as their records can be read."""
-    layers, size = Layers(place), 0
+    layers, size = Layers(store_dir), 0
     for layer_id in layers.ids() if ids is None else ids:
         with contextlib.suppress(UserError):
             layer = layers.get(layer_id)
@@ -317,9 +317,9 @@ class _StoreCheck:
             self._progress(self._entries + entries, self._size + size)
 
     def _remembers_right(self, layer: Layer) -> bool:
-        place = self._layers.place
+        store_dir = self._layers.store_dir
         try:
-            return records.is_whole(place.read(place.root, layer_path(layer.id) + b"/" + layout.REMOTE))
+            return records.has_valid_checksum(store_dir.read(layer_path(layer.id), layout.REMOTE))
         except FileNotFoundError:
             return True
 
@@ -331,9 +331,9 @@ class _StoreCheck:
         return all(record.id in self._index(room, digest) for room, digest in wanted if digest is not None)
 
     def _index(self, room: bytes, digest: str) -> list[str]:
-        place, name = self._layers.place, layout.digest_file(digest)
+        store_dir, name = self._layers.store_dir, layout.digest_file(digest)
         try:
-            *lines, end = [] if name is None else os.fsdecode(place.read(place.rooms[room], name)).split("\n")
+            *lines, end = [] if name is None else os.fsdecode(store_dir.read(room, name)).split("\n")
         except (FileNotFoundError, ValueError):
             return []
         return [] if end else lines
@@ -342,18 +342,18 @@ class _StoreCheck:
 
     def names(self) -> None:
         """Verify that every image and workspace can be read and has its layers."""
-        place = self._layers.place
-        if place.read(place.root, layout.HEAD) != layout.head():
+        store_dir = self._layers.store_dir
+        if store_dir.read(layout.HEAD) != layout.head():
             self._problems.append(Problem("", layout.HEAD, RECORD, ("content",)))
-        for file in place.names(layout.IMAGES):
+        for file in store_dir.names(layout.IMAGES):
             self._named(layout.IMAGES + b"/" + file, ImageRecord)
-        for file in place.names(layout.WORKSPACES):
+        for file in store_dir.names(layout.WORKSPACES):
             self._named(layout.WORKSPACES + b"/" + file + b"/" + layout.RECORD, WorkspaceRecord)
 
-    def _named(self, path: bytes, kind: type[Named]) -> None:
-        place = self._layers.place
+    def _named(self, path: bytes, kind: type[NamedRecord]) -> None:
+        store_dir = self._layers.store_dir
         try:
-            record = records.decode(place.read(place.root, path), kind, place.shown(path))
+            record = records.decode(store_dir.read(path), kind, store_dir.display_path(path))
         except FileNotFoundError:  # it went meanwhile, or is still being made
             return
         except UserError:
@@ -362,5 +362,5 @@ class _StoreCheck:
         if layout.file_name(record.name) not in path.split(b"/"):
             self._problems.append(Problem("", path, RECORD, ("it is another one's",)))
         for layer_id in record.layers:
-            if not place.exists(layer_path(layer_id) + b"/" + layout.RECORD):
+            if not store_dir.exists(layer_path(layer_id) + b"/" + layout.RECORD):
                 self._problems.append(Problem("", path, MISSING, (f"layer {layer_id}",)))

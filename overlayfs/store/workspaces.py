@@ -1,9 +1,10 @@
 """Workspaces: uppers that the store keeps by name for mounts of its images.
 
-Who mounts, commits or removes a workspace holds its lock exclusively. A new one appears by one rename, locked already,
-so an ephemeral one, which goes when nobody holds it, lives from the start as long as its mount.
+A process that mounts, commits or removes a workspace holds its lock exclusively. A new workspace appears by one rename,
+already locked, because an ephemeral one is removed as soon as its lock is free.
 """
 
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -13,18 +14,20 @@ import msgspec
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
-from overlayfs.store import fresh, layout, locks, records
+from overlayfs.format import xattrs
+from overlayfs.store import layout, locks, records
 from overlayfs.store.images import Images
-from overlayfs.store.layers import Layers
-from overlayfs.store.locks import Hold
-from overlayfs.store.place import Place
+from overlayfs.store.layers import Layer, Layers
+from overlayfs.store.locks import HeldLock
 from overlayfs.store.records import ImageRecord, WorkspaceRecord
+from overlayfs.store.store_directory import StoreDirectory
+from overlayfs.tree.workdir import drop_inherited_acls, remove_tree
 
 _LEAVING = 5.0  # seconds to wait for a daemon whose mount has just ended
 
 
 class WorkspaceInUseError(UserError):
-    """Somebody else holds a workspace, most likely as its mount."""
+    """Another process holds the workspace, most likely the daemon of its mount."""
 
     def __init__(self, path: bytes, name: str) -> None:
         self.path = path
@@ -33,54 +36,121 @@ class WorkspaceInUseError(UserError):
 
 
 class Workspace:
-    """One workspace and its record as it was when it was looked up."""
+    """One workspace, with its record as of the look-up."""
 
-    def __init__(self, place: Place, record: WorkspaceRecord) -> None:
-        self._place = place
+    def __init__(self, store_dir: StoreDirectory, record: WorkspaceRecord) -> None:
+        self._store_dir = store_dir
         self.record = record
 
     @property
     def name(self) -> str:
-        """What the user calls it."""
+        """The name the user has given it."""
         return self.record.name
 
     @property
-    def room_path(self) -> bytes:
-        """Its directory, counted from the store."""
-        return workspace_path(self.name)
-
-    @property
     def path(self) -> bytes:
-        """Its directory, absolute."""
-        return os.path.join(self._place.path, self.room_path)
+        """The absolute path of its directory."""
+        return os.path.join(self._store_dir.path, workspace_path(self.name))
 
     @property
     def upper_path(self) -> bytes:
-        """Where changes go, absolute."""
+        """The absolute path of the upper, where changes go."""
         return os.path.join(self.path, layout.UPPER)
 
     @property
     def work_path(self) -> bytes:
-        """The work directory of the upper, absolute."""
+        """The absolute path of the work directory of the upper."""
         return os.path.join(self.path, layout.WORK)
 
     def open(self) -> int:
         """Open the directory; the caller closes it."""
-        return self._place.open(self.room_path)
+        return self._store_dir.open(workspace_path(self.name))
 
-    def hold(self, wait: float = 0.0) -> Hold | None:
-        """Be the only one who uses it; None when somebody else does for `wait` seconds. UserError when it is gone."""
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        directory = self.open()
         try:
-            return locks.hold(self._place.root, self.room_path, shared=False, wait=wait)
+            yield directory
+        finally:
+            sysio.close(directory)
+
+    # --- the lock --------------------------------------------------------------------------------------
+
+    def try_hold(self, wait: float = 0.0) -> HeldLock | None:
+        """Hold the workspace exclusively; None if another process holds it for `wait` seconds.
+
+        Raises UserError if the workspace has been removed.
+        """
+        try:
+            return locks.try_hold(self._store_dir.root, workspace_path(self.name), shared=False, wait=wait)
         except FileNotFoundError:
             raise UserError(f"workspace {self.name} is not there any more; `overlayfs workspaces` lists them") from None
 
-    def demand(self) -> Hold:
-        """Do the same; WorkspaceInUseError when somebody else uses it, and goes on doing so."""
-        hold = self.hold(_LEAVING)
-        if hold is None:
+    def hold(self) -> HeldLock:
+        """Hold the workspace exclusively; raises WorkspaceInUseError if another process holds it."""
+        lock = self.try_hold(_LEAVING)
+        if lock is None:
             raise WorkspaceInUseError(self.path, self.name)
-        return hold
+        return lock
+
+    # --- the next upper --------------------------------------------------------------------------------
+
+    def prepare_next_upper(self, like: int) -> None:
+        """Create the next upper, which looks like the open directory `like`, and its work directory, durably."""
+        with self._opened() as directory:
+            _create_upper_and_work(directory, layout.NEXT_UPPER, layout.NEXT_WORK, like)
+
+    def rotate_upper(self, like: int) -> None:
+        """Make the next upper the upper, after the old one has become a layer; `like` is the layer's open tree.
+
+        Creates the next upper if it was not prepared. Idempotent.
+        """
+        with self._opened() as directory:
+            if not sysio.exists_at(directory, layout.UPPER):
+                if not sysio.exists_at(directory, layout.NEXT_UPPER):
+                    _create_upper_and_work(directory, layout.NEXT_UPPER, layout.NEXT_WORK, like)
+                sysio.rename_at(directory, layout.NEXT_UPPER, directory, layout.UPPER)
+            if sysio.exists_at(directory, layout.NEXT_WORK):
+                remove_tree(directory, layout.WORK)
+                sysio.rename_at(directory, layout.NEXT_WORK, directory, layout.WORK)
+            sysio.fsync(directory)
+
+    def drop_next_upper(self) -> None:
+        """Remove the next upper if it is not in use."""
+        with self._opened() as directory:
+            if sysio.exists_at(directory, layout.UPPER):  # else the next one is in use: the old one has become a layer
+                for name in (layout.NEXT_UPPER, layout.NEXT_WORK):
+                    remove_tree(directory, name)
+
+
+def _create_upper_and_work(directory: int, upper: bytes, work: bytes, like: int) -> None:
+    """Create an upper and its work directory in a workspace, durably; existing ones of these names are removed."""
+    for name in (upper, work):
+        remove_tree(directory, name)
+    _create_upper(directory, upper, like)
+    sysio.mkdir_at(directory, work, 0o700)
+    sysio.fsync(directory)
+
+
+def _create_upper(dirfd: int, name: bytes, like: int) -> None:
+    """Create an empty directory with owner, mode, times and extended attributes of the open directory `like`.
+
+    The root of a mount shows the attributes of its topmost directory, so a new upper must not change them. Overlay
+    attributes are left out: nothing is below an opaque root, and an origin belongs to a copied-up object.
+    """
+    sysio.mkdir_at(dirfd, name, 0o700)
+    found = sysio.stat_at(like, b"")
+    attributes = [attribute for attribute in sysio.listxattr_at(like, b"") if not xattrs.is_private(attribute)]
+    upper = sysio.open_child(dirfd, name, os.O_PATH | os.O_DIRECTORY)
+    try:
+        sysio.chown_at(upper, b"", found.st_uid, found.st_gid)
+        drop_inherited_acls(upper, b"", attributes)
+        for attribute in attributes:
+            sysio.setxattr_at(upper, b"", attribute, sysio.getxattr_at(like, b"", attribute))
+        sysio.chmod_at(upper, b"", found.st_mode & 0o7777)
+        sysio.utimens_at(upper, b"", found.st_atime_ns, found.st_mtime_ns)
+    finally:
+        sysio.close(upper)
 
 
 class Claim(NamedTuple):
@@ -90,7 +160,7 @@ class Claim(NamedTuple):
     """
 
     workspace: Workspace
-    hold: Hold
+    hold: HeldLock
     new: bool
     behind: bool = False
 
@@ -103,14 +173,14 @@ def workspace_path(name: str) -> bytes:
 class Workspaces:
     """All workspaces of a store."""
 
-    def __init__(self, place: Place, layers: Layers, images: Images) -> None:
-        self._place = place
+    def __init__(self, store_dir: StoreDirectory, layers: Layers, images: Images) -> None:
+        self._store_dir = store_dir
         self._layers = layers
         self._images = images
 
     def all(self) -> Iterator[Workspace]:
         """Yield every workspace, by name."""
-        found = map(self.read, self._place.names(layout.WORKSPACES))
+        found = map(self.read, self._store_dir.names(layout.WORKSPACES))
         return (workspace for workspace in found if workspace is not None)
 
     def get(self, name: str) -> Workspace | None:
@@ -127,10 +197,10 @@ class Workspaces:
     def read(self, file: bytes) -> Workspace | None:
         path = layout.WORKSPACES + b"/" + file + b"/" + layout.RECORD
         try:
-            document = self._place.read(self._place.root, path)
+            document = self._store_dir.read(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Workspace(self._place, records.decode(document, WorkspaceRecord, self._place.shown(path)))
+        return Workspace(self._store_dir, records.decode(document, WorkspaceRecord, self._store_dir.display_path(path)))
 
     # --- making and resuming ---------------------------------------------------------------------------
 
@@ -143,12 +213,12 @@ class Workspaces:
         known = self.get(layout.workspace_name(name)) if name is not None else None
         if known is None:
             return self.create(record, name or self.free_name(record.name), ephemeral)
-        hold = known.demand()
+        lock = known.hold()
         try:
             workspace = self._resumed(known.name, record, ephemeral)
-            return Claim(workspace, hold, new=False, behind=not self._lies_on(workspace, record))
+            return Claim(workspace, lock, new=False, behind=not self._lies_on(workspace, record))
         except BaseException:
-            hold.release()
+            lock.release()
             raise
 
     def _resumed(self, name: str, image: ImageRecord, ephemeral: bool) -> Workspace:
@@ -165,7 +235,7 @@ class Workspaces:
     def _lies_on(self, workspace: Workspace, image: ImageRecord) -> bool:
         """Return whether the layers of an image are the lowest ones of a workspace, or equal to those."""
         lowest = workspace.record.layers[-len(image.layers) :]
-        return tuple(map(self._images.standing_for, lowest)) == image.layers
+        return tuple(map(self._images.canonical_id, lowest)) == image.layers
 
     def free_name(self, image: str) -> str:
         """Return a name for a workspace of an image that no other has."""
@@ -183,66 +253,47 @@ class Workspaces:
             ephemeral=ephemeral,
             created=records.now(),
         )
-        with self._place.adding():
-            hold = self._stage(record)
-        return Claim(Workspace(self._place, record), hold, new=True)
-
-    def _stage(self, record: WorkspaceRecord) -> Hold:
-        staging = self._place.rooms[layout.STAGING]
-        name = b"workspace-" + secrets.token_hex(8).encode()
-        sysio.mkdir_at(staging, name, 0o700)
-        directory = sysio.open_child(staging, name, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            hold = locks.make(directory, shared=False)
+        with self._store_dir.lock_shared():
+            like = self._topmost_layer(image).tree_fd()
             try:
-                self._fill(directory, record)
-                self._publish(name, record)
-            except BaseException:
-                hold.release()
-                raise
-        finally:
-            sysio.close(directory)
-        return hold
+                lock = self._publish(record, like)
+            finally:
+                sysio.close(like)
+        return Claim(Workspace(self._store_dir, record), lock, new=True)
 
-    def _fill(self, directory: int, record: WorkspaceRecord) -> None:
-        layers = [self._layers.get(layer_id) for layer_id in record.layers]
-        if not layers:
-            raise UserError(f"image {record.image} has no layer; import something into it first")
-        for layer_id, layer in zip(record.layers, layers, strict=True):
-            if layer is None:
-                raise UserError(
-                    f"layer {layer_id} of {record.image} is not in the store; import or pull the image again"
-                )
-        assert layers[0] is not None
-        like = layers[0].tree_fd()
-        try:
-            fresh.make_pair(directory, layout.UPPER, layout.WORK, like)
-        finally:
-            sysio.close(like)
-        self._place.write(directory, layout.RECORD, records.encode(record))
+    def _publish(self, record: WorkspaceRecord, like: int) -> HeldLock:
+        def fill(directory: int) -> None:
+            _create_upper_and_work(directory, layout.UPPER, layout.WORK, like)
+            self._store_dir.write(directory, layout.RECORD, records.encode(record))
 
-    def _publish(self, staged: bytes, record: WorkspaceRecord) -> None:
-        rooms = self._place.rooms
-        target = layout.file_name(record.name)
         try:
-            sysio.rename_at(rooms[layout.STAGING], staged, rooms[layout.WORKSPACES], target, sysio.RENAME_NOREPLACE)
+            return self._store_dir.create_locked(layout.WORKSPACES, layout.file_name(record.name), fill, shared=False)
         except FileExistsError:
             raise UserError(f"there is a workspace {record.name} already; name another one") from None
-        sysio.fsync(rooms[layout.WORKSPACES])
+
+    def _topmost_layer(self, image: ImageRecord) -> Layer:
+        """Return the topmost layer of an image; raises UserError if one of its layers is missing."""
+        layers = [self._layers.get(layer_id) for layer_id in image.layers]
+        for layer_id, layer in zip(image.layers, layers, strict=True):
+            if layer is None:
+                raise UserError(f"layer {layer_id} of {image.name} is not in the store; import or pull the image again")
+        if not layers or layers[0] is None:
+            raise UserError(f"image {image.name} has no layer; import something into it first")
+        return layers[0]
 
     # --- changing --------------------------------------------------------------------------------------
 
     def write(self, record: WorkspaceRecord) -> Workspace:
         """Replace the record of a workspace. The store's lock must be held."""
-        workspace = Workspace(self._place, record)
+        workspace = Workspace(self._store_dir, record)
         directory = workspace.open()
         try:
-            self._place.write(directory, layout.RECORD, records.encode(record))
+            self._store_dir.write(directory, layout.RECORD, records.encode(record))
         finally:
             sysio.close(directory)
         return workspace
 
-    def lengthen(self, name: str, layer_id: str, image: str | None) -> Workspace:
+    def add_layer(self, name: str, layer_id: str, image: str | None) -> Workspace:
         """Put a layer on top of a workspace's stack, if it is not there yet. The store's lock must be held."""
         record = self.find(name).record
         layers = record.layers if layer_id in record.layers else (layer_id, *record.layers)
@@ -250,11 +301,11 @@ class Workspaces:
 
     def remove(self, name: str) -> None:
         """Take a workspace away with all that was changed in it; UserError while it is mounted."""
-        with self.find(name).demand():
+        with self.find(name).hold():
             self.discard(name)
-        self._place.empty_trash()
+        self._store_dir.empty_trash()
 
     def discard(self, name: str) -> None:
         """Take away a workspace whose lock is held; what was in it is deleted by `Place.empty_trash`."""
-        with self._place.removing():
-            self._place.discard(layout.WORKSPACES, layout.file_name(name))
+        with self._store_dir.lock_exclusively():
+            self._store_dir.move_to_trash(layout.WORKSPACES, layout.file_name(name))

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from overlayfs.store import committing
-from overlayfs.store.committing import Commit
+from overlayfs.store.commit import CommitRequest, commit_workspace
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
 from tests.store.samples import add_image, add_layer, fill, finish
@@ -64,15 +63,15 @@ def tag(store: LayerStore) -> None:
 
 
 def commit(store: LayerStore) -> None:
-    committing.commit_workspace(store, "mine", Commit(image="site:2", message="mine"))
+    commit_workspace(store, "mine", CommitRequest(image="site:2", message="mine"))
 
 
 def commit_over(store: LayerStore) -> None:
-    committing.commit_workspace(store, "mine", Commit(image="other"))
+    commit_workspace(store, "mine", CommitRequest(image="other"))
 
 
 def commit_unnamed(store: LayerStore) -> None:
-    committing.commit_workspace(store, "mine", Commit())
+    commit_workspace(store, "mine", CommitRequest())
 
 
 def hash_late(store: LayerStore) -> None:

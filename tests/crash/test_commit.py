@@ -11,7 +11,7 @@ import pytest
 
 from overlayfs import Overlay, StackConfig
 from overlayfs.errors import UserError
-from overlayfs.store.commit import commit_unmounted
+from overlayfs.store.copy_upper import commit_unmounted
 from tests.crash.harness import Fuse, Site, Stopped, View, closed_again, torn, view
 from tests.crash.operations import OPERATIONS
 from tests.support.campaign import Campaign

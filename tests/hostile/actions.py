@@ -16,9 +16,9 @@ from functools import partial
 from overlayfs import Store
 from overlayfs.errors import UserError
 from overlayfs.mount import control
-from overlayfs.store import committing, hashing
-from overlayfs.store.adoption import NewLayer
-from overlayfs.store.committing import Commit
+from overlayfs.store import commit, hashing
+from overlayfs.store.commit import CommitRequest
+from overlayfs.store.commit_transaction import NewLayer
 from overlayfs.store.layers import Layer
 from overlayfs.store.records import ImageRecord, now
 from tests.support.polling import until
@@ -114,7 +114,7 @@ def place(store: bytes, trees: Sequence[bytes], name: str, hashed: bool) -> bool
         layers: list[Layer] = []
         for tree in reversed(trees):
             below = tuple(layer.id for layer in reversed(layers))
-            layers.append(opened.adopt(tree, NewLayer(flags=("redirect", "metacopy"), below=below)))
+            layers.append(opened.commit_directory(tree, NewLayer(flags=("redirect", "metacopy"), below=below)))
         ids = tuple(layer.id for layer in reversed(layers))
         opened.put_image(ImageRecord(name=name, layers=ids, created=now()))
         if hashed:
@@ -240,7 +240,7 @@ def commit_workspace(store: bytes, workspace: str, image: str, hashed: bool) -> 
         if hashed:
             opened.commit_workspace(workspace, image=image, allow_empty=True)
         else:
-            committing.commit_workspace(opened, workspace, Commit(image=image, allow_empty=True))
+            commit.commit_workspace(opened, workspace, CommitRequest(image=image, allow_empty=True))
     return True
 
 

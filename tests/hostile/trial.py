@@ -23,7 +23,7 @@ MEMORY = 256 << 20
 """Bytes of resident memory, the interpreter included, that an action may take, or the daemon during all of them."""
 MODULES = ("tests.hostile.actions", "tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.live_commit",
            "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3.engine", "overlayfs.oci.image_import",
-           "overlayfs.oci.image_export", "overlayfs.store.committing")  # fmt: skip
+           "overlayfs.oci.image_export", "overlayfs.store.commit")  # fmt: skip
 _DETACH = 2
 _HANG = 12  # times what an action may take of a processor is how long it is waited for on a busy machine
 _COMPLAINTS = ("Traceback", " ERROR: ", " CRITICAL: ")

@@ -19,7 +19,7 @@ IMAGE, WORKSPACE = "site:1", "w"
 def adopt_image(store: Path, name: str, *layers: Path) -> None:
     """Make directories, top first, an image of a store."""
     with LayerStore(os.fsencode(store)) as opened:
-        ids = tuple(opened.adopt(os.fsencode(layer)).id for layer in layers)
+        ids = tuple(opened.commit_directory(os.fsencode(layer)).id for layer in layers)
         opened.put_image(ImageRecord(name=name, layers=ids, created=now()))
 
 

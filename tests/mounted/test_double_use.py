@@ -12,7 +12,7 @@ import pytest
 from overlayfs import StackConfig, Store
 from overlayfs.mount import control
 from overlayfs.store import workspaces
-from overlayfs.store.commit import commit_unmounted
+from overlayfs.store.copy_upper import commit_unmounted
 from tests.mounted.scene import PATIENCE, Scene
 from tests.support import engines, processes, syscalls
 from tests.support.apart import Apart

@@ -28,7 +28,7 @@ from overlayfs.mount import (  # all of it: a user may not read our interpreter
 )
 from overlayfs.mount.mounts import kernel_mounts
 from overlayfs.mount.options import Draft
-from overlayfs.store import committing, hashing
+from overlayfs.store import commit, hashing
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import Mount
 from tests.store.samples import add_image
@@ -42,7 +42,7 @@ from tests.support.users import ALICE, BOB, ROOT, run_as
 T = TypeVar("T")
 DEVICE = "/dev/fuse"
 _NEW_USER, _NEW_MOUNTS = 0x1000_0000, 0x0002_0000  # unshare(2)
-assert daemon and live_commit and committing and hashing and pyfuse3_engine
+assert daemon and live_commit and commit and hashing and pyfuse3_engine
 
 
 @pytest.fixture

@@ -307,11 +307,11 @@ def test_the_file_for_a_blob_is_held(away: Side) -> None:
     def enough(_: float) -> None:
         raise Enough
 
-    with staging.incoming(away.store.place, digest, enough):
+    with staging.incoming(away.store.directory, digest, enough):
         away.store.gc(False)
         assert there(away.place)["staging"] == ["blob-" + "0" * 64]
         with pytest.raises(Enough):
-            staging.incoming(away.store.place, digest, enough)
+            staging.incoming(away.store.directory, digest, enough)
     away.store.gc(False)
     assert away.is_clean()
 

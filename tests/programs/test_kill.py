@@ -96,7 +96,7 @@ def commit(stack: Stack, layer: Path, begun: Callable[[], None] = lambda: None) 
     """Commit the upper that is not mounted, in this process."""
     begun()
     from overlayfs.fs.config import StackConfig
-    from overlayfs.store.commit import commit_unmounted
+    from overlayfs.store.copy_upper import commit_unmounted
 
     assert stack.upper is not None and stack.work is not None
     lower = tuple(os.fsencode(path) for path in stack.lower)

@@ -14,8 +14,8 @@ from overlayfs.fuse.caching_policy import CachingPolicy
 from overlayfs.fuse.engine import Engine, MountSettings
 from overlayfs.mount.live_commit import CommitResult, LiveCommits
 from overlayfs.mount.options import ImageMount
-from overlayfs.store.committing import Commit
-from overlayfs.store.hashing import Hashed
+from overlayfs.store.commit import CommitRequest
+from overlayfs.store.hashing import HashingStatus
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
 from overlayfs.store.workspaces import Workspace
@@ -54,9 +54,9 @@ class Idle(Engine):
 class Unhashed:
     """A hashing that never ends."""
 
-    def look(self) -> Hashed:
+    def look(self) -> HashingStatus:
         """Nothing is known."""
-        return Hashed("hashing")
+        return HashingStatus("hashing")
 
 
 class Used:
@@ -80,9 +80,9 @@ class Used:
 
     def commit(self, image: str | None = None, allow_empty: bool = False, message: str = "") -> CommitResult:
         """Commit as a daemon does."""
-        return trio.run(self._commit, Commit(image=image, allow_empty=allow_empty, message=message))
+        return trio.run(self._commit, CommitRequest(image=image, allow_empty=allow_empty, message=message))
 
-    async def _commit(self, wanted: Commit) -> CommitResult:
+    async def _commit(self, wanted: CommitRequest) -> CommitResult:
         self._begun = trio.Event()
         made = await self.commits.commit(wanted)
         await self._begun.wait()
@@ -95,7 +95,7 @@ class Site:
     def __init__(self, place: Path, *layers: Path) -> None:
         self.place = place
         with self.open() as store:
-            adopted = [store.adopt(os.fsencode(layer)) for layer in layers]
+            adopted = [store.commit_directory(os.fsencode(layer)) for layer in layers]
             ids = tuple(layer.id for layer in adopted)
             store.put_image(ImageRecord(name=IMAGE, layers=ids, created=now()))
 

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from overlayfs.fs import Caller, Changes, Overlay, StackConfig
-from overlayfs.store import committing
-from overlayfs.store.committing import Commit
+from overlayfs.store import commit
+from overlayfs.store.commit import CommitRequest
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
@@ -35,8 +35,8 @@ def make(base: Path) -> None:
             )
         )
         _change(store, "draft", _first)
-        made = committing.commit_workspace(store, "draft", Commit(image="site:2", message="second", author="bob"))
-        committing.hash_layer(store, made)
+        made = commit.commit_workspace(store, "draft", CommitRequest(image="site:2", message="second", author="bob"))
+        commit.hash_layer(store, made)
         _change(store, "draft", _second)
 
 

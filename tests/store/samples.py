@@ -48,7 +48,7 @@ def finish(store: LayerStore, layer: Layer) -> Layer:
     fd = layer.tree_fd()
     try:
         with Manifest.build(fd) as manifest:
-            return store.finish(layer, manifest)
+            return store.complete_layer(layer, manifest)
     finally:
         os.close(fd)
 

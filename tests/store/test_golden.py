@@ -58,7 +58,7 @@ def test_its_records_say_what_they_said(golden: Path) -> None:
 
 def test_it_verifies(golden: Path) -> None:
     with LayerStore(os.fsencode(golden / "store"), create=False) as store:
-        checked = verify.verify(store.place, None)
+        checked = verify.verify(store.directory, None)
         assert (checked.layers, checked.problems, checked.unfinished) == (2, (), ())
 
 

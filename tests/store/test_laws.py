@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from overlayfs.library import Store
-from overlayfs.store.adoption import NewLayer
+from overlayfs.store.commit_transaction import NewLayer
 from overlayfs.store.compare import compare
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import ImageRecord, now
@@ -190,18 +190,18 @@ def test_every_flipped_bit_is_found(place: Path, seed: int, data: st.DataObject)
         with open(path, "r+b") as stream:
             stream.write(content)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        assert verify(store.place, None, threads=2).problems
+        assert verify(store.directory, None, threads=2).problems
 
 
 def stored(store: Store, layers: list[Path], name: str) -> ImageRecord:
     """Make directories layers of a store, and an image of them; they are gone from their place."""
     ids: tuple[str, ...] = ()
     for path in reversed(layers):
-        adopted = store.adopt(os.fsencode(path), NewLayer(below=ids))
+        adopted = store.commit_directory(os.fsencode(path), NewLayer(below=ids))
         fd = adopted.tree_fd()
         try:
             with Manifest.build(fd, threads=2) as manifest:
-                ids = (store.finish(adopted, manifest).id, *ids)
+                ids = (store.complete_layer(adopted, manifest).id, *ids)
         finally:
             os.close(fd)
     return store.put_image(ImageRecord(name=name, layers=ids, created=now()))
@@ -223,11 +223,11 @@ def test_an_exported_image_comes_back(place: Path, seed: int, generations: int, 
         expected = shown(life.stack, life.stack.lower)
         layers = list(life.stack.lower)
         stored(store, layers, "it")
-        assert not verify(store.place, None, threads=2).problems
+        assert not verify(store.directory, None, threads=2).problems
         store.export_image("it", os.fsencode(here / "archive"), form=kind)
         with Store(os.fsencode(here / "other")) as other:
             back = other.import_image(os.fsencode(here / "archive"), "back")
-            assert not verify(other.place, None, threads=2).problems
+            assert not verify(other.directory, None, threads=2).problems
             paths = [Path(os.fsdecode(other.layer(each).tree_path)) for each in back.layers]
             same(shown(life.stack, paths), carried(expected))
             store.squash("it", "small")

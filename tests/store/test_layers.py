@@ -171,7 +171,7 @@ def test_a_held_layer_stays(store: LayerStore, place: Path) -> None:
         with other.layer(layer.id).hold():
             assert other.gc() == []
         assert [(each.kind, each.name) for each in other.gc()] == [("layer", layer.id)]
-        gone = type(layer)(other.place, layer.record)
+        gone = type(layer)(other.directory, layer.record)
         with pytest.raises(UserError, match="is not in the store any more"):
             gone.hold()
 
@@ -188,9 +188,9 @@ def test_what_is_being_made_stays(store: LayerStore, place: Path) -> None:
 def test_a_repair_is_alone(store: LayerStore) -> None:
     layer = add_layer(store, {"a": "1"})
     with pytest.raises(UserError, match="is in use"):
-        layer.hold_alone()
+        layer.hold_exclusively()
     store.put_image(ImageRecord(name="one", layers=(layer.id,), created=now()))
-    with layer.hold_alone():
+    with layer.hold_exclusively():
         assert store.by_digest(layer.record.digest or "") is None
     with layer.hold(), layer.hold():
         pass
@@ -257,5 +257,5 @@ def test_ten_thousand_layers_are_not_looked_at(store: LayerStore, place: Path) -
 )
 def test_what_has_its_check_and_is_no_record_is_a_sentence(document: bytes) -> None:
     with pytest.raises(UserError, match=r"the record is damaged: .*; restore it from a copy, or remove it") as caught:
-        records.decode(records.sealed(document), ImageRecord, "the record")
+        records.decode(records.with_checksum(document), ImageRecord, "the record")
     assert len(str(caught.value)) < 400

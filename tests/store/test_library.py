@@ -9,7 +9,7 @@ import pytest
 
 from overlayfs import Overlay, StackConfig, Store
 from overlayfs.errors import UserError
-from overlayfs.store.committing import NothingToCommitError
+from overlayfs.store.commit import NothingToCommitError
 from overlayfs.store.records import ImageRecord, now
 from tests.store.samples import add_image, fill
 from tests.support.requirements import need_root

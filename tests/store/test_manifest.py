@@ -152,7 +152,7 @@ def test_the_same_layer_gives_the_same_bytes(place: Path, opened: Callable[[Path
 
 def test_a_manifest_survives_its_file(place: Path, opened: Callable[[Path], int]) -> None:
     here = opened(place)
-    with Manifest.build(opened(_made(place / "l", EVERYTHING)), place=here) as manifest:
+    with Manifest.build(opened(_made(place / "l", EVERYTHING)), temp_dir=here) as manifest:
         _write(manifest, place)
         with _read(place) as again:
             assert again.digest == manifest.digest
@@ -195,7 +195,7 @@ def test_progress_and_an_early_end(place: Path, opened: Callable[[Path], int]) -
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Manifest.build(root, progress=stop, place=opened(place))
+        Manifest.build(root, progress=stop, temp_dir=opened(place))
     assert os.listdir(place) == ["l"]
 
 
@@ -249,7 +249,7 @@ def test_a_damaged_manifest_never_reads_as_another_tree_without_its_digest_telli
     place: Path, opened: Callable[[Path], int], at: int
 ) -> None:
     here = opened(place)
-    with Manifest.build(opened(_made(place / "l", EVERYTHING)), place=here) as manifest:
+    with Manifest.build(opened(_made(place / "l", EVERYTHING)), temp_dir=here) as manifest:
         _write(manifest, place)
         digest = manifest.digest
     bytes_ = bytearray((place / "manifest").read_bytes())

@@ -215,7 +215,7 @@ def test_killed_anywhere_and_done_again(
             pass
         monkeypatch.setattr(sysio, "fault_hook", None)
         store.repair(source=os.fsdecode(other.path))
-        assert not verify(store.place, None).problems, f"killed at change {point}"
+        assert not verify(store.directory, None).problems, f"killed at change {point}"
         assert sorted(os.listdir(layer.path)) == [b"lock", b"manifest", b"record", b"tree"]
         if left[0] >= 0:
             break

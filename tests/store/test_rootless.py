@@ -7,7 +7,7 @@ import pytest
 
 from overlayfs.library import Store
 from overlayfs.oci import blobs, image_import, platforms
-from overlayfs.store import compare, repair, squash, trees, verify
+from overlayfs.store import compare, diff_operands, repair, squash, verify
 from overlayfs.store.records import ImageRecord, now
 from tests.oci import samples
 from tests.oci.archives import END, device, directory, file, header, symlink
@@ -16,7 +16,7 @@ from tests.support.users import ALICE, run_as
 
 pytestmark = pytest.mark.root
 
-LOADED = blobs, image_import, platforms, compare, repair, squash, trees, verify  # the user may not read our modules
+LOADED = blobs, image_import, platforms, compare, repair, squash, diff_operands, verify  # unreadable for the user
 
 BASE = (
     directory(b"d", uid=5, gid=6, mode=0o3750)

@@ -195,7 +195,7 @@ def test_an_image(store: LayerStore) -> None:
     assert layer.record.state == "complete" and os.listdir(layer.path).count(b"work") == 0
     assert told[-1][1] == 2
     assert store.image("site") == image
-    assert not verify(store.place, None).problems
+    assert not verify(store.directory, None).problems
 
 
 def test_equal_layers_are_stored_once(store: LayerStore) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.store import committing, verify
-from overlayfs.store.committing import Commit
+from overlayfs.store import commit, verify
+from overlayfs.store.commit import CommitRequest
 from overlayfs.store.store import LayerStore
 from tests.store.samples import add_image, fill
 from tests.support import leftovers, processes, syscalls
@@ -80,8 +80,8 @@ class Player:
         workspace = self.store.new_workspace(self.random.choice(IMAGES), name)
         text = f"{name} was here"
         fill(workspace.upper_path, {"committed": text})
-        layer = committing.commit_workspace(self.store, name, Commit(image=self.random.choice(IMAGES)))
-        committing.hash_layer(self.store, layer)
+        layer = commit.commit_workspace(self.store, name, CommitRequest(image=self.random.choice(IMAGES)))
+        commit.hash_layer(self.store, layer)
         assert (Path(os.fsdecode(layer.tree_path)) / "committed").read_text() == text
         assert self.store.stack_of(name)[0].id == layer.id
         if self.random.random() < 0.8:
@@ -198,7 +198,7 @@ def test_eight_processes(shop: Path) -> None:
 def _check(store: LayerStore, base: Path) -> None:
     """Everything that is named is there and whole; everything else goes."""
     for layer in list(store.unfinished()):
-        committing.hash_layer(store, layer)  # whoever made it was killed before
+        commit.hash_layer(store, layer)  # whoever made it was killed before
     dry = store.gc(dry_run=True)
     assert store.gc() == dry
     named = {layer for image in store.images() for layer in image.layers}
@@ -210,5 +210,5 @@ def _check(store: LayerStore, base: Path) -> None:
         assert list((base / room).iterdir()) == [], room
     content = [layer.record.digest for layer in store.layers() if layer.record.same_as is None]
     assert len(content) == len(set(content))
-    found = verify.verify(store.place, None)
+    found = verify.verify(store.directory, None)
     assert (found.problems, found.unfinished) == ((), ())

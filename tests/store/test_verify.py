@@ -36,7 +36,7 @@ def built(store: LayerStore, tree: Tree | Dir) -> Layer:
 
 
 def check(store: LayerStore, *ids: str) -> Checked:
-    return verify(store.place, ids or None, threads=2)
+    return verify(store.directory, ids or None, threads=2)
 
 
 def found(store: LayerStore) -> dict[bytes, tuple[str, tuple[str, ...]]]:
@@ -51,7 +51,7 @@ def test_a_store_as_it_was_made(store: LayerStore) -> None:
     layer = built(store, TREE)
     add_image(store, "site", {"index": "x"}, {"more": "y"})
     told: list[tuple[int, int]] = []
-    checked = verify(store.place, None, progress=lambda entries, size: told.append((entries, size)))
+    checked = verify(store.directory, None, progress=lambda entries, size: told.append((entries, size)))
     assert checked.problems == () and checked.unfinished == ()
     assert (checked.layers, checked.entries) == (3, 9 + 2 + 2)
     assert checked.size == layer.record.size + 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.store.adoption import NewLayer
+from overlayfs.store.commit_transaction import NewLayer
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
 from tests.store.samples import add_image, add_layer, fill, finish, open_store, there
@@ -55,7 +55,7 @@ def test_a_claimed_workspace_is_the_claimers(store: LayerStore, place: Path) -> 
     with open_store(place) as other:
         with hold:
             other.workspace("mine")
-            assert other.workspace("mine").hold() is None
+            assert other.workspace("mine").try_hold() is None
             assert other.gc() == []
         again, held, new, _ = other.claim_workspace("site", "mine")
         assert again.record == workspace.record
@@ -98,7 +98,7 @@ def test_adopting_moves_the_tree_and_renews_the_workspace(store: LayerStore, pla
     fill(workspace.upper_path, {"b": "22"})
     before = os.stat(workspace.upper_path)
     record = ImageRecord(name="site:2", layers=image.layers, created=now())
-    layer = store.adopt(
+    layer = store.commit_directory(
         workspace.upper_path,
         NewLayer(workspace="mine", image=record, author="me", message="b", below=image.layers),
     )
@@ -121,7 +121,7 @@ def test_an_equal_layer_leaves_no_workspace_behind(store: LayerStore, place: Pat
     store.put_image(ImageRecord(name="twin", layers=(twin.id, *image.layers), created=now()))
     fill(workspace.upper_path, {"b": "2"})
     record = ImageRecord(name="site:2", layers=image.layers, created=now())
-    layer = store.adopt(workspace.upper_path, NewLayer(workspace="mine", image=record, below=image.layers))
+    layer = store.commit_directory(workspace.upper_path, NewLayer(workspace="mine", image=record, below=image.layers))
     assert finish(store, layer).id == twin.id
     assert store.image("site:2").layers == (twin.id, *image.layers)
     assert store.workspace("mine").record.layers == (layer.id, *image.layers)
@@ -137,7 +137,7 @@ def test_an_equal_layer_leaves_no_workspace_behind(store: LayerStore, place: Pat
 
 def test_adopting_from_elsewhere(store: LayerStore, place: Path) -> None:
     fill(os.fsencode(place / "tree"), {"b": "2"})
-    layer = store.adopt(os.fsencode(place / "tree"), NewLayer(message="alone"))
+    layer = store.commit_directory(os.fsencode(place / "tree"), NewLayer(message="alone"))
     assert not (place / "tree").exists()
     assert store.layer(layer.id).record.message == "alone"
 
@@ -147,7 +147,7 @@ def test_another_file_system_is_refused(store: LayerStore, place: Path) -> None:
     with disk("tmpfs", place / "disk") as other:
         fill(os.fsencode(other / "tree"), {"b": "2"})
         with pytest.raises(OSError, match="tree") as caught:
-            store.adopt(os.fsencode(other / "tree"))
+            store.commit_directory(os.fsencode(other / "tree"))
         assert caught.value.errno == errno.EXDEV
         assert (other / "tree" / "b").read_text() == "2"
     assert there(place)["layers"] == there(place)["intents"] == []
@@ -160,9 +160,9 @@ def test_what_was_prepared_and_not_taken_is_undone(store: LayerStore, place: Pat
     like = os.open(workspace.upper_path, os.O_RDONLY)
     before = there(place)
     record = ImageRecord(name="site:2", layers=image.layers, created=now())
-    with store.begin_adoption(NewLayer(workspace="mine", image=record), like) as adoption:
-        assert os.path.isdir(adoption.next_upper)
-        assert os.path.isdir(adoption.next_work)
+    with store.begin_commit(NewLayer(workspace="mine", image=record), like) as transaction:
+        assert os.path.isdir(transaction.next_upper)
+        assert os.path.isdir(transaction.next_work)
         assert [layer.id for layer in store.layers()] == list(image.layers)
         assert store.gc() == []
     os.close(like)
@@ -176,11 +176,11 @@ def test_an_upper_in_use_is_not_what_a_dead_commit_prepared(store: LayerStore, p
     add_image(store, "site", {"a": "1"})
     workspace = store.new_workspace("site", "mine")
     like, directory = os.open(workspace.upper_path, os.O_RDONLY), os.open(workspace.path, os.O_RDONLY)
-    store.begin_adoption(NewLayer(workspace="mine"), like).let_go()
-    second = store.begin_adoption(NewLayer(workspace="mine"), like)
-    second.take(directory, b"upper")
+    store.begin_commit(NewLayer(workspace="mine"), like).release()
+    second = store.begin_commit(NewLayer(workspace="mine"), like)
+    second.commit(directory, b"upper")
     fill(second.next_upper, {"written": "since"})
-    second.let_go()
+    second.release()
     for fd in (like, directory):
         os.close(fd)
     with open_store(place):
@@ -192,7 +192,7 @@ def test_an_image_of_missing_layers_begins_nothing(store: LayerStore, place: Pat
     before = there(place)
     record = ImageRecord(name="site:2", layers=("0" * 32,), created=now())
     with pytest.raises(UserError, match="is not in the store"):
-        store.begin_adoption(NewLayer(image=record))
+        store.begin_commit(NewLayer(image=record))
     assert there(place) == before
 
 

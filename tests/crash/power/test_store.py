@@ -13,7 +13,8 @@ import pytest
 from overlayfs import StackConfig
 from overlayfs.library import Store
 from overlayfs.oci import image_import
-from overlayfs.store import committing, squash
+from overlayfs.store import squash
+from overlayfs.store.commit import CommitRequest, commit_upper
 from overlayfs.store.store import LayerStore
 from tests.crash.power.conftest import Memory
 from tests.crash.power.live import LiveCommit
@@ -59,7 +60,7 @@ def _operations(place: Path) -> dict[str, Operation]:
         layers = store.stack_of("site:1")
         lower = tuple(layer.tree_path for layer in layers)
         config = StackConfig(lower=lower, upper=os.fsencode(upper / "up"), work=os.fsencode(upper / "work"))
-        committing.commit_upper(store, config, layers, committing.Commit(image="copy"))
+        commit_upper(store, config, layers, CommitRequest(image="copy"))
 
     def flatten(store: LayerStore) -> None:
         squash.squash_image(store, "site:1", "flat")

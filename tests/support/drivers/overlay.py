@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from overlayfs.errors import oserror
 from overlayfs.fs import Caller, Changes, Overlay, StackConfig
-from overlayfs.store.commit import commit_mounted
+from overlayfs.store.copy_upper import commit_mounted
 from tests.support.drivers.base import Tree
 from tests.support.drivers.raw import Handle, Listed, Raw, Stat
 from tests.support.syscalls import EXCHANGE, NOREPLACE
