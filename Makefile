@@ -2,7 +2,7 @@
 # `make check VENV=/path` uses another environment than the one of scripts/setup.
 VENV ?= .venv
 BIN = $(VENV)/bin/
-SOURCES = overlayfs cli tests scripts/bench
+SOURCES = overlayfs cli tests scripts
 PYTEST = $(BIN)python -m pytest -q -n 2  # two processes: most tests wait for the disk or for a daemon
 
 .PHONY: setup setup-tests demo fmt lint types test test-mounted test-together test-pyfuse3 check campaign steps bench conformance clean

@@ -3,6 +3,10 @@
 python scripts/bench run [GROUP|WORKLOAD...]         everything, or a part; table, --json, --plots
 python scripts/bench acceptance [WORKLOAD...]        the ratios that we want to reach, met or not
 python scripts/bench list                            groups and workloads
+python scripts/bench report JSON...                  tables and pictures from earlier runs
+python scripts/bench archives                        import and export beside tar and umoci
+python scripts/bench commit                          a live commit beside buildah and podman
+python scripts/bench verify                          verification beside xxhsum and cat
 """
 
 import sys

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from bench import acceptance, catalogue, complete, results, runner, site
+from bench import acceptance, archives, catalogue, complete, live_commit, results, runner, site, verification
 from bench.setting import amounts, keep, new_report, runs, tell
 from overlayfs_cli.benchmark import contenders as who
 from overlayfs_cli.benchmark.contenders import Contender
@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     whole_run.add_argument("--plots", type=Path, metavar="DIR", help="draw pictures into DIR; needs matplotlib")
     whole_run.set_defaults(act=complete.show_run)
     _add_report(commands.add_parser("report", help="tables and pictures from the JSON of one or more runs"))
+    archives.add_arguments(commands.add_parser("archives", help="import and export beside tar and umoci"))
+    live_commit.add_arguments(commands.add_parser("commit", help="a live commit beside buildah and podman"))
+    verification.add_arguments(commands.add_parser("verify", help="verification beside xxhsum and cat"))
     return whole
 
 
