@@ -152,7 +152,7 @@ def _image_mount(place: Path, image: str = "site:1") -> Iterator[Path]:
     if not store.exists():
         point.mkdir()
         with LayerStore(os.fsencode(store)) as opened:
-            layer = opened.adopt(os.fsencode(_base(place)))
+            layer = opened.commit_directory(os.fsencode(_base(place)))
             opened.put_image(ImageRecord(name="site:1", layers=(layer.id,), created=now()))
     run(program("overlayfs"), "mount", image, point, "--name", "w", "--store", store)
     try:
