@@ -5,7 +5,6 @@ after it (design, D3; the kernel documents that it cannot).
 """
 
 import errno
-import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.copyup import CopyUp, Requirement
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.metadata import Metadata
 from overlayfs.fs.nodes import Dir, File, Node, NodeTable, close_backing
@@ -24,22 +23,30 @@ _WRITES = (os.O_WRONLY, os.O_RDWR)
 
 
 class FileHandle:
-    """One open file: its node, and whether it may write."""
+    """One open file: its node, and whether it was opened for writing.
 
-    __slots__ = ("node", "writes")
+    nodeid, passthrough: for an engine that knows files by several node ids and lets the kernel read and write some of
+    them by itself.
+    """
+
+    __slots__ = ("closed", "node", "nodeid", "passthrough", "writes")
 
     def __init__(self, node: File, writes: bool) -> None:
         self.node = node
         self.writes = writes
+        self.closed = False
+        self.nodeid = node.number
+        self.passthrough = False
 
 
 class DirHandle:
     """One open directory: its node, and the names as they were when reading began."""
 
-    __slots__ = ("names", "node")
+    __slots__ = ("closed", "names", "node")
 
     def __init__(self, node: Dir) -> None:
         self.node = node
+        self.closed = False
         self.names: list[bytes] | None = None
 
 
@@ -80,41 +87,32 @@ def requirement_of_open(node: Node, flags: int) -> Requirement | None:
 class Files:
     """All handles of one overlay."""
 
-    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata) -> None:
+    def __init__(
+        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata, copyup: CopyUp
+    ) -> None:
         self._stack = stack
         self._nodes = nodes
         self._lookup = lookup
         self._attributes = attributes
-        self._handles: dict[int, FileHandle | DirHandle] = {}
-        self._numbers = itertools.count(1)
+        self._copyup = copyup
+        self._handles: set[FileHandle | DirHandle] = set()
 
-    def __len__(self) -> int:
-        return len(self._handles)
-
-    def _add(self, handle: FileHandle | DirHandle) -> int:
-        number = next(self._numbers)
-        self._handles[number] = handle
-        handle.node.handles += 1
-        return number
-
-    def file(self, number: int) -> FileHandle:
-        """Return an open file; EBADF for any other number."""
-        handle = self._handles.get(number)
-        if not isinstance(handle, FileHandle):
-            raise oserror(errno.EBADF)
-        return handle
-
-    def directory(self, number: int) -> DirHandle:
-        """Return an open directory; EBADF for any other number."""
-        handle = self._handles.get(number)
-        if not isinstance(handle, DirHandle):
-            raise oserror(errno.EBADF)
+    def _add(self, node: File, writes: bool) -> FileHandle:
+        handle = FileHandle(node, writes)
+        self._handles.add(handle)
+        node.handles += 1
         return handle
 
     # --- files -----------------------------------------------------------------------------------------
 
-    def open(self, node: Node, flags: int, strip: bool) -> int:
-        """Open a lifted-as-needed file; `strip`: set-id bits go with O_TRUNC, for the caller is not root."""
+    def open(self, node: Node, flags: int, strip: bool) -> FileHandle:
+        """Open a regular file, copied up as far as `flags` require; EISDIR, ENXIO for anything else.
+
+        strip: O_TRUNC clears set-id bits and capabilities, because the caller is not privileged to keep them.
+        """
+        requirement = requirement_of_open(node, flags)
+        if requirement is not None:
+            self._copyup.copy_up(node, requirement)
         if not isinstance(node, File) or node.kind != stat.S_IFREG:
             raise oserror(errno.EISDIR if node.kind == stat.S_IFDIR else errno.ENXIO)
         writes = flags & os.O_ACCMODE in _WRITES
@@ -128,7 +126,7 @@ class Files:
         except BaseException:
             self.close_unused(node)
             raise
-        return self._add(FileHandle(node, writes))
+        return self._add(node, writes)
 
     @staticmethod
     def close_unused(node: Node) -> None:
@@ -136,14 +134,14 @@ class Files:
         if isinstance(node, File) and not node.handles:
             close_backing(node)
 
-    def open_later(self, node: File) -> int:
-        """Return a handle for reading a file that is opened when somebody reads from it."""
-        return self._add(FileHandle(node, False))
+    def open_later(self, node: File) -> FileHandle:
+        """Return a handle for reading; the real file is opened by the first read, if there is one."""
+        return self._add(node, False)
 
-    def adopt(self, node: File, writer: int) -> int:
-        """Return a handle for a file that has just been made; `writer` becomes the node's."""
+    def open_created(self, node: File, writer: int) -> FileHandle:
+        """Return a handle for a file that has just been made; the node takes over the descriptor `writer`."""
         node.writer = writer
-        return self._add(FileHandle(node, True))
+        return self._add(node, True)
 
     def _open_writer(self, node: File) -> int:
         _, dirfd, name = self._attributes.locate(node)
@@ -168,17 +166,17 @@ class Files:
             self._attributes.strip_set_id(node)
         self._lookup.fresh = None
 
-    def read(self, number: int, offset: int, size: int, nowait: bool) -> bytes:
-        """Read up to `size` bytes; BlockingIOError with `nowait` when a disk must be waited for."""
-        return sysio.read_at(self.readable(number), offset, size, nowait)
+    def read(self, handle: FileHandle, offset: int, size: int, nowait: bool = False) -> bytes:
+        """Read up to `size` bytes; BlockingIOError with `nowait` when the data is not in memory."""
+        return sysio.read_at(self.readable(handle), offset, size, nowait)
 
-    def fill(self, number: int, offset: int, buffer: memoryview) -> int:
-        """Fill a buffer with what is in memory and return how many bytes came; BlockingIOError as `read`."""
-        return sysio.fill_at(self.readable(number), offset, buffer)
+    def fill(self, handle: FileHandle, offset: int, buffer: memoryview) -> int:
+        """Fill a buffer with data that is in memory and return its length in bytes; BlockingIOError as `read`."""
+        return sysio.fill_at(self.readable(handle), offset, buffer)
 
-    def prepare_read(self, number: int, offset: int, size: int) -> Callable[[], bytes]:
-        """Return the call that reads, from a descriptor of its own; any thread may make it."""
-        fd = os.dup(self.readable(number))
+    def prepare_read(self, handle: FileHandle, offset: int, size: int) -> Callable[[], bytes]:
+        """Return the call that reads up to `size` bytes. Any thread may make it, even after the handle was closed."""
+        fd = os.dup(self.readable(handle))
 
         def read() -> bytes:
             try:
@@ -188,22 +186,19 @@ class Files:
 
         return read
 
-    def readable(self, number: int) -> int:
-        """Return the descriptor that a handle's reads go to, borrowed."""
-        node = self.file(number).node
+    def readable(self, handle: FileHandle) -> int:
+        """Return the descriptor that a handle's reads go to, borrowed; EBADF for a closed handle."""
+        if handle.closed:
+            raise oserror(errno.EBADF)
+        node = handle.node
         fd = node.reader if node.reader is not None else node.writer
         if fd is None:  # opened by `open_later`, or for writing only before a commit
             fd = node.reader = self._open_reader(node)
         return fd
 
-    def may_write(self, number: int) -> bool:
-        """Return whether a handle was opened for writing."""
-        return self.file(number).writes
-
-    def writable(self, number: int) -> int:
-        """Return the descriptor that a handle's writes go to, borrowed; EBADF for a handle that only reads."""
-        handle = self.file(number)
-        if not handle.writes:
+    def writable(self, handle: FileHandle) -> int:
+        """Return the descriptor that a handle's writes go to, borrowed; EBADF if it is closed or only reads."""
+        if handle.closed or not handle.writes:
             raise oserror(errno.EBADF)
         node = handle.node
         if node.writer is None:  # a commit has made a layer's file of what it wrote to
@@ -225,33 +220,29 @@ class Files:
             finally:
                 sysio.chmod_at(dirfd, name, mode)
 
-    def is_stranded(self, number: int) -> bool:
-        """Return whether a handle may write but its file must be lifted first: a commit came after it was opened."""
-        handle = self.file(number)
-        return handle.writes and (not handle.node.in_upper or handle.node.data is not None)
+    def write(self, handle: FileHandle, offset: int, data: bytes | memoryview) -> int:
+        """Write all of `data` and return its length; EBADF for a handle that only reads.
 
-    def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
-        """Write all of `data`; EBADF for a handle that only reads."""
-        fd = self.writable(number)
+        The file is in the upper since it was opened, unless a commit has made it part of a layer.
+        """
+        node = handle.node
+        if handle.writes and (not node.in_upper or node.data is not None):
+            self._copyup.copy_up(node, Requirement.DATA)
+        fd = self.writable(handle)
         self._lookup.fresh = None
         return sysio.write_at(fd, offset, data)
 
-    def flush(self, number: int) -> None:
+    def flush(self, handle: FileHandle) -> None:
         """Raise what the file system reports when the last writer closes."""
-        handle = self.file(number)
+        if handle.closed:
+            raise oserror(errno.EBADF)
         if handle.writes and handle.node.writer is not None:
             sysio.flush(handle.node.writer)
 
-    def writer_of(self, number: int | None) -> int | None:
-        """Return the writing descriptor behind a handle, if there is one."""
-        if number is None:
-            return None
-        handle = self._handles.get(number)
-        return handle.node.writer if isinstance(handle, FileHandle) and handle.writes else None
-
-    def release(self, number: int) -> None:
+    def release(self, handle: FileHandle | DirHandle) -> None:
         """Close a handle; the last one of a node closes its descriptors."""
-        handle = self._handles.pop(number)
+        self._handles.remove(handle)
+        handle.closed = True
         handle.node.handles -= 1
         if handle.node.handles == 0:
             if isinstance(handle.node, File):
@@ -261,22 +252,28 @@ class Files:
 
     # --- directories -----------------------------------------------------------------------------------
 
-    def open_dir(self, node: Node) -> int:
+    def open_dir(self, node: Node) -> DirHandle:
         """Open a directory for reading; EPERM where a redirect must not be followed."""
         if not isinstance(node, Dir):
             raise oserror(errno.ENOTDIR)
         if node.redirect_denied:
             raise oserror(errno.EPERM, node.name)
-        return self._add(DirHandle(node))
+        handle = DirHandle(node)
+        self._handles.add(handle)
+        node.handles += 1
+        return handle
 
-    def read_dir(self, number: int, offset: int) -> Iterator[Child]:
-        """Return the entries from a position on, without `.` and `..`; offset 0 looks at the directory anew."""
-        handle = self.directory(number)
+    def read_dir(self, handle: DirHandle, offset: int) -> Iterator[Child]:
+        """Return the entries from a position on, without `.` and `..`; offset 0 reads the directory again."""
+        if handle.closed:
+            raise oserror(errno.EBADF)
         if offset == 0 or handle.names is None:
             handle.names = self._lookup.listing(handle.node)
         names = ((handle.names[at], at + 1) for at in range(offset, len(handle.names)))
         return children(self._lookup, handle.node, names)
 
     def close(self) -> None:
-        """Forget all handles; the node table closes their descriptors."""
+        """Invalidate all handles; the node table closes their descriptors."""
+        for handle in self._handles:
+            handle.closed = True
         self._handles.clear()

@@ -213,6 +213,7 @@ class NodeTable:
 
     def __init__(self, ino32: bool) -> None:
         self._by_number: dict[int, Node] = {}
+        self.find = self._by_number.get  # the node with a number, None for none; each request asks
         self._by_key: dict[Key, File] = {}
         self._idle: OrderedDict[int, Node] = OrderedDict()
         self._kept = False
@@ -227,10 +228,6 @@ class NodeTable:
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._by_number.values())
-
-    def get(self, number: int) -> Node:
-        """Return the node with a number; KeyError for one that the table does not hold."""
-        return self._by_number[number]
 
     def by_key(self, key: Key) -> File | None:
         """Return the live file that is the real object `key`."""

@@ -22,7 +22,7 @@ from overlayfs.fs.copyup import CopyUp, CopyUpStep, Requirement
 from overlayfs.fs.dir_offsets import DirOffsets
 from overlayfs.fs.durability import Durability, SyncBarrier
 from overlayfs.fs.explain import Holder, explain
-from overlayfs.fs.files import Child, Files, children, requirement_of_open
+from overlayfs.fs.files import Child, DirHandle, FileHandle, Files, children, requirement_of_open
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.metadata import Attributes, Changes, Metadata, after_change
 from overlayfs.fs.names import Caller, Names
@@ -47,10 +47,10 @@ class Overlay:
         self._durability = Durability(self._stack, self._attributes)
         self._copyup = CopyUp(self._stack, self.nodes, self._lookup, self._attributes, self._durability)
         self._names = Names(self._stack, self.nodes, self._lookup, self._attributes, self._copyup)
-        self._files = Files(self._stack, self.nodes, self._lookup, self._attributes)
+        self.files = Files(self._stack, self.nodes, self._lookup, self._attributes, self._copyup)
         self._dir_offsets = DirOffsets(self._lookup)
         self.nodes.on_drop += [self._lookup.drop, self._dir_offsets.drop]
-        self.space = Space(self._attributes, self._lookup, self._files)
+        self.space = Space(self._attributes, self._lookup, self.files)
         self.root = self._lookup.root
 
     @property
@@ -83,15 +83,10 @@ class Overlay:
         """Whether every layer lies on a mount where devices open."""
         return all(layer.dev for layer in self._stack.layers)
 
-    @property
-    def open_handles(self) -> int:
-        """How many files and directories are open."""
-        return len(self._files)
-
     def close(self) -> None:
         """Sync the upper, close everything and release the locks."""
         synced = self._sync_before_close()
-        self._files.close()
+        self.files.close()
         self.nodes.close()
         self._stack.close(clean=synced)
 
@@ -147,14 +142,16 @@ class Overlay:
 
     # --- attributes ------------------------------------------------------------------------------------
 
-    def set_attributes(self, node: Node, changes: Changes, caller: Caller, fh: int | None = None) -> Attributes:
-        """Change attributes and return what they are then. `fh`: the open file through which it is asked, if any."""
+    def set_attributes(
+        self, node: Node, changes: Changes, caller: Caller, handle: FileHandle | None = None
+    ) -> Attributes:
+        """Change attributes and return what they are then. `handle`: the open file of ftruncate(2) and the like."""
         requirement = requirement_of_change(changes)
         self._copyup.copy_up(node, requirement)
         try:
-            self._attributes.change(node, changes, self._files.writer_of(fh))
+            self._attributes.change(node, changes, handle.node.writer if handle is not None and handle.writes else None)
         finally:
-            self._files.close_unused(node)
+            self.files.close_unused(node)
         return after_change(lambda: self._attributes.attributes(node))
 
     def check_xattr(self, name: bytes) -> None:
@@ -194,18 +191,18 @@ class Overlay:
         """Make a symbolic link."""
         return self._names.symlink(_directory(parent), name, target, caller)
 
-    def create(self, parent: Node, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Node, int]:
+    def create(self, parent: Node, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Node, FileHandle]:
         """Make and open a regular file; one that exists is opened unless `flags` hold O_EXCL."""
         existing = self._lookup.lookup(_directory(parent), name)
         if existing is not None and not flags & os.O_EXCL:
             return existing, self.open(existing, flags, caller)
         node, writer = self._names.create(_directory(parent), name, mode, caller)
-        return node, self._files.adopt(node, writer)
+        return node, self.files.open_created(node, writer)
 
-    def create_unnamed(self, parent: Node, mode: int, caller: Caller) -> tuple[Node, int]:
+    def create_unnamed(self, parent: Node, mode: int, caller: Caller) -> tuple[Node, FileHandle]:
         """Make and open a regular file without a name (O_TMPFILE); `link` gives it one."""
         node, writer = self._names.make_unnamed(_directory(parent), mode, caller)
-        return node, self._files.adopt(node, writer)
+        return node, self.files.open_created(node, writer)
 
     def link(self, node: Node, new_parent: Node, new_name: bytes) -> Node:
         """Give a file one more name; returns the file's node."""
@@ -226,95 +223,62 @@ class Overlay:
 
     # --- files -----------------------------------------------------------------------------------------
 
-    def open(self, node: Node, flags: int, caller: Caller, strip: bool | None = None) -> int:
+    def open(self, node: Node, flags: int, caller: Caller, strip: bool | None = None) -> FileHandle:
         """Open a regular file and return a handle; `flags` as in open(2).
 
-        `strip` says whether O_TRUNC takes set-id bits and capabilities away, where somebody knows better than that
-        root keeps them.
+        strip: whether O_TRUNC clears set-id bits and capabilities; by default for every caller but root.
         """
-        requirement = requirement_of_open(node, flags)
-        if requirement is not None:
-            self._copyup.copy_up(node, requirement)
-        return self._files.open(node, flags, strip=caller.uid != 0 if strip is None else strip)
-
-    def open_later(self, node: Node) -> int:
-        """Return a handle for reading a regular file that is opened when somebody reads, if ever. On the loop."""
-        assert isinstance(node, File)
-        return self._files.open_later(node)
-
-    def descriptor(self, fh: int, writes: bool) -> int:
-        """Return the real descriptor behind a handle, borrowed: the one for writing, or the one for reading."""
-        return self._files.writable(fh) if writes else self._files.readable(fh)
-
-    def may_write(self, fh: int) -> bool:
-        """Return whether a handle was opened for writing."""
-        return self._files.may_write(fh)
+        return self.files.open(node, flags, strip=caller.uid != 0 if strip is None else strip)
 
     def strip_set_id(self, node: Node) -> None:
-        """Clear the set-id bits and capabilities of a file in the upper, as a write by anybody but root does."""
+        """Clear the set-id bits and capabilities of a file in the upper, as a write by an unprivileged user does."""
         self._attributes.strip_set_id(node)
 
-    def read(self, fh: int, offset: int, size: int, nowait: bool = False) -> bytes:
+    def read(self, handle: FileHandle, offset: int, size: int, nowait: bool = False) -> bytes:
         """Read up to `size` bytes. With `nowait`, BlockingIOError when a disk must be waited for."""
-        return self._files.read(fh, offset, size, nowait)
+        return self.files.read(handle, offset, size, nowait)
 
-    def fill(self, fh: int, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` and return how many bytes came; BlockingIOError when a disk must be waited for."""
-        return self._files.fill(fh, offset, buffer)
-
-    def prepare_read(self, fh: int, offset: int, size: int) -> Callable[[], bytes]:
-        """Return the call that reads up to `size` bytes; any thread may make it, and the handle may go meanwhile."""
-        return self._files.prepare_read(fh, offset, size)
-
-    def write(self, fh: int, offset: int, data: bytes | memoryview) -> int:
+    def write(self, handle: FileHandle, offset: int, data: bytes | memoryview) -> int:
         """Write all of `data` at `offset` and return its length."""
-        if self._files.is_stranded(fh):
-            self._copyup.copy_up(self._files.file(fh).node, Requirement.DATA)
-        return self._files.write(fh, offset, data)
+        return self.files.write(handle, offset, data)
 
-    def flush(self, fh: int) -> None:
-        """Report what a file system says only when a file is closed, as NFS and quotas do; EBADF for no open file."""
-        self._files.flush(fh)
+    def flush(self, handle: FileHandle) -> None:
+        """Report what a file system says only when a file is closed, as NFS and quotas do."""
+        self.files.flush(handle)
 
-    def fsync(self, fh: int, datasync: bool = False) -> None:
+    def fsync(self, handle: FileHandle, datasync: bool = False) -> None:
         """Make a file durable, its name included."""
-        self.prepare_fsync(fh, datasync)()
+        self.prepare_fsync(handle, datasync)()
 
-    def prepare_fsync(self, fh: int, datasync: bool = False) -> Callable[[], None]:
-        """Return the call that makes a file durable; any thread may make it."""
-        return self._durability.of_file(self._files.file(fh).node, datasync)
+    def prepare_fsync(self, handle: FileHandle, datasync: bool = False) -> Callable[[], None]:
+        """Return the call that makes a file durable; any thread may make it. EBADF for a closed handle."""
+        if handle.closed:
+            raise oserror(errno.EBADF)
+        return self._durability.of_file(handle.node, datasync)
 
-    def release(self, fh: int) -> None:
-        """Close a handle."""
-        self._files.release(fh)
+    def release(self, handle: FileHandle | DirHandle) -> None:
+        """Close the handle of a file or a directory."""
+        self.files.release(handle)
 
-    def open_dir(self, node: Node) -> int:
+    def open_dir(self, node: Node) -> DirHandle:
         """Open a directory for reading and return a handle."""
-        return self._files.open_dir(node)
+        return self.files.open_dir(node)
 
-    def read_dir(self, fh: int, offset: int) -> Iterator[Child]:
+    def read_dir(self, handle: DirHandle, offset: int) -> Iterator[Child]:
         """Yield (name, node, next offset) from a position on; 0 begins anew. No `.` and `..`."""
-        return self._files.read_dir(fh, offset)
+        return self.files.read_dir(handle, offset)
 
     def read_dir_at(self, node: Node, position: int) -> Iterator[Child]:
-        """Yield the same without a handle; positions stay true while names come and go."""
+        """Yield (name, node, next position) without a handle; positions stay true while names come and go."""
         return self._dir_offsets.read(_directory(node), position)
 
-    def fsync_dir(self, fh: int) -> None:
+    def fsync_dir(self, node: Node) -> None:
         """Make the names in a directory durable."""
-        self.prepare_fsync_dir(fh)()
+        self.prepare_fsync_dir(node)()
 
-    def prepare_fsync_dir(self, fh: int) -> Callable[[], None]:
+    def prepare_fsync_dir(self, node: Node) -> Callable[[], None]:
         """Return the call that makes the names in a directory durable; any thread may make it."""
-        return self._durability.of_directory(self._files.directory(fh).node)
-
-    def prepare_fsync_dir_at(self, node: Node) -> Callable[[], None]:
-        """Return the same call for a directory without a handle."""
         return self._durability.of_directory(_directory(node))
-
-    def release_dir(self, fh: int) -> None:
-        """Close a directory handle."""
-        self._files.release(fh)
 
     def sync(self) -> None:
         """Make the upper's whole file system durable. Any thread may; without an upper there is nothing to do."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.fs.files import Files
+from overlayfs.fs.files import FileHandle, Files
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.metadata import Metadata
 from overlayfs.fs.nodes import Node
@@ -39,18 +39,20 @@ class Space:
         self._lookup = lookup
         self._files = files
 
-    def seek(self, number: int, offset: int, whence: int) -> int:
+    def seek(self, handle: FileHandle, offset: int, whence: int) -> int:
         """Return where data or a hole begins at or after `offset` (SEEK_DATA, SEEK_HOLE); ENXIO beyond the end."""
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise oserror(errno.EINVAL)
-        return sysio.seek_data(self._files.readable(number), offset, whence)
+        return sysio.seek_data(self._files.readable(handle), offset, whence)
 
-    def allocate(self, number: int, mode: int, offset: int, length: int) -> None:
+    def allocate(self, handle: FileHandle, mode: int, offset: int, length: int) -> None:
         """Do fallocate(2) on a file open for writing: all modes that the upper's file system has."""
         self._lookup.fresh = None
-        sysio.fallocate(self._files.writable(number), mode, offset, length)
+        sysio.fallocate(self._files.writable(handle), mode, offset, length)
 
-    def prepare_copy(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Callable[[], int]:
+    def prepare_copy(
+        self, source: FileHandle, offset: int, target: FileHandle, target_offset: int, length: int
+    ) -> Callable[[], int]:
         """Return the call that copies a range between two open files and returns its length; any thread may make it."""
         self._lookup.fresh = None
         write_to = os.dup(self._files.writable(target))

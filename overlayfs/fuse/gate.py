@@ -18,6 +18,7 @@ class Gate:
     """A door for changes: open at first; reads never pass through it."""
 
     def __init__(self) -> None:
+        self.closed = False  # new changes have to wait
         self._running = 0
         self._opened: trio.Event | None = None  # exists while the gate is closed
         self._quiet: trio.Event | None = None  # exists while a closer waits for running changes
@@ -26,11 +27,6 @@ class Gate:
         self._heavy = 0
         self._change = _Change(self)
         self._heavy_work = _Heavy(self)
-
-    @property
-    def closed(self) -> bool:
-        """Whether new changes have to wait."""
-        return self._opened is not None
 
     def change(self) -> "_Change":
         """Return the context of one change; entering it waits while the gate is closed."""
@@ -51,6 +47,7 @@ class Gate:
         try:
             await self._wait_copied()
             self._opened = trio.Event()
+            self.closed = True
             await self._wait_quiet()
         except BaseException:
             self.open()
@@ -61,6 +58,7 @@ class Gate:
         if self._opened is not None:
             self._opened.set()
             self._opened = None
+            self.closed = False
         if self._light is not None:
             self._light.set()
             self._light = None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from overlayfs.fs.files import Files
 from overlayfs.fs.nodes import NodeTable
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fs.space import Space
@@ -30,7 +31,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 def main(fault: str, options: str, mountpoint: str) -> int:
     """Mount until the end of the mount."""
-    verbs = [(owner, name) for owner in (Overlay, Space) for name in _verbs(owner)]
+    verbs = [(owner, name) for owner in (Overlay, Files, Space) for name in _verbs(owner)]
     for owner, name in (*verbs, (NodeTable, "forget"), (NodeTable, "remember")):
         setattr(owner, name, _failing(getattr(owner, name), name, Path(fault)))
     return foreground.mount(options, mountpoint)

@@ -21,7 +21,7 @@ EXPECTED = {
     "KeyError": errno.EIO,
     "RecursionError": errno.EIO,
 }
-SILENT = {"release", "release_dir", "forget"}  # the kernel asks and passes no answer on
+SILENT = {"release", "forget"}  # the kernel asks and passes no answer on
 
 Act = Callable[[], object]
 
@@ -128,14 +128,13 @@ _OWN: dict[str, dict[str, Callable[[Scene], Act]]] = {
         "open_dir": lambda scene: lambda: os.listdir(scene.directory),
         "read_dir": lambda scene: lambda: os.listdir(scene.directory),
         "prepare_fsync_dir": _on_open(HERE, os.O_RDONLY, os.fsync),
-        "release_dir": lambda scene: _closing(scene.directory),
     },
     engines.KERNEL: {
         "find": lambda scene: lambda: os.lstat(scene.directory / "absent"),
         "fill": _read_lower,
         "read_dir_at": lambda scene: lambda: os.listdir(scene.directory),
-        "prepare_fsync_dir_at": _on_open(HERE, os.O_RDONLY, os.fsync),
-        "descriptor": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
+        "prepare_fsync_dir": _on_open(HERE, os.O_RDONLY, os.fsync),
+        "writable": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
         "masked": lambda scene: lambda: os.mkdir(scene.directory / "new"),
         "create_unnamed": _unnamed,
         "seek": _on_open(FILE, os.O_RDONLY, lambda descriptor: os.lseek(descriptor, 0, os.SEEK_DATA)),

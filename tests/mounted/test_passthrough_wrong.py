@@ -23,7 +23,7 @@ NOTICED = {
     "joins_readers_of_layers": ("passthrough", ["layers_are_never_written"]),
     "cached_and_passed_through_at_once": ("auto", ["no_order_of_opens_is_an_error"]),
     "a_backing_for_each_open": ("auto", ["no_order_of_opens_is_an_error"]),
-    "pages_survive_writes_past_us": ("auto", ["pages_are_true_after_a_write"]),
+    "pages_survive_writes_in_passthrough": ("auto", ["pages_are_true_after_a_write"]),
     "set_id_bits_stay": ("cached", ["set_id_bits_go_as_on_a_local_file_system"]),
     "the_capability_is_kept": ("auto", ["set_id_bits_go_when_they_came_after_the_open"]),
     "attributes_are_remembered": (

@@ -12,6 +12,7 @@ from typing import Any
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
+from overlayfs.fs.files import Files
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.kernel import passthrough
 from overlayfs.fuse.kernel.connection import Connection
@@ -19,11 +20,11 @@ from overlayfs.fuse.kernel.handlers import files
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Notify
 from tests.support import foreground
 
-_Files, _OpenFiles = files.FileHandlers, passthrough.OpenFiles
+_FileHandlers, _OpenFiles = files.FileHandlers, passthrough.OpenFiles
 
 
 def _backing_is_kept_across_copy_up() -> None:
-    """Readers of layers go past us, and whoever comes after copy-up joins them."""
+    """Readers of layers read in passthrough, and opens after copy-up join them."""
     worth = _OpenFiles._is_worth_it
 
     def is_worth_it(self: passthrough.OpenFiles, target: passthrough.Target) -> bool:
@@ -34,42 +35,43 @@ def _backing_is_kept_across_copy_up() -> None:
 
 
 def _joins_readers_of_layers() -> None:
-    _replace(_OpenFiles, "is_replaced", lambda *_: False)
-    _replace(_Files, "_must_be_found_anew", lambda *_: False)
+    _replace(_OpenFiles, "is_stale", lambda *_: False)
+    _replace(_FileHandlers, "_is_stale", lambda *_: False)
 
 
 def _cached_and_passed_through_at_once() -> None:
-    """Each open is decided for itself."""
-    backing = _OpenFiles._backing
+    """Each open is decided separately."""
+    backing_id = _OpenFiles._backing_id
 
-    def decide(self: passthrough.OpenFiles, way: passthrough.IoMode | None, target: passthrough.Target) -> int:
-        return backing(self, way if way is not None and way.backing else None, target)
+    def decide(self: passthrough.OpenFiles, mode: passthrough.IoMode | None, target: passthrough.Target) -> int:
+        return backing_id(self, mode if mode is not None and mode.backing_id else None, target)
 
-    _replace(_OpenFiles, "_backing", decide)
+    _replace(_OpenFiles, "_backing_id", decide)
 
 
 def _a_backing_for_each_open() -> None:
-    backing = _OpenFiles._backing
-    _replace(_OpenFiles, "_backing", lambda self, way, target: backing(self, None, target))
+    backing_id = _OpenFiles._backing_id
+    _replace(_OpenFiles, "_backing_id", lambda self, mode, target: backing_id(self, None, target))
 
 
-def _pages_survive_writes_past_us() -> None:
-    give_backing = _OpenFiles._passthrough
+def _pages_survive_writes_in_passthrough() -> None:
+    opens = _OpenFiles.open
 
-    def keep(self: passthrough.OpenFiles, target: passthrough.Target, *rest: Any) -> Any:
+    def keep(self: passthrough.OpenFiles, target: passthrough.Target) -> tuple[int, int]:
         complete = target.nodeid in self._complete
-        found = give_backing(self, target, *rest)
-        if complete:
-            self._complete.add(target.nodeid)
-        self._outdated.discard(target.nodeid)
-        through, flags, number = found
-        return through, flags | passthrough.KEEP_CACHE, number
+        flags, backing_id = opens(self, target)
+        if backing_id:
+            if complete:
+                self._complete.add(target.nodeid)
+            self._outdated.discard(target.nodeid)
+            flags |= passthrough.KEEP_CACHE
+        return flags, backing_id
 
-    _replace(_OpenFiles, "_passthrough", keep)
+    _replace(_OpenFiles, "open", keep)
 
 
 def _set_id_bits_stay() -> None:
-    """Nobody drops them, though the kernel was told that we do."""
+    """They are never cleared, though the handshake promised it."""
     _replace(Overlay, "strip_set_id", lambda *_: None)
     change = Overlay.set_attributes
     _replace(
@@ -77,8 +79,8 @@ def _set_id_bits_stay() -> None:
         "set_attributes",
         lambda self, node, changes, *rest: change(self, node, changes._replace(strip=False), *rest),
     )
-    opens = Overlay.open
-    _replace(Overlay, "open", lambda self, node, flags, caller, strip=None: opens(self, node, flags, caller, False))
+    opens = Files.open
+    _replace(Files, "open", lambda self, node, flags, strip: opens(self, node, flags, False))
 
 
 def _the_capability_is_kept() -> None:
@@ -86,16 +88,16 @@ def _the_capability_is_kept() -> None:
 
 
 def _attributes_are_remembered() -> None:
-    """Also those that change past us."""
+    """Also those that change without a request."""
     _replace(_OpenFiles, "changes_unseen", lambda *_: False)
 
 
 def _stale_every_time() -> None:
-    _replace(_Files, "_stale", lambda *_: oserror(errno.ESTALE))
+    _replace(_FileHandlers, "_stale_error", lambda *_: oserror(errno.ESTALE))
 
 
 def _entries_are_dropped_from_the_loop() -> None:
-    """Each removed name is told to the kernel, by the thread that is to answer the request that holds its lock."""
+    """The loop notifies the kernel of each removed name, and is also to answer the request that holds its lock."""
     unlink = Overlay.unlink
 
     def tell(self: Overlay, parent: Any, name: bytes) -> None:

@@ -274,7 +274,7 @@ def test_a_removed_directory_stays_empty(used: Used) -> None:
     used.commit()
     assert list(overlay.read_dir(fh, 0)) == []
     assert overlay.attributes(node).nlink == 0
-    overlay.release_dir(fh)
+    overlay.release(fh)
 
 
 def test_a_listing_goes_on(used: Used) -> None:
@@ -287,7 +287,7 @@ def test_a_listing_goes_on(used: Used) -> None:
     used.commit()
     rest = list(overlay.read_dir(fh, first[-1].offset))
     assert sorted(child.name for child in (*first, *rest)) == sorted([b"inner", *(b"%d" % n for n in range(50))])
-    overlay.release_dir(fh)
+    overlay.release(fh)
 
 
 def test_a_read_only_mode_does_not_stop_a_writer(used: Used) -> None:

@@ -24,7 +24,7 @@ from overlayfs.fuse.engine import MountSettings
 from overlayfs.fuse.kernel.engine import KernelEngine
 from overlayfs.fuse.kernel.passthrough import Io
 from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, OUT_HEADER, Init, Op
-from overlayfs.fuse.kernel.request import received
+from overlayfs.fuse.kernel.request import Request
 
 _PACKAGE = os.path.dirname(overlayfs.__file__) + os.sep
 _OFFERED = int(~Init(0) & ~Init.PASSTHROUGH)
@@ -96,7 +96,7 @@ class Kernel:
         self._put(Op.INIT, 0, offer)
         length = self._engine._receive()
         assert length
-        self._engine._answer_init(received(self._engine._buffer, self._engine._view, length))
+        self._engine._answer_init(Request(self._engine._view[:length]))
         self._engine._session.nursery = nursery
         assert OUT_HEADER.unpack_from(self._socket.kernel.recv(_LARGEST))[1] == 0
 
@@ -113,7 +113,7 @@ class Kernel:
         counter.active = bool(label)
         length = engine._receive()
         assert length
-        engine._handle(received(engine._buffer, engine._view, length))
+        engine._handle(Request(engine._view[:length]))
         while engine._session.waiting:
             await trio.lowlevel.checkpoint()
         reply = await self._reply()

@@ -21,7 +21,7 @@ from overlayfs.fuse.engine import MountSettings
 from overlayfs.fuse.kernel.engine import KernelEngine
 from overlayfs.fuse.kernel.passthrough import Io
 from overlayfs.fuse.kernel.protocol import IN_HEADER, LAYOUTS, OUT_HEADER, Op
-from overlayfs.fuse.kernel.request import Reply, received
+from overlayfs.fuse.kernel.request import Reply, Request
 
 UNANSWERED = {Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT}
 OFFERED = 0x5FD_73FF_FFFB  # what Linux 6.18 offers
@@ -80,7 +80,7 @@ class Recorder(KernelEngine):
         length = IN_HEADER.size + len(body)
         self._buffer[: IN_HEADER.size] = IN_HEADER.pack(length, op, unique, nodeid, uid, uid, 4711, 0, 0)
         self._buffer[IN_HEADER.size : length] = body
-        request = received(self._buffer, self._view, length)
+        request = Request(self._view[:length])
         if self._handlers:
             self._handle(request)
         else:

@@ -35,11 +35,11 @@ def test_a_renewed_node_has_two_numbers_until_the_old_one_is_forgotten() -> None
     nodes, (node,) = table(7)
     found = NodeIds(nodes)
     found.remember(node)
-    assert not found.is_renewed(node) and not found.is_replaced(7, node)
+    assert node.number not in found.renewed and not found.is_stale(7, node)
     found.renew(node)
     new = found.remember(node)
-    assert new != 7 and found.number(node) == new
-    assert found.is_renewed(node) and found.is_replaced(7, node) and not found.is_replaced(new, node)
+    assert new != 7 and found.nodeid(node) == new
+    assert node.number in found.renewed and found.is_stale(7, node) and not found.is_stale(new, node)
     assert found.node(7) is node and found.node(new) is node
     assert found.forget(7, 1) is False  # the node itself is known still
     assert found.forget(new, 1) is True
@@ -56,10 +56,10 @@ def test_the_new_number_stays_while_the_old_one_is_known() -> None:
     found.renew(node)
     new = found.remember(node)
     assert found.forget(new, 1) is True
-    assert found.number(node) == found.remember(node) == new and found.node(new) is node
+    assert found.nodeid(node) == found.remember(node) == new and found.node(new) is node
     found.forget(new, 1)
     found.forget(7, 1)
-    assert found.number(node) == found.remember(node) == 7
+    assert found.nodeid(node) == found.remember(node) == 7
 
 
 def test_a_new_number_that_was_never_given_out_goes_with_its_node() -> None:
@@ -69,7 +69,7 @@ def test_a_new_number_that_was_never_given_out_goes_with_its_node() -> None:
     found.remember(node)
     found.renew(node)
     found.forget(7, 1)
-    assert not found.is_renewed(node) and found.remember(node) == 7
+    assert node.number not in found.renewed and found.remember(node) == 7
 
 
 def test_an_unknown_number_is_stale() -> None:
@@ -111,7 +111,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 2))
     def renew(self, which: int) -> None:
         """As the engine does: only a number that the kernel holds is replaced."""
-        if self.found.number(self.files[which]) in self.held:
+        if self.found.nodeid(self.files[which]) in self.held:
             self.found.renew(self.files[which])
 
     @invariant()
@@ -130,7 +130,7 @@ class Machine(RuleBasedStateMachine):
             for number, (_, count) in list(self.held.items()):
                 self.found.forget(number, count)
             assert all(node.lookups == 0 for node in self.files)
-            assert not self.found._held and not self.found._further and not self.found._current
+            assert not self.found._lookups and not self.found._later and not self.found.renewed
 
 
 Machine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlayfs.fuse.kernel.protocol import (
+    IN_HEADER,
     LAYOUTS,
     Init,
     Layout,
@@ -31,6 +32,7 @@ SIZES = {
     "fallocate_in": 32, "lseek_in": 24, "lseek_out": 8, "copy_file_range_in": 56, "copy_file_range_out": 8,
     "dirent": 24, "direntplus": 152, "statx_in": 24, "statx_out": 288, "inval_inode": 24, "inval_entry": 16,
     "store": 24, "backing_map": 16, "entry_reply": 16 + 128, "attr_reply": 16 + 104, "open_reply": 16 + 16,
+    "create_reply": 16 + 128 + 16, "write_reply": 16 + 8,
     "init_in": 20,  # the fields that are known, of 64 bytes: kernels before 5.17 send 16
 }  # fmt: skip
 _RANGES = {
@@ -133,7 +135,8 @@ _name = st.binary(min_size=1, max_size=40).filter(lambda name: b"\0" not in name
 
 def request(body: bytes) -> Request:
     """A request with this body."""
-    return Request(Op.LOOKUP, 1, 1, 0, 0, 0, memoryview(body))
+    header = IN_HEADER.pack(IN_HEADER.size + len(body), Op.LOOKUP, 1, 1, 0, 0, 0, 0, 0)
+    return Request(memoryview(header + body))
 
 
 @given(_name, _name, st.binary(max_size=60))

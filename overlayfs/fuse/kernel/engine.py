@@ -31,7 +31,7 @@ from overlayfs.fuse.kernel.handlers.xattrs import XattrHandlers
 from overlayfs.fuse.kernel.handshake import MAX_WRITE, Agreement, TooOldError, Wishes, agree
 from overlayfs.fuse.kernel.passthrough import Io, OpenFiles
 from overlayfs.fuse.kernel.protocol import LAYOUTS, MAJOR, OUT_HEADER, Init, Op
-from overlayfs.fuse.kernel.request import KINDS, Handler, Reply, Request, received
+from overlayfs.fuse.kernel.request import KINDS, Handler, Reply, Request
 from overlayfs.fuse.kernel.session import Session
 from overlayfs.fuse.kernel.standby import Standby, StandbyReader
 
@@ -135,7 +135,7 @@ class KernelEngine(Engine):
             await trio.lowlevel.wait_readable(self._fd)
             length = self._receive()
             if length:
-                self._answer_init(received(self._buffer, self._view, length))
+                self._answer_init(Request(self._view[:length]))
 
     def _answer_init(self, request: Request) -> None:
         if request.op != Op.INIT:
@@ -201,7 +201,7 @@ class KernelEngine(Engine):
         while answered < _TURN:
             length = self._receive()
             if length:
-                self._handle(received(self._buffer, self._view, length))
+                self._handle(Request(self._view[:length]))
                 answered += 1
                 empty_since = 0.0
             elif length is None:
@@ -234,15 +234,15 @@ class KernelEngine(Engine):
         if kind is not None:
             self.counters[kind] += 1
         if handler is None:
-            self._send(self._session.refused(request, errno.ENOSYS))
+            self._send(self._session.error(request, errno.ENOSYS))
             return
         if self._settings.allow_root and self._is_foreign(request):
-            self._send(self._session.refused(request, errno.EACCES))
+            self._send(self._session.error(request, errno.EACCES))
             return
         try:
             reply = handler(request)
         except Exception as error:
-            reply = None if request.op in _UNANSWERED else self._session.error(request, error)
+            reply = None if request.op in _UNANSWERED else self._session.failed(request, error)
         self._send(reply)
 
     def _is_foreign(self, request: Request) -> bool:

@@ -1,8 +1,8 @@
-"""Nodes by the numbers that the kernel knows them by.
+"""Nodes by node id, the number that the kernel knows them by.
 
-That number is the node's own, until a node must be known by a new one: an inode of the kernel cannot change the file
-that is read past us, so after copy-up a new inode takes the place of the old one (docs/engine.md). Both lead to the
-same node, with the same st_ino.
+A node's id is its own number until it needs a new id: an inode of the kernel cannot change the file that it reads in
+passthrough, so after copy-up a new inode takes the place of the old one (docs/engine.md). Both ids lead to the same
+node, with the same st_ino.
 """
 
 import errno
@@ -15,79 +15,71 @@ _FIRST = 1 << 63  # no node has such a number
 
 
 class NodeIds:
-    """Counts what the kernel holds of each number, the nodes' own and the further ones."""
+    """Counts the look-ups that the kernel holds of each node id: the nodes' own numbers, and later ids."""
 
     def __init__(self, nodes: NodeTable) -> None:
         self._nodes = nodes
-        self._further: dict[int, Node] = {}
-        self._held: dict[int, int] = {}  # look-ups by further number
-        self._current: dict[int, int] = {}  # own number -> the further one that new look-ups get
-        self._spare = itertools.count(_FIRST)
+        self._later: dict[int, Node] = {}  # by later id
+        self._lookups: dict[int, int] = {}  # by later id
+        self.renewed: dict[int, int] = {}  # number of a node -> the later id that new look-ups get
+        self._unused = itertools.count(_FIRST)
 
     def node(self, nodeid: int) -> Node:
-        """Return the node behind a number; ESTALE for none."""
-        try:
-            return self._nodes.get(nodeid)
-        except KeyError:
-            pass
-        node = self._further.get(nodeid)
+        """Return the node behind a node id; ESTALE for none."""
+        node = self._nodes.find(nodeid) or self._later.get(nodeid)
         if node is None:
             raise oserror(errno.ESTALE)
         return node
 
-    def is_replaced(self, nodeid: int, node: Node) -> bool:
-        """Return whether a node has a newer number than this one."""
-        return bool(self._current) and self.number(node) != nodeid
+    def is_stale(self, nodeid: int, node: Node) -> bool:
+        """Return whether a node has a later id than this one."""
+        return bool(self.renewed) and self.nodeid(node) != nodeid
 
-    def is_renewed(self, node: Node) -> bool:
-        """Return whether the kernel may know a node by several numbers, and keep attributes under each."""
-        return bool(self._current) and node.number in self._current
-
-    def number(self, node: Node) -> int:
-        """Return the number by which the kernel is to know a node from now on."""
-        return self._current.get(node.number, node.number)
+    def nodeid(self, node: Node) -> int:
+        """Return the id by which the kernel is to know a node from now on."""
+        return self.renewed.get(node.number, node.number)
 
     def remember(self, node: Node) -> int:
-        """Count a look-up of a node and return its number."""
+        """Count a look-up of a node and return its id."""
         self._nodes.remember(node)
-        if not self._current:
+        if not self.renewed:
             return node.number
-        number = self.number(node)
-        if number != node.number:
-            self._held[number] += 1
-        return number
+        nodeid = self.nodeid(node)
+        if nodeid != node.number:
+            self._lookups[nodeid] += 1
+        return nodeid
 
     def forget(self, nodeid: int, count: int) -> bool:
-        """Take back look-ups; return whether the kernel has let the number go."""
-        if nodeid in self._further:
-            return self._forget_further(nodeid, count)
+        """Take back look-ups; return whether the kernel has forgotten this node id (FORGET)."""
+        if nodeid in self._later:
+            return self._forget_later(nodeid, count)
         self._nodes.forget(nodeid, count)
         gone = not self._nodes.is_held(nodeid)
-        if gone and self._current:
+        if gone and self.renewed:
             self._discard_unused(nodeid)
         return gone
 
-    def _forget_further(self, nodeid: int, count: int) -> bool:
-        node = self._further[nodeid]
-        self._held[nodeid] -= count
-        gone = self._held[nodeid] <= 0
-        # The kernel gives one look-up back while it is about to make the next: the number stays with its node.
-        if gone and self._current.get(node.number) != nodeid:
-            del self._further[nodeid], self._held[nodeid]
+    def _forget_later(self, nodeid: int, count: int) -> bool:
+        node = self._later[nodeid]
+        self._lookups[nodeid] -= count
+        gone = self._lookups[nodeid] <= 0
+        # The kernel may give the last look-up back while it is about to make the next one: the node keeps its id.
+        if gone and self.renewed.get(node.number) != nodeid:
+            del self._later[nodeid], self._lookups[nodeid]
         self._nodes.forget(node.number, count)
         if not self._nodes.is_held(node.number):
             self._discard_unused(node.number)
         return gone
 
-    def _discard_unused(self, own: int) -> None:
-        """Take back the newest number of a node that nobody knows any more: another one may get its own."""
-        number = self._current.pop(own, None)
-        if number is not None:
-            del self._further[number], self._held[number]
+    def _discard_unused(self, number: int) -> None:
+        """Discard the newest id of a node that the kernel has forgotten: another node may get its number."""
+        nodeid = self.renewed.pop(number, None)
+        if nodeid is not None:
+            del self._later[nodeid], self._lookups[nodeid]
 
     def renew(self, node: Node) -> None:
-        """Let the next look-up of a node give it a new number."""
-        number = next(self._spare)
-        self._further[number] = node
-        self._held[number] = 0
-        self._current[node.number] = number
+        """Let the next look-up of a node give it a new id."""
+        nodeid = next(self._unused)
+        self._later[nodeid] = node
+        self._lookups[nodeid] = 0
+        self.renewed[node.number] = nodeid

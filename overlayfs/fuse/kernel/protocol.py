@@ -124,7 +124,6 @@ OPEN_KILL_SUIDGID = 1
 WRITE_KILL_SUIDGID = 1 << 2
 SETXATTR_ACL_KILL_SGID = 1
 FSYNC_FDATASYNC = 1
-GETATTR_FH = 1
 
 
 class Notify(IntEnum):
@@ -230,6 +229,8 @@ LAYOUTS: dict[str, Layout] = {
         "entry_reply": f"{_OUT} {_ENTRY}",
         "attr_reply": f"{_OUT} attr_valid:Q attr_valid_nsec:I _:I {_ATTR}",
         "open_reply": f"{_OUT} {_OPEN}",
+        "create_reply": f"{_OUT} {_ENTRY} {_OPEN}",
+        "write_reply": f"{_OUT} size:I _:I",
     }.items()
 }
 

@@ -15,21 +15,21 @@ KINDS = {op.value: op.name for op in Op}
 
 
 class Request:
-    """One request: the header's fields, and the body, which lies in the receive buffer until the handler returns."""
+    """One request: the header's fields and the body, which is in the receive buffer until the handler returns.
+
+    EPROTO when the header says another length than `received`, the request as it was read.
+    """
 
     __slots__ = ("body", "gid", "nodeid", "op", "pid", "uid", "unique")
 
-    def __init__(self, op: int, unique: int, nodeid: int, uid: int, gid: int, pid: int, body: memoryview) -> None:
-        self.op = op
-        self.unique = unique
-        self.nodeid = nodeid
-        self.uid = uid
-        self.gid = gid
-        self.pid = pid
-        self.body = body
+    def __init__(self, received: memoryview) -> None:
+        size, self.op, self.unique, self.nodeid, self.uid, self.gid, self.pid, _, _ = IN_HEADER.unpack_from(received)
+        if size != len(received):
+            raise oserror(errno.EPROTO)
+        self.body = received[IN_HEADER.size :]
 
     def caller(self, umask: int = 0) -> Caller:
-        """Return who asks."""
+        """Return the user on whose behalf the request is made."""
         return Caller(self.uid, self.gid, umask)
 
     def name(self, start: int = 0) -> bytes:
@@ -45,11 +45,3 @@ class Request:
         if not between or rest[-1:] != b"\0" or rest.count(b"\0") != 1:
             raise oserror(errno.EINVAL)
         return first, rest[:-1]
-
-
-def received(buffer: bytearray, view: memoryview, length: int) -> Request:
-    """Return the request of `length` bytes that lies in a buffer; EPROTO when it says another length."""
-    size, op, unique, nodeid, uid, gid, pid, _, _ = IN_HEADER.unpack_from(buffer)
-    if size != length:
-        raise oserror(errno.EPROTO)
-    return Request(op, unique, nodeid, uid, gid, pid, view[IN_HEADER.size : length])

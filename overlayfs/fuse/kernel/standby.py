@@ -28,7 +28,7 @@ import trio
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fs.space import CHANGING_REQUESTS
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Op
-from overlayfs.fuse.kernel.request import Request, received
+from overlayfs.fuse.kernel.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class StandbyReader:
             if error.errno in _NOTHING_THERE:
                 return
             raise
-        request = received(self._buffer, self._view, length)
+        request = Request(self._view[:length])
         if request.op in READ_ONLY_REQUESTS or _is_read_only(request):
             self._handle(request)
         else:
@@ -104,8 +104,7 @@ class StandbyReader:
         """Answer them, on the loop."""
         self._overlay.keep_open(False)
         while self._deferred:
-            raw = bytearray(self._deferred.popleft())
-            self._handle(received(raw, memoryview(raw), len(raw)))
+            self._handle(Request(memoryview(self._deferred.popleft())))
 
 
 def _is_read_only(request: Request) -> bool:

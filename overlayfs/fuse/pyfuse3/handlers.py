@@ -8,6 +8,7 @@ look-up.
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import stat
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -18,6 +19,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from overlayfs.errors import oserror
 from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.files import DirHandle, FileHandle
 from overlayfs.fs.metadata import Attributes, Changes
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Dir, Node
@@ -63,6 +65,7 @@ class Handlers(pyfuse3.Operations):
         self.counters = engine.counters
         self.ready: Callable[[], None] = lambda: None
         self._overlay = engine.overlay
+        self._files = engine.overlay.files
         self._policy = engine.policy
         self._gate = engine.gate
         self._locks = engine.locks
@@ -70,8 +73,9 @@ class Handlers(pyfuse3.Operations):
         self._copy_up = engine.copyup_runner.copy_up
         self._copy_up_all = engine.copyup_runner.copy_up_all
         self._xattrs = settings.xattrs
-        self._opened: dict[int, Node] = {}  # by handle of an open file
-        self._listed: dict[int, Node] = {}  # by handle of an open directory
+        self._handles: dict[int, FileHandle] = {}  # open files by their number, `fh`
+        self._dir_handles: dict[int, DirHandle] = {}
+        self._numbers = itertools.count(1)
 
     def init(self) -> None:
         """Report the handshake; called by libfuse before the first request, so it must not raise."""
@@ -80,10 +84,10 @@ class Handlers(pyfuse3.Operations):
     # nodes and attributes
 
     def _node(self, number: int) -> Node:
-        try:
-            return self._overlay.nodes.get(number)
-        except KeyError:
-            raise oserror(errno.ESTALE) from None
+        node = self._overlay.nodes.find(number)
+        if node is None:
+            raise oserror(errno.ESTALE)
+        return node
 
     def _entry(self, node: Node) -> EntryAttributes:
         """Return the reply that makes the kernel know `node`: from now on it holds one lookup more."""
@@ -152,7 +156,7 @@ class Handlers(pyfuse3.Operations):
         async with self._gate.change():
             await self._copy_up(node, self._overlay.requirement_of_change(changes))
             async with self._locks.hold(node.number):
-                found = self._overlay.set_attributes(node, changes, _caller(ctx), fh=fh)
+                found = self._overlay.set_attributes(node, changes, _caller(ctx), self._handles.get(fh or 0))
         return self._attributes(node, found)
 
     @_request("READLINK")
@@ -241,9 +245,9 @@ class Handlers(pyfuse3.Operations):
         try:
             entry = self._entry(node)
         except OSError:
-            self._overlay.release(handle)
+            self._files.release(handle)
             raise
-        return self._file(node, handle), entry
+        return self._file_info(handle), entry
 
     @_request("OPEN")
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -252,22 +256,30 @@ class Handlers(pyfuse3.Operations):
         flags = self._policy.backing_flags(flags)
         requirement = self._overlay.requirement_of_open(node, flags)
         if requirement is None and not flags & os.O_TRUNC:
-            return self._file(node, self._overlay.open(node, flags, _caller(ctx)))
+            return self._file_info(self._overlay.open(node, flags, _caller(ctx)))
         async with self._gate.change():
             if requirement is not None:
                 await self._copy_up(node, requirement)
             handle = self._overlay.open(node, flags, _caller(ctx))
         if flags & os.O_TRUNC and ctx.uid:
             self._mode_changed(inode)
-        return self._file(node, handle)
+        return self._file_info(handle)
 
-    def _file(self, node: Node, handle: int) -> FileInfo:
-        self._opened[handle] = node
-        return FileInfo(fh=handle, keep_cache=self._policy.keep_cache)
+    def _file_info(self, handle: FileHandle) -> FileInfo:
+        """Give an open file a number and return the reply to its open."""
+        number = next(self._numbers)
+        self._handles[number] = handle
+        return FileInfo(fh=number, keep_cache=self._policy.keep_cache)
+
+    def _file(self, number: int) -> FileHandle:
+        handle = self._handles.get(number)
+        if handle is None:
+            raise oserror(errno.EBADF)
+        return handle
 
     def open_to_write(self) -> set[int]:
-        """Return the numbers of the files that somebody may write to."""
-        return {node.number for handle, node in self._opened.items() if self._overlay.may_write(handle)}
+        """Return the node ids of the files that are open for writing."""
+        return {handle.node.number for handle in self._handles.values() if handle.writes}
 
     def _mode_changed(self, inode: int) -> None:
         """Make the kernel forget a mode: truncating may have cleared set-id bits, and it would not ask.
@@ -280,17 +292,19 @@ class Handlers(pyfuse3.Operations):
     @_request("READ")
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read what is in memory at once, the rest in a thread."""
+        handle = self._file(fh)
         try:
-            return self._overlay.read(fh, off, size, nowait=True)
+            return self._files.read(handle, off, size, nowait=True)
         except BlockingIOError:
-            return await self._threads.run(self._overlay.prepare_read(fh, off, size))
+            return await self._threads.run(self._files.prepare_read(handle, off, size))
 
     @_request("WRITE")
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        """Write to a file that its open has lifted; after a commit the node may have to be lifted again."""
+        """Write to a file, which its open has copied up; after a commit it may have to be copied up again."""
+        handle = self._file(fh)
         async with self._gate.change():
-            await self._copy_up(self._opened[fh], Requirement.DATA)
-            return self._overlay.write(fh, off, buf)
+            await self._copy_up(handle.node, Requirement.DATA)
+            return self._files.write(handle, off, buf)
 
     async def flush(self, fh: int) -> None:
         """Decline for good: writes have gone through when they are answered, so close has nothing to add.
@@ -303,34 +317,33 @@ class Handlers(pyfuse3.Operations):
     @_request("FSYNC")
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Return when the file is durable, its name included."""
-        await self._threads.run(self._overlay.prepare_fsync(fh, datasync))
+        await self._threads.run(self._overlay.prepare_fsync(self._file(fh), datasync))
 
     @_request("RELEASE")
     async def release(self, fh: int) -> None:
-        """Forget an open file."""
-        self._opened.pop(fh, None)
-        self._overlay.release(fh)
+        """Close an open file."""
+        self._files.release(self._handles.pop(fh))
 
     # directories
 
     @_request("OPENDIR")
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        """Open a listing."""
-        node = self._node(inode)
-        handle = self._overlay.open_dir(node)
-        self._listed[handle] = node
-        return handle
+        """Open a directory for reading."""
+        number = next(self._numbers)
+        self._dir_handles[number] = self._files.open_dir(self._node(inode))
+        return number
 
     @_request("READDIRPLUS")
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Fill one reply with entries from `start_id` on."""
-        if start_id < DOTS and not self._reply_dots(self._listed[fh], start_id, token):
+        handle = self._dir_handles[fh]
+        if start_id < DOTS and not self._reply_dots(handle.node, start_id, token):
             return
-        for name, node, offset in self._overlay.read_dir(fh, max(start_id - DOTS, 0)):
+        for name, node, offset in self._files.read_dir(handle, max(start_id - DOTS, 0)):
             if not self._reply_entry(token, name, node, offset + DOTS):
                 return
 
-    def _reply_dots(self, node: Node, start: int, token: pyfuse3.ReaddirToken) -> bool:
+    def _reply_dots(self, node: Dir, start: int, token: pyfuse3.ReaddirToken) -> bool:
         """Add "." and ".."; the kernel takes only their numbers and counts no lookup for them."""
         for offset, (name, number) in enumerate(self._dots(node), 1):
             entry = EntryAttributes()
@@ -340,10 +353,9 @@ class Handlers(pyfuse3.Operations):
                 return False
         return True
 
-    def _dots(self, node: Node) -> Iterator[tuple[bytes, int]]:
+    def _dots(self, node: Dir) -> Iterator[tuple[bytes, int]]:
         yield b".", node.number
-        above = node.parent if isinstance(node, Dir) else None
-        yield b"..", above.number if above is not None else node.number
+        yield b"..", (node.parent or node).number
 
     def _reply_entry(self, token: pyfuse3.ReaddirToken, name: bytes, node: Node | None, offset: int) -> bool:
         try:
@@ -359,14 +371,13 @@ class Handlers(pyfuse3.Operations):
 
     @_request("RELEASEDIR")
     async def releasedir(self, fh: int) -> None:
-        """Forget a listing."""
-        self._listed.pop(fh, None)
-        self._overlay.release_dir(fh)
+        """Close an open directory."""
+        self._files.release(self._dir_handles.pop(fh))
 
     @_request("FSYNCDIR")
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Return when the directory and the chain above it are durable."""
-        await self._threads.run(self._overlay.prepare_fsync_dir(fh))
+        await self._threads.run(self._overlay.prepare_fsync_dir(self._dir_handles[fh].node))
 
     # extended attributes
 

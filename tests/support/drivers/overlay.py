@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from overlayfs.errors import oserror
 from overlayfs.fs import Caller, Changes, Overlay, StackConfig
+from overlayfs.fs.files import FileHandle
 from overlayfs.store.copy_upper import commit_mounted
 from tests.support.drivers.base import Tree
 from tests.support.drivers.raw import Handle, Listed, Raw, Stat
@@ -22,7 +23,7 @@ Node = Any
 class FsHandle:
     """An open file of the overlay."""
 
-    def __init__(self, raw: "FsRaw", node: Node, fh: int) -> None:
+    def __init__(self, raw: "FsRaw", node: Node, fh: FileHandle) -> None:
         self.raw, self.node, self.fh = raw, node, fh
         raw.open_handles.add(self)
 
@@ -143,7 +144,7 @@ class FsRaw:
         try:
             return [self._listed(name, child) for name, child, _ in self.overlay.read_dir(fh, 0)]
         finally:
-            self.overlay.release_dir(fh)
+            self.overlay.release(fh)
 
     def _listed(self, name: bytes, child: Node | None) -> Listed:
         if child is None:

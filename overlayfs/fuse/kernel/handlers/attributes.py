@@ -50,7 +50,7 @@ class AttributeHandlers:
         """Answer with fresh attributes and the time of birth, which nothing else asks for."""
         node = self._session.node(request.nodeid)
         born = self._overlay.space.birth(node)
-        return self._session.done(request, self._statx(self._overlay.attributes(node), born))
+        return self._session.ok(request, self._statx(self._overlay.attributes(node), born))
 
     def _statx(self, found: Attributes, born: int | None) -> bytes:
         seconds, nanoseconds = divmod(int(self._session.policy.attributes * _BILLION), _BILLION)
@@ -79,7 +79,7 @@ class AttributeHandlers:
         node, changes = self._session.node(request.nodeid), self._changes(fields)
         if changes == _NOTHING:
             return self.getattr(request)
-        handle = fields[2] if fields[0] & _FH else None
+        handle = self._session.handles.get(fields[2]) if fields[0] & _FH else None
         caller = request.caller()
         return self._session.change(
             request,
@@ -107,12 +107,12 @@ class AttributeHandlers:
         node = self._session.node(request.nodeid)
         if command not in CHANGING_REQUESTS:
             found = self._overlay.space.read_flags(node, command).ljust(min(out_size, _LARGEST_IOCTL), b"\0")
-            return self._session.done(request, _IOCTL_OUT.encode() + found[:out_size])
+            return self._session.ok(request, _IOCTL_OUT.encode() + found[:out_size])
         value = bytes(request.body[_IOCTL.size : _IOCTL.size + in_size])
 
         def act() -> Reply:
             self._overlay.space.change_flags(node, command, value)
-            return self._session.done(request, _IOCTL_OUT.encode())
+            return self._session.ok(request, _IOCTL_OUT.encode())
 
         return self._session.change(request, lambda: ((node, Requirement.METADATA),), act)
 

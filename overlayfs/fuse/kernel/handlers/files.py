@@ -1,16 +1,16 @@
-"""Requests about open files: opening, data, durability, space."""
+"""Requests about open files: opening and closing, data, durability, space."""
 
 import errno
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from overlayfs.errors import oserror
 from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.files import FileHandle, Files
 from overlayfs.fs.metadata import after_change
-from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import File, Node
-from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.kernel.handshake import MAX_WRITE
 from overlayfs.fuse.kernel.passthrough import KEEP_CACHE, Target
 from overlayfs.fuse.kernel.protocol import (
@@ -26,46 +26,39 @@ from overlayfs.fuse.kernel.session import Session
 
 _OPEN = LAYOUTS["open_in"]
 _OPEN_REPLY = LAYOUTS["open_reply"]
-_OPENED = LAYOUTS["open_out"]
 _CREATE = LAYOUTS["create_in"]
+_CREATE_REPLY = LAYOUTS["create_reply"]
 _READ = LAYOUTS["read_in"]
 _WRITE = LAYOUTS["write_in"]
-_WRITTEN = LAYOUTS["write_out"]
+_WRITE_REPLY = LAYOUTS["write_reply"]
 _RELEASE = LAYOUTS["release_in"]
 _FSYNC = LAYOUTS["fsync_in"]
 _FALLOCATE = LAYOUTS["fallocate_in"]
 _LSEEK = LAYOUTS["lseek_in"]
 _COPY = LAYOUTS["copy_file_range_in"]
-_LONG = LAYOUTS["copy_file_range_out"]
+_COPIED = LAYOUTS["write_out"]
+_COPIED_64 = LAYOUTS["copy_file_range_out"]
 _OUT = LAYOUTS["out_header"]
 
 _QUICK = 1 << 20  # bytes that are copied at once; more goes to a thread
 _UNOPENED = 512  # files that a read-only mount keeps open for reads without an open
 
 
-class _Opened:
-    """One open file: its node, the number that the kernel opened, and whether its data goes past us."""
-
-    __slots__ = ("node", "nodeid", "through")
-
-    def __init__(self, node: Node, nodeid: int, through: bool) -> None:
-        self.node = node
-        self.nodeid = nodeid
-        self.through = through
-
-
 class FileHandlers:
-    """The handlers."""
+    """Handles requests about open files, which the kernel names by the number (`fh`) in the reply to their open."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._overlay = session.overlay
+        self._files = session.overlay.files
+        self._gate = session.gate
         self._open_files = session.open_files
         self._no_open = session.overlay.read_only and bool(session.features & Init.NO_OPEN_SUPPORT)
-        self._kills = bool(session.features & Init.HANDLE_KILLPRIV_V2)  # set-id bits are ours to drop
-        self._opened: dict[int, _Opened] = {}
-        self._unopened = _Unopened(session.overlay)
-        self._buffer = memoryview(bytearray(MAX_WRITE))  # for what is read at once: its reply leaves before the next
+        self._kills = bool(session.features & Init.HANDLE_KILLPRIV_V2)  # clearing set-id bits is left to us
+        self._handles = session.handles
+        self._numbers = itertools.count(1)
+        self._unopened = _Unopened(session.overlay.files)
+        self._buffer = memoryview(bytearray(MAX_WRITE))  # of reads answered at once: sent before the next one is read
         self.handlers: dict[int, Handler] = {
             Op.OPEN: self.open,
             Op.CREATE: self.create,
@@ -82,81 +75,104 @@ class FileHandlers:
         }
 
     def forget(self, nodeid: int) -> None:
-        """The kernel has let a number go."""
+        """Note that the kernel has forgotten a node id."""
         self._open_files.forget(nodeid)
         self._unopened.forget(nodeid)
+
+    def open_to_write(self) -> set[int]:
+        """Return the node ids of the files that may be written to through the page cache."""
+        return {each.nodeid for each in self._handles.values() if each.writes and not each.passthrough}
+
+    def nodes_written_in_passthrough(self) -> set[Node]:
+        """Return the nodes in the upper that are open in passthrough."""
+        return {each.node for each in self._handles.values() if each.passthrough and each.node.in_upper}
+
+    def _handle(self, number: int) -> FileHandle:
+        """Return an open file; EBADF for none."""
+        handle = self._handles.get(number)
+        if handle is None:
+            raise oserror(errno.EBADF)
+        return handle
+
+    def _readable(self, request: Request, number: int) -> FileHandle:
+        """Return an open file, or one of a read-only mount that the kernel reads without opening it (number 0)."""
+        if number:
+            return self._handle(number)
+        return self._unopened.handle(request.nodeid, self._session.node(request.nodeid))
 
     # --- opening ---------------------------------------------------------------------------------------
 
     def open(self, request: Request) -> Reply:
-        """Open a file; O_TRUNC arrives here and no SETATTR follows. Without an upper nobody needs to open."""
+        """Open a file; O_TRUNC arrives here and no SETATTR follows. On a read-only mount the kernel need not open."""
         if self._no_open:
-            return self._session.refused(request, errno.ENOSYS)
+            return self._session.error(request, errno.ENOSYS)
         flags, open_flags = _OPEN.unpack_from(request.body)
         node = self._session.node(request.nodeid)
         requirement = self._overlay.requirement_of_open(node, flags)
         if requirement is None:
             return self._open_complete(request, node) or self._open(request, node, flags, False)
         strip = bool(open_flags & OPEN_KILL_SUIDGID) if self._kills else request.uid != 0
-        lifts = self._overlay.next_copy_up(node, requirement) is not None
+        changed = bool(flags & os.O_TRUNC) or self._overlay.next_copy_up(node, requirement) is not None
         return self._session.change(
-            request,
-            lambda: ((node, requirement),),
-            lambda: self._open(request, node, flags, strip, changed=lifts or bool(flags & os.O_TRUNC)),
+            request, lambda: ((node, requirement),), lambda: self._open(request, node, flags, strip, changed)
         )
 
     def _open_complete(self, request: Request, node: Node) -> Reply:
-        """Answer for a reader of a file that the kernel holds all of: it will hardly read from us. None for others."""
-        if not self._open_files.open_complete(request.nodeid):
+        """Answer for a reader of a file of which the kernel has all pages: it will hardly send a READ. Else None."""
+        if not isinstance(node, File) or not self._open_files.open_complete(request.nodeid):
             return None
-        handle = self._overlay.open_later(node)
-        self._opened[handle] = _Opened(node, request.nodeid, False)
-        return _OPEN_REPLY.pack(_OPEN_REPLY.size, 0, request.unique, handle, KEEP_CACHE, 0)
+        number = self._add(self._files.open_later(node), request.nodeid, False)
+        return _OPEN_REPLY.pack(_OPEN_REPLY.size, 0, request.unique, number, KEEP_CACHE, 0)
 
     def _open(self, request: Request, node: Node, flags: int, strip: bool, changed: bool = False) -> Reply:
         nodeid = request.nodeid
-        if self._must_be_found_anew(nodeid, node):
-            raise self._stale(request, node)
-        handle = self._overlay.open(node, self._session.policy.backing_flags(flags), request.caller(), strip)
-        reply_flags, backing = self._way(nodeid, node, handle, flags)
+        if self._is_stale(nodeid, node):
+            raise self._stale_error(request, node)
+        handle = self._files.open(node, self._session.policy.backing_flags(flags), strip)
+        number, reply_flags, backing_id = self._choose_mode(handle, nodeid, flags)
         if changed:
             self._session.connection.forget_attributes(nodeid)
-        return _OPEN_REPLY.pack(_OPEN_REPLY.size, 0, request.unique, handle, reply_flags, backing)
+        return _OPEN_REPLY.pack(_OPEN_REPLY.size, 0, request.unique, number, reply_flags, backing_id)
 
-    def _way(self, nodeid: int, node: Node, handle: int, flags: int) -> tuple[int, int]:
-        """Decide how an open file is read and written; return flags and backing id for the reply.
+    def _choose_mode(self, handle: FileHandle, nodeid: int, flags: int) -> tuple[int, int, int]:
+        """Decide between the page cache and passthrough; return number, flags and backing id for the reply.
 
         If that fails the handle is closed.
         """
-        writes = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)  # a fourth value, 3, is for ioctls alone (open(2))
+        writes = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)  # a fourth value, 3, only allows ioctls (open(2))
         try:
-            fd = self._overlay.descriptor(handle, writes)
+            fd = self._files.writable(handle) if writes else self._files.readable(handle)
             found = after_change(lambda: os.fstat(fd))
-            own, direct, maps = _has_own_data(node), bool(flags & os.O_DIRECT), flags & os.O_ACCMODE == os.O_RDWR
-            through, reply_flags, backing = self._open_files.open(
-                Target(nodeid, fd, own, writes, found.st_size, found.st_mode, direct, maps)
+            in_upper, direct = _has_data(handle.node), bool(flags & os.O_DIRECT)
+            maps = flags & os.O_ACCMODE == os.O_RDWR
+            reply_flags, backing_id = self._open_files.open(
+                Target(nodeid, fd, in_upper, writes, found.st_size, found.st_mode, direct, maps)
             )
         except BaseException:
-            self._overlay.release(handle)
+            self._files.release(handle)
             raise
-        self._opened[handle] = _Opened(node, nodeid, through)
-        return reply_flags, backing
+        return self._add(handle, nodeid, backing_id != 0), reply_flags, backing_id
 
-    def _must_be_found_anew(self, nodeid: int, node: Node) -> bool:
-        """Return whether a file cannot be opened by this number any more: its inode reads a file of a layer past us."""
-        replaced = self._session.node_ids.is_replaced(nodeid, node)
-        return replaced or self._open_files.is_replaced(nodeid, _has_own_data(node))
+    def _add(self, handle: FileHandle, nodeid: int, passthrough: bool) -> int:
+        handle.nodeid, handle.passthrough = nodeid, passthrough
+        number = next(self._numbers)
+        self._handles[number] = handle
+        return number
 
-    def _stale(self, request: Request, node: Node) -> OSError:
-        """Return the error that makes the kernel look the name up again; no caller ever sees it.
+    def _is_stale(self, nodeid: int, node: Node) -> bool:
+        """Return whether a file cannot be opened by this node id: its inode reads a file of a layer in passthrough."""
+        return self._session.node_ids.is_stale(nodeid, node) or self._open_files.is_stale(nodeid, _has_data(node))
 
-        Who opens by /proc/self/fd has no name to look up and comes again at once: it is told that the file is busy.
+    def _stale_error(self, request: Request, node: Node) -> OSError:
+        """Return the error that makes the kernel look the name up again; callers never see it.
+
+        An open of /proc/self/fd/N has no name to look up and is repeated at once: that one gets EBUSY.
         """
         session, nodeid = self._session, request.nodeid
         if session.sent_back.pop(request.pid, None) == nodeid:
             return oserror(errno.EBUSY)
         session.sent_back[request.pid] = nodeid
-        if not session.node_ids.is_replaced(nodeid, node):
+        if not session.node_ids.is_stale(nodeid, node):
             session.node_ids.renew(node)
             session.connection.forget_attributes(nodeid)
         return oserror(errno.ESTALE)
@@ -167,13 +183,14 @@ class FileHandlers:
         name, parent = request.name(_CREATE.size), self._session.node(request.nodeid)
 
         def act() -> Reply:
-            asked = self._session.policy.backing_flags(flags)
             masked = self._session.masked(parent, mode, umask)
             is_new = self._overlay.find(parent, name) is None
-            node, handle = self._overlay.create(parent, name, masked, asked, request.caller(umask))
+            node, handle = self._overlay.create(
+                parent, name, masked, self._session.policy.backing_flags(flags), request.caller(umask)
+            )
             reply = self._created(request, node, handle, flags)
             if is_new:
-                self._session.no_caps.add(self._session.node_ids.number(node))
+                self._session.no_caps.add(handle.nodeid)
             return reply
 
         return self._session.change(request, lambda: self._requirements_of_create(parent, name, flags), act)
@@ -196,29 +213,30 @@ class FileHandlers:
 
         return self._session.change(request, lambda: ((parent, Requirement.METADATA),), act)
 
-    def _created(self, request: Request, node: Node, handle: int, flags: int) -> Reply:
-        if self._must_be_found_anew(self._session.node_ids.number(node), node):
-            self._session.node_ids.renew(node)  # it was there already; the reply names the number
-        reply_flags, backing = self._way(self._session.node_ids.number(node), node, handle, flags)
+    def _created(self, request: Request, node: Node, handle: FileHandle, flags: int) -> Reply:
+        session = self._session
+        if self._is_stale(session.node_ids.nodeid(node), node):
+            session.node_ids.renew(node)  # the file existed; the reply names the node id that is to be used
+        number, reply_flags, backing_id = self._choose_mode(handle, session.node_ids.nodeid(node), flags)
         try:
-            entry = self._session.entry(request, node)
+            found = self._overlay.attributes(node)
         except BaseException:
-            self._close(handle)
+            self._close(number)
             raise
-        opened = _OPENED.pack(handle, reply_flags, backing)
-        return self._session.done(request, entry[_OUT.size :] + opened)
+        entry = session.entry_fields(session.node_ids.remember(node), node, found)
+        return _CREATE_REPLY.pack(_CREATE_REPLY.size, 0, request.unique, *entry, number, reply_flags, backing_id)
 
     def release(self, request: Request) -> Reply:
-        """Forget an open file."""
-        handle, *_ = _RELEASE.unpack_from(request.body)
-        self._close(handle)
-        return self._session.done(request)
+        """Close an open file."""
+        number, *_ = _RELEASE.unpack_from(request.body)
+        self._close(number)
+        return self._session.ok(request)
 
-    def _close(self, handle: int) -> None:
-        opened = self._opened.pop(handle, None)
-        if opened is not None:  # a read-only mount has nothing open
-            self._open_files.close(opened.nodeid, opened.through)
-            self._overlay.release(handle)
+    def _close(self, number: int) -> None:
+        handle = self._handles.pop(number, None)
+        if handle is not None:  # a read-only mount has nothing open
+            self._open_files.close(handle.nodeid, handle.passthrough)
+            self._files.release(handle)
 
     def flush(self, request: Request) -> Reply:
         """Decline for good: writes have gone through when they are answered, so close has nothing to add.
@@ -226,92 +244,73 @@ class FileHandlers:
         The kernel takes this one ENOSYS as an answer for the life of the mount and still writes dirty
         mapped pages at close, which saves a round trip for each close.
         """
-        return self._session.refused(request, errno.ENOSYS)
-
-    def open_to_write(self) -> set[int]:
-        """Return the numbers of the files that somebody may write to through the page cache."""
-        opened = ((handle, each) for handle, each in self._opened.items() if not each.through)
-        return {each.nodeid for handle, each in opened if self._overlay.may_write(handle)}
-
-    def nodes_written_in_passthrough(self) -> set[Node]:
-        """Return the nodes in the upper that somebody has open past us."""
-        return {opened.node for opened in self._opened.values() if opened.through and opened.node.in_upper}
+        return self._session.error(request, errno.ENOSYS)
 
     # --- data ------------------------------------------------------------------------------------------
 
     def read(self, request: Request) -> Reply:
         """Read what is in memory at once, the rest in a thread."""
-        handle, offset, size, *_ = _READ.unpack_from(request.body)
-        size = min(size, MAX_WRITE)
-        if not handle:
-            handle = self._unopened.handle(request.nodeid, self._session.node(request.nodeid))
+        number, offset, size, *_ = _READ.unpack_from(request.body)
+        handle = self._handles.get(number) or self._readable(request, number)
+        data = self._buffer[:size]
         try:
-            count = self._overlay.fill(handle, offset, self._buffer[:size])
-            return self._data(request, self._buffer[:count])
+            data = data[: self._files.fill(handle, offset, data)]
         except BlockingIOError:
-            pass
-        call = self._overlay.prepare_read(handle, offset, size)
-        self._session.in_thread(request, call, lambda data: self._data(request, data))
-        return None
-
-    @staticmethod
-    def _data(request: Request, data: bytes | memoryview) -> Reply:
+            call = self._files.prepare_read(handle, offset, min(size, MAX_WRITE))
+            self._session.in_thread(
+                request, call, lambda data: (_OUT.pack(_OUT.size + len(data), 0, request.unique), data)
+            )
+            return None
         return _OUT.pack(_OUT.size + len(data), 0, request.unique), data
 
     def write(self, request: Request) -> Reply:
-        """Write to a file that its open has lifted; after a commit the node may have to be lifted again."""
-        handle, offset, size, flags, *_ = _WRITE.unpack_from(request.body)
+        """Write to a file, which its open has copied up; after a commit it may have to be copied up again."""
+        number, offset, size, flags, *_ = _WRITE.unpack_from(request.body)
         data = request.body[_WRITE.size : _WRITE.size + size]
-        node, strip = self._node_of(handle), bool(flags & WRITE_KILL_SUIDGID) and self._kills
-        if self._session.is_ready(node, Requirement.DATA):
-            return self._write(request, node, handle, offset, data, strip)
-        kept = bytes(data)  # the buffer takes the next request
+        handle = self._handles.get(number) or self._handle(number)
+        node, strip = handle.node, self._kills and bool(flags & WRITE_KILL_SUIDGID)
+        if node.in_upper and node.data is None and not self._gate.closed:
+            return self._write(request, handle, offset, data, strip)
+        kept = bytes(data)  # the next request overwrites the buffer
         return self._session.change(
             request,
             lambda: ((node, Requirement.DATA),),
-            lambda: self._write(request, node, handle, offset, kept, strip),
+            lambda: self._write(request, handle, offset, kept, strip),
         )
 
-    def _write(
-        self, request: Request, node: Node, handle: int, offset: int, data: bytes | memoryview, strip: bool
-    ) -> Reply:
-        written = self._overlay.write(handle, offset, data)
+    def _write(self, request: Request, handle: FileHandle, offset: int, data: bytes | memoryview, strip: bool) -> Reply:
+        written = self._files.write(handle, offset, data)
         if strip:
-            self._overlay.strip_set_id(node)
+            self._overlay.strip_set_id(handle.node)
             self._session.connection.forget_attributes(request.nodeid)
-        return self._session.done(request, _WRITTEN.pack(written, 0))
-
-    def _node_of(self, handle: int) -> Node:
-        opened = self._opened.get(handle)
-        if opened is None:
-            raise oserror(errno.EBADF)
-        return opened.node
+        return _WRITE_REPLY.pack(_WRITE_REPLY.size, 0, request.unique, written, 0)
 
     def fsync(self, request: Request) -> Reply:
         """Answer when the file is durable, its name included."""
-        handle, flags, _ = _FSYNC.unpack_from(request.body)
-        if not handle:
-            return self._session.done(request)  # without an upper everything is as durable as it will be
-        return self._session.synced(request, self._overlay.prepare_fsync(handle, bool(flags & FSYNC_FDATASYNC)))
+        number, flags, _ = _FSYNC.unpack_from(request.body)
+        if not number:
+            return self._session.ok(request)  # a read-only mount has nothing to make durable
+        call = self._overlay.prepare_fsync(self._handle(number), bool(flags & FSYNC_FDATASYNC))
+        return self._session.sync(request, call)
 
     # --- space -----------------------------------------------------------------------------------------
 
     def fallocate(self, request: Request) -> Reply:
         """Allocate, punch, zero, collapse or insert, as the upper's file system can."""
-        handle, offset, length, mode, _ = _FALLOCATE.unpack_from(request.body)
-        node = self._node_of(handle)
+        number, offset, length, mode, _ = _FALLOCATE.unpack_from(request.body)
+        handle = self._handle(number)
 
         def act() -> Reply:
             self._overlay.space.allocate(handle, mode, offset, length)
-            self._strip_for(request, node, request.nodeid)
-            return self._session.done(request)
+            self._strip_for(request, handle.node, request.nodeid)
+            return self._session.ok(request)
 
-        return self._session.change(request, lambda: ((node, Requirement.DATA),), act)
+        return self._session.change(request, lambda: ((handle.node, Requirement.DATA),), act)
 
     def _strip_for(self, request: Request, node: Node, nodeid: int) -> None:
-        """Drop set-id bits after a change for which the kernel neither does so nor says whether the caller keeps them.
+        """Clear set-id bits after a change for which the kernel neither does so nor says whether the caller keeps them.
 
-        Only root is taken for one who does: a user with CAP_FSETID alone loses them.
+        Only root is assumed to keep them: a user who has CAP_FSETID and is not root loses them.
         """
         if self._kills and request.uid != 0:
             self._overlay.strip_set_id(node)
@@ -319,63 +318,61 @@ class FileHandlers:
 
     def lseek(self, request: Request) -> Reply:
         """Find data or a hole."""
-        handle, offset, whence, _ = _LSEEK.unpack_from(request.body)
-        if not handle:
-            handle = self._unopened.handle(request.nodeid, self._session.node(request.nodeid))
-        return self._session.done(request, LAYOUTS["lseek_out"].pack(self._overlay.space.seek(handle, offset, whence)))
+        number, offset, whence, _ = _LSEEK.unpack_from(request.body)
+        found = self._overlay.space.seek(self._readable(request, number), offset, whence)
+        return self._session.ok(request, LAYOUTS["lseek_out"].pack(found))
 
     def copy_file_range(self, request: Request) -> Reply:
-        """Copy between two open files; the length of what was copied is a 32-bit number here."""
-        return self._copy(request, most=1 << 30, wide=False)
+        """Copy between two open files; the reply has a length of 32 bits."""
+        return self._copy(request, 1 << 30, lambda copied: _COPIED.pack(copied, 0))
 
     def copy_file_range_64(self, request: Request) -> Reply:
         """Copy between two open files."""
-        return self._copy(request, most=1 << 40, wide=True)
+        return self._copy(request, 1 << 40, _COPIED_64.pack)
 
-    def _copy(self, request: Request, most: int, wide: bool) -> Reply:
-        source, offset, nodeid, target, target_offset, length, _ = _COPY.unpack_from(request.body)
-        node, length = self._node_of(target), min(length, most)
+    def _copy(self, request: Request, most: int, body: Callable[[int], bytes]) -> Reply:
+        number, offset, nodeid, target_number, target_offset, length, _ = _COPY.unpack_from(request.body)
+        source, target = self._handle(number), self._handle(target_number)
+        length = min(length, most)
 
-        def wanted() -> tuple[tuple[Node, Requirement]]:
-            return ((node, Requirement.DATA),)
-
-        def reply(copied: int) -> Reply:
-            self._strip_for(request, node, nodeid)
-            return self._session.done(request, _LONG.pack(copied) if wide else _WRITTEN.pack(copied, 0))
+        def requirements() -> tuple[tuple[Node, Requirement]]:
+            return ((target.node, Requirement.DATA),)
 
         def prepare() -> Callable[[], int]:
             return self._overlay.space.prepare_copy(source, offset, target, target_offset, length)
 
+        def reply(copied: int) -> Reply:
+            self._strip_for(request, target.node, nodeid)
+            return self._session.ok(request, body(copied))
+
         if length <= _QUICK:
-            return self._session.change(request, wanted, lambda: reply(prepare()()))
-        self._session.change_in_thread(request, wanted, prepare, reply)
+            return self._session.change(request, requirements, lambda: reply(prepare()()))
+        self._session.change_in_thread(request, requirements, prepare, reply)
         return None
 
 
 class _Unopened:
     """Files of a read-only mount that are read without having been opened; the least recently read are closed."""
 
-    def __init__(self, overlay: Overlay) -> None:
-        self._overlay = overlay
-        self._handles: OrderedDict[int, int] = OrderedDict()
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._handles: OrderedDict[int, FileHandle] = OrderedDict()
 
-    def handle(self, nodeid: int, node: Node) -> int:
+    def handle(self, nodeid: int, node: Node) -> FileHandle:
         """Return a handle for a node."""
-        handle = self._handles.pop(nodeid, None)
-        if handle is None:
-            handle = self._overlay.open(node, os.O_RDONLY, Caller(0, 0))
+        handle = self._handles.pop(nodeid, None) or self._files.open(node, os.O_RDONLY, strip=False)
         self._handles[nodeid] = handle
         if len(self._handles) > _UNOPENED:
-            self._overlay.release(self._handles.popitem(last=False)[1])
+            self._files.release(self._handles.popitem(last=False)[1])
         return handle
 
     def forget(self, nodeid: int) -> None:
-        """Close a file that the kernel has forgotten."""
+        """Close the file of a node id that the kernel has forgotten."""
         handle = self._handles.pop(nodeid, None)
         if handle is not None:
-            self._overlay.release(handle)
+            self._files.release(handle)
 
 
-def _has_own_data(node: Node) -> bool:
-    """Return whether the data of a node lies in the upper."""
+def _has_data(node: Node) -> bool:
+    """Return whether the data of a node is in the upper."""
     return node.in_upper and not (isinstance(node, File) and node.data is not None)

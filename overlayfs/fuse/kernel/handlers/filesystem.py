@@ -33,11 +33,11 @@ class FilesystemHandlers:
             namelen=min(found.f_namemax, self._overlay.longest_name),
             frsize=found.f_frsize,
         )
-        return self._session.done(request, body)
+        return self._session.ok(request, body)
 
     def syncfs(self, request: Request) -> Reply:
         """Answer when all of the upper is durable."""
-        self._session.in_thread(request, self._overlay.sync, lambda _: self._session.done(request))
+        self._session.in_thread(request, self._overlay.sync, lambda _: self._session.ok(request))
         return None
 
     def interrupt(self, request: Request) -> Reply:
@@ -50,4 +50,4 @@ class FilesystemHandlers:
 
     def destroy(self, request: Request) -> Reply:
         """The mount has gone."""
-        return self._session.done(request)
+        return self._session.ok(request)

@@ -50,7 +50,7 @@ class NameHandlers:
 
     def readlink(self, request: Request) -> Reply:
         """Answer with the target of a symbolic link."""
-        return self._session.done(request, self._overlay.readlink(self._session.node(request.nodeid)))
+        return self._session.ok(request, self._overlay.readlink(self._session.node(request.nodeid)))
 
     def forget(self, request: Request) -> Reply:
         """Take back look-ups of one node."""
@@ -119,7 +119,7 @@ class NameHandlers:
 
         def act() -> Reply:
             self._overlay.unlink(parent, name)
-            return self._session.done(request)
+            return self._session.ok(request)
 
         return self._session.change(request, lambda: needs.of_unlink(self._overlay, parent, name), act)
 
@@ -129,7 +129,7 @@ class NameHandlers:
 
         def act() -> Reply:
             self._overlay.rmdir(parent, name)
-            return self._session.done(request)
+            return self._session.ok(request)
 
         return self._session.change(request, lambda: ((parent, Requirement.METADATA),), act)
 
@@ -149,7 +149,7 @@ class NameHandlers:
 
         def act() -> Reply:
             self._overlay.rename(parent, name, new_parent, new_name, flags)
-            return self._session.done(request)
+            return self._session.ok(request)
 
         return self._session.change(
             request, lambda: needs.of_rename(self._overlay, parent, name, new_parent, new_name, flags), act

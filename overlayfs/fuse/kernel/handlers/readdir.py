@@ -19,7 +19,7 @@ DOTS = 2  # positions up to here belong to "." and ".."
 
 
 class DirectoryHandlers:
-    """The handlers."""
+    """Handles requests about directories, which the kernel opens and closes without any effect here."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -34,13 +34,13 @@ class DirectoryHandlers:
     def opendir(self, request: Request) -> Reply:
         """Decline for good where listings stay true: the kernel then keeps them, and asks by node."""
         if self._session.policy.keep_cache and self._session.features & Init.NO_OPENDIR_SUPPORT:
-            return self._session.refused(request, errno.ENOSYS)
-        self._overlay.release_dir(self._overlay.open_dir(self._session.node(request.nodeid)))
-        return self._session.done(request, LAYOUTS["open_out"].encode())
+            return self._session.error(request, errno.ENOSYS)
+        self._overlay.release(self._overlay.open_dir(self._session.node(request.nodeid)))
+        return self._session.ok(request, LAYOUTS["open_out"].encode())
 
     def releasedir(self, request: Request) -> Reply:
         """There is nothing to give back."""
-        return self._session.done(request)
+        return self._session.ok(request)
 
     def readdirplus(self, request: Request) -> Reply:
         """Fill one reply with entries and their attributes, each of which counts as a look-up."""
@@ -58,7 +58,7 @@ class DirectoryHandlers:
             reply += record
             if shown is not None:
                 self._session.node_ids.remember(shown)
-        return self._session.done(request, bytes(reply))
+        return self._session.ok(request, bytes(reply))
 
     def _record(self, name: bytes, child: Node | None, onward: int) -> tuple[Node | None, bytes]:
         """Return the node that counts as looked up, and the record: a name alone for what cannot be looked at."""
@@ -68,7 +68,7 @@ class DirectoryHandlers:
             found = None
         if child is None or found is None:
             return None, _NO_NODE + _DIRENT.pack(UNKNOWN_NUMBER, onward, len(name), 0) + padded(name)
-        fields = self._session.entry_fields(self._session.node_ids.number(child), child, found)
+        fields = self._session.entry_fields(self._session.node_ids.nodeid(child), child, found)
         return child, _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
 
     def _add_dots(self, reply: bytearray, node: Dir, position: int) -> None:
@@ -81,4 +81,4 @@ class DirectoryHandlers:
 
     def fsyncdir(self, request: Request) -> Reply:
         """Answer when the directory and the chain above it are durable."""
-        return self._session.synced(request, self._overlay.prepare_fsync_dir_at(self._session.node(request.nodeid)))
+        return self._session.sync(request, self._overlay.prepare_fsync_dir(self._session.node(request.nodeid)))

@@ -39,14 +39,14 @@ class XattrHandlers:
     def getxattr(self, request: Request) -> Reply:
         """Answer with a value, or with its length when no room is offered; ENODATA without one."""
         if not self._session.settings.xattrs:
-            return self._session.refused(request, errno.ENOSYS)  # the kernel answers EOPNOTSUPP for us from now on
+            return self._session.error(request, errno.ENOSYS)  # the kernel answers EOPNOTSUPP for us from now on
         if request.nodeid in self._no_caps and request.body[_GETXATTR.size :] == _ASKED_FOR_CAPABILITY:
-            return self._session.refused(request, errno.ENODATA)
+            return self._session.error(request, errno.ENODATA)
         size, _ = _GETXATTR.unpack_from(request.body)
         node, name = self._session.node(request.nodeid), request.name(_GETXATTR.size)
         if name == _CAPABILITY and self._overlay.find_xattr(node, name) is None:
             self._no_caps.add(request.nodeid)
-            return self._session.refused(request, errno.ENODATA)
+            return self._session.error(request, errno.ENODATA)
         return self._sized(request, size, self._overlay.getxattr(node, name))
 
     def forget(self, nodeid: int) -> None:
@@ -56,22 +56,22 @@ class XattrHandlers:
     def listxattr(self, request: Request) -> Reply:
         """Answer with the visible names, or with their length."""
         if not self._session.settings.xattrs:
-            return self._session.refused(request, errno.ENOSYS)
+            return self._session.error(request, errno.ENOSYS)
         size, _ = _GETXATTR.unpack_from(request.body)
         names = self._overlay.listxattr(self._session.node(request.nodeid))
         return self._sized(request, size, b"".join(name + b"\0" for name in names))
 
     def _sized(self, request: Request, size: int, value: bytes) -> Reply:
         if not size:
-            return self._session.done(request, _SIZE.pack(len(value), 0))
+            return self._session.ok(request, _SIZE.pack(len(value), 0))
         if len(value) > size:
             raise oserror(errno.ERANGE)
-        return self._session.done(request, value)
+        return self._session.ok(request, value)
 
     def setxattr(self, request: Request) -> Reply:
         """Set a value; an ACL set from outside the file's group takes S_ISGID away (posix_acl_update_mode)."""
         if not self._session.settings.xattrs:
-            return self._session.refused(request, errno.ENOSYS)
+            return self._session.error(request, errno.ENOSYS)
         size, flags, *more = self._setxattr_in.unpack_from(request.body)
         name, _, value = bytes(request.body[self._setxattr_in.size :]).partition(b"\0")
         node, kill = self._session.node(request.nodeid), bool(more and more[0] & SETXATTR_ACL_KILL_SGID)
@@ -81,7 +81,7 @@ class XattrHandlers:
             self._overlay.setxattr(node, name, value[:size], flags)
             if kill:
                 self._drop_set_gid(request, node)
-            return self._session.done(request)
+            return self._session.ok(request)
 
         return self._session.change(request, lambda: self._requirements_of_xattr(node, name), act)
 
@@ -97,12 +97,12 @@ class XattrHandlers:
     def removexattr(self, request: Request) -> Reply:
         """Remove a value; one that is not there is refused before anything is lifted."""
         if not self._session.settings.xattrs:
-            return self._session.refused(request, errno.ENOSYS)
+            return self._session.error(request, errno.ENOSYS)
         node, name = self._session.node(request.nodeid), request.name()
         self._overlay.getxattr(node, name)
 
         def act() -> Reply:
             self._overlay.removexattr(node, name)
-            return self._session.done(request)
+            return self._session.ok(request)
 
         return self._session.change(request, lambda: self._requirements_of_xattr(node, name), act)
