@@ -38,7 +38,7 @@ def main(fault: str, options: str, mountpoint: str) -> int:
 
 
 def _verbs(owner: type) -> list[str]:
-    apart = {"close", "sync"}
+    apart = {"close", "sync", "close_unused"}
     return [name for name, value in vars(owner).items() if name[0] != "_" and callable(value) and name not in apart]
 
 
