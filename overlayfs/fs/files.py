@@ -87,9 +87,7 @@ def requirement_of_open(node: Node, flags: int) -> Requirement | None:
 class Files:
     """All handles of one overlay."""
 
-    def __init__(
-        self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata, copyup: CopyUp
-    ) -> None:
+    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata, copyup: CopyUp) -> None:
         self._stack = stack
         self._nodes = nodes
         self._lookup = lookup
