@@ -18,6 +18,8 @@ _POLL = 0.1  # seconds between two looks at the hashing: the daemon answers at o
 
 if TYPE_CHECKING:
     from overlayfs import Store
+    from overlayfs.mount.control import Client
+    from overlayfs.mount.protocol import CommitImage, HashingReply
     from overlayfs.store.commit import CommitRequest
     from overlayfs.store.layers import Layer
 
@@ -68,13 +70,11 @@ def commit(
     source = _Source(target, upper, lower, work)
     _check(source)
     if destination is None:
-        wish = _Wish(image, message, storage.author() if author is None else author, allow_empty, wait, store)
-        _into_store(source, wish, as_json, quiet)
+        _commit_to_store(source, image, message, author, allow_empty, wait, store, as_json, quiet)
         return
     if image is not None or message or author is not None or allow_empty or wait or store is not None:
         raise UsageError("-t, -m, --author, --allow-empty, --wait and --store mean a store; leave them out with --to")
-    place = os.path.join(os.getcwdb(), destination)
-    _show(_commit_mount(target, place, quiet) if target is not None else _commit_upper(source, place, quiet), as_json)
+    _commit_to_directory(source, os.path.join(os.getcwdb(), destination), as_json, quiet)
 
 
 class _Source(NamedTuple):
@@ -86,17 +86,6 @@ class _Source(NamedTuple):
     work: bytes | None
 
 
-class _Wish(NamedTuple):
-    """What is asked of the store."""
-
-    image: str | None
-    message: str
-    author: str
-    allow_empty: bool
-    wait: bool
-    store: bytes | None
-
-
 def _check(source: _Source) -> None:
     if (source.target is None) == (source.upper is None):
         raise UsageError("give either a mount point or --upper with its --lower; see 'overlayfs commit --help'")
@@ -106,58 +95,58 @@ def _check(source: _Source) -> None:
         raise UsageError("--upper needs the layers it lies on; name them with --lower, top first")
 
 
-# --- a mounted image --------------------------------------------------------------------------------------
+def _client(source: _Source) -> "Client | None":
+    """Return the client of the mount that is to be committed; None for a workspace, whose name is no path."""
+    from overlayfs.mount.control import Client
+
+    if source.target is None or not (b"/" in source.target or os.path.isdir(source.target)):
+        return None
+    return Client.at(source.target)
 
 
-def _commit_mounted_image(mountpoint: bytes, wish: _Wish, as_json: bool, quiet: bool) -> None:
-    from overlayfs.mount import control
-
-    made = dict(
-        control.request(
-            mountpoint,
-            "commit-image",
-            image=wish.image,
-            message=wish.message,
-            author=wish.author,
-            allow_empty=wish.allow_empty,
-        )
-    )
-    _show_image(mountpoint, made, as_json, wish.wait, quiet)
+# --- to a directory ---------------------------------------------------------------------------------------
 
 
-def _show_image(mountpoint: bytes, made: dict[str, object], as_json: bool, wait: bool, quiet: bool) -> None:
-    """Print the id at once and the hashing meanwhile; a JSON document comes when there is nothing to wait for."""
-    layer = str(made["layer"])
-    if not as_json:
-        click.echo(layer)
-    hashed: dict[str, object] = {"state": "hashing"}
-    if wait:
-        hashed = _follow(mountpoint, layer, quiet)
-    elif not quiet and not as_json and sys.stderr.isatty():
-        with contextlib.suppress(KeyboardInterrupt):
-            hashed = _follow(mountpoint, layer, quiet)
+def _commit_to_directory(source: _Source, destination: bytes, as_json: bool, quiet: bool) -> None:
+    """Copy the upper to a new directory, and print its path."""
+    from overlayfs.mount.control import Client
+
+    if source.target is not None:
+        with progress.waiting("committing", quiet):
+            made = Client.at(source.target).commit(destination)
+        entries, size = made.entries, made.size
+    else:
+        entries, size = _copy_unmounted(source, destination, quiet)
     if as_json:
-        output.show_json({**made, "state": hashed["state"], "digest": hashed.get("digest")})
-    if hashed["state"] == "failed":
-        raise UserError(f"layer {layer} is made, but it could not be hashed: {hashed['told']}")
+        output.show_json({"layer": output.json_text(destination), "entries": entries, "size": size})
+    else:
+        click.echo(output.path_text(destination))
 
 
-def _follow(mountpoint: bytes, layer: str, quiet: bool) -> dict[str, object]:
-    """Show how the hashing goes on until it ends."""
-    from overlayfs.mount import control
+def _copy_unmounted(source: _Source, destination: bytes, quiet: bool) -> tuple[int, int]:
+    from overlayfs.fs.config import StackConfig
+    from overlayfs.store.copy_upper import commit_unmounted
 
-    with progress.line(quiet) as show:
-        while (found := dict(control.request(mountpoint, "hashing", layer=layer)))["state"] == "hashing":
-            show(f"hashing: {found['entries']} entries, {int(found['size']) >> 20} MiB")
-            time.sleep(_POLL)
-    if found["state"] == "done":
-        return {**found, "state": "complete", "digest": found["told"]}
-    return found
+    with _workdir(source) as work, progress.line(quiet) as show:
+        config = StackConfig(source.lower, source.upper, work)
+        copied = commit_unmounted(
+            config, destination, lambda entries, size: show(f"{entries} entries, {size >> 20} MiB")
+        )
+    return copied.entries, copied.size
 
 
 @contextlib.contextmanager
-def _no_mount_meant() -> Iterator[None]:
-    """Opening a stack fails with the exit code of a failed mount; here it is a failure like any other."""
+def _workdir(source: _Source) -> Iterator[bytes]:
+    """Give the work directory of an upper that is not mounted; failures inside have the exit code of a commit."""
+    assert source.upper is not None
+    directory = contextlib.nullcontext(source.work) if source.work else default_workdir(source.upper)
+    with _failures_of_a_commit(), directory as work:
+        yield work
+
+
+@contextlib.contextmanager
+def _failures_of_a_commit() -> Iterator[None]:
+    """Give the failure to open a stack the exit code 1: `MountError` has the one of a failed mount."""
     from overlayfs.mount import mounts
 
     try:
@@ -168,79 +157,126 @@ def _no_mount_meant() -> Iterator[None]:
         raise UserError(str(error)) from None
 
 
-def _show(made: dict[str, object], as_json: bool) -> None:
-    if as_json:
-        output.show_json(made)
-    else:
-        click.echo(output.path_text(os.fsencode(str(made["layer"]))))
+# --- to a store -------------------------------------------------------------------------------------------
 
 
-def _commit_mount(mountpoint: bytes, target: bytes, quiet: bool) -> dict[str, object]:
-    from overlayfs.mount import control
+def _commit_to_store(
+    source: _Source,
+    image: str | None,
+    message: str,
+    author: str | None,
+    allow_empty: bool,
+    wait: bool,
+    store: bytes | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from overlayfs.mount.protocol import CommitImage
 
-    with progress.waiting("committing", quiet):
-        made = control.request(mountpoint, "commit", destination=os.fsdecode(target))
-    return {name: made[name] for name in ("layer", "entries", "size")}
-
-
-def _commit_upper(source: _Source, place: bytes, quiet: bool) -> dict[str, object]:
-    from overlayfs.fs.config import StackConfig
-    from overlayfs.store.copy_upper import commit_unmounted
-
-    assert source.upper is not None
-    scratch = contextlib.nullcontext(source.work) if source.work else default_workdir(source.upper)
-    with _no_mount_meant(), scratch as work, progress.line(quiet) as show:
-        told = commit_unmounted(
-            StackConfig(source.lower, source.upper, work),
-            place,
-            lambda entries, size: show(f"{entries} entries, {size >> 20} MiB"),
-        )
-    return {"layer": output.json_text(place), "entries": told.entries, "size": told.size}
-
-
-# --- into the store ---------------------------------------------------------------------------------------
-
-
-def _into_store(source: _Source, wish: _Wish, as_json: bool, quiet: bool) -> None:
-    if source.target is not None and _is_mount(source.target) and _is_of_image(source.target):
-        if wish.store is not None:
+    author = storage.author() if author is None else author
+    request = CommitImage(image=image, message=message, author=author, allow_empty=allow_empty)
+    client = _client(source)
+    if client is not None and client.mount.workspace is not None:
+        if store is not None:
             raise UsageError("a mount of an image knows its store; leave --store out")
-        _commit_mounted_image(source.target, wish, as_json, quiet)
+        _commit_mounted_image(client, request, as_json, wait, quiet)
         return
-    made = _copy_or_take(source, wish, quiet)
+    with storage.opened(store) as opened:
+        layer = _commit_in_store(opened, source, client, _for_store(request), quiet)
+        name = None if image is None else opened.image(image).name
     if as_json:
-        output.show_json(made)
+        output.show_json(_document(layer, name))
     else:
-        click.echo(str(made["layer"]))
+        click.echo(layer.record.id)
 
 
-def _is_mount(target: bytes) -> bool:
-    """Return whether a word names a mount, not a workspace: a workspace's name is no path."""
-    return b"/" in target or os.path.isdir(target)
+def _commit_mounted_image(client: "Client", request: "CommitImage", as_json: bool, wait: bool, quiet: bool) -> None:
+    """Print the id at once and the hashing meanwhile; a JSON document is printed when there is nothing to wait for."""
+    from overlayfs.mount.protocol import HashingReply
+
+    made = client.commit_image(request)
+    if not as_json:
+        click.echo(made.layer)
+    hashing = HashingReply(state="hashing")
+    if wait:
+        hashing = _follow(client, made.layer, quiet)
+    elif not quiet and not as_json and sys.stderr.isatty():
+        with contextlib.suppress(KeyboardInterrupt):
+            hashing = _follow(client, made.layer, quiet)
+    if as_json:
+        state, digest = ("complete", hashing.told) if hashing.state == "done" else (hashing.state, None)
+        document = {"layer": made.layer, "image": made.image, "held": made.held, "state": state, "digest": digest}
+        output.show_json(document)
+    if hashing.state == "failed":
+        raise UserError(f"layer {made.layer} is made, but it could not be hashed: {hashing.told}")
 
 
-def _is_of_image(mountpoint: bytes) -> bool:
-    from overlayfs.mount import mounts
+def _follow(client: "Client", layer: str, quiet: bool) -> "HashingReply":
+    """Show the progress of the hashing until it ends."""
+    with progress.line(quiet) as show:
+        while (found := client.hashing(layer)).state == "hashing":
+            show(f"hashing: {found.entries} entries, {found.size >> 20} MiB")
+            time.sleep(_POLL)
+    return found
 
-    return mounts.find(mountpoint).workspace is not None
 
-
-def _copy_or_take(source: _Source, wish: _Wish, quiet: bool) -> dict[str, object]:
+def _for_store(request: "CommitImage") -> "CommitRequest":
     from overlayfs.store.commit import CommitRequest
     from overlayfs.store.records import printable
 
-    words = CommitRequest(
-        image=wish.image, message=printable(wish.message), author=wish.author, allow_empty=wish.allow_empty
+    return CommitRequest(
+        image=request.image,
+        message=printable(request.message),
+        author=request.author,
+        allow_empty=request.allow_empty,
     )
-    with storage.opened(wish.store) as store:
-        if source.upper is not None:
-            made = _copy_into_store(store, source, words, quiet)
-        elif source.target is not None and _is_mount(source.target):
-            made = _copy_mount(store, source.target, words, quiet)
-        else:
-            assert source.target is not None
-            made = _commit_workspace(store, os.fsdecode(source.target), words, quiet)
-        return _document(made, None if wish.image is None else store.image(wish.image).name)
+
+
+def _commit_in_store(
+    store: "Store", source: _Source, client: "Client | None", request: "CommitRequest", quiet: bool
+) -> "Layer":
+    if source.upper is not None:
+        return _commit_upper(store, source, request, quiet)
+    if client is not None:
+        return _commit_mount(store, client, request, quiet)
+    assert source.target is not None
+    return _commit_workspace(store, os.fsdecode(source.target), request, quiet)
+
+
+def _commit_upper(store: "Store", source: _Source, request: "CommitRequest", quiet: bool) -> "Layer":
+    from overlayfs.fs.config import StackConfig
+    from overlayfs.store import commit
+
+    if request.image is None:
+        raise UsageError("an upper of your own needs -t IMAGE: nothing else would name its layer in the store")
+    below = [store.layer_of_tree(path) for path in source.lower]
+    with _workdir(source) as work, progress.line(quiet) as show:
+        config = StackConfig(source.lower, source.upper, work)
+        return commit.commit_upper(store, config, below, request, _counted(show, "copying"))
+
+
+def _commit_mount(store: "Store", client: "Client", request: "CommitRequest", quiet: bool) -> "Layer":
+    from overlayfs.store import commit
+
+    if request.image is None:
+        raise UsageError("a mount of directories needs -t IMAGE: nothing else would name its layer in the store")
+    below = [store.layer_of_tree(path) for path in client.mount.lower]
+    with progress.waiting("committing", quiet):
+        return commit.commit_mount(store, below, request, lambda destination: client.commit(destination).entries)
+
+
+def _commit_workspace(store: "Store", name: str, request: "CommitRequest", quiet: bool) -> "Layer":
+    from overlayfs.mount import mounts
+    from overlayfs.store import commit
+    from overlayfs.store.workspaces import WorkspaceInUseError
+
+    try:
+        with _failures_of_a_commit():
+            layer = commit.commit_workspace(store, name, request)
+    except WorkspaceInUseError as error:
+        raise mounts.name_workspace_holder(error) from None
+    with progress.line(quiet) as show:
+        return commit.hash_layer(store, layer, _counted(show, "hashing"))
 
 
 def _document(layer: "Layer", image: str | None) -> dict[str, object]:
@@ -255,40 +291,5 @@ def _document(layer: "Layer", image: str | None) -> dict[str, object]:
     }
 
 
-def _commit_workspace(store: "Store", name: str, wish: "CommitRequest", quiet: bool) -> "Layer":
-    from overlayfs.mount import mounts
-    from overlayfs.store import commit
-    from overlayfs.store.workspaces import WorkspaceInUseError
-
-    try:
-        with _no_mount_meant():
-            layer = commit.commit_workspace(store, name, wish)
-    except WorkspaceInUseError as error:
-        raise mounts.name_workspace_holder(error) from None
-    with progress.line(quiet) as show:
-        return commit.hash_layer(store, layer, _counted(show, "hashing"))
-
-
-def _copy_mount(store: "Store", mountpoint: bytes, wish: "CommitRequest", quiet: bool) -> "Layer":
-    from overlayfs.mount import copies
-
-    with progress.waiting("committing", quiet):
-        return copies.commit_copy(store, mountpoint, wish)
-
-
-def _copy_into_store(store: "Store", source: _Source, wish: "CommitRequest", quiet: bool) -> "Layer":
-    from overlayfs.fs.config import StackConfig
-    from overlayfs.store import commit
-
-    if wish.image is None:
-        raise UsageError("an upper of your own needs -t IMAGE: nothing else would name its layer in the store")
-    assert source.upper is not None
-    below = [store.layer_of_tree(path) for path in source.lower]
-    place = contextlib.nullcontext(source.work) if source.work else default_workdir(source.upper)
-    with _no_mount_meant(), place as work, progress.line(quiet) as show:
-        config = StackConfig(source.lower, source.upper, work)
-        return commit.commit_upper(store, config, below, wish, _counted(show, "copying"))
-
-
-def _counted(show: progress.Show, doing: str) -> Callable[[int, int], None]:
-    return lambda entries, size: show(f"{doing} {entries} entries, {size >> 20} MiB")
+def _counted(show: progress.Show, verb: str) -> Callable[[int, int], None]:
+    return lambda entries, size: show(f"{verb} {entries} entries, {size >> 20} MiB")

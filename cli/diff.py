@@ -33,11 +33,11 @@ WORDS = {"A": "added", "C": "changed", "D": "deleted"}
 def diff(what: bytes, base: bytes | None, store: bytes | None, as_json: bool, stat: bool, quiet: bool) -> None:
     """List what was added (A), changed (C) and deleted (D).
 
-    A mount or workspace is compared with its layers, an image with what lies below its top layer; with a second name,
+    A mount or workspace is compared with its layers, an image with the layers below its top one; with a second name,
     whatever it stands for, with that. A path is changed when its content, its attributes or its hard links are.
     """
-    with ExitStack() as held, progress.line(quiet) as show:
-        comparison = _Comparison(store, held)
+    with ExitStack() as holds, progress.line(quiet) as show:
+        comparison = _Comparison(store, holds)
         changes = comparison.changes(what, base, stat, lambda count: show(f"{count} paths compared"))
     if as_json and stat:
         output.show_json({**_counts(changes), **_sizes(changes)})
@@ -52,78 +52,72 @@ def diff(what: bytes, base: bytes | None, store: bytes | None, as_json: bool, st
 
 
 class _Comparison:
-    """What two arguments stand for. The store is opened when the first of them is looked for in it."""
+    """Finds what the arguments name, and compares it. The store is opened when the first of them is looked up in it."""
 
-    def __init__(self, store: bytes | None, held: ExitStack) -> None:
+    def __init__(self, store: bytes | None, holds: ExitStack) -> None:
         self._store = store
-        self._held = held
+        self._holds = holds
 
-    def changes(self, what: bytes, base: bytes | None, sizes: bool, tell: Callable[[int], None]) -> "list[Change]":
-        """Return all changes, by path."""
+    def changes(self, what: bytes, base: bytes | None, sizes: bool, progress: Callable[[int], None]) -> "list[Change]":
+        """Return all changes, by path; with `sizes` each has how many bytes it adds and removes."""
+        from overlayfs.mount.control import Client
         from overlayfs.store import compare, diff_operands
 
         mount = _mount_at(what)
         tree = self._tree(what, mount)
         if base is not None:
-            return list(compare.compare(self._tree(base, _mount_at(base)), tree, tell))
+            return list(compare.compare(self._tree(base, _mount_at(base)), tree, progress))
         below = diff_operands.below(tree)
         if mount is None or mount.upper is None:
-            return _without_root(compare.compare(below, tree, tell))
-        told = _told_by(mount.mountpoint)
-        return list(compare.measured(below, tree, told)) if sizes else told
+            return _without_root(compare.compare(below, tree, progress))
+        found = [compare.Change(kind, path.lstrip(b"/")) for kind, path in Client(mount).diff()]
+        found.sort(key=lambda each: each.path)
+        return list(compare.measured(below, tree, found)) if sizes else found
 
-    def _tree(self, given: bytes, mount: "Mount | None") -> "Tree":
+    def _tree(self, name: bytes, mount: "Mount | None") -> "Tree":
         from overlayfs.mount import mounts
         from overlayfs.store import diff_operands
 
         if mount is not None:
             return self._tree_of_mount(mount)
-        if given.startswith((b"/", b".")):
-            mounts.find(given)  # says that it is no mount
-        name = os.fsdecode(given)
-        opened = self._held.enter_context(storage.opened(self._store))
-        self._held.enter_context(diff_operands.hold(opened, name))
-        workspace = opened.find_workspace(name)
+        if name.startswith((b"/", b".")):
+            mounts.find(name)  # UserError: it is not a mount
+        opened = self._holds.enter_context(storage.opened(self._store))
+        self._holds.enter_context(diff_operands.hold(opened, os.fsdecode(name)))
+        workspace = opened.find_workspace(os.fsdecode(name))
         if workspace is not None:
-            _write_out(workspace.upper_path)
-        return diff_operands.named(opened, name)
+            _sync_upper(workspace.upper_path)
+        return diff_operands.named(opened, os.fsdecode(name))
 
     def _tree_of_mount(self, mount: "Mount") -> "Tree":
+        from overlayfs.mount.control import Client
         from overlayfs.store import diff_operands
 
         if mount.upper is None or mount.work is None:
             return diff_operands.plain_directories(mount.lower)
-        _write_out(mount.upper)
+        Client(mount).sync()
         return diff_operands.over(mount.upper, mount.work, mount.lower)
 
 
-def _mount_at(given: bytes) -> "Mount | None":
+def _mount_at(path: bytes) -> "Mount | None":
     from overlayfs.mount import mounts
 
-    path = mounts.resolved(given)
-    return next((mount for mount in reversed(mounts.list_mounts()) if mount.mountpoint == path), None)
+    mountpoint = mounts.resolved(path)
+    return next((mount for mount in reversed(mounts.list_mounts()) if mount.mountpoint == mountpoint), None)
 
 
-def _write_out(upper: bytes) -> None:
-    """Have what was written through a memory map of a mount, if this is the upper of one, in the upper."""
-    from overlayfs.mount import control, mounts
+def _sync_upper(upper: bytes) -> None:
+    """Have the mount of an upper, if there is one, write back what was stored through memory maps of its files."""
+    from overlayfs.mount import mounts
+    from overlayfs.mount.control import Client
 
     for mount in mounts.list_mounts():
         if mount.upper == upper:
-            control.request(mount.mountpoint, "sync")
-
-
-def _told_by(mountpoint: bytes) -> "list[Change]":
-    """Return what the daemon of a mount says that its upper changes."""
-    from overlayfs.mount import control
-    from overlayfs.store.compare import Change
-
-    found = control.request(mountpoint, "diff")["changes"]
-    return sorted((Change(kind, os.fsencode(path).lstrip(b"/")) for kind, path in found), key=lambda each: each.path)
+            Client(mount).sync()
 
 
 def _without_root(changes: "Iterator[Change]") -> "list[Change]":
-    # The root is not a path that anybody has named: its time moves with every change right below it.
+    # The root is no change of its own: its mtime follows every change to its entries.
     return [each for each in changes if each.path]
 
 

@@ -6,9 +6,9 @@ import os
 
 import click
 
+from overlayfs import __version__
 from overlayfs.errors import UserError, one_line
 from overlayfs_cli.command import example_block
-from overlayfs_cli.version import VERSION
 
 PROGRAM = "overlayfs"
 DEBUG_VARIABLE = "OVERLAYFS_DEBUG"  # set: an unexpected error ends with its traceback
@@ -50,7 +50,7 @@ class LazyGroup(click.Group):
         overlayfs umount /mnt
         """),
 )
-@click.version_option(VERSION, "-V", "--version", prog_name=PROGRAM, message="%(prog)s %(version)s")
+@click.version_option(__version__, "-V", "--version", prog_name=PROGRAM, message="%(prog)s %(version)s")
 def cli() -> None:
     """Mount a stack of directories as one tree, change it, commit the changes as a new layer."""
 

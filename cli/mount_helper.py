@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from overlayfs import __version__
 from overlayfs.errors import UsageError, UserError, one_line
 from overlayfs.mount.options import Draft, MountOptions
 
@@ -90,9 +91,7 @@ def run(program: str, words: list[bytes]) -> int:
 
 
 def _version() -> str:
-    from overlayfs_cli.version import VERSION
-
-    return f"{PROGRAM} {VERSION}\n"
+    return f"{PROGRAM} {__version__}\n"
 
 
 def _mount(options: MountOptions, mountpoint: bytes) -> None:

@@ -2,12 +2,16 @@
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from overlayfs_cli import arguments, output
 from overlayfs_cli.command import command
+
+if TYPE_CHECKING:
+    from overlayfs.mount.control import Client
+    from overlayfs.mount.protocol import StatsReply
 
 PERIOD = 1.0  # seconds between two looks of --watch
 
@@ -24,15 +28,21 @@ PERIOD = 1.0  # seconds between two looks of --watch
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document (with --watch one per line).")
 def stats(mountpoint: bytes, watch: bool, as_json: bool) -> None:
     """Show how many requests of each kind the engine of MNT has answered."""
-    from overlayfs.mount import control
+    from overlayfs.mount.control import Client
 
-    found = control.request(mountpoint, "stats")
+    client = Client.at(mountpoint)
     if watch:
-        _watch(mountpoint, found, as_json)
-    elif as_json:
-        output.show_json(found)
+        _watch(client, as_json)
+        return
+    found = client.stats()
+    if as_json:
+        output.show_json(_document(found, found.requests))
     else:
-        _show(found["requests"], f"{found['engine']}, up {found['uptime']:.0f} s")
+        _show(found.requests, f"{found.engine}, up {found.uptime:.0f} s")
+
+
+def _document(found: "StatsReply", requests: dict[str, int]) -> dict[str, object]:
+    return {"engine": found.engine, "uptime": found.uptime, "requests": requests}
 
 
 def _show(requests: dict[str, int], title: str) -> None:
@@ -41,20 +51,19 @@ def _show(requests: dict[str, int], title: str) -> None:
     output.show_table(("REQUEST", "COUNT"), [(kind, str(count)) for kind, count in ordered])
 
 
-def _watch(mountpoint: bytes, before: dict[str, Any], as_json: bool) -> None:
-    """Print what each period adds; ends with the mount, or when the user has seen enough."""
-    from overlayfs.mount import control
-
+def _watch(client: "Client", as_json: bool) -> None:
+    """Print what each period adds; ends with the mount or with Ctrl-C."""
+    before = client.stats().requests
     while True:
         time.sleep(PERIOD)
-        now = control.request(mountpoint, "stats")
-        added = _difference(before["requests"], now["requests"])
+        now = client.stats()
+        added = _difference(before, now.requests)
         if as_json:
-            output.show_json_line({**now, "requests": added})
+            output.show_json_line(_document(now, added))
         else:
             click.echo(f"{sum(added.values())} requests  " + "  ".join(f"{kind} {n}" for kind, n in added.items()))
         sys.stdout.flush()
-        before = now
+        before = now.requests
 
 
 def _difference(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:

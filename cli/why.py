@@ -27,13 +27,15 @@ def why(mountpoint: bytes, path: bytes, as_json: bool) -> None:
     from overlayfs.mount import control
 
     inside = within(mountpoint, path)
-    found = control.request(mountpoint, "why", path=os.fsdecode(inside))["layers"]
+    found = control.Client.at(mountpoint).why(inside)
     if not found:
         raise UserError(f"no layer of {os.fsdecode(mountpoint)} holds {os.fsdecode(inside)}")
     if as_json:
-        output.show_json({"path": os.fsdecode(inside), "layers": found})
+        layers = [{"layer": each.layer, "kind": each.kind, "role": each.role} for each in found]
+        output.show_json({"path": os.fsdecode(inside), "layers": layers})
     else:
-        output.show_table(("LAYER", "KIND", "ROLE"), [_row(each) for each in found])
+        rows = [(output.path_text(os.fsencode(each.layer)), each.kind, each.role) for each in found]
+        output.show_table(("LAYER", "KIND", "ROLE"), rows)
 
 
 def within(mountpoint: bytes, path: bytes) -> bytes:
@@ -42,7 +44,3 @@ def within(mountpoint: bytes, path: bytes) -> bytes:
     if root and (path + b"/").startswith(root + b"/"):
         path = path[len(root) :]
     return b"/" + path.strip(b"/")
-
-
-def _row(found: dict[str, str]) -> tuple[str, str, str]:
-    return output.path_text(os.fsencode(found["layer"])), found["kind"], found["role"]

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from overlayfs.fs import Attributes, Caller, Changes, IdRange, Node, Overlay, StackConfig
     from overlayfs.library import Store
 
+__version__ = "0.1.0"
+
 __all__ = ["Attributes", "Caller", "Changes", "IdRange", "Node", "Overlay", "StackConfig", "Store"]
 
 

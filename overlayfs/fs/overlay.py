@@ -334,6 +334,10 @@ class Overlay:
         found = (sysio.stat_at(layer.root, b"") for layer in self._stack.lower)
         return {(each.st_dev, each.st_ino) for each in found} - self._stack.around | self._stack.hidden
 
+    def file_system_types(self) -> list[int]:
+        """Return the type of each layer's file system, top first, as the f_type of statfs(2)."""
+        return [sysio.fs_type(layer.root) for layer in self._stack.layers]
+
     def view_config(self) -> StackConfig:
         """Return the stack in which the upper is just the top layer: what a commit of it would show."""
         upper, *lower = (_path_of(fd) for fd in (self.upper_root, *(layer.root for layer in self._stack.lower)))

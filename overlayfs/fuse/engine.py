@@ -58,6 +58,8 @@ class Engine(ABC):
     """Serves one overlay at one mount point. Its methods run on the loop, unless they say otherwise."""
 
     name: ClassVar[str]
+    protocol_minor: int | None = None  # N of the FUSE protocol 7.N that was negotiated; None where libfuse keeps it
+    features: tuple[str, ...] = ()  # the flags of FUSE_INIT that are in effect, as far as they are known
 
     def __init__(self, overlay: Overlay, policy: CachingPolicy) -> None:
         self.overlay = overlay

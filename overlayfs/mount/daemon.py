@@ -7,10 +7,12 @@ the record: who sees no record finds the upper free.
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,10 +30,9 @@ from overlayfs.mount.fusermount import detach
 from overlayfs.mount.mounts import KernelMount, mounted_on
 from overlayfs.mount.options import ImageMount, MountOptions
 from overlayfs.mount.runtime_state import Record, Written
-from overlayfs.mount.server import Control
 
 if TYPE_CHECKING:
-    from overlayfs.mount.live_commit import LiveCommits
+    from overlayfs.mount.server import ControlServer
 
 log = logging.getLogger(__name__)
 
@@ -223,27 +224,42 @@ class _Life:
         await self._handshake.wait()
         await self._engine.threads.run(flush.run_unshared, lambda: os.stat(self._mountpoint))
         record = self._record()
-        control = Control(self._engine, self._mountpoint, record, self._commits())
-        await self._publish(nursery, record, control)
+        listening = self._publish(record)
+        self._tell(record.notices)
+        if listening is not None:
+            await self._engine.threads.run(flush.run_unshared, self._import_control)
+            nursery.start_soon(self._control_server(record).serve, listening)
         gc.freeze()  # what lives now lives as long as the daemon; a last look at it would cost more than it frees
         gc.set_threshold(YOUNG)
         gc.enable()
-        self._tell(record.notices)
 
-    def _commits(self) -> "LiveCommits | None":
-        if self._options.image_mount is None:
-            return None
-        from overlayfs.mount.live_commit import LiveCommits
-
-        return LiveCommits(self._engine, self._options.image_mount)
-
-    async def _publish(self, nursery: trio.Nursery, record: Record, control: Control) -> None:
-        """Leave the record and listen; a mount without them works, only nobody can ask it."""
+    def _publish(self, record: Record) -> socket.socket | None:
+        """Write the record and listen for clients; a mount without them works, it only answers no commands."""
         try:
             runtime_state.write(record)
-            await nursery.start(control.serve, runtime_state.socket_path(record.pid))
+            return runtime_state.listen(record.pid)
         except OSError as error:
             log.warning("no control socket: %s", error)
+            return None
+
+    def _import_control(self) -> None:
+        """Import what serves commands: after the mount is ready, since it takes long, and not on the loop.
+
+        The mount may cover the files of the modules, which makes reading them requests to this daemon.
+        """
+        importlib.import_module("overlayfs.mount.server")
+        if self._options.image_mount is not None:
+            importlib.import_module("overlayfs.mount.live_commit")
+
+    def _control_server(self, record: Record) -> "ControlServer":
+        from overlayfs.mount.server import ControlServer
+
+        commits = None
+        if self._options.image_mount is not None:
+            from overlayfs.mount.live_commit import LiveCommits
+
+            commits = LiveCommits(self._engine, self._options.image_mount)
+        return ControlServer(self._engine, self._mountpoint, self._options, record, commits)
 
     def _record(self) -> Record:
         stack = self._options.stack

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import trio
 
@@ -30,11 +30,12 @@ from overlayfs.fs.durability import SyncBarrier
 from overlayfs.fs.rotate import Rotation
 from overlayfs.fuse.engine import Engine
 from overlayfs.mount.options import ImageMount
+from overlayfs.mount.protocol import CommitImage, CommitImageReply, HashingReply
 from overlayfs.store import commit, hashing, layout
 from overlayfs.store.commit import CommitRequest
 from overlayfs.store.commit_transaction import CommitTransaction, NewLayer
 from overlayfs.store.layers import Layer
-from overlayfs.store.records import ImageRecord
+from overlayfs.store.records import ImageRecord, printable
 from overlayfs.store.store import LayerStore
 from overlayfs.store.workspaces import Workspace
 
@@ -67,14 +68,6 @@ class _Beginning:
 Hasher = Callable[[bytes, str], Followed]
 
 
-class CommitResult(NamedTuple):
-    """A new layer, the image that it is the top of, and for how many seconds changes had to wait."""
-
-    layer: str
-    image: str | None
-    held: float
-
-
 class LiveCommits:
     """All commits of one mounted image, one at a time."""
 
@@ -88,11 +81,17 @@ class LiveCommits:
         self._hashing: dict[str, Followed] = {}
         self._unsettled: tuple[CommitTransaction, SyncBarrier] | None = None
 
-    async def commit(self, wanted: CommitRequest) -> CommitResult:
+    async def commit(self, request: CommitImage) -> CommitImageReply:
         """Make a layer of what was acknowledged until now; UserError with a sentence when there is none to make.
 
         Dirty pages must have been written out.
         """
+        wanted = CommitRequest(
+            image=request.image,
+            message=printable(request.message),
+            author=printable(request.author),
+            allow_empty=request.allow_empty,
+        )
         async with self._turn:
             await self._catch_up()
             if not wanted.allow_empty and not self._overlay.is_changed:
@@ -100,14 +99,16 @@ class LiveCommits:
             store = await self._opened()
             with _prompt_threads():
                 made, held = await self._carry_out(store, wanted)
-            return CommitResult(made.id, None if wanted.image is None else layout.image_name(wanted.image), held)
+            image = None if wanted.image is None else layout.image_name(wanted.image)
+            return CommitImageReply(layer=made.id, image=image, held=held)
 
-    def hashed(self, layer_id: str) -> hashing.HashingStatus:
+    def hashed(self, layer_id: str) -> HashingReply:
         """Return how far the hashing of a layer is that was committed here."""
         found = self._hashing.get(layer_id)
         if found is None:
             raise UserError(f"layer {layer_id} was not committed by this mount")
-        return found.look()
+        seen = found.look()
+        return HashingReply(state=seen.state, entries=seen.entries, size=seen.size, told=seen.told)
 
     def close(self) -> None:
         """Let go of the store: the mount's own hold of its layers must be there no longer than the mount."""

@@ -10,9 +10,12 @@ import logging
 import os
 import socket
 import sys
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 SYSLOG = "/dev/log"
+RECENT = 50  # messages that are kept for a bug report
 DAEMON = 3 << 3  # the facility of system daemons
 LEVELS = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
@@ -66,6 +69,43 @@ class LogFile(logging.FileHandler):
             super().emit(record)
 
 
+@dataclass(frozen=True)
+class Message:
+    """A message of the log without its arguments, which name files.
+
+    time: seconds since 1970. text: the template that the arguments were for. error: the class of the exception that
+    was logged with it.
+    """
+
+    time: float
+    level: str
+    logger: str
+    text: str
+    error: str | None
+
+
+class _Recent(logging.Handler):
+    """Keeps the latest messages for a bug report."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.messages: deque[Message] = deque(maxlen=RECENT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep what a message has that names no file."""
+        error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] is not None else None
+        text = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
+        self.messages.append(Message(record.created, record.levelname, record.name, text, error))
+
+
+_recent = _Recent()
+
+
+def recent() -> list[Message]:
+    """Return the latest messages of this process that are at least of level INFO, oldest first."""
+    return list(_recent.messages)
+
+
 def _connected() -> socket.socket:
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -83,6 +123,7 @@ def set_up(foreground: bool, debug: bool, fallback: Path | None) -> None:
     root = logging.getLogger()
     root.handlers.clear()  # not closed: they, and their descriptors, belong to the process we were forked from
     root.addHandler(handler)
+    root.addHandler(_recent)
     root.setLevel(logging.DEBUG if debug else logging.INFO)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def start_time(pid: int) -> int | None:
     return None if gone else int(fields[_STARTED])
 
 
+_BACKLOG = 16  # clients that wait while the daemon starts to serve them
 _STATE, _THREADS, _STARTED = 0, 17, 19  # in what follows the name
 _ENDED = (b"Z", b"X")
 
@@ -135,6 +137,21 @@ def record_path(pid: int) -> Path:
 def socket_path(pid: int) -> Path:
     """Return where the control socket of a daemon lies."""
     return run_directory() / f"{pid}.sock"
+
+
+def listen(pid: int) -> socket.socket:
+    """Return the listening control socket of a daemon; clients can connect from now on."""
+    path = socket_path(pid)
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(os.fsencode(path))
+        path.chmod(0o600)
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 def write(record: Record) -> None:

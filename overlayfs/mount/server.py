@@ -1,23 +1,26 @@
-"""The daemon's side of the control socket."""
+"""The daemon's side of the control socket.
+
+Loaded when the mount is ready: what it needs takes as long to import as a mount takes to start.
+"""
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from overlayfs.errors import UserError
 from overlayfs.fuse.engine import Engine
-from overlayfs.mount import flush, runtime_state
-from overlayfs.mount.flush import prepare_flush
+from overlayfs.mount import protocol, report, runtime_state
+from overlayfs.mount.flush import prepare_flush, run_unshared
+from overlayfs.mount.options import MountOptions
+from overlayfs.mount.protocol import Request
 from overlayfs.mount.runtime_state import Record
 from overlayfs.store.copy_upper import commit_mounted, refuse_inside
 
@@ -27,176 +30,151 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LONGEST = 1 << 20  # bytes of one request: a path and some text
-PIECE = 64  # entries of a listing that are worked out before other requests have their turn
+PIECE = 64  # entries of a listing between two checkpoints, so that the loop serves requests of the kernel meanwhile
 CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 
-Answer = dict[str, Any]
 
+class ControlServer:
+    """Carries out commands for one mount, for root and for the user who runs the daemon.
 
-class Control:
-    """Answers commands about one mount, for root and for the user who runs the daemon."""
+    `commits` is None for a mount of plain directories. The times of `stats` and `report` count from now.
+    """
 
-    def __init__(self, engine: Engine, mountpoint: bytes, record: Record, commits: "LiveCommits | None") -> None:
+    def __init__(
+        self, engine: Engine, mountpoint: bytes, options: MountOptions, record: Record, commits: "LiveCommits | None"
+    ) -> None:
         self._engine = engine
         self._overlay = engine.overlay
         self._mountpoint = mountpoint
+        self._options = options
         self._record = record
-        self._commits = commits  # None for a mount of plain directories
+        self._commits = commits
         self._began = time.monotonic()
         self._using_mount = trio.CapacityLimiter(1)
-        self._commands: dict[str, Callable[[Answer], Awaitable[Any]]] = {
-            "status": self._tell_status,
-            "stats": self._tell_stats,
-            "sync": self._sync,
-            "diff": self._diff,
-            "why": self._why,
-            "commit": self._commit,
-            "commit-image": self._commit_image,
-            "hashing": self._tell_hashing,
+        self._commands: dict[type[Request], Callable[[Any], Awaitable[Any]]] = {
+            protocol.Status: self._status,
+            protocol.Stats: self._stats,
+            protocol.Sync: self._sync,
+            protocol.Diff: self._diff,
+            protocol.Why: self._why,
+            protocol.Commit: self._commit,
+            protocol.CommitImage: self._commit_image,
+            protocol.Hashing: self._hashing,
+            protocol.Report: self._report,
         }
 
-    async def serve(
-        self, path: Path, task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """Listen at `path` until cancelled."""
-        listener = _listen(path)
-        try:
-            await trio.serve_listeners(self._converse, [listener], task_status=task_status)
-        finally:
-            _remove(path)
+    async def serve(self, listening: socket.socket) -> None:
+        """Serve the clients of a listening socket until cancelled."""
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+        await trio.serve_listeners(self._converse, [listener])
 
     async def _converse(self, stream: trio.SocketStream) -> None:
-        """Answer one request; a client that goes away, or talks nonsense, harms nobody."""
+        """Serve one client, which may go away or send anything."""
         try:
             async with stream:
-                answer = await self._answer(stream)
-                await stream.send_all(json.dumps(answer).encode() + b"\n")
+                await stream.send_all(await self._answer(stream))
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-            log.debug("a control client went away: %s", error)
+            log.debug("a control client disconnected: %s", error)
         except Exception:
             log.exception("the control socket failed by a defect")
 
-    async def _answer(self, stream: trio.SocketStream) -> Answer:
+    async def _answer(self, stream: trio.SocketStream) -> bytes:
+        """Return the line that answers the request of a client, an error included."""
         try:
             line = await _read_line(stream)
             _check_peer(stream)
-            return {"result": await self._obey(_decoded(line))}
+            request = protocol.decode_request(line)
+            return protocol.encode_result(await self._commands[type(request)](request))
         except UserError as error:
-            return {"error": str(error), "exit_code": error.exit_code}
+            return protocol.encode_error(error)
         except OSError as error:
-            return {"error": _sentence(error), "exit_code": 1}
+            return protocol.encode_error(UserError(_sentence(error)))
         except Exception as error:
             log.exception("a control command failed by a defect")
-            return {"error": f"the daemon failed by a defect ({error!r}); its log has the trace", "exit_code": 1}
+            return protocol.encode_error(UserError(f"the daemon failed by a defect ({error!r}); its log has the trace"))
 
-    async def _obey(self, message: Answer) -> Any:
-        command = self._commands.get(str(message.pop("command", "")))
-        if command is None:
-            raise UserError("the daemon does not know this command; is it of another version?")
-        return await command(message)
+    async def _status(self, _: protocol.Status) -> Record:
+        return self._record
 
-    async def _tell_status(self, message: Answer) -> Answer:
-        return dataclasses.asdict(self._record)
+    async def _stats(self, _: protocol.Stats) -> protocol.StatsReply:
+        requests = dict(sorted(self._engine.counters.items()))
+        return protocol.StatsReply(engine=self._engine.name, uptime=self._uptime(), requests=requests)
 
-    async def _tell_stats(self, message: Answer) -> Answer:
-        return {
-            "engine": self._engine.name,
-            "uptime": time.monotonic() - self._began,
-            "requests": dict(sorted(self._engine.counters.items())),
-        }
+    async def _report(self, _: protocol.Report) -> protocol.ReportReply:
+        return report.report(self._engine, self._options, self._uptime())
 
-    async def _sync(self, message: Answer) -> Answer:
-        await self._write_out()
+    def _uptime(self) -> float:
+        return time.monotonic() - self._began
+
+    async def _sync(self, _: protocol.Sync) -> protocol.SyncReply:
+        await self._write_back()
         await self._engine.threads.run(self._overlay.sync)
-        return {}
+        return protocol.SyncReply()
 
-    async def _diff(self, message: Answer) -> Answer:
-        """List the changes of one moment: new ones wait, requests that only look go on between two pieces."""
-        found = []
-        async with self._held():
+    async def _diff(self, _: protocol.Diff) -> protocol.DiffReply:
+        """List the changes of one moment: writes wait meanwhile, reads are served between two pieces."""
+        changes = []
+        async with self._changes_paused():
             for count, (kind, path) in enumerate(self._overlay.changes()):
-                found.append([kind.decode(), os.fsdecode(path)])
+                changes.append((kind.decode(), os.fsdecode(path)))
                 if count % PIECE == 0:
                     await trio.lowlevel.checkpoint()
-        return {"changes": found}
+        return protocol.DiffReply(changes=changes)
 
-    async def _why(self, message: Answer) -> Answer:
-        found = self._overlay.explain(_path(message, "path"))
-        return {"layers": [{"layer": os.fsdecode(at.layer), "kind": at.kind, "role": at.role} for at in found]}
+    async def _why(self, request: protocol.Why) -> protocol.WhyReply:
+        found = self._overlay.explain(_path(request.path))
+        entries = [protocol.LayerEntry(os.fsdecode(each.layer), each.kind, each.role) for each in found]
+        return protocol.WhyReply(layers=entries)
 
-    async def _commit(self, message: Answer) -> Answer:
-        """Commit while mounted: mapped pages first, while requests still pass; then nothing changes until the end."""
-        destination = _path(message, "destination")
-        await self._use_mount(lambda: flush.run_unshared(lambda: refuse_inside(destination, self._mountpoint)))
-        await self._write_out()
-        async with self._held():
+    async def _commit(self, request: protocol.Commit) -> protocol.CommitReply:
+        """Copy the upper: dirty pages are written back first, while writes are still served; then writes wait."""
+        destination = _path(request.destination)
+        await self._use_mount(lambda: run_unshared(lambda: refuse_inside(destination, self._mountpoint)))
+        await self._write_back()
+        async with self._changes_paused():
             made = await self._engine.threads.run(commit_mounted, self._overlay, destination)
-        return {"layer": os.fsdecode(made.destination), "entries": made.entries, "size": made.size}
+        return protocol.CommitReply(layer=os.fsdecode(made.destination), entries=made.entries, size=made.size)
 
-    async def _commit_image(self, message: Answer) -> Answer:
-        """Commit into the store; the answer comes as soon as the layer is usable."""
+    async def _commit_image(self, request: protocol.CommitImage) -> protocol.CommitImageReply:
+        """Commit into the store; the reply is sent as soon as the layer is usable."""
         if self._commits is None:
             raise UserError("this is a mount of plain directories: its layers are in no store; commit it with --to DIR")
-        from overlayfs.store.commit import CommitRequest
-        from overlayfs.store.records import printable
+        await self._write_back()
+        made = await self._commits.commit(request)
+        self._record_layers(made.image)
+        return made
 
-        image = message.get("image")
-        wanted = CommitRequest(
-            image=None if image is None else str(image),
-            message=printable(str(message.get("message", ""))),
-            author=printable(str(message.get("author", ""))),
-            allow_empty=bool(message.get("allow_empty", False)),
-        )
-        await self._write_out()
-        made = await self._commits.commit(wanted)
-        self._note_layers(made.image)
-        return {"layer": made.layer, "image": made.image, "held": made.held}
-
-    def _note_layers(self, image: str | None) -> None:
-        """Let the record of the mount tell of the new layer."""
+    def _record_layers(self, image: str | None) -> None:
+        """Update the record of the mount after a commit."""
         lower = tuple(map(os.fsdecode, self._overlay.config.lower))
         self._record = dataclasses.replace(self._record, lower=lower, image=image or self._record.image)
         with contextlib.suppress(OSError):  # it only describes
             runtime_state.write(self._record)
 
-    async def _tell_hashing(self, message: Answer) -> Answer:
+    async def _hashing(self, request: protocol.Hashing) -> protocol.HashingReply:
         if self._commits is None:
             raise UserError("this is a mount of plain directories: it has nothing in a store")
-        found = self._commits.hashed(str(message.get("layer", "")))
-        return {"state": found.state, "entries": found.entries, "size": found.size, "told": found.told}
+        return self._commits.hashed(request.layer)
 
-    async def _write_out(self) -> None:
+    async def _write_back(self) -> None:
         """Return when the kernel has handed over what was written through the mount."""
         await self._use_mount(prepare_flush(self._engine, self._mountpoint))
 
     async def _use_mount(self, call: Callable[[], None]) -> None:
-        """Make a call that waits for requests, in a thread that no request needs.
+        """Make a call that waits for requests of the kernel, in a thread that serves none of them.
 
-        It is left alone when the mount ends, with which the wait ends.
+        It is abandoned when the mount ends, which ends the wait too.
         """
         await trio.to_thread.run_sync(call, limiter=self._using_mount, abandon_on_cancel=True)
 
     @contextlib.asynccontextmanager
-    async def _held(self) -> AsyncIterator[None]:
-        """Hold changes within the context, which begins when none is running."""
+    async def _changes_paused(self) -> AsyncIterator[None]:
+        """Hold back changes within the context, which is entered when none is running."""
         await self._engine.gate.close()
         try:
             yield
         finally:
             self._engine.gate.open()
-
-
-def _listen(path: Path) -> trio.SocketListener:
-    _remove(path)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    listening.bind(os.fsencode(path))
-    path.chmod(0o600)
-    listening.listen(16)
-    return trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
 
 
 def _check_peer(stream: trio.SocketStream) -> None:
@@ -216,21 +194,15 @@ async def _read_line(stream: trio.SocketStream) -> bytes:
     return bytes(received)
 
 
-def _decoded(line: bytes) -> Answer:
+def _path(text: str) -> bytes:
+    """Return a path of a request. UserError for what no system call takes."""
     try:
-        message = json.loads(line)
-    except ValueError:
-        raise UserError("the request is not JSON") from None
-    if not isinstance(message, dict):
-        raise UserError("the request is not an object")
-    return message
-
-
-def _path(message: Answer, name: str) -> bytes:
-    value = message.get(name)
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise UserError(f"the request lacks {name}")
-    return os.fsencode(value)
+        path = os.fsencode(text)
+    except UnicodeEncodeError:
+        path = b""
+    if not path or b"\0" in path:
+        raise UserError("the request has a path that cannot be")
+    return path
 
 
 def _sentence(error: OSError) -> str:

@@ -4,6 +4,7 @@ The upper of a workspace becomes the layer itself, by one rename, and the worksp
 stays what it is: its layer is a copy. Either way the stack has the new layer on top, and an image may be put for it.
 """
 
+import os
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -15,7 +16,7 @@ from overlayfs.fs.overlay import Overlay
 from overlayfs.store import layout, records
 from overlayfs.store.commit_transaction import NewLayer
 from overlayfs.store.copy_upper import copy_upper
-from overlayfs.store.layers import Layer
+from overlayfs.store.layers import Layer, StagedLayer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import History, ImageRecord
 from overlayfs.store.store import LayerStore
@@ -23,6 +24,8 @@ from overlayfs.store.workspaces import Workspace
 
 Progress = Callable[[int, int], None]
 _BY = "overlayfs commit"
+_COPY = b"copy"
+_ROOT_ONLY = 1  # entries of a layer that changes nothing
 
 
 class NothingToCommitError(UserError):
@@ -89,22 +92,53 @@ def commit_upper(
 
     `progress` is told entries and bytes now and then. MountError when the upper is mounted.
     """
-    image = None if wish.image is None else on_top(wish.image, below, None, wish)
     overlay = Overlay(config)
     try:
         if not overlay.is_changed and not wish.allow_empty:
             raise NothingToCommitError("the upper")
-        with store.new_layer() as staged:
-            copy_upper(overlay, staged.tree_fd, staged.tree_path, progress)
-            with Manifest.build(staged.tree_fd, temp_dir=store.directory.subdirectories[layout.STAGING]) as manifest:
+        return _commit_copy(
+            store, below, wish, lambda staged: copy_upper(overlay, staged.tree_fd, staged.tree_path, progress)
+        )
+    finally:
+        overlay.close()
+
+
+def commit_mount(store: LayerStore, below: Sequence[Layer], wish: CommitRequest, copy: Callable[[bytes], int]) -> Layer:
+    """Make a layer from a copy of the upper of a mount of plain directories, which lie over the layers `below`.
+
+    `copy(destination)` has the daemon copy the upper to a new directory, and returns how many entries that holds.
+
+    The upper itself stays with the mount: every mount of plain directories names its layers, so the next one would
+    show less than this one if a commit moved the upper away.
+    """
+
+    def fill(staged: StagedLayer) -> None:
+        destination = os.path.join(os.path.dirname(staged.tree_path), _COPY)
+        if copy(destination) <= _ROOT_ONLY and not wish.allow_empty:
+            raise NothingToCommitError("the mount")
+        os.rename(destination, staged.tree_path)  # over the empty directory of the staged layer
+
+    return _commit_copy(store, below, wish, fill)
+
+
+def _commit_copy(
+    store: LayerStore, below: Sequence[Layer], wish: CommitRequest, fill: Callable[[StagedLayer], object]
+) -> Layer:
+    """Publish a staged layer that `fill` has copied an upper into, and put the image on top of it."""
+    image = None if wish.image is None else on_top(wish.image, below, None, wish)
+    with store.new_layer() as staged:
+        fill(staged)
+        tree = os.open(staged.tree_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with Manifest.build(tree, temp_dir=store.directory.subdirectories[layout.STAGING]) as manifest:
                 layer = staged.publish(
                     manifest=manifest,
                     author=wish.author,
                     message=wish.message,
                     below=tuple(layer.id for layer in below),
                 )
-    finally:
-        overlay.close()
+        finally:
+            sysio.close(tree)
     if image is not None:
         store.put_image(msgspec.structs.replace(image, layers=(layer.id, *image.layers)))
     return layer

@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 import pytest
 
+from overlayfs import __version__
 from overlayfs.mount import options
 from overlayfs_cli.main import COMMANDS, cli
-from overlayfs_cli.version import VERSION
 from tests.cli.conftest import Run, process
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +69,9 @@ def test_every_option_of_o_stands_in_the_reference() -> None:
 
 
 def test_version(overlayfs: Run) -> None:
-    assert overlayfs("--version") == overlayfs("-V") == (0, f"overlayfs {VERSION}\n", "")
-    assert metadata.version("overlayfs") == VERSION
-    assert f"## {VERSION} " in (ROOT / "CHANGELOG.md").read_text()
+    assert overlayfs("--version") == overlayfs("-V") == (0, f"overlayfs {__version__}\n", "")
+    assert metadata.version("overlayfs") == __version__
+    assert f"## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -111,5 +111,5 @@ def test_a_command_loads_only_its_own() -> None:
 
 
 def test_the_installed_programs_run() -> None:
-    assert process("overlayfs", "--version").out == f"overlayfs {VERSION}\n"
-    assert process("overlayfs-mount", "--version").out == f"overlayfs-mount {VERSION}\n"
+    assert process("overlayfs", "--version").out == f"overlayfs {__version__}\n"
+    assert process("overlayfs-mount", "--version").out == f"overlayfs-mount {__version__}\n"

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+from overlayfs import __version__
 from overlayfs.errors import MountError
 from overlayfs.mount import start
 from overlayfs.mount.options import MountOptions
 from overlayfs_cli import mount_helper
-from overlayfs_cli.version import VERSION
 from tests.cli.conftest import Run
 
 STACK = "lowerdir=/a:/b,upperdir=/u,workdir=/w"
@@ -145,7 +145,7 @@ def test_anything_else_is_2_and_one_line(overlayfs_mount: Run, monkeypatch: pyte
 
 
 def test_version_and_help(overlayfs_mount: Run) -> None:
-    assert overlayfs_mount("--version") == overlayfs_mount("-V") == (0, f"overlayfs-mount {VERSION}\n", "")
+    assert overlayfs_mount("--version") == overlayfs_mount("-V") == (0, f"overlayfs-mount {__version__}\n", "")
     shown = overlayfs_mount("-h")
     assert shown == overlayfs_mount("--help") and shown.code == 0 and "Example: overlayfs-mount -o" in shown.out
 

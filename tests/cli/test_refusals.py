@@ -154,7 +154,7 @@ def test_a_failed_mount_leaves_a_work_directory_that_was_there(
 
 
 def test_the_sentence_of_the_daemon_is_passed_on(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "request", _raising(UserError("no daemon of this user answers for /m")))
+    monkeypatch.setattr(control.Client, "at", _raising(UserError("no daemon of this user answers for /m")))
     assert overlayfs("stats", "/m") == (1, "", "overlayfs: no daemon of this user answers for /m\n")
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from overlayfs import Store
 from overlayfs.errors import UserError
 from overlayfs.mount import control
+from overlayfs.mount.protocol import CommitImage
 from overlayfs.store import commit, hashing
 from overlayfs.store.commit import CommitRequest
 from overlayfs.store.commit_transaction import NewLayer
@@ -219,7 +220,7 @@ def _write(dirfd: int, name: bytes) -> None:
 def commit_copy(point: bytes, destination: bytes) -> str:
     """Commit a mount to a directory; return the sentence of a refusal, empty for none."""
     try:
-        control.request(point, "commit", destination=os.fsdecode(destination))
+        control.Client.at(point).commit(destination)
     except UserError as error:
         return str(error)
     return ""
@@ -227,11 +228,12 @@ def commit_copy(point: bytes, destination: bytes) -> str:
 
 def commit_live(point: bytes, image: str) -> None:
     """Commit a mounted image, and wait until the layer is hashed."""
-    layer = control.request(point, "commit-image", image=image, allow_empty=True)["layer"]
-    until(lambda: control.request(point, "hashing", layer=layer)["state"] != "hashing")
-    found = control.request(point, "hashing", layer=layer)
-    if found["state"] != "done":
-        raise UserError(f"hashing failed: {found['told']}")
+    client = control.Client.at(point)
+    layer = client.commit_image(CommitImage(image=image, allow_empty=True)).layer
+    until(lambda: client.hashing(layer).state != "hashing")
+    found = client.hashing(layer)
+    if found.state != "done":
+        raise UserError(f"hashing failed: {found.told}")
 
 
 def commit_workspace(store: bytes, workspace: str, image: str, hashed: bool) -> bool:

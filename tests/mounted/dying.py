@@ -14,7 +14,7 @@ from unittest import mock
 from overlayfs import Overlay, sysio
 from overlayfs.errors import oserror
 from overlayfs.mount import daemon, runtime_state, syscalls
-from overlayfs.mount.server import Control
+from overlayfs.mount.server import ControlServer
 from tests.support import serving
 from tests.support.serving import Wish
 
@@ -80,15 +80,15 @@ def serve_never_writing(by_handle: bool, wish: Wish) -> int:
 
     Without `by_handle` it may not open files by their handles, as one that an unprivileged user has mounted.
     """
-    mock.patch.object(Control, "_sync", _wait_in_vain).start()
+    mock.patch.object(ControlServer, "_sync", _wait_in_vain).start()
     if not by_handle:
         mock.patch.object(syscalls, "open_inode", _refused).start()
     return serving.serve(wish)
 
 
-async def _wait_in_vain(control: Control, _: object) -> object:
+async def _wait_in_vain(control: ControlServer, _: object) -> object:
     await control._engine.gate.close()
-    await control._write_out()
+    await control._write_back()
     raise AssertionError("who has taken the pages?")
 
 

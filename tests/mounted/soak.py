@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 from overlayfs.fs.nodes import ROOT_NUMBER
 from overlayfs.mount import control, server
+from overlayfs.mount.protocol import StatsReply
 from tests.support import engines
 from tests.support.drivers import Stack
 from tests.support.drivers.forked import ForkedMount, load
@@ -57,18 +58,19 @@ class Held(NamedTuple):
 def telling() -> Iterator[None]:
     """Daemons that are forked within this context tell what they hold when they are asked for `stats`."""
 
-    async def tell(self: server.Control, message: dict[str, Any]) -> dict[str, Any]:
+    async def stats(self: server.ControlServer, _: object) -> StatsReply:
         nodes = list(self._overlay.nodes)
         gc.collect()
-        return {
+        found = {
             "objects": len(gc.get_objects()),
             "nodes": len(nodes),
             "known": sum(node.lookups > 0 for node in nodes if node.number != ROOT_NUMBER),
             "handles": sum(node.handles for node in nodes),
             "requests": sum(self._engine.counters.values()),
         }
+        return StatsReply(engine=self._engine.name, uptime=0.0, requests=found)
 
-    with mock.patch.object(server.Control, "_tell_stats", tell):
+    with mock.patch.object(server.ControlServer, "_stats", stats):
         yield
 
 
@@ -83,8 +85,7 @@ class Soaked:
 
     def stats(self) -> dict[str, int]:
         """What the daemon tells."""
-        found: dict[str, int] = control.request(os.fsencode(self.point), "stats")
-        return found
+        return control.Client.at(os.fsencode(self.point)).stats().requests
 
     def held(self) -> Held:
         """What it holds now."""

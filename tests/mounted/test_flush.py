@@ -12,6 +12,7 @@ import pytest
 
 from overlayfs.errors import oserror
 from overlayfs.mount import control, flush, syscalls
+from overlayfs.mount.protocol import CommitImage
 from tests.mounted.scene import Scene
 from tests.support import engines, processes, serving
 from tests.support.apart import Apart
@@ -82,5 +83,5 @@ def _stored_between_commits(scene: Scene) -> tuple[bytes, bytes]:
 
 def _committed(scene: Scene) -> bytes:
     """Commit while mounted; return what the layer has of the file."""
-    layer: str = control.request(os.fsencode(scene.point), "commit-image", allow_empty=True)["layer"]
+    layer = control.Client.at(os.fsencode(scene.point)).commit_image(CommitImage(allow_empty=True)).layer
     return (scene.base / "store" / "layers" / layer / "tree" / "mapped").read_bytes()

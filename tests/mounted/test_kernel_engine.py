@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine("kernel")
 
 
 def _requests(mount: Mount) -> Counter[str]:
-    return Counter(control.request(os.fsencode(mount.point), "stats")["requests"])
+    return Counter(control.Client.at(os.fsencode(mount.point)).stats().requests)
 
 
 def _start_read_only(mount: Mount, options: str = "") -> None:

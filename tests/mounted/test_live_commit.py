@@ -15,6 +15,7 @@ import pytest
 
 from overlayfs.errors import UserError
 from overlayfs.mount import control
+from overlayfs.mount.protocol import CommitImage
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import PROGRAM, Mount
 from tests.mounted.images import IMAGE, ImageMount
@@ -223,7 +224,7 @@ def _commits_until_killed(made: ImageMount) -> threading.Thread:
     def run() -> None:
         with suppress(UserError):  # the daemon is gone
             while True:
-                control.request(os.fsencode(made.point), "commit-image", allow_empty=True)
+                control.Client.at(os.fsencode(made.point)).commit_image(CommitImage(allow_empty=True))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -259,18 +260,15 @@ def test_what_the_commands_tell(image: ImageMount) -> None:
 def test_usable_before_it_is_hashed(image: ImageMount) -> None:
     (image.point / "new").write_bytes(b"new")
     before = processes.children()
-    told = control.request(os.fsencode(image.point), "commit-image", image="site:2")
+    client = control.Client.at(os.fsencode(image.point))
+    layer = client.commit_image(CommitImage(image="site:2")).layer
     with LayerStore(os.fsencode(image.store)) as store:
-        assert store.image("site:2").layers[0] == told["layer"]
-    assert (image.tree(told) / "new").read_bytes() == b"new"
-
-    def state() -> str:
-        return str(control.request(os.fsencode(image.point), "hashing", layer=told["layer"])["state"])
-
-    until(lambda: state() == "done")
+        assert store.image("site:2").layers[0] == layer
+    assert (image.tree({"layer": layer}) / "new").read_bytes() == b"new"
+    until(lambda: client.hashing(layer).state == "done")
     processes.reap_since(before)
     with LayerStore(os.fsencode(image.store)) as store:
-        assert store.layer(told["layer"]).record.digest is not None
+        assert store.layer(layer).record.digest is not None
     image.unmount()
 
 

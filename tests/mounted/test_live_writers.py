@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.mount import control
+from overlayfs.mount.protocol import CommitImage
 from overlayfs.store.store import LayerStore
 from tests.mounted.writers import Appended, Kept, Mapped, NewFiles, Replaced, Unnamed, Writer, files_in
 from tests.support import engines
@@ -94,7 +95,7 @@ class Work:
         goals = [writer.acknowledged + STEP for writer in self.all]
         until(lambda: all(writer.acknowledged >= goal for writer, goal in zip(self.all, goals, strict=True)))
         before = [writer.acknowledged for writer in self.named]
-        control.request(os.fsencode(self.tree.stack.mountpoint), "commit-image", image=IMAGE)
+        control.Client.at(os.fsencode(self.tree.stack.mountpoint)).commit_image(CommitImage(image=IMAGE))
         after = [writer.acknowledged + 1 for writer in self.named]  # one may be done and not yet counted
         committed.look()
         bounds = zip(self.named, before, after, strict=True)

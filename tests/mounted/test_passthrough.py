@@ -54,7 +54,7 @@ def test_the_ways_are_what_they_are_called(mount: Mount) -> None:
                 os.pread(reader.fileno(), 10, at * 30_000)
         with open(mount.point / io, "wb", buffering=0) as file:
             file.writelines(b"x" * 10 for _ in range(10))
-        found = control.request(os.fsencode(mount.point), "stats")["requests"]
+        found = control.Client.at(os.fsencode(mount.point)).stats().requests
         writes[io] = found.get("WRITE", 0), bool(found.get("READ"))
         mount.unmount()
     assert writes == {"auto": (0, True), "passthrough": (0, False), "cached": (10, True)}

@@ -171,7 +171,7 @@ WORK: dict[str, Work] = {
 
 
 def _all(mount: Mount) -> Counter[str]:
-    return Counter(control.request(os.fsencode(mount.point), "stats")["requests"])
+    return Counter(control.Client.at(os.fsencode(mount.point)).stats().requests)
 
 
 def _cost(mount: Mount, work: Work) -> dict[str, int]:

@@ -17,7 +17,7 @@ _LATE = {"FORGET", "RELEASE", "RELEASEDIR"}
 
 
 def _requests(mount: Mount) -> Counter[str]:
-    found = Counter(control.request(os.fsencode(mount.point), "stats")["requests"])
+    found = Counter(control.Client.at(os.fsencode(mount.point)).stats().requests)
     return Counter({kind: count for kind, count in found.items() if kind not in _LATE})
 
 

@@ -28,6 +28,7 @@ from overlayfs.mount import (  # all of it: a user may not read our interpreter
 )
 from overlayfs.mount.mounts import kernel_mounts
 from overlayfs.mount.options import Draft
+from overlayfs.mount.protocol import CommitImage
 from overlayfs.store import commit, hashing
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import Mount
@@ -98,7 +99,7 @@ def test_a_whole_life(alices: Mount) -> None:
     assert _as_alice(alices, lambda: sorted(os.listdir(point))) == ["d", "moved"]
     with pytest.raises(PermissionError):
         os.listdir(point)  # allow_other is not for users
-    assert _as_alice(alices, lambda: control.request(os.fsencode(point), "status")["pid"]) == alices.pid
+    assert _as_alice(alices, lambda: control.Client.at(os.fsencode(point)).status().pid) == alices.pid
     _as_alice(alices, lambda: unmount.unmount(os.fsencode(point)))
     assert processes.reap(alices.pids.pop(), limit=1) == 0
     assert (upper / "moved" / "f").read_bytes() == b"changed"
@@ -277,11 +278,11 @@ def test_a_live_commit(alices: Mount) -> None:
         with open(os.open(point / "object", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "wb", buffering=0) as file:
             file.write(b"before, ")
             numbers = os.stat(point / "one").st_ino, os.fstat(file.fileno()).st_ino
-            told = control.request(os.fsencode(point), "commit-image", image="next")
+            made = control.Client.at(os.fsencode(point)).commit_image(CommitImage(image="next"))
             file.write(b"after")
             (point / "one").write_bytes(b"ONE")
             assert numbers == (os.stat(point / "moved" / "two").st_ino, os.fstat(file.fileno()).st_ino)
-        tree = Path(os.fsdecode(store)) / "layers" / told["layer"] / "tree"
+        tree = Path(os.fsdecode(store)) / "layers" / made.layer / "tree"
         places = (tree / "object", point / "object", tree / "one", point / "moved" / "two", point / "moved" / "f")
         return [(place.name, place.read_bytes()) for place in places]
 

@@ -222,7 +222,7 @@ pages.flush()
 
 def _ask_to_sync(mountpoint: bytes) -> None:
     with suppress(UserError):
-        control.request(mountpoint, "sync")
+        control.Client.at(mountpoint).sync()
 
 
 def _stacks(pid: int) -> list[str]:

@@ -124,7 +124,7 @@ class Scene:
 
     def requests(self, kinds: tuple[str, ...]) -> int:
         """How many requests of these kinds have arrived."""
-        found = control.request(os.fsencode(self.point), "stats")["requests"]
+        found = control.Client.at(os.fsencode(self.point)).stats().requests
         return sum(found.get(kind, 0) for kind in kinds)
 
     def begin_commit(self) -> Client:

@@ -12,9 +12,9 @@ from overlayfs.fs.config import StackConfig
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.caching_policy import CachingPolicy
 from overlayfs.fuse.engine import Engine, MountSettings
-from overlayfs.mount.live_commit import CommitResult, LiveCommits
+from overlayfs.mount.live_commit import LiveCommits
 from overlayfs.mount.options import ImageMount
-from overlayfs.store.commit import CommitRequest
+from overlayfs.mount.protocol import CommitImage, CommitImageReply
 from overlayfs.store.hashing import HashingStatus
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
@@ -78,11 +78,11 @@ class Used:
         trio.from_thread.run_sync(self._begun.set)
         return Unhashed()
 
-    def commit(self, image: str | None = None, allow_empty: bool = False, message: str = "") -> CommitResult:
+    def commit(self, image: str | None = None, allow_empty: bool = False, message: str = "") -> CommitImageReply:
         """Commit as a daemon does."""
-        return trio.run(self._commit, CommitRequest(image=image, allow_empty=allow_empty, message=message))
+        return trio.run(self._commit, CommitImage(image=image, allow_empty=allow_empty, message=message))
 
-    async def _commit(self, wanted: CommitRequest) -> CommitResult:
+    async def _commit(self, wanted: CommitImage) -> CommitImageReply:
         self._begun = trio.Event()
         made = await self.commits.commit(wanted)
         await self._begun.wait()

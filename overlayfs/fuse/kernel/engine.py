@@ -179,7 +179,9 @@ class KernelEngine(Engine):
         others = (AttributeHandlers(session), DirectoryHandlers(session), FilesystemHandlers(session))
         for group in (names, self._files, xattrs, *others):
             self._handlers.update(group.handlers)
-        log.debug("FUSE 7.%d: %s", agreement.minor, agreement.features)
+        self.protocol_minor = agreement.minor
+        self.features = tuple(flag.name for flag in agreement.features if flag.name is not None)
+        log.debug("FUSE 7.%d: %s", self.protocol_minor, " ".join(self.features))
 
     # --- the loop --------------------------------------------------------------------------------------
 

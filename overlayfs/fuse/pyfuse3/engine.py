@@ -26,6 +26,8 @@ class Pyfuse3Engine(Engine):
     def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
         """Mount; the reason that libfuse and fusermount3 write to standard error goes into the MountError."""
         self._handlers = Handlers(self, settings)
+        asked_for = {"POSIX_ACL": settings.acl, "WRITEBACK_CACHE": self.policy.writeback}
+        self.features = tuple(name for name, wanted in asked_for.items() if wanted)
         logging.getLogger("pyfuse3").addFilter(_is_news)
         with _captured_stderr() as written:
             try:

@@ -11,6 +11,7 @@ from unittest import mock
 
 from overlayfs.mount import control, image_mount, live_commit, start
 from overlayfs.mount.options import Draft, MountOptions
+from overlayfs.mount.protocol import CommitImage
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
 from tests.support import processes, syscalls
@@ -49,7 +50,7 @@ class ForkedMount(Tree):
 
     def _mount(self, options: MountOptions) -> None:
         start.mount(options, self._point)
-        self.daemon = int(control.request(self._point, "status")["pid"])
+        self.daemon = control.Client.at(self._point).status().pid
 
     def _stop(self) -> None:
         unmount(self.stack.mountpoint)
@@ -68,7 +69,7 @@ class ForkedMount(Tree):
 
     def commit(self, layer: os.PathLike[str]) -> None:
         """Copy the upper to a new layer."""
-        control.request(self._point, "commit", destination=os.fspath(layer))
+        control.Client.at(self._point).commit(os.fsencode(layer))
 
 
 class ForkedImage(ForkedMount):
@@ -99,7 +100,7 @@ class ForkedImage(ForkedMount):
 
     def rotation(self) -> None:
         """Commit into the store."""
-        control.request(self._point, "commit-image", allow_empty=True)
+        control.Client.at(self._point).commit_image(CommitImage(allow_empty=True))
         with LayerStore(self.store) as store:
             made, *_ = store.stack_of(WORKSPACE)
         self.stack.lengthen(Path(os.fsdecode(made.tree_path)))
