@@ -1,4 +1,4 @@
-"""What lies on disk: marks of layers, decoded from and encoded to bytes.
+"""The on-disk format: one module per mark of a layer, which decodes it from bytes and encodes it to bytes.
 
 Pure: values in, values out, no system calls.  In each module decoding inverts encoding.
 """

@@ -1,4 +1,6 @@
-"""POSIX ACLs as extended attributes, as far as an object made in another directory must inherit them by hand.
+"""POSIX ACLs as extended attributes: what an object inherits from the default ACL of its directory.
+
+The kernel applies a default ACL by itself, but not to an object that was made elsewhere and moved in.
 
 Value: u32 version 2, then entries of u16 tag, u16 permissions, u32 id, little-endian. Sources: acl(5), section
 "Object creation and default ACLs"; include/uapi/linux/posix_acl_xattr.h; fs/posix_acl.c, posix_acl_create_masq.
@@ -18,14 +20,14 @@ _NAMED = (0x02, 0x08)
 
 
 class Inherited(NamedTuple):
-    """`access`: the value of the access ACL, None when the mode says it all; `mode`: permission bits."""
+    """`access`: the value of the access ACL, None when the mode expresses all of it; `mode`: permission bits."""
 
     access: bytes | None
     mode: int
 
 
 def inherit(default: bytes, mode: int) -> Inherited:
-    """Return what an object gets from the default ACL of its directory; ValueError for a malformed one."""
+    """Return what an object of a requested mode gets from a default ACL; ValueError if that is malformed."""
     entries = list(_parse(default))
     group_tag = _MASK if any(tag == _MASK for tag, _, _ in entries) else _GROUP_OBJ
     shifts = {_USER_OBJ: 6, group_tag: 3, _OTHER: 0}

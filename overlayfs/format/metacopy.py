@@ -1,4 +1,4 @@
-"""Metadata-only files: attributes and size in this layer, data in the next layer below.
+"""Metadata-only files: attributes and size are in this layer, the data is in a layer below.
 
 The value is empty, or ``u8 version=0, u8 length, u8 flags, u8 digest_algo, u8 digest[length - 4]`` with the
 fs-verity digest of the data.
@@ -9,40 +9,25 @@ Source: kernel ``Documentation/filesystems/overlayfs.rst``, "Metadata only copy 
 
 import errno
 import struct
-from dataclasses import dataclass
 
 from overlayfs.errors import oserror
 
 VALUE = b""
-"""What is written: no digest."""
+"""The value that is written: no digest."""
 
 _HEADER = struct.Struct("BBBB")
 _LONGEST_DIGEST = 64
 
 
-@dataclass(frozen=True)
-class Metacopy:
-    """A metadata-only mark.  `digest_algo` is 0 and `digest` empty when the data is not bound to a digest."""
+def check(value: bytes) -> None:
+    """Raise OSError EIO for a value that the kernel refuses, since its data cannot be trusted.
 
-    digest_algo: int = 0
-    digest: bytes = b""
-    flags: int = 0
-
-
-def parse(value: bytes) -> Metacopy:
-    """Return the mark; OSError EIO for a value that the kernel refuses, since its data cannot be trusted."""
+    A digest is not compared with the data: that is what the kernel does with ``verity=off``, its default.
+    """
     if not value:
-        return Metacopy()
+        return
     if len(value) < _HEADER.size:
         raise oserror(errno.EIO)
-    version, length, flags, algorithm = _HEADER.unpack_from(value)
+    version, length, _flags, _algorithm = _HEADER.unpack_from(value)
     if version != 0 or length != len(value) or length > _HEADER.size + _LONGEST_DIGEST:
         raise oserror(errno.EIO)
-    return Metacopy(algorithm, value[_HEADER.size :], flags)
-
-
-def encode(mark: Metacopy) -> bytes:
-    """Return the value of a mark, in the short form when it says nothing."""
-    if mark == Metacopy():
-        return VALUE
-    return _HEADER.pack(0, _HEADER.size + len(mark.digest), mark.flags, mark.digest_algo) + mark.digest

@@ -17,6 +17,6 @@ def encode(base: Literal["U", "L"], delta: int) -> bytes:
 
 
 def decode(value: bytes) -> tuple[str, int] | None:
-    """Return (base, delta), or None for a malformed value, in which case the real count stands."""
+    """Return (base, delta), or None for a malformed value; the real count is used then."""
     form = _FORM.fullmatch(value)
     return None if form is None else (form[1].decode("ascii"), int(form[2]))

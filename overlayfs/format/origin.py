@@ -1,7 +1,7 @@
-"""Origins: which lower object an upper one was copied from, named by its file handle.
+"""Origins: the lower object that an upper one was copied from, identified by its file handle.
 
-Value: ``00 FB LENGTH FLAGS TYPE UUID[16] FID[LENGTH - 21]``, integers inside the handle in the order of the
-host.  The same bytes in hexadecimal name the entries of the kernel's index directory.
+Value: ``00 FB LENGTH FLAGS TYPE UUID[16] FID[LENGTH - 21]``, integers inside the handle in the byte order of
+the host.  The same bytes in hexadecimal name the entries of the kernel's index directory.
 
 Source: kernel ``struct ovl_fb`` of ``fs/overlayfs/overlayfs.h``, ovl_check_fb_len and ovl_get_index_name_fh of
 ``fs/overlayfs/namei.c``; handle types in ``include/linux/exportfs.h``, their layout in ``fs/libfs.c``,
@@ -25,9 +25,9 @@ _NO_UUID = bytes(16)
 
 @dataclass(frozen=True)
 class Origin:
-    """A file handle: 16 bytes naming the file system, the handle's type (0 to 255) and its bytes (up to 128).
+    """A file handle: the 16 bytes of the file system's uuid, the handle's type (0 to 255) and its bytes (up to 128).
 
-    `upper` marks the handle of an upper object, which only the index holds.
+    `upper` marks the handle of an upper object, which occurs only in the index.
     """
 
     uuid: bytes
@@ -46,7 +46,7 @@ def encode(origin: Origin) -> bytes:
 def decode(value: bytes) -> Origin | None:
     """Return the origin, or None when it is unknown.
 
-    Unknown: an empty value ("copied up, from where is not known"), a malformed one, a later version, unknown
+    Unknown: an empty value (copied up from an unknown object), a malformed one, a later version, unknown
     flags, a handle made by a host of the other byte order.
     """
     if len(value) < _HEADER.size:

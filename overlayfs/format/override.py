@@ -1,8 +1,8 @@
 """Owner, mode and type kept in an attribute, for layers whose files cannot have the real ones.
 
 ``UID:GID:MODE[:TYPE[:ignored...]]``: decimal, decimal, octal permission bits; TYPE is ``file``, ``dir``,
-``symlink``, ``pipe``, ``socket``, ``block-MAJ-MIN`` or ``char-MAJ-MIN``, matched by its beginning.  Only regular
-files and directories carry it; without TYPE the real type stands.
+``symlink``, ``pipe``, ``socket``, ``block-MAJ-MIN`` or ``char-MAJ-MIN``, matched as a prefix.  Only regular files
+and directories have it; without TYPE the real type is used.
 
 Sources: containers/fuse-overlayfs ``utils.h`` and ``main.c`` (option xattr_permissions), containers/storage
 ``pkg/idtools/idtools.go``.
@@ -21,7 +21,7 @@ ATTRIBUTES = (
     b"user.containers.override_stat",
     b"user.fuseoverlayfs.override_stat",
 )
-"""The first of these that a layer's root carries is the one that counts in the whole layer."""
+"""The first of these that the root of a layer has is used in the whole layer."""
 
 _COVER = b"user.containers.override_"
 _LONGEST_NAME = 255
@@ -43,7 +43,7 @@ _DEVICE_KINDS = {kind: word for word, kind in _DEVICE_WORDS.items()}
 
 @dataclass(frozen=True)
 class Override:
-    """What the object is to look like: `mode` holds permission bits, `kind` an S_IFMT value or None to keep."""
+    """The attributes to present: `mode` has permission bits, `kind` is an S_IFMT value or None for the real type."""
 
     uid: int
     gid: int
@@ -53,7 +53,7 @@ class Override:
 
 
 def parse(value: bytes) -> Override:
-    """Return what the attribute says; OSError EINVAL for anything else than its form."""
+    """Return the decoded value; OSError EINVAL if it is malformed."""
     form = _FORM.fullmatch(value)
     if form is None:
         raise oserror(errno.EINVAL)
@@ -75,7 +75,7 @@ def _parse_type(text: bytes) -> tuple[int, int]:
 
 
 def _device_number(major: int, minor: int) -> int:
-    if major >= 1 << 12 or minor >= 1 << 20:  # what dev_t of the kernel holds
+    if major >= 1 << 12 or minor >= 1 << 20:  # the limits of dev_t in the kernel
         raise oserror(errno.EINVAL)
     return os.makedev(major, minor)
 
@@ -93,9 +93,9 @@ def _type(kind: int, rdev: int) -> bytes:
 
 
 def covered_name(name: bytes) -> bytes:
-    """Return the name under which an attribute that the file system would not keep is stored.
+    """Return the name under which an attribute is stored that the file system would not accept.
 
-    A mount with ``xattr_permissions=2`` does so with ``security.*``.  EOPNOTSUPP beyond 255 bytes.
+    fuse-overlayfs with ``xattr_permissions=2`` stores ``security.*`` this way.  EOPNOTSUPP beyond 255 bytes.
     """
     if len(_COVER) + len(name) > _LONGEST_NAME:
         raise oserror(errno.EOPNOTSUPP)

@@ -1,7 +1,7 @@
-"""Redirects: where the lower parts of a renamed directory (or metadata-only file) are to be looked for.
+"""Redirects: the path of the lower parts of a renamed directory (or metadata-only file).
 
-A value is either one component, which takes the place of the object's own name in the parent's lower
-directory, or a path from the root of the stack that begins with a slash.
+A value is either one component, which replaces the object's own name in the parent's lower directory, or a path
+from the root of the stack that begins with a slash.
 
 Source: kernel ``Documentation/filesystems/overlayfs.rst``, "redirect_dir"; ``fs/overlayfs/util.c``
 (ovl_get_redirect_xattr); parameter ``redirect_max``.
@@ -12,7 +12,7 @@ import errno
 from overlayfs.errors import oserror
 
 MAX = 256
-"""Longest value that is written, in bytes: the kernel's default for ``redirect_max``.  It reads longer ones."""
+"""Longest value that is written, in bytes: the kernel's default for ``redirect_max``.  Longer values are read."""
 
 _LONGEST_NAME = 255
 _LONGEST_PATH = 4095
@@ -23,7 +23,7 @@ def _is_name(component: bytes) -> bool:
 
 
 def parse(value: bytes) -> bytes | None:
-    """Return the redirect as it is to be followed, or None for a malformed value, which has no effect.
+    """Return the redirect to follow, or None for a malformed value, which has no effect.
 
     Malformed: empty, NUL inside, an empty component, ``.`` or ``..``, a component longer than a name can be,
     a relative value with a slash.
@@ -39,8 +39,8 @@ def parse(value: bytes) -> bytes | None:
 def encode(path: bytes) -> bytes:
     """Return the value for one component, or for an absolute path that begins with a slash.
 
-    OSError EXDEV when it is too long to be written, so that a program falls back to copying; EINVAL when no
-    reader would follow it.
+    OSError EXDEV when it is too long to be written, which makes programs fall back to copying; EINVAL when it is
+    malformed.
     """
     if parse(path) is None:
         raise oserror(errno.EINVAL)

@@ -1,8 +1,8 @@
-"""Whiteouts: how a layer says that a name of the layers below is gone.
+"""Whiteouts: marks that delete a name of the layers below.
 
 Three forms are read in every layer: a character device 0:0; a regular file ``.wh.NAME`` beside the name; an
-empty regular file with the attribute ``PREFIXwhiteout`` (`xattrs.WHITEOUT`).  Names that begin ``.wh.`` are
-never shown, whatever they are.
+empty regular file with the attribute ``PREFIXwhiteout`` (`xattrs.WHITEOUT`).  Names that begin with ``.wh.`` are
+never shown, whatever the type of the object.
 
 Sources: kernel ``Documentation/filesystems/overlayfs.rst``, "whiteouts and opaque directories"; OCI
 image-spec ``layer.md``, "Whiteouts"; containers/storage ``pkg/archive/whiteouts.go`` for the aufs names.
@@ -18,15 +18,15 @@ _AUFS_METADATA = b".wh..wh."
 
 
 def is_reserved(name: bytes) -> bool:
-    """Whether a name belongs to the format: never listed, ENOENT to look up, EINVAL to create."""
+    """Return whether a name belongs to the format: never listed, ENOENT to look up, EINVAL to create."""
     return name.startswith(PREFIX)
 
 
 def target(name: bytes) -> bytes | None:
     """Return the name that a regular file `name` deletes, or None if it deletes nothing.
 
-    Nothing: ordinary names, ``.wh.`` alone, and aufs metadata ``.wh..wh.*`` with the opaque mark.  Nor may
-    ``.wh..`` and ``.wh...`` name the directory itself or its parent.
+    These delete nothing: ordinary names, the bare ``.wh.``, aufs metadata ``.wh..wh.*`` (which includes the opaque
+    mark), and ``.wh..`` and ``.wh...``, which would name the directory itself or its parent.
     """
     if not name.startswith(PREFIX) or name.startswith(_AUFS_METADATA):
         return None
@@ -40,5 +40,5 @@ def name_for(deleted: bytes) -> bytes:
 
 
 def is_device_whiteout(mode: int, rdev: int) -> bool:
-    """Whether an object is a whiteout by its type: a character device 0:0, of any permissions and links."""
+    """Return whether an object is a whiteout by its type: a character device 0:0, of any permissions and link count."""
     return rdev == 0 and stat.S_ISCHR(mode)

@@ -1,7 +1,7 @@
-"""Names of extended attributes: ours, the user's, and the escape between them.
+"""Names of extended attributes: those of the format, those of users, and the escaping between them.
 
 The format owns every name under ``trusted.overlay.`` or, for mounts without privilege, ``user.overlay.``.
-A user's attribute with such a name (an overlay nested on our mount writes them) is stored one level deeper,
+A user's attribute with such a name (an overlay nested on our mount writes them) is stored one level deeper, as
 ``PREFIXoverlay.REST``, and shown without that level.  Both prefixes are escaped in both modes, so that a
 rootless overlay can be nested on a privileged one and the reverse.  Prefixes match with their final dot:
 ``trusted.overlayfsrz`` is an ordinary attribute.
@@ -17,7 +17,7 @@ from overlayfs.errors import oserror
 
 
 class Mode(Enum):
-    """Which prefix a mount writes; it reads both."""
+    """The prefix that a mount writes; it reads both."""
 
     TRUSTED = "trusted"
     USER = "user"
@@ -39,11 +39,12 @@ UUID = b"uuid"
 
 FUSEOVERLAYFS_OPAQUE = b"user.fuseoverlayfs.opaque"
 
-OWN_PREFIXES = {Mode.TRUSTED: b"trusted.overlaypy.", Mode.USER: b"user.overlaypy."}
-"""Marks that only this program understands.  Not ``trusted.overlayfs.``: the kernel's documentation misspells
-its own prefix that way once, and tests of the field treat ``trusted.overlayfsrz`` as a neighbour."""
+RESERVED_PREFIXES = (b"trusted.overlaypy.", b"user.overlaypy.")
+"""Reserved for marks that only this program understands.  None is written yet, but a layer or archive must not be able
+to bring one along for a later version to trust.  Not ``trusted.overlayfs.``: the kernel's documentation misspells its
+own prefix that way once, and unionmount-testsuite expects ``trusted.overlayfsrz`` to be an ordinary attribute."""
 
-_PRIVATE = (*OWN_PREFIXES.values(), b"user.fuseoverlayfs.")
+_PRIVATE = (*RESERVED_PREFIXES, b"user.fuseoverlayfs.")
 _PRIVATE_WITH_OVERRIDE = (*_PRIVATE, b"security.fuseoverlayfs.", b"user.containers.override_")
 
 LONGEST = 255  # XATTR_NAME_MAX
@@ -63,12 +64,11 @@ def _kernel_prefix(name: bytes) -> bytes | None:
 
 
 def stored_name(name: bytes, override_active: bool = False) -> bytes:
-    """Return the name under which a user's attribute lies in a layer.
+    """Return the name under which a user's attribute is stored in a layer.
 
-    OSError EPERM for a private name: it can be neither set nor removed, and a reader answers ENODATA.
-    EOPNOTSUPP when the escaped name is longer than 255 bytes, as the kernel answers.
-    `override_active` says that the layer keeps owners in attributes (`format.override`), whose names are
-    then private too.
+    OSError EPERM for a private name: it can be neither set nor removed, and reading it is ENODATA.
+    EOPNOTSUPP when the escaped name is longer than 255 bytes, as in the kernel.
+    `override_active`: the layer keeps owners in attributes (`format.override`), whose names are private too.
     """
     if _private(name, override_active):
         raise oserror(errno.EPERM)
@@ -94,8 +94,8 @@ def shown_name(stored: bytes, override_active: bool = False) -> bytes | None:
 
 
 def is_private(stored: bytes, override_active: bool = False) -> bool:
-    """Whether an attribute describes its place in a layer: hidden, and dropped by copy-up.
+    """Return whether an attribute describes the object's place in a layer: hidden, and not copied by copy-up.
 
-    Escaped attributes belong to the user and are copied as they are.
+    Escaped attributes belong to users and are copied unchanged.
     """
     return shown_name(stored, override_active) is None

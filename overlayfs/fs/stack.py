@@ -11,9 +11,10 @@ from overlayfs.format.origin import Origin
 from overlayfs.format.xattrs import Mode
 from overlayfs.fs.config import StackConfig
 from overlayfs.tree.dirfds import DirFds, default_capacity
+from overlayfs.tree.features import Features, find_features
 from overlayfs.tree.filesystem import FileSystem, is_in_memory
 from overlayfs.tree.layer import Layer, open_directory
-from overlayfs.tree.upper import Features, Upper, find_features
+from overlayfs.tree.upper import Upper
 from overlayfs.tree.workdir import WorkDir, lock
 
 _OVERRIDES = {1: override.ATTRIBUTES[0], 2: override.ATTRIBUTES[1]}
@@ -165,7 +166,7 @@ class NewUpper:
 
     def apply_attributes(self) -> None:
         """Give the root of the next upper what the present one has: owner, mode, attributes, times."""
-        self.upper.apply_attributes_to_root(self._present)
+        self.upper.copy_root_attributes(self._present)
 
     def close(self) -> None:
         """Give both descriptors back: the seat is not taken."""

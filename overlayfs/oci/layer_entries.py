@@ -18,7 +18,6 @@ from typing import NamedTuple
 from overlayfs import sysio
 from overlayfs.errors import UserError, oserror
 from overlayfs.format import opaque, override, whiteout, xattrs
-from overlayfs.format.opaque import Opacity
 from overlayfs.format.xattrs import Mode
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.nodes import Dir, File, LowerFile, Node
@@ -393,4 +392,4 @@ def has_opaque_root(root: int) -> bool:
     No mount looks at it there: an image begins with such a layer instead (`image.image_record`).
     """
     values = (sysio.find_xattr(root, b"", xattrs.prefix(mode) + xattrs.OPAQUE) for mode in Mode)
-    return any(opaque.decode(value) is Opacity.OPAQUE for value in values)
+    return any(opaque.is_opaque(value) for value in values)

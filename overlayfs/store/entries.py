@@ -13,7 +13,7 @@ _LOCAL = frozenset(
     {xattrs.prefix(mode) + suffix for mode in Mode for suffix in _LOCAL_SUFFIXES}
     | {b"security.selinux", b"security.evm", b"user.fuseoverlayfs.origin"}
 )
-_LOCAL_PREFIXES = (*xattrs.OWN_PREFIXES.values(), b"trusted.SGI_ACL_")  # xfs lists ACLs a second time
+_LOCAL_PREFIXES = (*xattrs.RESERVED_PREFIXES, b"trusted.SGI_ACL_")  # xfs lists ACLs a second time
 FLAGS = {
     xattrs.prefix(mode) + suffix: suffix.decode() for mode in Mode for suffix in (xattrs.REDIRECT, xattrs.METACOPY)
 }

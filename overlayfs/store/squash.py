@@ -26,9 +26,10 @@ from overlayfs.store.records import History, ImageRecord, now
 from overlayfs.store.store import LayerStore
 from overlayfs.tree import staging
 from overlayfs.tree.dirfds import SPARE, DirFds
+from overlayfs.tree.features import find_features
 from overlayfs.tree.layer import join
 from overlayfs.tree.staging import Content, Source
-from overlayfs.tree.upper import Upper, find_features
+from overlayfs.tree.upper import Upper
 from overlayfs.tree.workdir import WorkDir, remove_tree
 from overlayfs.union.plans import Remove
 

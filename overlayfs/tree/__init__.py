@@ -1,5 +1,5 @@
-"""Layers as objects: what one directory tree holds, how it is read, and how the writable one is changed.
+"""Layers as objects: reading one directory tree, and changing the writable one.
 
-`layer` reads a tree, `upper` also writes it through `workdir`, `copyup` brings an object from one to the other.
-Nothing here knows how layers are merged; nothing here knows nodes, handles or FUSE.
+`layer` reads a tree, `upper` also writes it through `workdir`, `staging` builds copies of lower objects.
+Nothing here depends on how layers are merged, or on nodes, handles or FUSE.
 """

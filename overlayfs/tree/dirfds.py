@@ -2,7 +2,7 @@
 
 Every access to a layer starts at the descriptor of a directory. Opening one costs an openat2 of the whole path;
 keeping all of them open costs descriptors (containers/fuse-overlayfs#210). So the most recently used stay open.
-A descriptor handed out is borrowed: it stays valid until `SPARE` further ones have been asked for.
+A returned descriptor is borrowed: it is valid until `SPARE` others have been requested.
 """
 
 import errno
@@ -20,7 +20,7 @@ _Key = tuple[int, bytes]  # (the layer's root descriptor, path below it)
 
 
 def default_capacity() -> int:
-    """Return how many directory descriptors may stay open: a quarter of what the process may open, 4096 at most."""
+    """Return how many directory descriptors may stay open: a quarter of RLIMIT_NOFILE, 4096 at most."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(SPARE, min(soft // 4 if soft != resource.RLIM_INFINITY else 4096, 4096))
 
@@ -47,7 +47,7 @@ class DirFds:
         return fd
 
     def retry(self, opener: Callable[[], int]) -> int:
-        """Return what `opener` returns; when descriptors have run out, close half of the cache and ask once more."""
+        """Return the result of `opener`; if descriptors have run out, close half of the cache and call it again."""
         try:
             return opener()
         except OSError as error:
@@ -58,7 +58,7 @@ class DirFds:
         return opener()
 
     def keep_open(self, kept: bool) -> None:
-        """Close nothing, or do so again: what is borrowed may stay so for long."""
+        """While `kept`, close nothing: descriptors may be borrowed for a long time."""
         self._kept = kept
         self._shrink()
 
@@ -73,7 +73,7 @@ class DirFds:
             sysio.close(fd)
 
     def forget_below(self, root: int, path: bytes) -> None:
-        """Close what is open at or below `path`: it has moved or gone."""
+        """Close the directories at or below `path`, which has moved or is removed."""
         below = path + b"/"
         for key in [key for key in self._open if key[0] == root and (key[1] == path or key[1].startswith(below))]:
             sysio.close(self._open.pop(key))
@@ -89,7 +89,7 @@ class DirFds:
             self._close_oldest()
 
     def _open_directory(self, root: int, path: bytes) -> int:
-        """Open a directory from the one above it, if that is open: a deep tree would cost its depth at every step."""
+        """Open a directory from its parent if that is open; opening by path would cost the depth at every step."""
         above, _, name = path.rpartition(b"/")
         known = self._open.get((root, above)) if above else None
         if known is None:

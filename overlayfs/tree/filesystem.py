@@ -1,8 +1,8 @@
-"""Which file system a layer lies on, and the inode numbers that its objects get in the overlay.
+"""The file system of a layer, and the inode numbers that its objects have in the overlay.
 
-An object keeps one number for life (design, D3). The number is made from the file system's own inode number:
-as it is for the file system of the upper (or of the top layer when there is none), and with a tag in its high
-bits for any other, as the kernel's xino does, so that two file systems do not meet in one number.
+An object keeps its number over copy-up, rename and remount (docs/deviations.md). The number is the file system's own
+inode number for the file system of the upper (or of the top layer when there is none); for any other it has a tag in
+its high bits, as with the kernel's xino, so that numbers of two file systems do not collide.
 """
 
 from dataclasses import dataclass
@@ -35,19 +35,19 @@ class FileSystem:
         return cls(sysio.stat_at(root, b"").st_dev, uuid, subvolume, _tag(root, uuid, subvolume))
 
     def number(self, inode: int, reference: "FileSystem") -> int:
-        """Return the overlay's number for an inode of this file system, 64 bits with the highest clear."""
+        """Return the overlay's number for an inode of this file system: 64 bits, the highest clear."""
         if self.tag == reference.tag:
             return inode
         return (self.tag << _NUMBER_BITS) | (inode & ((1 << _NUMBER_BITS) - 1)) ^ (inode >> _NUMBER_BITS)
 
     def origin(self, handle: tuple[int, bytes] | None) -> Origin | None:
-        """Return the origin mark for a file handle of this file system, None where it cannot be made."""
+        """Return the origin mark for a file handle of this file system, None if it cannot be made."""
         if handle is None or self.uuid is None:
             return None
         return Origin(self.uuid, *handle)
 
     def inode_of(self, origin: Origin) -> int | None:
-        """Return the inode number that `origin` names if it lies on this file system."""
+        """Return the inode number in `origin`, or None if it is of another file system."""
         if origin.uuid != self.uuid or (found := origin_format.inode(origin)) is None:
             return None
         inode, subvolume = found
@@ -55,7 +55,7 @@ class FileSystem:
 
 
 def is_in_memory(root: int) -> bool:
-    """Return whether an open directory lies on a file system without a disk: nothing there is ever waited for."""
+    """Return whether an open directory is on a file system without a disk, where no call blocks."""
     return sysio.fs_type(root) in _IN_MEMORY
 
 
@@ -66,6 +66,6 @@ def _subvolume(root: int, uuid: bytes | None) -> int:
 
 
 def _tag(root: int, uuid: bytes | None, subvolume: int) -> int:
-    # f_fsid of xfs holds the device number, which may change at boot: the uuid goes first.
+    # f_fsid of xfs is the device number, which may change at boot: the uuid is preferred.
     name = uuid if uuid is not None and any(uuid) else sysio.fs_id(root).to_bytes(8, "little")
     return (xxhash.xxh64_intdigest(name + subvolume.to_bytes(8, "little")) & _TAG_MASK) or 1

@@ -1,8 +1,8 @@
-"""A read-only layer: one directory tree, reached by descriptors only.
+"""A read-only layer: one directory tree, accessed only by descriptors.
 
 A place in a layer is (path, name): `path` names a directory by components from the layer's root, ``b""`` being
 the root itself, and `name` is one child. No symbolic link, mount point or magic link is ever followed
-(`sysio.open_beneath`). An error of the file system is raised as it is: only ENOENT means absent.
+(`sysio.open_beneath`). Errors of the file system are raised unchanged: only ENOENT means absent.
 """
 
 import errno
@@ -15,7 +15,6 @@ from typing import NamedTuple
 from overlayfs import sysio
 from overlayfs.errors import MountError, oserror
 from overlayfs.format import metacopy, opaque, origin, override, redirect, whiteout, xattrs
-from overlayfs.format.opaque import Opacity
 from overlayfs.format.origin import Origin
 from overlayfs.format.xattrs import Mode
 from overlayfs.tree.dirfds import DirFds
@@ -28,21 +27,21 @@ _PREFIXES = tuple(xattrs.prefix(mode) for mode in Mode)
 
 
 class Entry(NamedTuple):
-    """What one layer holds under a name; `stat` is None for ABSENT and for whiteouts that are not devices."""
+    """The object of a name in one layer; `stat` is None for ABSENT and for whiteouts that are not devices."""
 
     kind: Kind
     stat: AnyStat | None = None
 
 
 class Marks(NamedTuple):
-    """The marks on one entry that change what it means."""
+    """The marks of one entry."""
 
     opaque: bool = False
     redirect: bytes | None = None
     metacopy: bool = False
     origin: Origin | None = None
     nlink: bytes | None = None
-    redirect_denied: bool = False  # a redirect is there that must not be followed: EPERM, never a silent half view
+    redirect_denied: bool = False  # it has a redirect that must not be followed: EPERM, instead of a partial view
 
 
 NO_MARKS = Marks()
@@ -53,7 +52,7 @@ _WHITEOUT = Entry(Kind.WHITEOUT)
 class Layer:
     """One layer of a stack. `index` counts from 0, the upper or the top; `lowest` marks the last one.
 
-    suid, dev: whether the mount that it lies on lets programs gain rights by their set-id bits, and devices open.
+    suid, dev: whether the mount that the layer is on honours set-id bits (no nosuid) and devices (no nodev).
     """
 
     def __init__(self, index: int, root: int, dirfds: DirFds, mode: Mode | None, lowest: bool) -> None:
@@ -64,13 +63,13 @@ class Layer:
         self.filesystem = FileSystem.of(root)
         self._dirfds = dirfds
         self._prefix = xattrs.prefix(mode) if mode else b"\0"
-        self.hidden: frozenset[tuple[int, int]] = frozenset()  # directories that do not count as part of the layer
+        self.hidden: frozenset[tuple[int, int]] = frozenset()  # (st_dev, st_ino) of directories to leave out
         flags = sysio.statvfs_fd(root).f_flag
         self.suid, self.dev = not flags & os.ST_NOSUID, not flags & os.ST_NODEV
         self.override = next((a for a in override.ATTRIBUTES if sysio.find_xattr(root, b"", a) is not None), None)
 
     def close(self) -> None:
-        """Give the root descriptor back; the cache of directories belongs to the stack."""
+        """Close the root descriptor; the cache of directories belongs to the stack."""
         sysio.close(self.root)
 
     def dirfd(self, path: bytes) -> int:
@@ -85,11 +84,11 @@ class Layer:
     # --- looking ---------------------------------------------------------------------------------------
 
     def stat(self, path: bytes, name: bytes) -> AnyStat:
-        """Return the attributes of an object, its override attribute applied where this layer has them."""
+        """Return the attributes of an object, with its override attribute applied where this layer has them."""
         return self.stat_at(self.dirfd(path), name)
 
     def stat_at(self, dirfd: int, name: bytes) -> AnyStat:
-        """Return the same for an object of this layer that is reached by a descriptor."""
+        """Return the attributes of an object of this layer at a descriptor, with its override attribute applied."""
         found = sysio.stat_at(dirfd, name)
         if self.override is None or stat.S_IFMT(found.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
             return found
@@ -97,7 +96,7 @@ class Layer:
         return found if value is None else overridden(found, override.parse(value))
 
     def probe(self, path: bytes, name: bytes) -> Entry:
-        """Return what this layer holds under a name: formats, section 2."""
+        """Return the object of a name in this layer (docs/on-disk-format.md)."""
         dirfd = self.dirfd(path)
         try:
             found = self.stat_at(dirfd, name)
@@ -108,9 +107,9 @@ class Layer:
         return Entry(self._kind(dirfd, name, found), found)
 
     def plain_file(self, path: bytes, name: bytes) -> AnyStat | None:
-        """Return the attributes of a regular file that holds data and no extended attributes, so no mark either.
+        """Return the attributes of a regular file that has data and no extended attributes, hence no marks.
 
-        None for everything else, and for nothing: `probe` and `marks` tell what it is.
+        None for everything else and when nothing exists: `probe` and `marks` distinguish these.
         """
         dirfd = self.dirfd(path)
         try:
@@ -141,10 +140,10 @@ class Layer:
             raise
 
     def names(self, path: bytes) -> dict[bytes, Kind]:
-        """Return every name of a directory that counts in a merge, with its kind.
+        """Return every name of a directory that takes part in a merge, with its kind.
 
-        A `.wh.NAME` beside a directory NAME makes it opaque. Whiteouts by attribute are not told from empty files
-        here, which would cost a call for each: `probe` does.
+        A `.wh.NAME` beside a directory NAME makes it opaque. Whiteouts of the attribute form appear as files here,
+        because recognising them would cost a call for each; `probe` recognises them.
         """
         dirfd = self.dirfd(path)
         found: dict[bytes, Kind] = {}
@@ -161,7 +160,7 @@ class Layer:
         if kind == stat.S_IFDIR:
             return Kind.DIR
         if kind in (0, stat.S_IFCHR) or self.override is not None:
-            with suppress(OSError):  # what is damaged is there: whoever asks for it gets the error, not its neighbours
+            with suppress(OSError):  # a damaged object is listed; only access to it is an error
                 return self._kind(dirfd, name, self.stat_at(dirfd, name))
         return Kind.FILE
 
@@ -175,7 +174,7 @@ class Layer:
     # --- marks -----------------------------------------------------------------------------------------
 
     def marks(self, path: bytes, name: bytes, found: AnyStat) -> Marks:
-        """Return the marks of an entry; EIO for a malformed metacopy mark."""
+        """Return the marks of an entry whose attributes are `found`; EIO for a malformed metacopy mark."""
         dirfd, isdir = self.dirfd(path), stat.S_ISDIR(found.st_mode)
         names = sysio.listxattr_at(dirfd, name)
         if not names and not isdir:
@@ -192,7 +191,7 @@ class Layer:
         )
 
     def marks_at(self, dirfd: int, name: bytes) -> Marks:
-        """Return the marks of a file that is reached by a descriptor outside the tree, as the index is."""
+        """Return the marks of a file in a directory outside the tree, such as the index."""
         value = self._read_own(dirfd, name, set(sysio.listxattr_at(dirfd, name)))
         return _file_marks(value)
 
@@ -204,14 +203,14 @@ class Layer:
         return values
 
     def _may_follow(self, found: AnyStat) -> bool:
-        # trusted.* cannot be forged by a user; user.* can, so only the mounting user's own count (design, D2).
+        # Users cannot forge trusted.*, but they can forge user.*: only the mounting user's own redirects are followed.
         return self.mode is Mode.TRUSTED or found.st_uid == os.geteuid()
 
     def _is_opaque(self, path: bytes, name: bytes, present: set[bytes]) -> bool:
         dirfd = self.dirfd(path)
         if name:
             marked = any(
-                opaque.decode(sysio.find_xattr(dirfd, name, prefix + xattrs.OPAQUE)) is Opacity.OPAQUE
+                opaque.is_opaque(sysio.find_xattr(dirfd, name, prefix + xattrs.OPAQUE))
                 for prefix in _PREFIXES
                 if prefix + xattrs.OPAQUE in present
             )
@@ -223,7 +222,7 @@ class Layer:
         attribute = xattrs.FUSEOVERLAYFS_OPAQUE
         if attribute not in present:
             return False
-        return opaque.decode_fuseoverlayfs(sysio.find_xattr(dirfd, name, attribute))
+        return opaque.is_opaque_fuseoverlayfs(sysio.find_xattr(dirfd, name, attribute))
 
     def _has_opaque_file(self, path: bytes) -> bool:
         try:
@@ -253,8 +252,10 @@ class Layer:
 
 
 def _file_marks(value: dict[bytes, bytes], isdir: bool = False) -> Marks:
-    """Return what the values of marks say of one object, apart from what only directories have."""
-    is_copy = not isdir and xattrs.METACOPY in value and metacopy.parse(value[xattrs.METACOPY]) is not None
+    """Return the marks of one object from their values, without those that only directories have."""
+    is_copy = not isdir and xattrs.METACOPY in value
+    if is_copy:
+        metacopy.check(value[xattrs.METACOPY])
     came_from = origin.decode(value[xattrs.ORIGIN]) if xattrs.ORIGIN in value else None
     return Marks(metacopy=is_copy, origin=came_from, nlink=value.get(xattrs.NLINK))
 
@@ -263,7 +264,7 @@ _FOREIGN = frozenset((xattrs.FUSEOVERLAYFS_OPAQUE,))
 
 
 def open_directory(path: bytes, what: str) -> int:
-    """Open a directory that the user named, links followed; MountError with a sentence when it cannot be."""
+    """Open a directory that the user named, following links; MountError with a sentence if that fails."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -279,7 +280,7 @@ def join(path: bytes, name: bytes) -> bytes:
 
 
 def open_readable(dirfds: DirFds, dirfd: int, name: bytes, keep_atime: bool) -> int:
-    """Open for reading without moving the access time where we may (O_NOATIME is for the owner and root)."""
+    """Open for reading, with `keep_atime` leaving the access time unchanged where O_NOATIME is permitted (open(2))."""
     if keep_atime:
         try:
             return dirfds.retry(lambda: sysio.open_child(dirfd, name, _READ | os.O_NOATIME))

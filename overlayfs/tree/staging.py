@@ -1,8 +1,8 @@
-"""Copy-up: an object of a lower layer is built again in the work directory, complete, and published by one rename.
+"""Staging of a copy-up: a complete copy of a lower object in the work directory, which one rename then publishes.
 
-Building needs descriptors and values only, so it may run in a thread (design, D9). The order is that of semantics,
-section 8: data, owner (which clears set-id bits and capabilities), attributes, mode, times, fsync. Without the fsync
-before the rename a power cut leaves an empty file over an intact lower one (reliability, section 1).
+Building needs only descriptors and values, so it may run in a thread. The order is: data, owner (which clears set-id
+bits and capabilities), attributes, mode, times, fsync. Without the fsync before the rename a power cut can leave an
+empty file over an intact lower one (docs/reliability.md, planted bug M1).
 """
 
 import errno
@@ -20,7 +20,7 @@ from overlayfs.tree.stats import AnyStat
 from overlayfs.tree.upper import Upper
 from overlayfs.tree.workdir import drop_inherited_acls
 
-# An upper that cannot hold these is no reason to fail: labels are set by policy, see semantics, section 8.
+# An upper that cannot store these is no reason to fail: labels are set by policy.
 _OPTIONAL = frozenset((b"security.selinux",))
 _OPTIONAL_PREFIXES = (b"trusted.",)
 _CAPABILITY = b"security.capability"
@@ -29,7 +29,7 @@ _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 class Content(Enum):
-    """What becomes of the data of a regular file."""
+    """How the data of a regular file is copied up."""
 
     COPY = auto()  # cloned or copied, holes kept
     METACOPY = auto()  # stays in the lower layer: a metadata-only copy
@@ -38,12 +38,12 @@ class Content(Enum):
 
 @dataclass(frozen=True)
 class Source:
-    """A lower object, pinned: all that building a copy needs.
+    """A pinned lower object and all that is needed to copy it.
 
     pin: an O_PATH descriptor. data: a descriptor open for reading, for Content.COPY of a regular file.
-    marks: suffix and value of each attribute of the format that the copy gets. override: the layer's files carry
-    override attributes, which belong to the layer and are not copied. suid: False when the copy of a file must not give
-    anybody rights that the layer, which lies on a nosuid mount, does not give.
+    marks: suffix and value of each mark that the copy gets. override: the layer's files have override attributes,
+    which belong to the layer and are not copied. suid: False if the layer is on a nosuid mount, so that the copy of a
+    file must not have set-id bits or capabilities.
     """
 
     pin: int
@@ -55,14 +55,14 @@ class Source:
     suid: bool = True
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """Close the descriptors."""
         sysio.close(self.pin)
         if self.data is not None:
             sysio.close(self.data)
 
 
 def build(upper: Upper, source: Source) -> bytes:
-    """Build a copy of `source` in the work directory and return its temporary name; on an error nothing stays."""
+    """Build a copy of `source` in the work directory and return its temporary name; after an error nothing is left."""
     name = upper.work.temporary()
     try:
         _make(upper, source, name)
@@ -76,14 +76,14 @@ def build(upper: Upper, source: Source) -> bytes:
 
 
 def build_directory(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
-    """Make a copy of a directory, without what is in it, outside of an upper but in the form that it has there."""
+    """Make a copy of a directory without its entries at (`dirfd`, `name`), outside the upper but in its format."""
     sysio.mkdir_at(dirfd, name, 0o700)
     drop_inherited_acls(dirfd, name, ())
     _apply_attributes(upper, source, dirfd, name)
 
 
 def _apply_attributes(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
-    """Give a new object all that its source has besides its content, and the marks of its place."""
+    """Copy owner, attributes, mode and times of the source to a new object, and write its marks."""
     upper.set_owner(dirfd, name, source.stat.st_uid, source.stat.st_gid)
     copy_xattrs(upper, source, dirfd, name)
     for suffix, value in source.marks.items():
@@ -115,13 +115,13 @@ def _make_file(upper: Upper, source: Source, name: bytes) -> None:
 
 
 def copy_data(source: int, target: int) -> None:
-    """Fill an empty file, or a hole, with all data of another: shared blocks where possible, else holes are kept."""
+    """Copy all data of a file into an empty one or a hole: by sharing blocks where possible, else keeping holes."""
     if not sysio.clone_file(source, target):
         sysio.copy_data(source, target, sysio.stat_at(source, b"").st_size)
 
 
 def copy_xattrs(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
-    """Copy all attributes but private ones and marks of the format; escaped ones stay escaped."""
+    """Copy all extended attributes except private ones and marks; escaped ones stay escaped."""
     for attribute in sysio.listxattr_at(source.pin, b""):
         if xattrs.is_private(attribute, source.override) or (attribute == _CAPABILITY and not source.suid):
             continue
@@ -143,12 +143,12 @@ def _copy_mode_and_times(upper: Upper, source: Source, dirfd: int, name: bytes) 
         kept = ~0 if source.suid or not stat.S_ISREG(source.stat.st_mode) else ~_SET_ID
         upper.set_mode(dirfd, name, stat.S_IMODE(source.stat.st_mode) & kept)
     cut = stat.S_ISREG(source.stat.st_mode) and source.content is Content.NONE and source.stat.st_size > 0
-    mtime = time.time_ns() if cut else source.stat.st_mtime_ns  # truncating is a change of the content
+    mtime = time.time_ns() if cut else source.stat.st_mtime_ns  # truncation changes the content
     sysio.utimens_at(dirfd, name, source.stat.st_atime_ns, mtime)
 
 
 def _sync(upper: Upper, name: bytes) -> None:
-    # Without the right to read its own copy (rootless, mode 0) the owner syncs the file system instead.
+    # An unprivileged owner cannot open a copy of mode 0; the whole file system is synced instead.
     try:
         fd = sysio.open_child(upper.work.fd, name, os.O_RDONLY | os.O_NONBLOCK)
     except PermissionError:
@@ -161,10 +161,11 @@ def _sync(upper: Upper, name: bytes) -> None:
 
 
 def fill(upper: Upper, pin: int, target: int, data: int) -> None:
-    """Give a metadata-only copy, open for writing at `target` and pinned, its data: complete, synced, then unmarked.
+    """Copy the data into a metadata-only copy, sync it, then remove its metacopy mark.
 
-    Nobody sees it: the size stays, and until the mark goes, which is last, a reader takes the data from below, also
-    after a crash. Times stay. On an error the room that the data took is given back.
+    pin, target: the copy, as an O_PATH descriptor and open for writing. data: the lower file, open for reading. Until
+    the mark is removed, which is last, readers take the data from the lower file, also after a crash. Size and times
+    are unchanged. After an error the space that the data took is freed.
     """
     before = sysio.stat_at(target, b"")
     caps = sysio.find_xattr(target, b"", _CAPABILITY)
@@ -175,7 +176,7 @@ def fill(upper: Upper, pin: int, target: int, data: int) -> None:
             sysio.fallocate(target, _PUNCH_HOLE, 0, before.st_size)
         raise
     finally:
-        if caps is not None:  # writing has removed it
+        if caps is not None:  # which writing has removed
             sysio.setxattr_at(pin, b"", _CAPABILITY, caps)
         sysio.utimens_at(target, b"", before.st_atime_ns, before.st_mtime_ns)
     if not upper.volatile:

@@ -1,4 +1,4 @@
-"""What a stat of an object says, wherever the answer comes from."""
+"""Attributes of an object: a real stat result, or one that was changed by an override attribute."""
 
 import os
 import stat
@@ -29,7 +29,7 @@ AnyStat = os.stat_result | Stat
 
 
 def overridden(real: os.stat_result, override: Override) -> Stat:
-    """Return `real` with owner, mode, type and device as an override attribute tells (formats, section 5)."""
+    """Return `real` with owner, mode, type and device of an override attribute (`format.override`)."""
     kind = override.kind if override.kind is not None else stat.S_IFMT(real.st_mode)
     return Stat(
         kind | stat.S_IMODE(override.mode),

@@ -1,6 +1,6 @@
-"""The writable layer: what its file system can do, and every change that is made to it.
+"""The writable layer, and every change that is made to it.
 
-A change is carried out by a plan of `union.plans`; what a plan calls the publishing step is one system call here.
+Changes of names follow a plan of `union.plans`; the publishing step of a plan is one system call here.
 """
 
 import errno
@@ -8,51 +8,25 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 
 from overlayfs import sysio
-from overlayfs.errors import oserror
 from overlayfs.format import opaque, override, whiteout, xattrs
 from overlayfs.format.override import Override
-from overlayfs.format.xattrs import Mode
 from overlayfs.tree.dirfds import DirFds
+from overlayfs.tree.features import Features
 from overlayfs.tree.layer import Layer, Marks
 from overlayfs.tree.workdir import WorkDir
 from overlayfs.union.plans import Create, Mark, Move, Remove, Rename
-
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL, errno.ENOSYS)
 
 Maker = Callable[[int, bytes], None]  # makes or changes the object at (dirfd, name)
 Place = tuple[bytes, bytes]  # (path of the directory, name)
 
 
-@dataclass(frozen=True)
-class Features:
-    """What the upper's file system offers: found out by trying, at every mount."""
-
-    mode: Mode | None  # which attributes can hold our marks; None: no attributes at all
-    devices: bool  # whiteouts as 0:0 devices
-    flags: bool  # RENAME_EXCHANGE, RENAME_NOREPLACE
-    rename_whiteout: bool
-    handles: bool  # file handles, which name the entries of the index
-    acl: bool
-
-    def missing(self) -> list[str]:
-        """Return a sentence for each feature that is off, and what follows."""
-        facts = (
-            (self.mode is not None, "no extended attributes: opaque directories are marked by a file, "
-             "directory renames copy, chmod copies data, inode numbers change over copy-up and remount"),
-            (self.devices, "no device files: whiteouts are files named .wh.NAME, names are limited to 251 bytes"),
-            (self.flags, "no RENAME_EXCHANGE: some changes take two steps and are not safe against a crash between"),
-            (self.handles, "no file handles: hard links to lower files part after copy-up and remount"),
-            (self.acl, "no POSIX ACLs"),
-        )  # fmt: skip
-        return [text for there, text in facts if not there]
-
-
 class Upper(Layer):
-    """The upper directory with its work directory. All paths are paths of the overlay: the upper is never moved."""
+    """The upper directory with its work directory. All paths are paths of the overlay.
+
+    override_as: the attribute in which owner and mode are kept, if the upper has none of its own (`format.override`).
+    """
 
     def __init__(
         self, root: int, dirfds: DirFds, features: Features, work: WorkDir, volatile: bool, override_as: bytes | None
@@ -67,7 +41,7 @@ class Upper(Layer):
     # --- marks -----------------------------------------------------------------------------------------
 
     def set_mark(self, dirfd: int, name: bytes, suffix: bytes, value: bytes) -> None:
-        """Write an attribute of the format. Without attributes only opaque has another form, a file."""
+        """Write a mark. Without extended attributes only the opaque mark can be written, as a file."""
         if self.mode is not None:
             self._set_mark_xattr(dirfd, name, suffix, value)
         elif suffix == xattrs.OPAQUE:
@@ -77,7 +51,7 @@ class Upper(Layer):
         try:
             sysio.setxattr_at(dirfd, name, self._prefix + suffix, value)
         except OSError as error:
-            # user.* is for files and directories only (xattr(7)): an origin on a symlink is a luxury.
+            # user.* is for files and directories only (xattr(7)), and a symlink can do without its origin.
             if error.errno != errno.EPERM or suffix != xattrs.ORIGIN:
                 raise
 
@@ -89,12 +63,8 @@ class Upper(Layer):
         finally:
             sysio.close(inside)
 
-    def get_mark(self, dirfd: int, name: bytes, suffix: bytes) -> bytes | None:
-        """Return the value of an attribute of the format, or None."""
-        return None if self.mode is None else sysio.find_xattr(dirfd, name, self._prefix + suffix)
-
     def drop_mark(self, dirfd: int, name: bytes, suffix: bytes) -> None:
-        """Remove an attribute of the format; it may be gone already."""
+        """Remove a mark; it may be gone already."""
         try:
             sysio.removexattr_at(dirfd, name, self._prefix + suffix)
         except OSError as error:
@@ -102,7 +72,7 @@ class Upper(Layer):
                 raise
 
     def set_opaque(self, dirfd: int, name: bytes) -> None:
-        """Cut a directory off from what lies below it."""
+        """Make a directory opaque: it hides the lower directories."""
         self.set_mark(dirfd, name, xattrs.OPAQUE, opaque.OPAQUE_VALUE)
 
     def index_marks(self, name: bytes) -> Marks:
@@ -113,7 +83,7 @@ class Upper(Layer):
     # --- owner and mode --------------------------------------------------------------------------------
 
     def set_owner(self, dirfd: int, name: bytes, uid: int, gid: int) -> None:
-        """Set owner and group, -1 keeps one; in the override attribute if this upper has them there."""
+        """Set owner and group, -1 keeps one; in the override attribute if this upper keeps them there."""
         if self.override is None or not self._set_override(dirfd, name, uid=uid, gid=gid):
             found = sysio.stat_at(dirfd, name)
             if uid in (-1, found.st_uid) and gid in (-1, found.st_gid) and not _clears_bits(found):
@@ -121,7 +91,7 @@ class Upper(Layer):
             sysio.chown_at(dirfd, name, uid, gid)
 
     def set_mode(self, dirfd: int, name: bytes, mode: int) -> None:
-        """Set permission bits; in the override attribute if this upper has them there."""
+        """Set permission bits; in the override attribute if this upper keeps them there."""
         if self.override is None or not self._set_override(dirfd, name, mode=mode):
             sysio.chmod_at(dirfd, name, mode)
 
@@ -138,13 +108,13 @@ class Upper(Layer):
             old.kind,
             old.rdev,
         )
-        # The daemon must reach the object whatever its users may do: widened as fuse-overlayfs does.
+        # The daemon must have access whatever the shown mode says: real permissions are widened as in fuse-overlayfs.
         sysio.chmod_at(dirfd, name, stat.S_IMODE(real.st_mode) & 0o777 | 0o755)
         sysio.setxattr_at(dirfd, name, self.override, override.encode(new))
         return True
 
     def make_special(self, dirfd: int, name: bytes, mode: int, rdev: int) -> None:
-        """Make a device, FIFO or socket; as a file with its type in the override attribute if this upper does so."""
+        """Make a device, FIFO or socket; as a file with an override attribute if this upper uses them."""
         if self.override is None:
             sysio.mknod_at(dirfd, name, mode, rdev)
             return
@@ -152,8 +122,8 @@ class Upper(Layer):
         shown = Override(os.geteuid(), os.getegid(), stat.S_IMODE(mode), stat.S_IFMT(mode), rdev)
         sysio.setxattr_at(dirfd, name, self.override, override.encode(shown))
 
-    def apply_attributes_to_root(self, source: Layer) -> None:
-        """Give the root owner, mode, attributes and times of another layer's root, without its marks."""
+    def copy_root_attributes(self, source: Layer) -> None:
+        """Copy owner, mode, attributes and times of another layer's root to this root, without its marks."""
         found = source.stat_at(source.root, b"")
         self.set_owner(self.root, b"", found.st_uid, found.st_gid)
         for attribute in sysio.listxattr_at(source.root, b""):
@@ -164,26 +134,26 @@ class Upper(Layer):
 
     # --- creating --------------------------------------------------------------------------------------
 
-    def create(self, place: Place, how: Create, make: Maker, dress: Maker | None) -> None:
-        """Make an object at `place`. `dress` gives it what must be there before its name appears.
+    def create(self, place: Place, how: Create, make: Maker, prepare: Maker | None) -> None:
+        """Make an object at `place`. `prepare` applies what must be there before its name appears.
 
-        EEXIST when the name is taken after all. On an error nothing stays.
+        EEXIST when the name exists meanwhile. After an error nothing is left.
         """
-        if how is Create.IN_PLACE and dress is None:
+        if how is Create.IN_PLACE and prepare is None:
             make(self.dirfd(place[0]), place[1])
             return
         temporary = self.work.temporary()
         try:
             make(self.work.fd, temporary)
-            if dress is not None:
-                dress(self.work.fd, temporary)
+            if prepare is not None:
+                prepare(self.work.fd, temporary)
             self.publish(temporary, place, how)
         except BaseException:
             self.work.tidy(temporary)
             raise
 
     def publish(self, temporary: bytes, place: Place, how: Create) -> None:
-        """Move a staged object to its place: the step that makes a creation or copy-up visible."""
+        """Move a staged object to its place, the step that makes a creation or copy-up visible."""
         dirfd = self.dirfd(place[0])
         if how is Create.EXCHANGE_WHITEOUT:
             self._exchange(self.work.fd, temporary, dirfd, place[1])
@@ -209,7 +179,7 @@ class Upper(Layer):
     # --- removing --------------------------------------------------------------------------------------
 
     def remove(self, place: Place, how: Remove, is_dir: bool) -> None:
-        """Take a name away as the plan says."""
+        """Remove a name by a plan."""
         dirfd, name = self.dirfd(place[0]), place[1]
         if how is Remove.UNLINK:
             (sysio.rmdir_at if is_dir else sysio.unlink_at)(dirfd, name)
@@ -223,7 +193,7 @@ class Upper(Layer):
             self._put_whiteout(dirfd, name, exchange=how is Remove.EXCHANGE_WHITEOUT)
 
     def _put_whiteout(self, dirfd: int, name: bytes, exchange: bool) -> None:
-        """Put a whiteout in the place of whatever has the name; `exchange` for a directory, emptied aside after."""
+        """Replace the object of a name by a whiteout; `exchange` for a directory, which is then emptied in `work/`."""
         temporary = self.work.temporary()
         sysio.mknod_at(self.work.fd, temporary, stat.S_IFCHR, 0)
         try:
@@ -242,7 +212,7 @@ class Upper(Layer):
         self.work.tidy(temporary)
 
     def _hide_by_dot_file(self, place: Place, is_dir: bool) -> None:
-        # The whiteout has its own name: it is there first, and hides nothing of its own layer.
+        # The whiteout has a name of its own, so it can be made first; it hides nothing in its own layer.
         dirfd, name = self.dirfd(place[0]), place[1]
         self._make_dot_whiteout(dirfd, name)
         try:
@@ -251,7 +221,7 @@ class Upper(Layer):
             else:
                 sysio.unlink_at(dirfd, name)
         except FileNotFoundError:
-            pass  # there was only the lower object
+            pass  # only the lower object existed
 
     def _make_dot_whiteout(self, dirfd: int, name: bytes) -> None:
         with suppress(FileExistsError):
@@ -260,14 +230,14 @@ class Upper(Layer):
     # --- moving ----------------------------------------------------------------------------------------
 
     def rename(self, source: Place, target: Place, plan: Rename, redirects: tuple[bytes | None, bytes | None]) -> None:
-        """Carry out a rename plan; `redirects` are the values for a source and a target that get one."""
+        """Execute a rename plan; `redirects` are the values for a source and a target that get one."""
         self._mark_moving(source, plan.source_mark, redirects[0])
         self._mark_moving(target, plan.target_mark, redirects[1])
         if plan.clear_target:
             self.clear(target)
         self._move(source, target, plan.move)
         if plan.sweep_old:
-            with suppress(OSError):  # it hides nothing
+            with suppress(OSError):  # a whiteout that hides nothing
                 sysio.unlink_at(self.dirfd(source[0]), source[1])
 
     def _mark_moving(self, place: Place, mark: Mark, redirect: bytes | None) -> None:
@@ -293,9 +263,9 @@ class Upper(Layer):
             self._put_whiteout(old, source[1], exchange=False)
 
     def clear(self, place: Place) -> None:
-        """Replace a directory that holds only whiteouts by an empty opaque one of the same attributes.
+        """Replace a directory that contains only whiteouts by an empty opaque one with the same attributes.
 
-        The kernel does so before it renames over one (ovl_clear_empty).
+        The kernel does the same before it renames over such a directory (ovl_clear_empty).
         """
         dirfd, name = self.dirfd(place[0]), place[1]
         found = sysio.stat_at(dirfd, name)
@@ -322,11 +292,11 @@ class Upper(Layer):
         sysio.rename_at(self.work.fd, temporary, dirfd, name)
 
     def forget(self, place: Place) -> None:
-        """Drop the cached descriptor of a directory that goes; those in it have gone before."""
+        """Close the cached descriptor of a directory that is removed; those inside it are closed already."""
         self._dirfds.forget(self.root, _path(place))
 
     def forget_moved(self, *places: Place) -> None:
-        """Drop the cached descriptors of directories that have moved away from or to these places."""
+        """Close the cached descriptors of directories that have moved from or to these places."""
         for place in places:
             self._dirfds.forget_below(self.root, _path(place))
 
@@ -336,66 +306,5 @@ def _path(place: Place) -> bytes:
 
 
 def _clears_bits(found: os.stat_result) -> bool:
-    # chown(2) of anything but a directory clears set-id bits even when it changes nothing: keep that.
+    # chown(2) of anything but a directory clears set-id bits even when it changes nothing; callers rely on that.
     return not stat.S_ISDIR(found.st_mode) and bool(found.st_mode & (stat.S_ISUID | stat.S_ISGID))
-
-
-# --- what the file system can do -----------------------------------------------------------------------------
-
-
-def find_features(work: WorkDir, wanted: Mode | None) -> Features:
-    """Try out what the file system of a prepared work directory offers; `wanted` chooses the attributes."""
-    probe = work.temporary()
-    sysio.mkdir_at(work.fd, probe, 0o700)
-    fd = sysio.open_child(work.fd, probe, os.O_PATH | os.O_DIRECTORY)
-    try:
-        return Features(
-            mode=_find_mode(fd, wanted),
-            devices=_works(lambda: sysio.mknod_at(fd, b"whiteout", stat.S_IFCHR, 0)),
-            flags=_works(lambda: _try_exchange(fd)),
-            rename_whiteout=_works(lambda: _try_rename_whiteout(fd)),
-            handles=sysio.file_handle(fd, b"") is not None,
-            acl=_has_acl(fd),
-        )
-    finally:
-        sysio.close(fd)
-        work.discard(probe)
-
-
-def _works(attempt: Callable[[], None]) -> bool:
-    try:
-        attempt()
-    except OSError as error:
-        if error.errno in _UNSUPPORTED:
-            return False
-        raise
-    return True
-
-
-def _find_mode(fd: int, wanted: Mode | None) -> Mode | None:
-    for mode in (wanted,) if wanted else Mode:
-        attribute = xattrs.prefix(mode) + xattrs.OPAQUE
-        if _works(partial(sysio.setxattr_at, fd, b"", attribute, b"0")):
-            return mode
-    if wanted is not None:
-        raise oserror(errno.EOPNOTSUPP)
-    return None
-
-
-def _try_exchange(fd: int) -> None:
-    for name in (b"one", b"two"):
-        sysio.mknod_at(fd, name, stat.S_IFREG | 0o600, 0)
-    sysio.rename_at(fd, b"one", fd, b"two", sysio.RENAME_EXCHANGE)
-
-
-def _try_rename_whiteout(fd: int) -> None:
-    sysio.mknod_at(fd, b"moving", stat.S_IFREG | 0o600, 0)
-    sysio.rename_at(fd, b"moving", fd, b"moved", sysio.RENAME_WHITEOUT)
-
-
-def _has_acl(fd: int) -> bool:
-    try:
-        sysio.getxattr_at(fd, b"", b"system.posix_acl_default")
-    except OSError as error:
-        return error.errno == errno.ENODATA
-    return True

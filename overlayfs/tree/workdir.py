@@ -1,8 +1,8 @@
-"""The work directory: locked for one mount, cleaned, and then the place where changes are staged.
+"""The work directory: locked for one mount, emptied, then used to stage changes.
 
-Below the directory that the user names lie `work/` (ours, emptied at every mount), `index/` (hard links of copied-up
-files, the kernel's format) and `work/incompat/NAME` (a mark that the upper must not be mounted without thought).
-Source: formats, section 7, and the kernel's fs/overlayfs/super.c.
+In the directory that the user names are `work/` (emptied at every mount), `index/` (hard links of copied-up files, in
+the kernel's format) and `work/incompat/NAME` (a mark that forbids a mount by programs that do not know NAME).
+Sources: docs/on-disk-format.md and the kernel's fs/overlayfs/super.c.
 """
 
 import errno
@@ -23,7 +23,7 @@ _INCOMPAT = b"incompat"
 _VOLATILE = b"volatile"
 _WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _ACLS = frozenset((acl.ACCESS, acl.DEFAULT))
-_POLL = 0.02  # seconds between two looks at a lock that is held: nothing tells when a flock becomes free in time
+_POLL = 0.02  # seconds between two attempts to lock: flock(2) has no timeout
 
 
 class WorkDir:
@@ -36,15 +36,15 @@ class WorkDir:
         self.index: int | None = None
         self._volatile = False
         self._numbers = itertools.count(1)
-        self._left: list[bytes] = []  # what could not be removed
+        self._left: list[bytes] = []  # names that could not be removed
 
     @classmethod
     def open(cls, path: bytes) -> "WorkDir":
-        """Open the directory that the user named; MountError when it cannot be."""
+        """Open the directory that the user named; MountError if that fails."""
         return cls(open_directory(path, "work directory"), path)
 
     def prepare(self) -> None:
-        """Empty `work/`, or make it; the lock must be held. MountError when an incompatible mark is found."""
+        """Empty or make `work/`; the lock must be held. MountError when an incompatible mark is found."""
         self._refuse_incompatible()
         remove_tree(self.root, _WORK)
         sysio.mkdir_at(self.root, _WORK, 0o700)
@@ -66,9 +66,9 @@ class WorkDir:
             if mark == _VOLATILE:
                 raise MountError(
                     f"a volatile mount of this upper was not unmounted cleanly, so it may have lost data; "
-                    f"remove {place} to use it all the same"
+                    f"remove {place} to use it anyway"
                 )
-            raise MountError(f"the work directory needs a feature that is not known here: {place}")
+            raise MountError(f"the work directory needs an unknown feature: {place}")
 
     def open_index(self) -> None:
         """Make and open `index/`."""
@@ -87,12 +87,12 @@ class WorkDir:
             sysio.close(fd)
 
     def drop_unused_index(self) -> None:
-        """Remove an index that is off: it speaks of an upper that is about to be exchanged."""
+        """Remove an index that is not in use: its entries refer to the upper, which is about to be replaced."""
         if self.index is None:
             remove_tree(self.root, _INDEX)
 
     def mark_volatile(self) -> None:
-        """Leave the mark of a mount that does not sync, before its first change (kernel: work/incompat/volatile)."""
+        """Write the mark of a mount that does not sync, before its first change (kernel: work/incompat/volatile)."""
         sysio.mkdir_at(self.fd, _INCOMPAT, 0o700)
         incompat = sysio.open_beneath(self.fd, _INCOMPAT, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -108,25 +108,25 @@ class WorkDir:
         self._volatile = True
 
     def temporary(self) -> bytes:
-        """Return a name that is free in `work/`, in the kernel's form. Any thread may ask."""
+        """Return an unused name in `work/`, in the kernel's form. Thread-safe."""
         left, self._left = self._left, []
         for name in left:
             self.tidy(name)
         return b"#%x" % next(self._numbers)
 
     def discard(self, name: bytes) -> None:
-        """Remove a staged object of any kind with all that is in it; it may be gone already."""
+        """Remove a staged object of any type, directories with their content; it may be gone already."""
         remove_tree(self.fd, name)
 
     def tidy(self, name: bytes) -> None:
-        """Discard what nothing depends on: a failure is tried again later, and the next mount empties the place."""
+        """Discard an object whose removal may fail: it is tried again later, and the next mount empties `work/`."""
         try:
             self.discard(name)
         except OSError:
             self._left.append(name)
 
     def close(self, clean: bool) -> None:
-        """Give the descriptors back; `clean`: all is synced, so that the volatile mark may go."""
+        """Close the descriptors; `clean`: all data is synced, so that the volatile mark is removed."""
         if clean and self._volatile:
             remove_tree(self.fd, _INCOMPAT)
         for fd in (self.fd, self.index, self.root):
@@ -135,17 +135,17 @@ class WorkDir:
 
 
 def drop_inherited_acls(dirfd: int, name: bytes, wanted: Iterable[bytes]) -> None:
-    """Remove the ACLs that an object has from the directory it was made in, but for the attributes in `wanted`.
+    """Remove the ACLs that an object inherited from the directory it was made in, except the attributes in `wanted`.
 
-    Whatever is made in a directory with a default ACL inherits it. What is staged gets the ACLs of what it copies and
-    no others; the kernel clears those of its work directory for the same reason (super.c, ovl_workdir_create).
+    A staged object must have the ACLs of its source and no others; the kernel clears those of its work directory for
+    the same reason (super.c, ovl_workdir_create).
     """
     for attribute in _ACLS.intersection(sysio.listxattr_at(dirfd, name)).difference(wanted):
         sysio.removexattr_at(dirfd, name, attribute)
 
 
 def remove_tree(dirfd: int, name: bytes) -> None:
-    """Remove whatever has this name, directories with all that is in them, never following a link."""
+    """Remove an object of any type, directories with their content, without following links."""
     if _unlink(dirfd, name):
         return
     # By path from here on: a tree may be deeper than the interpreter's stack, or than there are descriptors.
@@ -166,7 +166,7 @@ def remove_tree(dirfd: int, name: bytes) -> None:
 
 
 def _unlink(dirfd: int, name: bytes) -> bool:
-    """Remove a name; False when it is a directory's. It may be gone already."""
+    """Remove a name; return False if it is a directory. It may be gone already."""
     try:
         sysio.unlink_at(dirfd, name)
     except FileNotFoundError:
@@ -179,7 +179,7 @@ def _unlink(dirfd: int, name: bytes) -> bool:
 
 
 def _empty(dirfd: int, name: bytes) -> list[bytes]:
-    """Remove what is in a directory but for the directories in it, and return their names."""
+    """Remove the entries of a directory except the directories among them, and return the names of those."""
     if sysio.stat_at(dirfd, name).st_mode & stat.S_IRWXU != stat.S_IRWXU:
         sysio.chmod_at(dirfd, name, 0o700)
     fd = sysio.open_child(dirfd, name, os.O_PATH | os.O_DIRECTORY)
@@ -190,9 +190,10 @@ def _empty(dirfd: int, name: bytes) -> list[bytes]:
 
 
 def lock(fd: int, what: str, path: bytes, wait: float, clock: Callable[[], float] = time.monotonic) -> None:
-    """Take the lock of an upper or work directory, waiting up to `wait` seconds for a holder that is just leaving.
+    """Lock an upper or work directory; wait up to `wait` seconds for another process to unlock it, else InUseError.
 
-    The lock is a flock of the directory itself: one for every path and bind mount of it, and gone with its process.
+    The lock is a flock of the directory itself: the same for every path and bind mount of it, and released with its
+    process.
     """
     until = clock() + wait
     while not sysio.try_lock(fd):
@@ -202,7 +203,7 @@ def lock(fd: int, what: str, path: bytes, wait: float, clock: Callable[[], float
 
 
 def lock_holder(fd: int) -> int | None:
-    """Return the pid that holds the flock of an open directory, as /proc/locks tells (proc(5)), or None."""
+    """Return the pid that holds the flock of an open directory, from /proc/locks (proc(5)), or None."""
     found = sysio.stat_at(fd, b"")
     place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with open("/proc/locks", encoding="ascii") as table:

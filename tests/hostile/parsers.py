@@ -285,10 +285,10 @@ def _read_layer_manifest(data: bytes) -> None:
 
 MARKS: dict[str, tuple[Parse, tuple[bytes, ...]]] = {
     "redirect": (redirect.parse, (b"/a/b", b"name", b"/" + b"x" * 255, b"..", b"/a/../b")),
-    "metacopy": (metacopy.parse, (b"", b"\0\4\0\0", b"\0\x24\0\1" + b"d" * 32)),
+    "metacopy": (metacopy.check, (b"", b"\0\4\0\0", b"\0\x24\0\1" + b"d" * 32)),
     "origin": (origin.decode, (b"\0\xfb\x1d\0\1" + b"u" * 16 + b"inodeGEN", b"")),
     "nlink": (nlink.decode, (b"U+1", b"L-2", b"U+9999999999")),
-    "opaque": (opaque.decode, (b"y", b"x", b"")),
+    "opaque": (opaque.is_opaque, (b"y", b"x", b"")),
     "override": (override.parse, (b"0:0:0755", b"1:2:4755:char-1-3", b"5:6:0600:file:x", b"7:8:0644:pipe")),
     "name": (xattrs.shown_name, (b"trusted.overlay.overlay.opaque", b"user.fuseoverlayfs.x", b"user.x")),
     "stored": (xattrs.stored_name, (b"trusted.overlay.opaque", b"user.overlay.x" + b"y" * 240)),
