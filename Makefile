@@ -2,10 +2,10 @@
 # `make check VENV=/path` uses another environment than the one of scripts/setup.
 VENV ?= .venv
 BIN = $(VENV)/bin/
-SOURCES = overlayfs cli tests scripts
+SOURCES = overlayfs cli tests scripts docs/conf.py
 PYTEST = $(BIN)python -m pytest -q -n 2  # two processes: most tests wait for the disk or for a daemon
 
-.PHONY: setup setup-tests demo fmt lint types test test-mounted test-together test-pyfuse3 check campaign steps bench conformance clean
+.PHONY: docs setup setup-tests demo fmt lint types test test-mounted test-together test-pyfuse3 check campaign steps bench conformance clean
 
 setup:          ## what the program needs: a few system packages, and .venv
 	scripts/setup
@@ -55,6 +55,9 @@ bench:          ## times beside a plain directory, the kernel's overlayfs and ot
 
 conformance:    ## a public suite beside ext4 and the kernel: make conformance PJDFSTEST=/its/built/checkout
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)python scripts/conformance $(PJDFSTEST)
+
+docs:           ## the documentation site, in build/docs; a warning is an error
+	$(BIN)sphinx-build -q -W --keep-going -b html docs build/docs
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -3,21 +3,21 @@
 import re
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 ROOT = Path(__file__).resolve().parents[1]
 
 project = "overlayfs"
-author = "the overlayfs developers"
+html_show_copyright = False
 release = re.search(r'^VERSION = "(.*)"', (ROOT / "cli/version.py").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 version = release
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
-nitpicky = False  # docstrings name types by their short names
 
 # Pages are read in the repository too: ordinary links, to the anchors that GitHub makes of headings.
 myst_heading_anchors = 4
 myst_enable_extensions = ["deflist"]
-suppress_warnings = ["myst.xref_missing"] if False else []
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -34,3 +34,14 @@ templates_path: list[str] = []
 # The prompt is shown and not copied; what a command prints is not copied either.
 copybutton_prompt_text = r"[$#] "
 copybutton_prompt_is_regexp = True
+
+
+def _lead_to_included(_: Sphinx, __: str, source: list[str]) -> None:
+    """Pages link the files at the root of the repository; on the site these are pages that include them."""
+    for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"):
+        source[0] = source[0].replace(f"](../{name}.md", f"]({name.lower()}.md")
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", _lead_to_included)
