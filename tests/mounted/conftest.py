@@ -83,10 +83,16 @@ class Mount:
         """Take the children that have appeared as our daemons."""
         self.pids += sorted(processes.children() - before)
 
-    def foreground(self, *flags: str, options: str = "", environment: dict[str, str] | None = None) -> "Foreground":
-        """Mount in the foreground and return when it answers."""
+    def foreground(
+        self,
+        *flags: str,
+        options: str = "",
+        environment: dict[str, str] | None = None,
+        log: IO[str] | int = subprocess.PIPE,
+    ) -> "Foreground":
+        """Mount in the foreground and return when it answers; `log` takes more than a pipe that nobody reads can."""
         command = self.stack.command("-f", *flags, options=options)
-        return self._watch(command, subprocess.PIPE, environment or {})
+        return self._watch(command, log, environment or {})
 
     def faulty(self, fault: Path, log: IO[str]) -> "Foreground":
         """Mount in the foreground with verbs that fail as the file `fault` says; no data goes past them."""

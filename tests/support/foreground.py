@@ -10,7 +10,8 @@ from overlayfs.mount.options import Draft
 def mount(options: str, mountpoint: str) -> int:
     """Mount until the end of the mount; return the exit code."""
     draft = Draft()
-    draft.read(f"{options},debug".encode())
+    draft.read(options.encode())
+    draft.mount.update(foreground=True)
     try:
         start.mount(draft.build(), os.fsencode(mountpoint))
     except UserError as error:

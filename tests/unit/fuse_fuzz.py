@@ -71,7 +71,7 @@ class Recorder(KernelEngine):
         self.attach(b"/nowhere", MountSettings(xattrs=True))
         self.replies: list[bytes] = []
 
-    def _send(self, reply: Reply) -> None:
+    def _write_reply(self, reply: Reply) -> None:
         if reply is not None:
             self.replies.append(reply if isinstance(reply, bytes) else b"".join(reply))
 

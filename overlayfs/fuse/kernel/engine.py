@@ -18,6 +18,7 @@ from overlayfs import sysio
 from overlayfs.errors import MountError
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fuse import request_log
 from overlayfs.fuse.caching_policy import CachingPolicy
 from overlayfs.fuse.engine import Engine, MountSettings
 from overlayfs.fuse.kernel.busy_poll import BusyPoll
@@ -30,8 +31,9 @@ from overlayfs.fuse.kernel.handlers.readdir import DirectoryHandlers
 from overlayfs.fuse.kernel.handlers.xattrs import XattrHandlers
 from overlayfs.fuse.kernel.handshake import MAX_WRITE, Agreement, TooOldError, Wishes, agree
 from overlayfs.fuse.kernel.passthrough import Io, OpenFiles
-from overlayfs.fuse.kernel.protocol import LAYOUTS, MAJOR, OUT_HEADER, Init, Op
+from overlayfs.fuse.kernel.protocol import LAYOUTS, MAJOR, OUT_HEADER, UNANSWERED, Init, Op
 from overlayfs.fuse.kernel.request import KINDS, Handler, Reply, Request
+from overlayfs.fuse.kernel.request_trace import RequestTrace
 from overlayfs.fuse.kernel.session import Session
 from overlayfs.fuse.kernel.standby import Standby, StandbyReader
 
@@ -77,6 +79,10 @@ class KernelEngine(Engine):
         self._attachment = self._attacher(mountpoint, settings)
         self._fd = self._attachment.fd
         self._connection = Connection(self._fd)
+        self._handle, self._send = self._dispatch, self._write_reply
+        if request_log.is_enabled():
+            trace = RequestTrace(self._dispatch, self._write_reply)
+            self._handle, self._send = trace.dispatch, trace.send
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Answer requests until the mount is gone or `stop` is called."""
@@ -229,7 +235,7 @@ class KernelEngine(Engine):
                 return None
             raise
 
-    def _handle(self, request: Request) -> None:
+    def _dispatch(self, request: Request) -> None:
         """Answer one request; whatever a handler raises becomes an errno, and the mount lives on."""
         kind = KINDS.get(request.op)
         handler = self._handlers.get(request.op)
@@ -244,15 +250,15 @@ class KernelEngine(Engine):
         try:
             reply = handler(request)
         except Exception as error:
-            reply = None if request.op in _UNANSWERED else self._session.failed(request, error)
+            reply = None if request.op in UNANSWERED else self._session.failed(request, error)
         self._send(reply)
 
     def _is_foreign(self, request: Request) -> bool:
         """Return whether `allow_root` keeps the caller out; what is open already was opened by somebody who may."""
         return request.uid not in (0, os.geteuid()) and request.op not in _OF_OPEN_FILES
 
-    def _send(self, reply: Reply) -> None:
-        """Write a reply whole, if there is one; nobody may be waiting for it any more. Any thread may."""
+    def _write_reply(self, reply: Reply) -> None:
+        """Write a reply, if there is one. The caller of the request may have gone meanwhile. Any thread may."""
         while reply is not None:
             try:
                 if isinstance(reply, bytes):
@@ -267,11 +273,10 @@ class KernelEngine(Engine):
                     raise
 
 
-_UNANSWERED = (Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT)
 _OF_OPEN_FILES = frozenset(
     {
         *(Op.READ, Op.WRITE, Op.FSYNC, Op.RELEASE, Op.READDIRPLUS, Op.FSYNCDIR, Op.RELEASEDIR, Op.FLUSH),
-        *(*_UNANSWERED, Op.DESTROY),
+        *(*UNANSWERED, Op.DESTROY),
     }
 )
 

@@ -72,6 +72,10 @@ class Op(IntEnum):
     COPY_FILE_RANGE_64 = 53
 
 
+UNANSWERED = (Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT)
+"""Requests that have no reply, not even for an error."""
+
+
 class Init(IntFlag):
     """Features of the handshake (FUSE_INIT flags; those from bit 32 on travel in `flags2`)."""
 

@@ -8,10 +8,11 @@ look-up.
 import contextlib
 import errno
 import functools
+import inspect
 import itertools
 import os
 import stat
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import pyfuse3
@@ -23,7 +24,7 @@ from overlayfs.fs.files import DirHandle, FileHandle
 from overlayfs.fs.metadata import Attributes, Changes
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Dir, Node
-from overlayfs.fuse import needs
+from overlayfs.fuse import needs, request_log
 from overlayfs.fuse.engine import UNKNOWN_NUMBER, Engine, MountSettings, reply_errno
 
 P = ParamSpec("P")
@@ -34,10 +35,16 @@ ACL_ACCESS = b"system.posix_acl_access"
 DOTS = 2  # offsets of a listing up to here belong to "." and ".."
 
 
+_NAMES = ("name", "name_old", "new_name", "target", "name_new")  # parameters of handlers, in the order of the kernel
+_KINDS = {"forget": "FORGET", "flush": "FLUSH"}  # name of a handler -> kind of request; others add themselves
+
+
 def _request(kind: str) -> Callable[[Handler[P, R]], Handler[P, R]]:
     """Count requests of `kind` and turn every exception of the handler into an errno for the caller."""
 
     def decorate(handler: Handler[P, R]) -> Handler[P, R]:
+        _KINDS[handler.__name__] = kind
+
         @functools.wraps(handler)
         async def guarded(self: "Handlers", /, *args: P.args, **keywords: P.kwargs) -> R:
             self.counters[kind] += 1
@@ -76,6 +83,42 @@ class Handlers(pyfuse3.Operations):
         self._handles: dict[int, FileHandle] = {}  # open files by their number, `fh`
         self._dir_handles: dict[int, DirHandle] = {}
         self._numbers = itertools.count(1)
+
+        if request_log.is_enabled():
+            for name, kind in _KINDS.items():
+                setattr(self, name, self._logged(kind, getattr(self, name)))
+
+    def _logged(
+        self, kind: str, handler: Callable[..., Coroutine[Any, Any, R]]
+    ) -> Callable[..., Coroutine[Any, Any, R]]:
+        """Return the handler with a debug line for each request, written when it is answered."""
+        signature = inspect.signature(handler)
+
+        async def logged(*args: Any, **keywords: Any) -> R:
+            began = request_log.clock()
+            given = signature.bind(*args, **keywords).arguments
+            nodeid, code = self._nodeid(given), 0
+            try:
+                reply = await handler(*args, **keywords)
+                if kind == "LOOKUP" and isinstance(reply, EntryAttributes) and not reply.st_ino:
+                    code = errno.ENOENT
+                return reply
+            except FUSEError as error:
+                code = error.errno
+                raise
+            finally:
+                names = [given[each] for each in _NAMES if each in given]
+                request_log.write(kind, nodeid, names, code, began)
+
+        return logged
+
+    def _nodeid(self, given: Mapping[str, Any]) -> int:
+        """Return the node id that a request is about, 0 for none: of its node, its directory or its open file."""
+        for name in ("new_parent_inode", "inode", "parent_inode", "parent_inode_old"):
+            if name in given:
+                return int(given[name])
+        handle = self._handles.get(given.get("fh", 0)) or self._dir_handles.get(given.get("fh", 0))
+        return handle.node.number if handle is not None else 0
 
     def init(self) -> None:
         """Report the handshake; called by libfuse before the first request, so it must not raise."""
