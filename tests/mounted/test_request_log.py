@@ -35,7 +35,7 @@ def _logged(mount: Mount, *flags: str) -> tuple[str, Counter[str]]:
     with open(log, "w+") as written:
         daemon = mount.foreground(*flags, log=written)
         _work(mount)
-        counted = Counter(control.request(os.fsencode(mount.point), "stats")["requests"])
+        counted = Counter(control.Client.at(os.fsencode(mount.point)).stats().requests)
         syscalls.umount(os.fsencode(mount.point))
         daemon.ended()
     return log.read_text(), counted
