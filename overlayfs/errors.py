@@ -1,8 +1,8 @@
-"""Errors with a meaning of their own, and the maker of `OSError`.
+"""The exceptions of the package, and text helpers for their messages.
 
-Two families never mix.  An `OSError` is the language inside: it carries an errno, becomes the reply to one
-request, and ends nothing.  A `UserError` is a sentence for the person who typed a command, with the exit
-code of the process; only the start of a mount and the command line raise it.
+There are two families.  An `OSError` is used inside: it has an errno and becomes the reply to one request.  A
+`UserError` is a sentence for the person who typed a command, with the exit code of the process; it is raised by the
+start of a mount, by the store and by the command line.
 """
 
 import os
@@ -12,7 +12,7 @@ _LONGEST_SHOWN, _MOST_SHOWN = 80, 10
 
 
 class UserError(Exception):
-    """A request of the user that cannot be met; `str()` is one sentence, `exit_code` ends the process."""
+    """A command that cannot be carried out; `str()` is one sentence, `exit_code` is that of the process."""
 
     exit_code = 1
 
@@ -30,9 +30,9 @@ class MountError(UserError):
 
 
 def one_line(text: str) -> str:
-    """Return text as a terminal may show it: line ends, controls, marks of direction and bytes that are none escaped.
+    """Return text that is safe on a terminal: line ends, control characters, bidi marks and stray bytes are escaped.
 
-    A sentence may hold names that come from a layer or an archive.
+    Sentences contain names from layers and archives.
     """
     if text.isprintable():
         return text
@@ -40,21 +40,21 @@ def one_line(text: str) -> str:
 
 
 def listed(names: Iterable[str], empty: str = "") -> str:
-    """Return names for a sentence: no more of them, and of each, than a person reads; `empty` tells an empty one."""
-    told = sorted(name[:_LONGEST_SHOWN] or empty for name in names)
-    rest = [f"{len(told) - _MOST_SHOWN} more"] if len(told) > _MOST_SHOWN else []
-    return ", ".join(told[:_MOST_SHOWN] + rest) or "none"
+    """Return up to ten names, each cut to 80 characters, for a sentence; `empty` replaces an empty name."""
+    shown = sorted(name[:_LONGEST_SHOWN] or empty for name in names)
+    rest = [f"{len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
+    return ", ".join(shown[:_MOST_SHOWN] + rest) or "none"
 
 
 def oserror(errno: int, path: bytes | str | None = None) -> OSError:
-    """Return the `OSError` (of the fitting subclass) for an errno, as the interpreter itself would raise it."""
+    """Return the `OSError` (of the fitting subclass) for an errno, as the interpreter would raise it."""
     if path is None:
         return OSError(errno, os.strerror(errno))
     return OSError(errno, os.strerror(errno), path)
 
 
 class InUseError(MountError):
-    """An upper or work directory serves another mount; `pid` is its daemon's where the kernel tells it."""
+    """An upper or work directory is in use by another mount; `pid` is that of its daemon, or None if unknown."""
 
     def __init__(self, what: str, path: bytes, pid: int | None) -> None:
         self.what = what

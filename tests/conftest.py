@@ -1,4 +1,4 @@
-"""Rules for every test: where scratch trees lie, which driver runs a test, and that nothing is left behind."""
+"""Rules for every test: the directory for scratch trees, the driver of a test, and the check for leftovers."""
 
 import os
 import shutil
@@ -105,7 +105,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:
-    """Say aloud what was not run."""
+    """Report the tests that were skipped."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = sorted({str(report.longrepr[2]) for report in skipped if isinstance(report.longrepr, tuple)})
     if skipped:
@@ -118,7 +118,7 @@ def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None
 def campaign(request: pytest.FixtureRequest) -> campaigns.Campaign:
     """The campaign that the test is marked as part of."""
     marker = request.node.get_closest_marker("campaign")
-    assert marker is not None, "a test that asks for `campaign` says of which it is part"
+    assert marker is not None, "a test that uses the fixture `campaign` needs the marker `campaign`"
     return campaigns.Campaign(marker.args[0], request.config.getoption("--campaign"))
 
 

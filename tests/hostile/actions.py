@@ -1,4 +1,4 @@
-"""What is done with each entry of the corpus, as acts of `tests.support.apart`: import, stack, read, copy-up, commit.
+"""What is done with each entry of the corpus, called by a fork server: import, stack, read, copy-up, commit.
 
 An act goes through the tree like a program that has no idea of what it may meet: by descriptors, without following
 links, opening only regular files. An error of one object is an answer; it is counted, and the next one follows.

@@ -1,6 +1,6 @@
 """Every parser of something that others have written, with valid inputs, a way to change them, and how it may refuse.
 
-`fuzz` is an act of `tests.support.apart`: its memory is bounded, and so is the time for each input.
+`fuzz` is an act of `tests.support.fork_server`: its memory is bounded, and so is the time for each input.
 """
 
 import io

@@ -8,8 +8,8 @@ import pytest
 from tests.hostile.corpus import CORPUS
 from tests.hostile.trial import ACTIONS, MODULES, Trial
 from tests.support import engines
-from tests.support.apart import Apart
 from tests.support.campaign import Campaign
+from tests.support.fork_server import ForkServer
 from tests.support.requirements import need_root
 
 pytestmark = pytest.mark.root
@@ -18,21 +18,21 @@ LINKED = (12, 13, 14, 16, 20)
 
 
 @pytest.fixture(scope="module")
-def apart() -> Iterator[Apart]:
+def fork_server() -> Iterator[ForkServer]:
     """Processes for the actions."""
     need_root()
-    with Apart(*MODULES) as started:
+    with ForkServer(*MODULES) as started:
         yield started
 
 
 @pytest.fixture
-def make_trial(campaign: Campaign, apart: Apart, place: Path) -> Callable[..., Trial]:
+def make_trial(campaign: Campaign, fork_server: ForkServer, place: Path) -> Callable[..., Trial]:
     """A maker of trials of the size of this run."""
 
     def make(engine: str, mutant: str | None = None) -> Trial:
         (place / engine).mkdir()
         every = campaign.full and engine == engines.current()
-        return Trial(place / engine, apart, engine, campaign.full, every, mutant)
+        return Trial(place / engine, fork_server, engine, campaign.full, every, mutant)
 
     return make
 

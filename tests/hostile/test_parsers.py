@@ -8,9 +8,9 @@ import pytest
 
 from tests.hostile import parsers, trees
 from tests.hostile.parsers import Found
-from tests.support.apart import Apart
 from tests.support.campaign import Campaign
 from tests.support.disks import disk
+from tests.support.fork_server import ForkServer
 from tests.support.requirements import need_root
 
 QUICK, FULL = 500, 100_000
@@ -22,9 +22,9 @@ ROOM = 64 << 20  # bytes of the disk that a parser may write to
 
 
 @pytest.fixture(scope="module")
-def apart() -> Iterator[Apart]:
+def fork_server() -> Iterator[ForkServer]:
     """Processes for the parsers."""
-    with Apart("tests.hostile.trees") as started:
+    with ForkServer("tests.hostile.trees") as started:
         yield started
 
 
@@ -42,9 +42,9 @@ def _fuzzed(count: int, act: Callable[[int, int], Found]) -> Found:
 @pytest.mark.campaign("T14")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", parsers.PARSERS)
-def test_it_is_taken_or_refused(campaign: Campaign, apart: Apart, name: str) -> None:
+def test_it_is_taken_or_refused(campaign: Campaign, fork_server: ForkServer, name: str) -> None:
     count = campaign.size(QUICK, FULL)
-    found = _fuzzed(count, lambda seed, some: apart.run(parsers.fuzz, name, seed, some, limit=PATIENCE).value)
+    found = _fuzzed(count, lambda seed, some: fork_server.run(parsers.fuzz, name, seed, some, limit=PATIENCE).value)
     assert min(found.answers["taken"], found.answers["refused"]) > count // 100, "nothing of it is tested"
     campaign.held(name, count, found.wrong, SEED)
 
@@ -60,14 +60,14 @@ ON_A_DISK = {
 @pytest.mark.campaign("T14")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ON_A_DISK)
-def test_it_is_answered_on_a_disk(campaign: Campaign, apart: Apart, place: Path, name: str) -> None:
+def test_it_is_answered_on_a_disk(campaign: Campaign, fork_server: ForkServer, place: Path, name: str) -> None:
     need_root()
     act, quick, full = ON_A_DISK[name]
     count = campaign.size(quick, full)
 
     def on_a_disk(seed: int, some: int) -> Found:
         with disk("tmpfs", place / "disk", ROOM) as point:
-            done = apart.run(act, str(point), seed, some, limit=PATIENCE)
+            done = fork_server.run(act, str(point), seed, some, limit=PATIENCE)
         assert done.peak < parsers.MEMORY
         return done.value
 

@@ -22,16 +22,16 @@ from tests.hostile.rights import Check
 from tests.mounted.scene import MODULES
 from tests.store.samples import add_image
 from tests.support import engines, processes, serving, syscalls
-from tests.support.apart import Apart
 from tests.support.builder import build
 from tests.support.campaign import Campaign
 from tests.support.disks import disk
 from tests.support.drivers.posix import PosixRaw
 from tests.support.dump import Dump, differences, dump
+from tests.support.fork_server import ForkServer
 from tests.support.outcome import errno_of
 from tests.support.polling import until
 from tests.support.requirements import need_root
-from tests.support.serving import Wish
+from tests.support.serving import MountSpec
 from tests.support.users import ALICE, run_as
 
 pytestmark = pytest.mark.root
@@ -42,20 +42,20 @@ _LAG = 10**9  # nanoseconds by which the clock of a file system may be behind, a
 
 
 @pytest.fixture(scope="module")
-def apart() -> Iterator[Apart]:
+def fork_server() -> Iterator[ForkServer]:
     """Processes that daemons come from."""
     need_root()
-    with Apart(*MODULES) as started:
+    with ForkServer(*MODULES) as started:
         yield started
 
 
 @contextmanager
-def mounted(apart: Apart, base: Path, words: str, **more: Any) -> Iterator[tuple[Path, int]]:
+def mounted(fork_server: ForkServer, base: Path, words: str, **more: Any) -> Iterator[tuple[Path, int]]:
     """A mount of directories below `base`, its point and the pid of its daemon."""
     point = base / "m"
     point.mkdir(exist_ok=True)
-    wish = Wish(os.fsencode(point), os.fsencode(base / "log"), words.encode(), **more)
-    pid = apart.run(serving.serve, wish).value
+    spec = MountSpec(os.fsencode(point), os.fsencode(base / "log"), words.encode(), **more)
+    pid = fork_server.run(serving.serve, spec).value
     try:
         yield point, pid
     finally:
@@ -73,10 +73,10 @@ class Seen(NamedTuple):
 class Scene:
     """The same objects on a plain ext4, in a lower layer and in an upper, all on one disk."""
 
-    def __init__(self, base: Path, apart: Apart, wanted: list[Check]) -> None:
+    def __init__(self, base: Path, fork_server: ForkServer, wanted: list[Check]) -> None:
         self.base = base
         self.wanted = wanted
-        self._apart = apart
+        self._fork_server = fork_server
         for name in ("plain", *WHERE):
             (base / name).mkdir()
             build(base / name, rights.tree(wanted))
@@ -108,7 +108,7 @@ class Scene:
             (base / name).mkdir(exist_ok=True, parents=True)
         lower, upper = (base / "empty", self.base / where)[:: -1 if where == "lower" else 1]
         words = f"lowerdir={lower},upperdir={upper},workdir={base}/work,suid,dev,engine={engine}"
-        return mounted(self._apart, base, words, mutant=mutant)
+        return mounted(self._fork_server, base, words, mutant=mutant)
 
 
 def violations(wanted: list[Check], plain: Seen, seen: Seen, later: Dump) -> list[str]:
@@ -127,11 +127,11 @@ def violations(wanted: list[Check], plain: Seen, seen: Seen, later: Dump) -> lis
 
 
 @pytest.mark.campaign("T15")
-def test_everybody_may_do_what_ext4_allows(campaign: Campaign, apart: Apart, place: Path) -> None:
+def test_everybody_may_do_what_ext4_allows(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
     wanted = rights.checks()
     for engine in engines.NAMES if campaign.full else (engines.current(),):
         with disk("ext4", place / engine, 512 << 20) as point:
-            scene = Scene(point, apart, wanted)
+            scene = Scene(point, fork_server, wanted)
             plain = scene.plain()
             for where in WHERE:
                 found = violations(wanted, plain, *scene.mounted(where, engine))
@@ -140,10 +140,10 @@ def test_everybody_may_do_what_ext4_allows(campaign: Campaign, apart: Apart, pla
 
 
 @pytest.mark.campaign("T15")
-def test_bits_that_stay_are_noticed(campaign: Campaign, apart: Apart, place: Path) -> None:
+def test_bits_that_stay_are_noticed(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
     wanted = rights.checks(rights.SET_ID)
     with disk("ext4", place / "disk", 128 << 20) as point:
-        scene = Scene(point, apart, wanted)
+        scene = Scene(point, fork_server, wanted)
         plain = scene.plain()
         found = [
             each
@@ -154,7 +154,7 @@ def test_bits_that_stay_are_noticed(campaign: Campaign, apart: Apart, place: Pat
 
 
 @pytest.mark.campaign("T15")
-def test_nobody_forges_a_mark(campaign: Campaign, apart: Apart, place: Path) -> None:
+def test_nobody_forges_a_mark(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
     for engine in engines.NAMES if campaign.full else (engines.current(),):
         base = place / engine
         for name, tree in (("top", forgery.TREE), ("low", forgery.BELOW), ("u", {}), ("w", {})):
@@ -162,13 +162,13 @@ def test_nobody_forges_a_mark(campaign: Campaign, apart: Apart, place: Path) -> 
             build(base / name, tree)
         words = f"lowerdir={base}/top:{base}/low,upperdir={base}/u,workdir={base}/w,engine={engine}"
         for turn in ("first", "again"):  # what was set the first time is no mark the second time either
-            with mounted(apart, base, words) as (point, _):
+            with mounted(fork_server, base, words) as (point, _):
                 points, wrong = forgery.break_rules(point)
             campaign.held(f"forged marks, engine {engine}", points, [f"{turn}: {each}" for each in wrong])
 
 
 @pytest.mark.campaign("T15")
-def test_what_is_the_programs_is_closed_to_others(campaign: Campaign, apart: Apart, place: Path) -> None:
+def test_what_is_the_programs_is_closed_to_others(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
     store = os.fsencode(place / "store")
     umask = os.umask(0)
     try:
@@ -176,8 +176,8 @@ def test_what_is_the_programs_is_closed_to_others(campaign: Campaign, apart: Apa
             add_image(opened, "site", {"f": "f"})
     finally:
         os.umask(umask)
-    wish = {"store": store, "image": "site", "workspace": "w"}
-    with mounted(apart, place, f"engine={engines.current()}", **wish) as (_, pid):
+    spec = {"store": store, "image": "site", "workspace": "w"}
+    with mounted(fork_server, place, f"engine={engines.current()}", **spec) as (_, pid):
         until(runtime_state.socket_path(pid).exists)
         inside = [path for path in (place / "store").rglob("*") if "tree" not in path.parts]
         places = [place / "store", *inside, runtime_state.run_directory(), runtime_state.record_path(pid)]
@@ -192,7 +192,7 @@ _GIVES, _TAKES = ("0", "secret", None), (str(ALICE.uid), "", errno.EACCES)
 @pytest.mark.campaign("T15")
 @pytest.mark.parametrize("restricted", [False, True])
 def test_a_layer_gives_the_rights_of_its_own_mount(
-    campaign: Campaign, apart: Apart, place: Path, restricted: bool
+    campaign: Campaign, fork_server: ForkServer, place: Path, restricted: bool
 ) -> None:
     """Set-id programs, programs with capabilities, devices: nobody gains by a stack over them (CVE-2016-1576)."""
     expected = _TAKES if restricted else _GIVES
@@ -206,7 +206,7 @@ def test_a_layer_gives_the_rights_of_its_own_mount(
                 syscalls.mount(b"none", os.fsencode(layer), b"tmpfs", _REMOUNT | _NOSUID | _NODEV, b"")
             upper = _upper(place / engine)
             words = f"lowerdir={layer},upperdir={upper},workdir={upper}.work,suid,dev,engine={engine}"
-            with mounted(apart, place / engine, words) as (point, _):
+            with mounted(fork_server, place / engine, words) as (point, _):
                 for when in ("below", "copied up"):
                     told = run_as(ALICE, partial(_use, point, place / "secret"))
                     wrong += [f"{when}, {engine}: {told}"] * (told != expected)

@@ -1,6 +1,6 @@
 """What parsers hand on, on a real disk: archives unpacked, stacks looked at whose marks are anything, odd requests.
 
-Each function here is an act of `tests.support.apart`; `place` is a directory on a small file system of its own.
+Each function here is an act of `tests.support.fork_server`; `place` is a directory on a small file system of its own.
 """
 
 import io

@@ -14,8 +14,8 @@ from tests.hostile.canary import Canary
 from tests.hostile.corpus import CORPUS, Hostile
 from tests.hostile.forms import Archive, Directory, Form, Outside, Stack
 from tests.support import processes, serving, syscalls
-from tests.support.apart import Apart, DiedError, HungError
-from tests.support.serving import Wish
+from tests.support.fork_server import DiedError, ForkServer, HungError
+from tests.support.serving import MountSpec
 
 T = TypeVar("T")
 ACTIONS = ("import", "stack", "read", "copy-up", "commit")
@@ -44,10 +44,16 @@ class Trial:
     """
 
     def __init__(
-        self, place: Path, apart: Apart, engine: str, full: bool = False, every: bool = False, mutant: str | None = None
+        self,
+        place: Path,
+        fork_server: ForkServer,
+        engine: str,
+        full: bool = False,
+        every: bool = False,
+        mutant: str | None = None,
     ) -> None:
         self.place = place
-        self.apart = apart
+        self.fork_server = fork_server
         self.full = full
         self.every = every
         self.engine = engine
@@ -94,7 +100,7 @@ class _Attempt:
         there = self._import_stack(self._form) if isinstance(self._form, Stack) else self._import(self._form)
         if not there or "stack" not in wanted:
             return
-        self._pid = self._do("stack", serving.serve, self._wish())
+        self._pid = self._do("stack", serving.serve, self._spec())
         if self._pid is None:
             return
         shows = self._form.shows if isinstance(self._form, Stack) else {}
@@ -141,8 +147,8 @@ class _Attempt:
             self._do("import", actions.import_, self._store, trees[0], "copy")
         return bool(self._do("import", actions.place, self._store, trees, "image", form.hashed))
 
-    def _wish(self) -> Wish:
-        return Wish(
+    def _spec(self) -> MountSpec:
+        return MountSpec(
             point=os.fsencode(self._point),
             log=os.fsencode(self._place / "log"),
             options=b"engine=" + self._trial.engine.encode(),
@@ -192,7 +198,9 @@ class _Attempt:
         """Do one thing and look at what it took and touched; None when it failed."""
         before, used = self._trial.canary.picture(), self._used()
         try:
-            done = self._trial.apart.run(act, *args, limit=_HANG * self._hostile.seconds, mutant=self._trial.mutant)
+            done = self._trial.fork_server.run(
+                act, *args, limit=_HANG * self._hostile.seconds, mutant=self._trial.mutant
+            )
         except (HungError, DiedError, UserError, OSError) as error:
             self._violation(f"{action}: {act.__name__}: {error!r}")
             return None

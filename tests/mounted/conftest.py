@@ -13,7 +13,7 @@ import pytest
 
 from tests.mounted.scene import MODULES
 from tests.support import engines, processes, syscalls
-from tests.support.apart import Apart
+from tests.support.fork_server import ForkServer
 from tests.support.polling import until
 from tests.support.requirements import need, need_root
 
@@ -187,8 +187,8 @@ def mount(make_mount: Callable[[], Mount]) -> Mount:
 
 
 @pytest.fixture(scope="module")
-def apart() -> Iterator[Apart]:
+def fork_server() -> Iterator[ForkServer]:
     """Processes that daemons come from."""
     need_root()
-    with Apart(*MODULES) as started:
+    with ForkServer(*MODULES) as started:
         yield started

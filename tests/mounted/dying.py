@@ -16,7 +16,7 @@ from overlayfs.errors import oserror
 from overlayfs.mount import daemon, runtime_state, syscalls
 from overlayfs.mount.server import ControlServer
 from tests.support import serving
-from tests.support.serving import Wish
+from tests.support.serving import MountSpec
 
 
 def _die(*_: Any, **__: Any) -> NoReturn:
@@ -57,13 +57,13 @@ UNMOUNTING: dict[str, Callable[[], None]] = {
 """The mount comes, and its daemon dies at its end."""
 
 
-def serve_dying(moment: str, wish: Wish) -> int:
+def serve_dying(moment: str, spec: MountSpec) -> int:
     """Mount with a daemon that dies at a moment."""
     {**MOUNTING, **UNMOUNTING}[moment]()
-    return serving.serve(wish)
+    return serving.serve(spec)
 
 
-def serve_until_call(number: int, wish: Wish) -> int:
+def serve_until_call(number: int, spec: MountSpec) -> int:
     """Mount with a daemon that dies before its changing system call of this number, which counts from 0."""
     calls = itertools.count()
 
@@ -72,10 +72,10 @@ def serve_until_call(number: int, wish: Wish) -> int:
             _die()
 
     sysio.fault_hook = count
-    return serving.serve(wish)
+    return serving.serve(spec)
 
 
-def serve_never_writing(by_handle: bool, wish: Wish) -> int:
+def serve_never_writing(by_handle: bool, spec: MountSpec) -> int:
     """Mount with a daemon that, once it is told to sync, waits for dirty pages and takes none.
 
     Without `by_handle` it may not open files by their handles, as one that an unprivileged user has mounted.
@@ -83,7 +83,7 @@ def serve_never_writing(by_handle: bool, wish: Wish) -> int:
     mock.patch.object(ControlServer, "_sync", _wait_in_vain).start()
     if not by_handle:
         mock.patch.object(syscalls, "open_inode", _refused).start()
-    return serving.serve(wish)
+    return serving.serve(spec)
 
 
 async def _wait_in_vain(control: ControlServer, _: object) -> object:

@@ -12,9 +12,9 @@ from overlayfs.mount.mounts import kernel_mounts
 from overlayfs.store.store import LayerStore
 from tests.store.samples import add_image
 from tests.support import processes, serving, syscalls
-from tests.support.apart import Apart
+from tests.support.fork_server import ForkServer
 from tests.support.mutants import seeded
-from tests.support.serving import Wish
+from tests.support.serving import MountSpec
 
 MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.live_commit",
            "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3.engine")  # fmt: skip
@@ -22,16 +22,16 @@ MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.l
 PATIENCE = 0.1  # seconds that a second mount waits for the first to go
 _BIND, _DETACH = 4096, 2
 
-Serve = Callable[[Wish], int]
+Serve = Callable[[MountSpec], int]
 
 
 class Scene:
     """The directories low, u, w, m and some others below `base`. mutant: the bug of all that happens here."""
 
-    def __init__(self, base: Path, apart: Apart, engine: str, mutant: str | None = None) -> None:
+    def __init__(self, base: Path, fork_server: ForkServer, engine: str, mutant: str | None = None) -> None:
         self.base = base
         self.point = base / "m"
-        self.apart = apart
+        self.fork_server = fork_server
         self.engine = engine
         self._mutant = mutant
         for name in ("low", "u", "w", "m", "m2", "other", "other.w"):
@@ -42,24 +42,24 @@ class Scene:
         """Options by names in the base, or absolute paths."""
         return f"lowerdir={self.base}/low,upperdir={self.base / upper},workdir={self.base / work}"
 
-    def wish(self, words: str | None = None, point: str = "m", **more: Any) -> Wish:
+    def spec(self, words: str | None = None, point: str = "m", **more: Any) -> MountSpec:
         """A mount at a point by its name; of the usual directories if `words` are left out."""
         options = f"engine={self.engine},{self.words() if words is None else words}".encode()
-        wish = Wish(os.fsencode(self.base / point), os.fsencode(self.base / "log"), options, mutant=self._mutant)
-        return wish._replace(**{"patience": PATIENCE, **more})
+        spec = MountSpec(os.fsencode(self.base / point), os.fsencode(self.base / "log"), options, mutant=self._mutant)
+        return spec._replace(**{"lock_wait": PATIENCE, **more})
 
-    def start(self, wish: Wish, serve: Serve = serving.serve) -> int:
+    def start(self, spec: MountSpec, serve: Serve = serving.serve) -> int:
         """Mount; return the pid of the daemon. UserError when it refuses."""
-        return self.apart.run(serve, wish).value
+        return self.fork_server.run(serve, spec).value
 
     @contextmanager
     def mounted(self, words: str | None = None, point: str = "m", **more: Any) -> Iterator[int]:
         """A mount and the pid of its daemon, which may be killed meanwhile."""
-        pid = self.start(self.wish(words, point, **more))
+        pid = self.start(self.spec(words, point, **more))
         try:
             yield pid
         finally:
-            if more.get("alone"):
+            if more.get("own_namespace"):
                 os.kill(pid, signal.SIGTERM)
             self.clear(point)
             processes.reap(pid)

@@ -16,8 +16,8 @@ from overlayfs.store import workspaces
 from overlayfs.store.copy_upper import commit_unmounted
 from tests.mounted.scene import PATIENCE, Scene
 from tests.support import engines, processes, syscalls
-from tests.support.apart import Apart
 from tests.support.campaign import Campaign
+from tests.support.fork_server import ForkServer
 from tests.support.polling import until
 
 pytestmark = pytest.mark.root
@@ -61,11 +61,11 @@ def _by_link(scene: Scene) -> str:
 
 def _by_namespace(scene: Scene) -> str:
     with scene.mounted(scene.words()):
-        return scene.second(scene.words(), alone=True)
+        return scene.second(scene.words(), own_namespace=True)
 
 
 def _from_a_namespace(scene: Scene) -> str:
-    with scene.mounted(scene.words(), alone=True):
+    with scene.mounted(scene.words(), own_namespace=True):
         return scene.second(scene.words())
 
 
@@ -152,28 +152,28 @@ OF_LOCKS = tuple(CASES)[:7]
 
 
 def _violations(
-    place: Path, apart: Apart, engine: str, names: Iterable[str] = CASES, mutant: str | None = None
+    place: Path, fork_server: ForkServer, engine: str, names: Iterable[str] = CASES, mutant: str | None = None
 ) -> list[str]:
     """Return the cases in which a second user was let in, or sent away with other words."""
     found = []
     for number, name in enumerate(names):
         case, wanted = CASES[name]
-        sentence = case(Scene(place / f"{engine}{number}", apart, engine, mutant))
+        sentence = case(Scene(place / f"{engine}{number}", fork_server, engine, mutant))
         if re.search(wanted, sentence) is None or "[exit code" in sentence:
             found.append(f"{name}: {sentence or 'let in'}")
     return found
 
 
 @pytest.mark.campaign("T16")
-def test_one_user_at_a_time(campaign: Campaign, apart: Apart, place: Path) -> None:
+def test_one_user_at_a_time(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
     for engine in engines.NAMES if campaign.full else (engines.current(),):
-        found = _violations(place, apart, engine)
+        found = _violations(place, fork_server, engine)
         campaign.held(f"ways to use a stack twice, engine {engine}", len(CASES), found)
 
 
 @pytest.mark.campaign("T16")
-def test_a_missing_lock_is_noticed(campaign: Campaign, apart: Apart, place: Path) -> None:
-    campaign.caught("M8", len(OF_LOCKS), _violations(place, apart, engines.current(), OF_LOCKS, "M8"))
+def test_a_missing_lock_is_noticed(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
+    campaign.caught("M8", len(OF_LOCKS), _violations(place, fork_server, engines.current(), OF_LOCKS, "M8"))
 
 
 HOLE = 2 << 40  # bytes: enough to be hashed for a while
@@ -198,10 +198,10 @@ def _hashing(scene: Scene) -> Iterator[None]:
 
 @pytest.mark.campaign("T16")
 @pytest.mark.parametrize("what", ["directories", "a workspace", "a workspace whose layer is being hashed"])
-def test_a_dead_owner_blocks_nobody(campaign: Campaign, apart: Apart, place: Path, what: str) -> None:
+def test_a_dead_owner_blocks_nobody(campaign: Campaign, fork_server: ForkServer, place: Path, what: str) -> None:
     """kill -9 of the daemon, whatever it has begun and left behind."""
     for engine in engines.NAMES if campaign.full else (engines.current(),):
-        scene = Scene(place / engine, apart, engine)
+        scene = Scene(place / engine, fork_server, engine)
         more = {} if what == "directories" else scene.image()
         options = "" if more else scene.words()
         with scene.mounted(options, **more) as pid, _hashing(scene) if "hashed" in what else nullcontext():

@@ -15,10 +15,10 @@ from overlayfs.mount import control, flush, syscalls
 from overlayfs.mount.protocol import CommitImage
 from tests.mounted.scene import Scene
 from tests.support import engines, processes, serving
-from tests.support.apart import Apart
 from tests.support.drivers.forked import unhashed
+from tests.support.fork_server import ForkServer
 from tests.support.outcome import errno_of
-from tests.support.serving import Wish
+from tests.support.serving import MountSpec
 
 
 def test_a_descriptor_is_not_there_and_stays_open(tmp_path: Path) -> None:
@@ -48,19 +48,19 @@ def test_where_a_sandbox_refuses_it_is_done_all_the_same(monkeypatch: pytest.Mon
     os.close(fd)
 
 
-def serve_without_syncfs(wish: Wish) -> int:
+def serve_without_syncfs(spec: MountSpec) -> int:
     """Mount with a daemon for which nobody writes pages out but itself, file by file."""
     mock.patch.object(flush, "sysio", SimpleNamespace(syncfs=lambda _: None)).start()
     with unhashed():
-        return serving.serve(wish)
+        return serving.serve(spec)
 
 
 @pytest.mark.root
-def test_each_commit_waits_for_what_is_mapped(apart: Apart, place: Path) -> None:
+def test_each_commit_waits_for_what_is_mapped(fork_server: ForkServer, place: Path) -> None:
     """Also where the commit before has made a layer's file of it, which is written to through the old mapping."""
-    scene = Scene(place / "s", apart, engines.current())
+    scene = Scene(place / "s", fork_server, engines.current())
     cached = "io=cached" if scene.engine == engines.KERNEL else "timeout=1"
-    pid = scene.start(scene.wish(cached, **scene.image()), serve_without_syncfs)
+    pid = scene.start(scene.spec(cached, **scene.image()), serve_without_syncfs)
     try:
         first, second = _stored_between_commits(scene)
     finally:

@@ -20,8 +20,8 @@ from overlayfs.mount import control, mounts, unmount
 from tests.mounted import dying
 from tests.mounted.scene import Scene
 from tests.support import engines, processes
-from tests.support.apart import Apart, HungError
 from tests.support.campaign import Campaign
+from tests.support.fork_server import ForkServer, HungError
 from tests.support.outcome import errno_of, name_of
 from tests.support.polling import until
 
@@ -35,7 +35,7 @@ LIMIT = 30.0  # seconds, for what must not hang
 def works(scene: Scene) -> list[str]:
     """Mount with no step before it; return what is wrong with that."""
     try:
-        pid = scene.start(scene.wish(patience=5.0))
+        pid = scene.start(scene.spec(lock_wait=5.0))
     except (UserError, HungError) as error:
         return [f"the next mount: {error}"]
     found = []
@@ -55,7 +55,7 @@ def works(scene: Scene) -> list[str]:
 
 def _killed(scene: Scene) -> int:
     """Mount, and kill the daemon."""
-    pid = scene.start(scene.wish())
+    pid = scene.start(scene.spec())
     os.kill(pid, signal.SIGKILL)
     processes.reap(pid)
     return pid
@@ -74,7 +74,7 @@ def _at_rest(scene: Scene) -> list[str]:
 
 
 def _with_open_files(scene: Scene) -> list[str]:
-    pid = scene.start(scene.wish())
+    pid = scene.start(scene.spec())
     reader, writer = os.open(scene.point / "f", os.O_RDONLY), os.open(scene.point / "made", os.O_WRONLY | os.O_CREAT)
     directory = os.open(scene.point, os.O_RDONLY)
     os.kill(pid, signal.SIGKILL)
@@ -92,7 +92,7 @@ def _with_open_files(scene: Scene) -> list[str]:
 
 def _with_somebody_in_it(scene: Scene) -> list[str]:
     (scene.base / "low" / "d").mkdir()
-    pid = scene.start(scene.wish())
+    pid = scene.start(scene.spec())
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, cwd=scene.point / "d") as inside:
         os.kill(pid, signal.SIGKILL)
         processes.reap(pid)
@@ -127,7 +127,7 @@ def _listed(scene: Scene) -> list[str]:
 @contextmanager
 def _stopped(scene: Scene) -> Iterator[int]:
     """A mount whose daemon neither answers nor dies; continued and reaped at the end."""
-    pid = scene.start(scene.wish())
+    pid = scene.start(scene.spec())
     os.kill(pid, signal.SIGSTOP)
     try:
         yield pid
@@ -168,11 +168,11 @@ def _stopped_in_the_middle(scene: Scene) -> list[str]:
 def _stopped_and_mounted_over(scene: Scene) -> list[str]:
     """A mount over it does not wait for it."""
     with _stopped(scene) as pid:
-        return _limited(lambda: scene.start(scene.wish()), f"(pid {pid}); it has not answered for 5 s")
+        return _limited(lambda: scene.start(scene.spec()), f"(pid {pid}); it has not answered for 5 s")
 
 
 def _stopped_and_killed(scene: Scene) -> list[str]:
-    pid = scene.start(scene.wish())
+    pid = scene.start(scene.spec())
     os.kill(pid, signal.SIGSTOP)
     os.kill(pid, signal.SIGKILL)
     processes.reap(pid)
@@ -186,7 +186,7 @@ def _killed_writing_out(scene: Scene, by_handle: bool = True) -> Iterator[subpro
     Such a wait ends with the write that the daemon would have to take, and with nothing else.
     """
     cached = ",io=cached" if scene.engine == "kernel" else ""
-    pid = scene.start(scene.wish(scene.words() + cached), partial(dying.serve_never_writing, by_handle))
+    pid = scene.start(scene.spec(scene.words() + cached), partial(dying.serve_never_writing, by_handle))
     mount = mounts.find(os.fsencode(scene.point))
     words = [sys.executable, "-c", _DIRTY, str(scene.point / "f")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as client:
@@ -269,7 +269,7 @@ def _ends(client: subprocess.Popen[bytes]) -> bool:
 
 
 def _cut_off(scene: Scene) -> list[str]:
-    pid = scene.start(scene.wish())
+    pid = scene.start(scene.spec())
     unmount.cut_off(mounts.find(os.fsencode(scene.point)))
     code = processes.reap(pid)
     return [] if (code, scene.mounts()) == (MountError.exit_code, 0) else [f"exit {code}, {scene.mounts()} mounts"]
@@ -295,14 +295,14 @@ WAYS: dict[str, IoMode] = {
 
 def _dies_mounting(moment: str, scene: Scene) -> list[str]:
     try:
-        scene.start(scene.wish(), partial(dying.serve_dying, moment))
+        scene.start(scene.spec(), partial(dying.serve_dying, moment))
     except UserError as error:
         return [] if "ended with -9" in str(error) else [str(error)]
     return ["it lives"]
 
 
 def _dies_unmounting(moment: str, scene: Scene) -> list[str]:
-    pid = scene.start(scene.wish(), partial(dying.serve_dying, moment))
+    pid = scene.start(scene.spec(), partial(dying.serve_dying, moment))
     (scene.point / "kept").write_bytes(b"kept")
     scene.clear()
     code = processes.reap(pid)
@@ -320,9 +320,9 @@ EVERY: dict[str, IoMode] = {
 
 @pytest.mark.campaign("T17")
 @pytest.mark.parametrize("name", EVERY)
-def test_the_next_mount_works(campaign: Campaign, apart: Apart, place: Path, name: str) -> None:
+def test_the_next_mount_works(campaign: Campaign, fork_server: ForkServer, place: Path, name: str) -> None:
     for engine in engines.NAMES if campaign.full else (engines.current(),):
-        scene = Scene(place / engine, apart, engine)
+        scene = Scene(place / engine, fork_server, engine)
         try:
             wrong = EVERY[name](scene) + works(scene)
         finally:
@@ -331,13 +331,13 @@ def test_the_next_mount_works(campaign: Campaign, apart: Apart, place: Path, nam
 
 
 @pytest.mark.campaign("T17")
-def test_killed_at_every_call_of_a_mount(campaign: Campaign, apart: Apart, place: Path) -> None:
-    scene = Scene(place / "s", apart, engines.current())
+def test_killed_at_every_call_of_a_mount(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
+    scene = Scene(place / "s", fork_server, engines.current())
     step = 1 if campaign.full else 5
     wrong: list[str] = []
     for number in itertools.count(0, step):
         try:
-            pid = scene.start(scene.wish(), partial(dying.serve_until_call, number))
+            pid = scene.start(scene.spec(), partial(dying.serve_until_call, number))
         except UserError:
             wrong += [f"call {number}: {each}" for each in works(scene)]
             continue

@@ -49,7 +49,7 @@ class Bench:
 
     def mount(self, **options: str | None) -> Path:
         """Mount our program over the layers and return the mount point."""
-        self.layers.settle()
+        self.layers.freeze_layers()
         self.tree = FuseMount(self.layers, options)
         return self.point
 

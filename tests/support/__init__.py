@@ -1,1 +1,1 @@
-"""What the suites share: drivers, layer builders, tree dumps, users, disks, and the check for leftovers."""
+"""Shared by all suites: drivers, layer builders, tree dumps, users, disks, and the check for leftovers."""

@@ -1,4 +1,4 @@
-"""Makes the layers that tests write down, and checks afterwards that nobody has touched them."""
+"""Builds the layers that tests specify, and fingerprints that show whether they were changed."""
 
 import os
 import stat
@@ -68,7 +68,7 @@ def _make_special(path: Path, special: Special) -> None:
 
 
 def make_whiteout(path: Path, whiteout: Whiteout) -> None:
-    """Put a whiteout of the wanted form where `path` is to vanish."""
+    """Make a whiteout of the given form that hides `path`."""
     if whiteout.form == "device":
         os.mknod(path, stat.S_IFCHR, os.makedev(0, 0))
     elif whiteout.form == "file":
@@ -96,7 +96,7 @@ Print = tuple[int, int, int, int, int, int, int, int]
 
 
 def fingerprint(root: Path) -> dict[bytes, Print]:
-    """What changes when anybody touches a layer: all of lstat that counts, access and change times included."""
+    """Return the attributes of every object that show a change, including access and change times."""
     prints = {b"": _print(os.lstat(root))}
     for where, directories, files, fd in os.fwalk(os.fsencode(root)):
         for name in directories + files:

@@ -80,7 +80,7 @@ class Counter:
 
 
 class Kernel:
-    """Sends requests to an engine, one after the other, and knows what the replies said."""
+    """Sends requests to an engine one by one and reads its replies."""
 
     def __init__(self, overlay: Overlay, counter: Counter) -> None:
         self._socket = _Socket()
@@ -106,7 +106,7 @@ class Kernel:
         self._socket.kernel.send(IN_HEADER.pack(length, op, self._unique, nodeid, 0, 0, 4711, 0, 0) + body)
 
     async def request(self, op: Op, nodeid: int, body: bytes = b"", label: str = "") -> bytes:
-        """Send one request and return the body of its reply; with a label, count what it takes."""
+        """Send one request and return the body of its reply; with a label, count its calls."""
         self._put(op, nodeid, body)
         engine, counter = self._engine, self._counter
         counter.by_function = {}

@@ -1,4 +1,4 @@
-"""What a fault campaign tried and what it found, for docs/reliability.md.
+"""The results of a fault campaign, for docs/reliability.md.
 
 A campaign is one or more tests marked ``campaign("T1")``, by the numbers of docs/reliability.md. In the usual run they
 are small; with ``--campaign FILE`` (`make campaign`) they have full size and append a line of JSON to FILE for each
@@ -16,7 +16,7 @@ SHOWN = 10  # violations in the message of a failed test
 
 @dataclass(frozen=True)
 class Campaign:
-    """The size of one campaign, and its record. `records`: the file of a full run."""
+    """The size of one campaign, and the file for its results. `records`: that file, in a full run."""
 
     number: str
     records: Path | None = None
@@ -31,21 +31,21 @@ class Campaign:
         return full if self.full else quick
 
     def held(self, what: str, points: int, violations: Sequence[str], seed: int | None = None) -> None:
-        """Record that `points` points of `what` were tried; fails with the violations, if there are any.
+        """Record that `points` points of `what` were tried; fail with the violations if there are any.
 
-        What did not try anything has not held.
+        A campaign that tried nothing fails, too.
         """
         self._write(kind="held", what=what, points=points, violations=len(violations), seed=seed)
         assert points, f"{self.number}: no point of {what} was tried"
         assert not violations, _listed(f"{self.number}: {what}", points, violations)
 
     def caught(self, mutant: str, points: int, violations: Sequence[str]) -> None:
-        """Record that the campaign, run on this mutant, found `violations`; fails when there are none."""
+        """Record that the campaign, run on this mutant, found `violations`; fail if there are none."""
         self._write(kind="caught", what=mutant, points=points, violations=len(violations), seed=None)
         assert violations, f"{self.number} did not notice the mutant {mutant} at {points} points"
 
     def peer(self, who: str, what: str, points: int, violations: int) -> None:
-        """Record what the same load did to somebody else's file system. Fails never."""
+        """Record the result of the same load on another program's file system; never fails."""
         self._write(kind="peer", who=who, what=what, points=points, violations=violations, seed=None)
 
     def _write(self, **fact: object) -> None:

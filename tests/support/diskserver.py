@@ -45,7 +45,7 @@ class Disk(pyfuse3.Operations):
     async def setattr(
         self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        """Times, which nobody needs."""
+        """Return unchanged attributes: times are not kept."""
         return await self.getattr(inode, ctx)
 
     async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -59,7 +59,7 @@ class Disk(pyfuse3.Operations):
         return FileInfo(fh=1, direct_io=True)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        """Reads never fail: what is lost was never there."""
+        """Read from the image; reads never fail."""
         return os.pread(self._image, size, off)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -7,7 +7,7 @@ _asked: str | None = None
 
 
 def choose(name: str | None) -> None:
-    """Have every mount that says nothing of its engine served by this one; None leaves it to the product."""
+    """Serve every mount without an engine option by this engine; None leaves the choice to the program."""
     global _asked  # noqa: PLW0603 - one run has one answer, and drivers are made far from pytest's configuration
     _asked = name
 

@@ -32,17 +32,17 @@ class Launcher:
         )
 
     def run(self, *words: str, mutant: str = "") -> tuple[int, str]:
-        """Run a command; return its exit code and what it said, on both streams."""
+        """Run a command; return its exit code and its output on both streams."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps([mutant, *words]) + "\n")
         self._process.stdin.flush()
-        code, said = json.loads(self._process.stdout.readline())
-        return int(code), str(said)
+        code, output = json.loads(self._process.stdout.readline())
+        return int(code), str(output)
 
     def mount(self, point: Path, *words: str, mutant: str = "") -> int:
         """Mount in the background with these further words; return the pid of the daemon, which is our child."""
-        code, said = self.run("mount", "-q", *words, str(point), mutant=mutant)
-        assert code == 0, f"cannot mount: {said}"
+        code, output = self.run("mount", "-q", *words, str(point), mutant=mutant)
+        assert code == 0, f"cannot mount: {output}"
         pid = mounts.find(os.fsencode(point)).pid
         assert pid is not None
         return pid
@@ -91,8 +91,8 @@ def _forked(mutant: str, words: list[str]) -> tuple[int, str]:
         _become(mutant, words, writing)
     os.close(writing)
     with open(reading, errors="replace") as stream:
-        said = stream.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+        output = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output
 
 
 def _become(mutant: str, words: list[str], output: int) -> NoReturn:

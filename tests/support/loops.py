@@ -1,4 +1,4 @@
-"""Loop devices and mounts of disk images by system calls alone: a campaign makes thousands of them."""
+"""Loop devices and mounts of disk images made by system calls, because a campaign makes thousands of them."""
 
 import errno
 import fcntl
@@ -64,7 +64,7 @@ def _free() -> str:
 
 @contextmanager
 def mounted(kind: str, image: Path, point: Path, options: str = "", direct: bool = False) -> Iterator[str]:
-    """The file system of an image at `point` until the end of the block; gives the device that it lies on."""
+    """Mount the file system of an image at `point` until the end of the block; yields its loop device."""
     with attached(image, direct) as device:
         _mount(kind, device, point, options)
     try:
@@ -74,16 +74,16 @@ def mounted(kind: str, image: Path, point: Path, options: str = "", direct: bool
 
 
 def _mount(kind: str, device: str, point: Path, options: str) -> None:
-    """Mount, though an older copy of the same file system may still be in use.
+    """Mount, and wait if an older copy of the same file system is still in use.
 
-    Whoever makes a mount namespace, as other tests do beside this one, copies every mount and keeps it for a while.
+    A process that makes a mount namespace, as other tests do in parallel, copies every mount and keeps it for a while.
     """
     words = ",".join(filter(None, (options, "nouuid" if kind == "xfs" else "")))
 
     def is_mounted() -> bool:
         try:
             syscalls.mount(device.encode(), os.fsencode(point), kind.encode(), 0, words.encode())
-        except FileExistsError:  # btrfs knows the copy under another device
+        except FileExistsError:  # btrfs has the copy under another device
             return False
         return True
 

@@ -9,12 +9,12 @@ T = TypeVar("T")
 
 
 def name_of(number: int | None) -> str:
-    """The symbol of an errno, for messages."""
+    """Return the symbol of an errno, for messages."""
     return "success" if number is None else errors.errorcode.get(number, str(number))
 
 
 def expect(err: int | None, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Make the call; with `err` it must fail with just that errno, and the result must not be used."""
+    """Make the call; with `err` it must fail with exactly that errno, and the result must not be used."""
     if err is None:
         return call(*args, **kwargs)
     try:
@@ -27,7 +27,7 @@ def expect(err: int | None, call: Callable[P, T], *args: P.args, **kwargs: P.kwa
 
 
 def errno_of(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> int | None:
-    """The errno of the call, None for success."""
+    """Return the errno of a call, None for success."""
     try:
         call(*args, **kwargs)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The points of a campaign: what is found at one of them does not keep the others from being tried."""
+"""The points of a campaign: a violation at one of them does not stop the others from being tried."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ def chosen(campaign: Campaign, count: int, quick: int) -> list[int]:
 
 @dataclass
 class Points:
-    """How many were tried, and what was wrong at which."""
+    """The number of points tried, and the violations found."""
 
     tried: int = 0
     violations: list[str] = field(default_factory=list)
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
-        """Try one point: what the block raises is a violation there."""
+        """Try one point: an exception in the block is a violation at that point."""
         self.tried += 1
         try:
             yield
@@ -32,6 +32,6 @@ class Points:
             self.violations.append(f"{where}: {text or 'wrong'}")
 
     def add(self, other: "Points") -> None:
-        """Take in what was found elsewhere."""
+        """Add the results of another group of points."""
         self.tried += other.tried
         self.violations += other.violations

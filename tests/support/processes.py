@@ -1,4 +1,4 @@
-"""Processes that the tests start indirectly: daemons become our children, so they can be found and waited for."""
+"""Processes that tests start indirectly: daemons become our children, so that they can be found and waited for."""
 
 import os
 import select
@@ -11,12 +11,12 @@ LIMIT = 20.0
 
 
 def adopt() -> None:
-    """From now on, orphaned grandchildren become children of this process."""
+    """Make orphaned grandchildren children of this process from now on."""
     syscalls.become_subreaper()
 
 
 def children() -> set[int]:
-    """The pids of all children, zombies included."""
+    """Return the pids of all children, zombies included."""
     own = os.getpid()
     return {pid for pid in _pids() if _parent(pid) == own}
 
@@ -34,7 +34,7 @@ def _parent(pid: int) -> int:
 
 
 def command(pid: int) -> str:
-    """The command line, for messages."""
+    """Return the command line of a process, for messages."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read().replace(b"\0", b" ").decode(errors="replace")
@@ -43,7 +43,7 @@ def command(pid: int) -> str:
 
 
 def ends(pid: int, limit: float = LIMIT) -> bool:
-    """Return whether a child has ended, or does so in time; a zombie has ended."""
+    """Return whether a child has ended or ends within `limit` seconds; a zombie has ended."""
     handle = os.pidfd_open(pid)
     try:
         ready, _, _ = select.select([handle], [], [], limit)
@@ -62,7 +62,7 @@ def is_dead(pid: int) -> bool:
 
 
 def reap(pid: int, limit: float = LIMIT) -> int:
-    """Wait for a child's end and take its status; fail loudly if it lives on."""
+    """Wait for a child to end and return its exit code; fail if it does not end within `limit` seconds."""
     assert ends(pid, limit), f"process {pid} does not end: {command(pid)}"
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 

@@ -1,4 +1,4 @@
-"""Daemons for tests, forked where they are asked for: in the foreground, with a log of their own, and with a bug if
+"""Daemons for tests, forked from the calling process: in the foreground, with a log of their own, and with a bug if
 one is wanted. What forks them is best an act of `apart`, which is small and has loaded the program already.
 """
 
@@ -18,10 +18,10 @@ from tests.support.mutants import seeded
 LIMIT = 20.0  # seconds
 
 
-class Wish(NamedTuple):
-    """A mount that is wanted: an option string, or an image of a store with further options; and where its log goes.
+class MountSpec(NamedTuple):
+    """A mount for `serve`: an option string, or an image of a store with further options, and the path of its log.
 
-    patience: seconds to wait for a lock. alone: in a mount namespace of its own. mutant: with this bug.
+    lock_wait: seconds to wait for a lock. own_namespace: in a mount namespace of its own. mutant: a planted bug.
     """
 
     point: bytes
@@ -30,15 +30,15 @@ class Wish(NamedTuple):
     store: bytes = b""
     image: str = ""
     workspace: str | None = None
-    patience: float = 5.0
-    alone: bool = False
+    lock_wait: float = 5.0
+    own_namespace: bool = False
     mutant: str | None = None
 
 
-def serve(wish: Wish) -> int:
-    """Mount and return the pid of the daemon when the mount answers.
+def serve(spec: MountSpec) -> int:
+    """Mount and return the pid of the daemon when the mount is ready.
 
-    UserError with its sentence if there is none, MountError where that is the exit code of a failed mount.
+    If it fails, raise UserError with its sentence, or MountError if the exit code is that of a failed mount.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(b"\0ofs-%d" % os.getpid())
@@ -48,7 +48,7 @@ def serve(wish: Wish) -> int:
         child = os.fork()
         if not child:
             os.close(reading)
-            _live(wish, address.replace("\0", "@", 1), writing)
+            _run_child(spec, address.replace("\0", "@", 1), writing)
         os.close(writing)
         with open(reading, "rb") as complaint:
             ready, _, _ = select.select([manager.fileno(), reading], [], [], LIMIT)
@@ -62,17 +62,17 @@ def serve(wish: Wish) -> int:
     raise kind(sentence or f"the daemon ended with {code}")
 
 
-def _live(wish: Wish, address: str, writing: int) -> NoReturn:
+def _run_child(spec: MountSpec, address: str, writing: int) -> NoReturn:
     code = 1
     try:
         os.setsid()
         os.environ["NOTIFY_SOCKET"] = address
-        log = os.open(wish.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
-        with seeded(wish.mutant) if wish.mutant is not None else contextlib.nullcontext():
-            _mount(wish)
+        with seeded(spec.mutant) if spec.mutant is not None else contextlib.nullcontext():
+            _mount(spec)
         code = 0
     except UserError as error:
         code = error.exit_code
@@ -81,26 +81,26 @@ def _live(wish: Wish, address: str, writing: int) -> NoReturn:
         os._exit(code)
 
 
-def _mount(wish: Wish) -> None:
-    from overlayfs.mount import start  # not before the bug is in place
+def _mount(spec: MountSpec) -> None:
+    from overlayfs.mount import start  # imported after the bug is planted
 
-    if wish.alone:
+    if spec.own_namespace:
         syscalls.own_mounts()
     with contextlib.ExitStack() as stack:
-        start.mount(_options(wish, stack), wish.point)
+        start.mount(_options(spec, stack), spec.point)
 
 
-def _options(wish: Wish, stack: contextlib.ExitStack) -> MountOptions:
+def _options(spec: MountSpec, stack: contextlib.ExitStack) -> MountOptions:
     draft = Draft(mount={"foreground": True, "allow_other": True})
-    draft.read(wish.options)
-    if not wish.image:
-        return _patient(draft, wish)
-    lease = image_mount.lease_workspace(wish.store, wish.image, wish.workspace, ephemeral=False, create=False)
+    draft.read(spec.options)
+    if not spec.image:
+        return _built(draft, spec)
+    lease = image_mount.lease_workspace(spec.store, spec.image, spec.workspace, ephemeral=False, create=False)
     found = stack.enter_context(lease)
     draft.lower, draft.upper, draft.work = list(found.lower), found.upper, found.work
-    return dataclasses.replace(_patient(draft, wish), image_mount=found.image_mount)
+    return dataclasses.replace(_built(draft, spec), image_mount=found.image_mount)
 
 
-def _patient(draft: Draft, wish: Wish) -> MountOptions:
-    draft.stack["lock_wait"] = wish.patience
+def _built(draft: Draft, spec: MountSpec) -> MountOptions:
+    draft.stack["lock_wait"] = spec.lock_wait
     return draft.build()

@@ -1,4 +1,4 @@
-"""Layers as values: what a test writes down, what the builder makes, and the plain rules of how layers add up.
+"""Layers as values: the specification in a test, which the builder makes, and the basic rules of merging layers.
 
 A tree is a mapping of names to entries. For short, bytes or str stand for a file of that content, a dict for a
 directory.
@@ -17,7 +17,7 @@ OpaqueForm = Literal["trusted", "user", "fuse", "file"]
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """Metadata of an entry; times are nanoseconds, mode None means the usual one of the type."""
+    """Metadata of an entry; times are in nanoseconds, mode None is the default of the type."""
 
     mode: int | None = None
     uid: int = 0
@@ -38,7 +38,7 @@ class File(Meta):
 
 @dataclass(frozen=True)
 class Dir(Meta):
-    """A directory; `opaque` names the form of the mark that cuts off the layers below."""
+    """A directory; `opaque` is the form of the mark that hides the layers below."""
 
     children: Mapping[str, "Short"] = field(default_factory=dict)
     opaque: OpaqueForm | None = None
@@ -80,7 +80,7 @@ Tree = Mapping[str, Short]
 
 
 def entry(short: Short) -> Entry:
-    """The entry that a short form stands for."""
+    """Return the entry for a short form."""
     if isinstance(short, str):
         return File(short.encode())
     if isinstance(short, bytes):
@@ -91,7 +91,7 @@ def entry(short: Short) -> Entry:
 
 
 def flatten(layers: list[Tree]) -> dict[str, Short]:
-    """The tree that a stack shows, top first: the simple rules only, for building a plain directory to compare with."""
+    """Return the merged tree of layers, top first, by the basic rules: for a plain directory to compare with."""
     result: dict[str, Short] = {}
     for layer in reversed(layers):
         result = _over(layer, result)

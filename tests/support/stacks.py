@@ -1,4 +1,4 @@
-"""The fixture behind most tests: makes stacks on the wanted driver, and ends each test with the checks."""
+"""The fixture of most tests: makes stacks on a driver, and ends each test with the checks."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ EMPTY = Dir()
 
 
 class StackMaker:
-    """Call it with layers, top first: it gives the union of them in use. All are closed and checked at the end."""
+    """Call it with layers, top first, to get their union in use. All are closed and checked at the end."""
 
     def __init__(self, driver: str, place: Path) -> None:
         self.driver = driver
@@ -31,14 +31,14 @@ class StackMaker:
         lower_on: list[Path] | None = None,
         options: Options | None = None,
     ) -> Tree:
-        """`lower` may be empty: then one empty layer; `upper` None: read-only; `base`, `lower_on`: where they lie."""
+        """Without `lower`, one empty layer is used; `upper` None: read-only; `base`, `lower_on`: their directories."""
         where = (base or self.place) / f"s{len(self.trees)}"
         tree = driver_class(self.driver)(Stack(where, list(lower) or [{}], upper, lower_on), options)
         self.trees.append(tree)
         return tree
 
     def finish(self) -> None:
-        """Close all, newest first, and check and remove each stack, whatever happens to the others."""
+        """Close all, newest first, and check and remove each stack, even if others fail."""
         with ExitStack() as after:
             for tree in self.trees:
                 after.callback(tree.stack.remove)
@@ -50,7 +50,7 @@ Maker = TypeVar("Maker", bound=StackMaker)
 
 
 def _umask() -> int:
-    """The umask of this process."""
+    """Return the umask of this process."""
     found = os.umask(0)
     os.umask(found)
     return found
@@ -61,7 +61,7 @@ UMASK = _umask()
 
 @contextmanager
 def stack_maker(driver: str, place: Path, kind: type[Maker]) -> Iterator[Maker]:
-    """A maker whose stacks vanish at the end; the umask is 0 meanwhile, so that modes are what tests say."""
+    """Yield a maker whose stacks are removed at the end; the umask is 0 meanwhile, so that modes are exact."""
     need_root()
     maker = kind(driver, place)
     os.umask(0)

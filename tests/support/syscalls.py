@@ -1,4 +1,4 @@
-"""System calls that Python has no name for, called apart from the product so as not to repeat its mistakes."""
+"""System calls that Python lacks, implemented independently of the program so as not to repeat its mistakes."""
 
 import ctypes
 import os
@@ -40,13 +40,13 @@ def umount(target: bytes, flags: int = 0) -> None:
 
 
 def unshare(flags: int) -> None:
-    """unshare(2), which Python has since 3.12; who has changed its ids may write its own maps afterwards (prctl(2))."""
+    """unshare(2), which Python has since 3.12; a process that changed its ids can write its id maps then (prctl(2))."""
     _check(_libc.prctl(_DUMPABLE, 1, 0, 0, 0))
     _check(_libc.unshare(flags))
 
 
 def own_mounts() -> None:
-    """Go into a mount namespace where nobody else sees what is mounted from now on, and where nothing new comes in."""
+    """Enter a private mount namespace: mounts made in it are not visible outside, and the reverse."""
     unshare(_NEW_MOUNTS)
     mount(b"none", b"/", b"none", _RECURSIVE | _PRIVATE, b"")
 
@@ -67,7 +67,7 @@ def syncfs(fd: int) -> None:
 
 
 def birth_time(fd: int) -> int | None:
-    """When an open file was made, in nanoseconds, by statx(2); None where nobody knows."""
+    """Return when an open file was made, in nanoseconds, by statx(2); None if unknown."""
     found = ctypes.create_string_buffer(256)
     _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, found))
     mask, seconds, part = (struct.unpack_from(code, found, at)[0] for code, at in (("I", 0), ("q", 80), ("I", 88)))
@@ -75,5 +75,5 @@ def birth_time(fd: int) -> int | None:
 
 
 def become_subreaper() -> None:
-    """Have orphans below this process become its children, so that it can wait for daemons by their pid."""
+    """Make orphans below this process its children, so that it can wait for daemons by their pid."""
     _check(_libc.prctl(_SUBREAPER, 1, 0, 0, 0))

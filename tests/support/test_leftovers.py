@@ -1,4 +1,4 @@
-"""The check for leftovers finds what it is there for."""
+"""The check for leftovers finds mounts, loop devices and processes."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def test_a_mount_a_loop_device_and_a_process_are_found(place: Path) -> None:
 
 
 def start_orphan() -> set[int]:
-    """A process whose parent has ended, as a daemon's has: it is ours by now."""
+    """Start a process whose parent ends, like that of a daemon, so that it becomes our child."""
     before = processes.children()
     subprocess.run(["sh", "-c", "sleep 1000 > /dev/null 2>&1 &"], check=True)
     return processes.children() - before

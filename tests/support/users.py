@@ -1,4 +1,4 @@
-"""Doing things as somebody else: a forked child takes on the ids, acts, and hands its result or error back."""
+"""Calls as another user: a forked child changes its ids, makes the call, and returns the result or error."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class User:
-    """Who acts: ids, further groups, and the umask."""
+    """The credentials of a caller: ids, supplementary groups, and the umask."""
 
     uid: int = 0
     gid: int = 0
@@ -25,7 +25,7 @@ BOB = User(1001, 1001)
 
 
 def run_as(user: User, act: Callable[[], T]) -> T:
-    """Call `act` in a child with the user's ids and no capabilities but root's own; raise what it raised."""
+    """Call `act` in a child with the user's ids, without capabilities unless it is root; raise what it raises."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""What the tests of the formats draw from."""
+"""Strategies and samples for the tests of the formats."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def attempt(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T | int:
-    """Return what a call returns, or the errno of the `OSError` it raises."""
+    """Return the result of a call, or the errno of the `OSError` it raises."""
     try:
         return function(*arguments, **named)
     except OSError as error:
@@ -27,7 +27,7 @@ component = st.one_of(
     st.lists(_ANY_BYTE, min_size=1, max_size=255).map(bytes),
     st.sampled_from([b"a", b"...", b" ", b"\n", b"\xff" * 255, b".wh.x", b"x" * 251]),
 ).filter(lambda name: name not in (b".", b".."))
-"""Any name that a directory can hold."""
+"""Any name that can be in a directory."""
 
 _words = st.sampled_from([
     b"trusted.", b"user.", b"security.", b"overlay.", b"overlay", b"opaque", b"fuseoverlayfs.", b"containers.",

@@ -64,7 +64,7 @@ def _origin_of(path: Path) -> origin.Origin:
 
 @dataclass
 class Written:
-    """What the kernel left behind after a few changes."""
+    """An upper and work directory that the kernel has written."""
 
     lower: Path
     upper: Path

@@ -1,4 +1,4 @@
-"""Decoding inverts encoding, escaping can be undone, and whatever lies on disk decodes to something or is refused."""
+"""Decoding inverts encoding, escaping is reversible, and any value on disk is decoded or refused."""
 
 import errno
 import os

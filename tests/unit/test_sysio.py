@@ -1,4 +1,4 @@
-"""The door to system calls: what each call does, never following a link, never leaving its directory."""
+"""System calls: the effect of each, without following a link, without leaving its directory."""
 
 import errno
 import inspect
@@ -30,7 +30,7 @@ FS_NOATIME_FL = 0x80
 
 @pytest.fixture
 def here(place: Path) -> Iterator[int]:
-    """The test's directory, as the tree holds it: O_PATH; and every descriptor is closed again."""
+    """The test's directory, opened with O_PATH as in a layer; checks that every descriptor is closed."""
     fd = os.open(place, os.O_PATH | os.O_DIRECTORY)
     before = set(os.listdir("/proc/self/fd"))
     yield fd
@@ -54,7 +54,7 @@ def trap(place: Path) -> bytes:
 
 
 class _Open:
-    """Closes what it opened."""
+    """Closes a descriptor at the end of the block."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -698,7 +698,7 @@ def test_a_capability_is_left_out_for_a_while() -> None:
     assert effective() == before
 
 
-# --- the fuse
+# --- the fault hook
 
 CHANGING_BY_NAME: dict[str, Callable[[int, bytes], object]] = {
     "mkdir_at": lambda fd, name: sysio.mkdir_at(fd, name, 0o755),
@@ -775,23 +775,23 @@ def test_every_call_is_known_to_change_or_to_read() -> None:
 
 
 @pytest.mark.parametrize("call", EVERY_CHANGE)
-def test_a_blown_fuse_stops_the_call(place: Path, here: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_stops_the_call(place: Path, here: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(place, "file")
     before = (place / "file").stat(), sorted(os.listdir(place))
     announced: list[str] = []
 
-    def blow(name: str) -> None:
+    def fail(name: str) -> None:
         announced.append(name)
-        raise OSError(errno.ENOSPC, "blown")
+        raise OSError(errno.ENOSPC, "injected")
 
-    monkeypatch.setattr(sysio, "fault_hook", blow)
+    monkeypatch.setattr(sysio, "fault_hook", fail)
     assert attempt(EVERY_CHANGE[call], here) == errno.ENOSPC
     assert announced == [call.partition(",")[0]]
     assert before == ((place / "file").stat(), sorted(os.listdir(place)))
 
 
 @pytest.mark.parametrize("call", EVERY_CHANGE)
-def test_an_interrupted_change_is_made_again(here: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_change_is_repeated(here: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     announced: list[str] = []
 
     def interrupt(name: str) -> None:
@@ -821,7 +821,7 @@ READING_BY_NAME: dict[str, Callable[[int], object]] = {
 
 
 @pytest.mark.parametrize("call", READING_BY_NAME)
-def test_an_interrupted_look_is_made_again(place: Path, here: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_read_is_repeated(place: Path, here: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     os.symlink("target", place / "link")
     os.setxattr(place / _write(place, "file").decode(), "user.x", b"1")
     expected = READING_BY_NAME[call](here)

@@ -44,24 +44,24 @@ class Tree(ABC):
         """Undo `_start`."""
 
     def close(self) -> None:
-        """End the use, unless ended: unmount, and wait until nobody holds the layers."""
+        """Unmount, if still in use, and wait until no process uses the layers."""
         if self.in_use:
             self.in_use = False
             self.raw.close()
             self._stop()
 
     def reopen(self) -> None:
-        """Begin again after `close`."""
+        """Open again after `close`."""
         self.raw = self._start()
         self.in_use = True
 
     def remount(self) -> None:
-        """End the use and begin again over the same directories."""
+        """Close and reopen over the same directories."""
         self.close()
         self.reopen()
 
     def rotate(self) -> None:
-        """Commit the upper: it becomes the topmost lower layer, and the tree goes on with a fresh one."""
+        """Commit the upper: it becomes the topmost lower layer, and the tree continues with a new upper."""
         layer = self.stack.next_layer()
         self.commit(layer)
         self.close()

@@ -1,4 +1,4 @@
-"""Mounts of our program whose daemon is forked from this process: ready in milliseconds, and otherwise as any mount."""
+"""Mounts of our program whose daemon is forked from this process: ready in milliseconds, otherwise like any mount."""
 
 import importlib
 import os
@@ -25,7 +25,7 @@ IMAGE, WORKSPACE = "forked:1", "w"
 
 
 def load() -> None:
-    """Import what daemons need, so that they find it when they are forked."""
+    """Import the modules that daemons need before they are forked."""
     for name in ("mount.daemon", "mount.live_commit", "fuse.pyfuse3.engine", "fuse.kernel.engine"):
         importlib.import_module(f"overlayfs.{name}")
 
@@ -63,7 +63,7 @@ class ForkedMount(Tree):
             self.in_use = False
             os.kill(self.daemon, signal.SIGKILL)
             processes.reap(self.daemon)
-            with suppress(OSError):  # the mount may be gone, and what is open in it answers with an error
+            with suppress(OSError):  # the mount may be gone, so that open files fail
                 syscalls.umount(self._point, DETACH)
                 self.raw.close()
 
@@ -85,7 +85,7 @@ class ForkedImage(ForkedMount):
             ids = tuple(store.commit_directory(os.fsencode(layer)).id for layer in stack.lower)
             store.put_image(ImageRecord(name=IMAGE, layers=ids, created=now()))
             stack.lower = [Path(os.fsdecode(layer.tree_path)) for layer in store.stack_of(IMAGE)]
-        stack.settle()
+        stack.freeze_layers()
         super().__init__(stack, options)
 
     def _mount(self, options: MountOptions) -> None:
@@ -94,7 +94,7 @@ class ForkedImage(ForkedMount):
             super()._mount(replace(options, stack=stack, image_mount=lease.image_mount))
 
     def rotate(self) -> None:
-        """Make the upper a layer of the store, and mount what is there then."""
+        """Commit the upper as a layer of the store, and mount the result."""
         self.rotation()
         self.remount()
 
@@ -103,7 +103,7 @@ class ForkedImage(ForkedMount):
         control.Client.at(self._point).commit_image(CommitImage(allow_empty=True))
         with LayerStore(self.store) as store:
             made, *_ = store.stack_of(WORKSPACE)
-        self.stack.lengthen(Path(os.fsdecode(made.tree_path)))
+        self.stack.add_layer(Path(os.fsdecode(made.tree_path)))
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def unhashed() -> Iterator[None]:
     """Layers that are committed inside are not hashed, which takes a process each."""
 
     async def begin(self: live_commit.LiveCommits, store: bytes, layer_id: str) -> None:
-        """Leave the layer as it is."""
+        """Keep the layer."""
 
     with mock.patch.object(live_commit.LiveCommits, "_begin_hashing", begin):
         yield

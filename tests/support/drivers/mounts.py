@@ -56,7 +56,7 @@ def escaped(path: Path) -> str:
 
 
 def option_string(tree: Tree, extra: dict[str, str | None]) -> str:
-    """`lowerdir=…,upperdir=…,workdir=…` and what the test adds; a value of None stands for a bare word."""
+    """`lowerdir=…,upperdir=…,workdir=…` and the options of a test; None gives an option without a value."""
     stack = tree.stack
     parts = ["lowerdir=" + ":".join(escaped(layer) for layer in stack.lower)]
     if stack.upper is not None and stack.work is not None:
@@ -66,7 +66,7 @@ def option_string(tree: Tree, extra: dict[str, str | None]) -> str:
 
 
 def unmount(point: Path) -> None:
-    """Unmount; if somebody still holds the mount, detach it all the same, and fail."""
+    """Unmount; if the mount is still in use, detach it and fail."""
     try:
         syscalls.umount(os.fsencode(point))
     except OSError:
@@ -75,7 +75,7 @@ def unmount(point: Path) -> None:
 
 
 def run(*command: str) -> str:
-    """Run one of our programs; it must succeed. What it says on stderr is the result."""
+    """Run one of our programs, which must succeed, and return its standard error."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{command}: exit {done.returncode}: {done.stderr}"
     return done.stderr

@@ -1,4 +1,4 @@
-"""The verbs of `overlayfs.Overlay` behind paths: what the kernel's name lookup does for a mount, done here by hand."""
+"""The verbs of `overlayfs.Overlay` by path, with the path walk that the kernel does for a mount."""
 
 import os
 import stat as modes
@@ -332,7 +332,7 @@ class FsDriver(Tree):
             os.rename(upcoming, upper)
 
         self.overlay.rotation().rotate(os.fsencode(upcoming), os.fsencode(layer), move)
-        stack.lengthen(layer)
+        stack.add_layer(layer)
 
     def run_as(self, user: User, act: Callable[[], T]) -> T:
         raw = self.raw

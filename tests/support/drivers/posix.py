@@ -62,7 +62,7 @@ class PosixRaw:
         self.handles: set[PosixHandle] = set()
 
     def close(self) -> None:
-        """Close all files, so that a test that failed in the middle does not hold the mount."""
+        """Close all files, so that a failed test does not keep the mount busy."""
         for handle in list(self.handles):
             handle.close()
         os.close(self.fd)
@@ -131,7 +131,7 @@ class PosixRaw:
         return os.listxattr(self.full(path), follow_symlinks=False)
 
     def open(self, path: bytes, flags: int, mode: int) -> Handle:
-        """Never through a symlink, and never waiting at a FIFO for its other end."""
+        """Open without following a symlink and without blocking on a FIFO."""
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK
         return PosixHandle(os.open(path or b".", flags, mode, dir_fd=self.fd), self)
 
@@ -140,7 +140,7 @@ class PosixRaw:
 
 
 def _kind(item: "os.DirEntry[str]") -> int:
-    with suppress(OSError):  # not told, and what it is cannot be found out
+    with suppress(OSError):  # unknown type, and the stat fails
         if item.is_symlink():
             return 0o120000
         if item.is_dir(follow_symlinks=False):

@@ -1,11 +1,11 @@
-"""What every driver can do at its lowest: operations on paths of bytes, relative to the root, raising OSError."""
+"""The lowest interface of a driver: operations on paths of bytes, relative to the root, which raise OSError."""
 
 import os
 from typing import NamedTuple, Protocol
 
 
 class Stat(NamedTuple):
-    """The attributes that all drivers give; times in nanoseconds, blocks of 512 bytes."""
+    """The attributes that all drivers provide; times in nanoseconds, blocks of 512 bytes."""
 
     ino: int
     mode: int
@@ -21,7 +21,7 @@ class Stat(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """One entry of a listing: its type (S_IFMT bits, 0 if not told) and inode number."""
+    """One entry of a listing: its type (S_IFMT bits, 0 if unknown) and inode number."""
 
     name: bytes
     kind: int

@@ -28,7 +28,7 @@ class Stack:
         self.upper = None if upper is None else self._layer("u", upper)
         self.work = None if upper is None else self._layer("w", {})
         self.mountpoint = self._layer("m", {})
-        self.settle()
+        self.freeze_layers()
 
     def _layer(self, name: str, tree: Tree | Dir, place: Path | None = None) -> Path:
         path = (place or self.base) / name
@@ -39,39 +39,39 @@ class Stack:
     def _prints(self) -> dict[Path, dict[bytes, Print]]:
         return {layer: fingerprint(layer) for layer in self.lower}
 
-    def settle(self) -> None:
-        """From now on nobody may touch the lower layers."""
+    def freeze_layers(self) -> None:
+        """Fingerprint the lower layers; from now on any change fails the test."""
         self.prints = self._prints()
 
     def next_layer(self) -> Path:
-        """Where the next committed layer shall lie."""
+        """Return the path for the next committed layer."""
         return self.base / f"s{len(self.lower)}"
 
     def adopt(self, layer: Path) -> None:
-        """Put a committed layer on top of the lower ones, and give the stack a fresh upper and work directory."""
+        """Put a committed layer on top of the lower ones, and make a new upper and work directory."""
         self.check_layers()
         self.lower.insert(0, layer)
         for name in ("u", "w"):
             shutil.rmtree(self.base / name, ignore_errors=True)
         self.upper = self._layer("u", {})
         self.work = self._layer("w", {})
-        self.settle()
+        self.freeze_layers()
 
-    def lengthen(self, layer: Path) -> None:
-        """Take note that the upper has become a layer while the stack was in use."""
+    def add_layer(self, layer: Path) -> None:
+        """Record that the upper has become a layer while the stack was in use."""
         self.check_layers()
         self.lower.insert(0, layer)
-        self.settle()
+        self.freeze_layers()
 
     def check(self) -> None:
-        """No lower layer has changed; nothing is left in the work directory."""
+        """Check that no lower layer has changed and nothing is left in the work directory."""
         self.check_layers()
         scratch = self.base / "w" / "work"
         left = os.listdir(scratch) if scratch.is_dir() else []
         assert not left, f"left in the work directory: {left}"
 
     def check_layers(self) -> None:
-        """No lower layer has changed, not even in an access time."""
+        """Check that no lower layer has changed, not even an access time."""
         assert self._prints() == self.prints, "a lower layer was changed"
 
     def remove(self) -> None:

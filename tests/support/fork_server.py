@@ -1,8 +1,8 @@
-"""Acts in processes of their own, measured: what one takes in memory and time counts for it alone.
+"""A fork server: runs functions in processes of their own and measures their memory and processor time.
 
-A process starts with the memory of the one that it was forked from, and that of pytest is large. So each act is forked
-from a small server, which has loaded the program and nothing else. An act is a function of a module with arguments
-that can be pickled; what it starts and leaves behind, a daemon, becomes a child of the tests (`processes.adopt`).
+A process starts with the memory of the one that it was forked from, and that of pytest is large. So each function runs
+in a child of a small server that has loaded only the program. Functions and arguments must be picklable. A daemon that
+a function starts becomes a child of the tests (`processes.adopt`).
 """
 
 import gc
@@ -28,21 +28,21 @@ T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 _PROGRAM = "from tests.support import apart; apart.serve()"
 _LENGTH = struct.Struct("<Q")
-_GRACE = 5.0  # seconds for a child that was killed to be gone
+_GRACE = 5.0  # seconds that a killed child may take to end
 
 
 class HungError(Exception):
-    """An act took longer than it may; it was killed."""
+    """A function exceeded its time limit and was killed."""
 
 
 class DiedError(Exception):
-    """An act ended without an answer."""
+    """The process of a function ended without a result."""
 
 
 class Done(NamedTuple, Generic[T]):
-    """What an act returned, how many seconds of the processors it took, and the peak of its memory in bytes.
+    """The value that a function returned, its processor time in seconds, and its peak memory in bytes.
 
-    Seconds of a clock would tell how busy the machine is with other things.
+    Elapsed time would depend on what else the machine does.
     """
 
     value: T
@@ -51,15 +51,15 @@ class Done(NamedTuple, Generic[T]):
 
 
 class _Answer(NamedTuple):
-    """Whether an act worked and what it gave, pickled, and what it took."""
+    """The pickled outcome of a function (whether it returned, and the value or exception), and its cost."""
 
     answer: bytes
     seconds: float = 0.0
     peak: int = 0
 
 
-class Apart:
-    """The server, a context. `modules` are loaded once, so that no act pays for them."""
+class ForkServer:
+    """The server, a context manager. `modules` are loaded once, so that no call pays for them."""
 
     def __init__(self, *modules: str) -> None:
         words = [sys.executable, "-c", _PROGRAM, *modules]
@@ -72,9 +72,9 @@ class Apart:
         self._server.communicate()
 
     def run(self, act: Callable[..., T], *args: Any, limit: float = 60.0, mutant: str | None = None) -> Done[T]:
-        """Call `act`, with a bug if one is wanted; raises what it raised.
+        """Call `act` in a process of its own, with a planted bug (`mutant`) if one is named; raise what it raises.
 
-        `HungError` when it takes longer than `limit` seconds, `DiedError` when it ends without an answer.
+        `HungError` when it takes longer than `limit` seconds, `DiedError` when its process ends without a result.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         _send(self._server.stdin, pickle.dumps((limit, act if mutant is None else partial(mutated, mutant, act), args)))
@@ -86,7 +86,7 @@ class Apart:
 
 
 def mutated(mutant: str, act: Callable[..., T], *args: Any) -> T:
-    """Call `act` with a bug."""
+    """Call `act` with a planted bug."""
     with seeded(mutant):
         return act(*args)
 
@@ -109,32 +109,32 @@ def _receive(stream: BinaryIO | Any) -> bytes:
 
 
 class _Server:
-    """Forks a child for each act that is asked for, and hands on what it answers."""
+    """Forks a child for each call and passes on its result."""
 
     def __init__(self) -> None:
-        self._asked = io.BufferedReader(io.FileIO(os.dup(0)))
-        self._told = io.BufferedWriter(io.FileIO(os.dup(1), "w"))
+        self._requests = io.BufferedReader(io.FileIO(os.dup(0)))
+        self._replies = io.BufferedWriter(io.FileIO(os.dup(1), "w"))
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        os.dup2(2, 1)  # what an act prints is no answer
+        os.dup2(2, 1)  # output of a function must not mix with results
 
     def serve(self) -> None:
-        """Serve until there is nobody to ask."""
+        """Serve until the other end of the pipe is closed."""
         gc.freeze()
         while True:
             try:
-                limit, act, args = pickle.loads(_receive(self._asked))
+                limit, act, args = pickle.loads(_receive(self._requests))
             except EOFError:
                 return
-            _send(self._told, pickle.dumps(self._act(limit, partial(act, *args))))
+            _send(self._replies, pickle.dumps(self._act(limit, partial(act, *args))))
 
     def _act(self, limit: float, act: Callable[[], object]) -> _Answer:
-        """Have a child act, for so many seconds at most."""
+        """Call `act` in a child, which is killed after `limit` seconds."""
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
             os.close(reader)
-            self._live(writer, act)
+            self._run_child(writer, act)
         os.close(writer)
         with open(reader, "rb") as stream:
             if not select.select([stream], [], [], limit)[0]:
@@ -148,10 +148,10 @@ class _Server:
         _reap(child)
         return found
 
-    def _live(self, writer: int, act: Callable[[], object]) -> NoReturn:
-        """Act, answer, end; without the server's streams, which what it starts would keep."""
-        self._asked.close()
-        os.close(self._told.fileno())
+    def _run_child(self, writer: int, act: Callable[[], object]) -> NoReturn:
+        """Call, send the result, exit. The server's streams are closed first: a daemon would inherit them."""
+        self._requests.close()
+        os.close(self._replies.fileno())
         answer = answer_of(act)
         used = resource.getrusage(resource.RUSAGE_SELF)
         with open(writer, "wb") as stream:
@@ -160,7 +160,7 @@ class _Server:
 
 
 def _reap(child: int) -> int:
-    """Wait for a child that has ended or been killed; one that hangs in the kernel is left to it."""
+    """Wait for a child that has ended or been killed, but not for one that hangs in the kernel."""
     handle = os.pidfd_open(child)
     ended, _, _ = select.select([handle], [], [], _GRACE)
     os.close(handle)
@@ -168,7 +168,7 @@ def _reap(child: int) -> int:
 
 
 def serve() -> None:
-    """Load the modules that the command line names, and serve."""
+    """Import the modules of the command line, and serve."""
     for each in sys.argv[1:]:
         importlib.import_module(each)
     _Server().serve()
