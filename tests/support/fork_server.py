@@ -26,7 +26,7 @@ from tests.support.users import answer_of
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
-_PROGRAM = "from tests.support import apart; apart.serve()"
+_PROGRAM = "from tests.support import fork_server; fork_server.serve()"
 _LENGTH = struct.Struct("<Q")
 _GRACE = 5.0  # seconds that a killed child may take to end
 
