@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _KEY_SHOWN = 12
 
 plain_http: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
-    "--plain-http", is_flag=True, help="Do without TLS; for registries on this machine alone."
+    "--plain-http", is_flag=True, help="Speak HTTP without TLS; only for registries on this machine."
 )
 ca: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
     "--ca", metavar="FILE", help="Trust the certificates in FILE, beside the system's."

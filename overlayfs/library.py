@@ -53,7 +53,7 @@ class Store(LayerStore):
         from overlayfs.oci import blobs, image_import, platforms
 
         wanted = None if platform is None else platforms.parse(platform)
-        options = image_import.ImportOptions(wanted, author, message, progress, notice or blobs.ignore)
+        options = image_import.ImportOptions(wanted, author, message, progress, notice or blobs.ignore_notice)
         return image_import.import_image(self, source, name, options)
 
     def export_image(
@@ -78,7 +78,7 @@ class Store(LayerStore):
             image_export.Format(form),
             None if compression is None else Compression(compression),
             progress,
-            notice or blobs.ignore,
+            notice or blobs.ignore_notice,
         )
         image_export.export_image(self, name, destination, options)
 
@@ -109,7 +109,7 @@ class Store(LayerStore):
         with http_client.HttpClient(plain_http=plain_http, ca=ca) as client:
             return pull.pull(
                 self, found, name=chosen, client=client, platform=wanted,
-                progress=progress or transfer.ignore_progress, notice=notice or blobs.ignore,
+                progress=progress or transfer.ignore_progress, notice=notice or blobs.ignore_notice,
             )  # fmt: skip
 
     def push(
@@ -134,7 +134,7 @@ class Store(LayerStore):
                 found,
                 client=client,
                 progress=progress or transfer.ignore_progress,
-                notice=notice or blobs.ignore,
+                notice=notice or blobs.ignore_notice,
             )
 
     def commit_workspace(

@@ -1,1 +1,1 @@
-"""Images as others know them: layer archives, image layouts, archives of images, registries."""
+"""Images in OCI's and Docker's formats: layer tars, image layouts, archives of images, registries."""

@@ -1,9 +1,9 @@
-"""What is known about a layer in registries, so that nothing is sent, or compressed, that is there already.
+"""The blobs that a layer is known as in registries, so that a push neither compresses nor sends them again.
 
-    STORE/layers/ID/remote      JSON: `Remote`
+    STORE/layers/ID/remote      JSON: `LayerBlobs`
 
-It goes with its layer, and it is a memory, not a truth: it may be old, lost or damaged, and a registry is asked before
-anything is built on it.
+It is removed with its layer. It is a cache: it may be outdated, missing or damaged, and a registry is asked before
+anything relies on it. containers/image calls the same thing its blob info cache.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from overlayfs.store.layers import layer_path
 from overlayfs.store.records import ImageRecord
 from overlayfs.store.store import LayerStore
 
-MOST = 16  # places of a blob, blobs of a layer, images that end with it: the newest are kept
+MAX_ENTRIES = 16  # repositories of a blob, blobs of a layer, images with it on top: the newest are kept
 
 
 class KnownBlob(msgspec.Struct, frozen=True):
-    """A blob with the content of the layer, and the repositories (REGISTRY/REPO) it was seen in, the last one first.
+    """A blob with the content of the layer, and the repositories (REGISTRY/REPO) it was seen in, the latest first.
 
-    Its `diff_id` need not be that of our own tar of the layer: equal trees come out of different tars.
+    Its `diff_id` may differ from that of the tar that we write for the layer: different tars make equal trees.
     """
 
     digest: str
@@ -39,12 +39,12 @@ class KnownBlob(msgspec.Struct, frozen=True):
         check_digest(self.diff_id)
 
     def descriptor(self) -> Descriptor:
-        """Return the descriptor by which a manifest points to it."""
+        """Return the descriptor for a manifest."""
         return Descriptor(self.media_type, self.digest, self.size)
 
 
 class OriginalManifest(msgspec.Struct, frozen=True):
-    """Manifest and configuration of an image as they came; `key` tells whether the image is still the same."""
+    """The manifest and configuration with which an image was pulled; `key` identifies the image (`image_key`)."""
 
     key: str
     media_type: str
@@ -53,14 +53,14 @@ class OriginalManifest(msgspec.Struct, frozen=True):
 
 
 class LayerBlobs(msgspec.Struct, frozen=True):
-    """All that is remembered with one layer; `originals` are of images whose top layer it is."""
+    """What the cache has for one layer; `originals` are those of images whose top layer it is."""
 
     blobs: tuple[KnownBlob, ...] = ()
     originals: tuple[OriginalManifest, ...] = ()
 
 
 def read(store: LayerStore, layer_id: str) -> LayerBlobs:
-    """Return what is remembered with a layer; nothing if that cannot be read."""
+    """Return what the cache has for a layer; an empty value if it cannot be read."""
     with contextlib.suppress(OSError, UserError, msgspec.MsgspecError, UnicodeDecodeError):
         data = store.directory.read(layer_path(layer_id), layout.REMOTE)
         if records.has_valid_checksum(data):
@@ -69,27 +69,27 @@ def read(store: LayerStore, layer_id: str) -> LayerBlobs:
 
 
 def note_blob(store: LayerStore, layer_id: str, blob: Descriptor, diff_id: str, place: str) -> None:
-    """Remember that a repository has a layer as this blob."""
+    """Record that a repository (REGISTRY/REPO) has a layer as this blob."""
     known = read(store, layer_id)
     same = next((each for each in known.blobs if each.digest == blob.digest), None)
     places = dict.fromkeys((place, *(same.places if same else ())))
-    fresh = KnownBlob(blob.digest, blob.size, blob.media_type, diff_id, tuple(places)[:MOST])
+    newest = KnownBlob(blob.digest, blob.size, blob.media_type, diff_id, tuple(places)[:MAX_ENTRIES])
     others = (each for each in known.blobs if each.digest != blob.digest)
-    _write(store, layer_id, LayerBlobs((fresh, *others)[:MOST], known.originals))
+    _write(store, layer_id, LayerBlobs((newest, *others)[:MAX_ENTRIES], known.originals))
 
 
 def note_original(store: LayerStore, record: ImageRecord, media_type: str, manifest: bytes, config: bytes) -> None:
-    """Remember how an image came; an image without layers is not remembered."""
+    """Record the manifest with which an image was pulled; nothing for an image without layers."""
     if not record.layers:
         return
     known = read(store, record.layers[0])
-    fresh = OriginalManifest(image_key(record), media_type, manifest, config)
-    others = (each for each in known.originals if each.key != fresh.key)
-    _write(store, record.layers[0], LayerBlobs(known.blobs, (fresh, *others)[:MOST]))
+    newest = OriginalManifest(image_key(record), media_type, manifest, config)
+    others = (each for each in known.originals if each.key != newest.key)
+    _write(store, record.layers[0], LayerBlobs(known.blobs, (newest, *others)[:MAX_ENTRIES]))
 
 
 def original_of(store: LayerStore, record: ImageRecord) -> OriginalManifest | None:
-    """Return how an image came, if it did and is still what it was then, under whatever name."""
+    """Return the manifest with which an image was pulled, if it has not changed since, whatever its name is."""
     if not record.layers:
         return None
     key = image_key(record)
@@ -97,13 +97,13 @@ def original_of(store: LayerStore, record: ImageRecord) -> OriginalManifest | No
 
 
 def image_key(record: ImageRecord) -> str:
-    """Return a digest of all that makes an image, its name left out."""
+    """Return a digest of an image's record without its name."""
     nameless = msgspec.structs.replace(record, name="")
     return hashlib.sha256(msgspec.json.encode(nameless, order="deterministic")).hexdigest()
 
 
 def _write(store: LayerStore, layer_id: str, known: LayerBlobs) -> None:
-    with contextlib.suppress(FileNotFoundError), store.directory.lock_shared():  # gone already: nothing to remember
+    with contextlib.suppress(FileNotFoundError), store.directory.lock_shared():  # the layer was deleted
         directory = store.directory.open(layer_path(layer_id))
         try:
             store.directory.write(directory, layout.REMOTE, records.with_checksum(msgspec.json.encode(known)))

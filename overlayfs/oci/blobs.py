@@ -1,5 +1,6 @@
-"""Layers as blobs: a stored layer as a compressed tar with its digests, and a stored layer from such a blob."""
+"""Layers as blobs: writing a stored layer as a compressed tar, and storing a layer from such a blob."""
 
+import hashlib
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -7,7 +8,7 @@ from typing import NamedTuple
 
 from overlayfs.oci import compression, image_spec
 from overlayfs.oci.compression import Compression, Compressor, DecompressingReader
-from overlayfs.oci.layer_entries import EntryWithData, Losses, layer_entries, merged_entries
+from overlayfs.oci.layer_entries import EntryWithData, Omissions, layer_entries, merged_entries
 from overlayfs.oci.layer_tar import Progress, source_date_epoch, tar_pieces, unpack_entries, unpack_tar
 from overlayfs.oci.streams import PIECE, HashingReader, PeekableReader, Prefetch, Read
 from overlayfs.oci.tar_entry import ArchiveError
@@ -15,7 +16,7 @@ from overlayfs.store.layers import Layer, StagedLayer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.store import LayerStore
 
-Entries = Generator[EntryWithData, None, None]
+EntryGenerator = Generator[EntryWithData, None, None]
 Sink = Callable[[bytes], object]
 Notice = Callable[[str], None]
 """`notice(sentence)` is called for each kind of thing that an archive or a layer cannot keep."""
@@ -24,11 +25,11 @@ ImageProgress = Callable[[int, int, int], None]
 
 
 class DigestError(ArchiveError):
-    """A blob is not what its digest, its size or the configuration of its image say."""
+    """A blob does not match its digest, its size, or the diff ID in the image's configuration."""
 
 
 class LayerBlob(NamedTuple):
-    """A compressed layer: sha256 and size of the blob, sha256 of the plain tar in it."""
+    """A compressed layer: digest and size in bytes of the blob, digest of the plain tar in it (its diff ID)."""
 
     digest: str
     size: int
@@ -36,12 +37,12 @@ class LayerBlob(NamedTuple):
     media_type: str
 
     def descriptor(self) -> image_spec.Descriptor:
-        """Return the descriptor by which a manifest points to it."""
+        """Return the descriptor for a manifest."""
         return image_spec.Descriptor(self.media_type, self.digest, self.size)
 
 
-def ignore(_: str) -> None:
-    """Take a notice and say nothing."""
+def ignore_notice(_: str) -> None:
+    """Ignore a notice."""
 
 
 # --- from the store ------------------------------------------------------------------------------------------
@@ -53,42 +54,45 @@ def write_blob(
     sink: Sink,
     kind: Compression = Compression.GZIP,
     progress: Progress | None = None,
-    notice: Notice = ignore,
+    notice: Notice = ignore_notice,
 ) -> LayerBlob:
-    """Give the canonical tar of a layer, compressed, to `sink`, in pieces of about 1 MiB and from this thread.
+    """Write the canonical tar of a layer, compressed, by calling `sink(bytes)` with pieces of about 1 MiB.
 
-    The same layer gives the same tar, whatever the store, the machine and the time. Marks that count on layers below
-    are resolved over the stack that the layer's record names.
+    `sink` and `progress(bytes of the plain tar)` are called in the caller's thread. The same layer gives the same tar
+    in every store, on every machine, at any time. Redirects and metacopies are resolved over the lower layers that
+    the layer's record names. Raises `UserError` for what cannot be read.
     """
-    losses = Losses()
+    omissions = Omissions()
     with ExitStack() as undo:
         below = [store.layer(each) for each in layer.record.below]
         for each in (layer, *below):
             undo.enter_context(each.hold())
-        items = _layer_items(layer.tree_path, [each.tree_path for each in below], losses)
-        blob = stream_blob(items, sink, kind, progress)
+        entries = _generate_entries(layer.tree_path, [each.tree_path for each in below], omissions)
+        blob = write_entries(entries, sink, kind, progress)
     if layer.record.diff_id is None and source_date_epoch() is None:
-        store.note_diff_id(layer, blob.diff_id)  # whoever brings the same tar brings the same layer
-    for sentence in losses.sentences():
+        store.note_diff_id(layer, blob.diff_id)  # importing this tar again finds this layer
+    for sentence in omissions.sentences():
         notice(f"layer {layer.id[:12]}: {sentence}")
     return blob
 
 
-def _layer_items(tree: bytes, below: Sequence[bytes], losses: Losses) -> Entries:
-    with layer_entries(tree, below, losses) as items:
-        yield from items
+def _generate_entries(tree: bytes, below: Sequence[bytes], omissions: Omissions) -> EntryGenerator:
+    with layer_entries(tree, below, omissions) as entries:
+        yield from entries
 
 
-def stream_blob(items: Entries, sink: Sink, kind: Compression, progress: Progress | None = None) -> LayerBlob:
-    """Give the tar of items, compressed, to `sink`. The items are asked for in another thread."""
-    squeeze = compression.compressor(kind)
-    plain = _HashingWriter()
-    packed = plain if kind is Compression.NONE else _HashingWriter()  # the same bytes need one hash
+def write_entries(
+    entries: EntryGenerator, sink: Sink, kind: Compression, progress: Progress | None = None
+) -> LayerBlob:
+    """Write the tar of some entries, compressed, to `sink`. The generator of the entries runs in another thread."""
+    compressor = compression.compressor(kind)
+    plain = _Tally()
+    packed = plain if kind is Compression.NONE else _Tally()  # the same bytes need one hash
     with ExitStack() as undo:
-        undo.callback(items.close)
-        undo.callback(squeeze.close)
-        tar = undo.enter_context(Prefetch(tar_pieces(items, source_date_epoch()), "tar", patience=None))
-        blob = undo.enter_context(Prefetch(_squeezed(tar, plain, squeeze), "compress", patience=None))
+        undo.callback(entries.close)
+        undo.callback(compressor.close)
+        tar = undo.enter_context(Prefetch(tar_pieces(entries, source_date_epoch()), "tar", join_timeout=None))
+        blob = undo.enter_context(Prefetch(_compress(tar, plain, compressor), "compress", join_timeout=None))
         for piece in blob:
             if packed is not plain:
                 packed.add(piece)
@@ -98,22 +102,27 @@ def stream_blob(items: Entries, sink: Sink, kind: Compression, progress: Progres
     return LayerBlob(packed.digest, packed.size, plain.digest, kind.media_type)
 
 
-class _HashingWriter(HashingReader):
-    """Digest and length of what is pushed, not pulled."""
+class _Tally:
+    """The digest and length of the bytes that were added."""
 
     def __init__(self) -> None:
-        super().__init__(lambda _: b"")
+        self._hash = hashlib.sha256()
+        self.size = 0
 
     def add(self, data: bytes) -> None:
         self._hash.update(data)
         self.size += len(data)
 
+    @property
+    def digest(self) -> str:
+        return "sha256:" + self._hash.hexdigest()
 
-def _squeezed(tar: Prefetch, plain: _HashingWriter, squeeze: Compressor) -> Iterator[bytes]:
+
+def _compress(tar: Prefetch, plain: _Tally, compressor: Compressor) -> Iterator[bytes]:
     for piece in tar:
         plain.add(piece)
-        yield from filter(None, squeeze.feed(piece))
-    yield from filter(None, squeeze.finish())
+        yield from filter(None, compressor.feed(piece))
+    yield from filter(None, compressor.finish())
 
 
 # --- into the store ------------------------------------------------------------------------------------------
@@ -130,20 +139,21 @@ def read_blob(
     created: str | None = None,
     what: str = "the layer",
     progress: Progress | None = None,
-    notice: Notice = ignore,
+    notice: Notice = ignore_notice,
 ) -> Layer:
-    """Make a layer of the store from a blob, plain or compressed; return it, or the equal one that is there already.
+    """Store a layer from a blob, plain or compressed; return it, or the equal layer that the store has already.
 
-    `source(n)` is called from a thread; it returns some bytes, ``b""`` at the end. Digest and size are checked against
-    `descriptor`, the plain tar against `diff_id`. ArchiveError, with `what` it is, when it is refused: nothing stays.
+    `source(size)` returns some bytes, and ``b""`` at the end; it is called from another thread. Digest and size are
+    checked against `descriptor`, the plain tar against `diff_id`. `progress(bytes of the plain tar)` is called
+    periodically. Raises `ArchiveError` (`DigestError`), in which `what` names the layer; nothing is stored then.
     """
     details = LayerDetails(author, message, created)
-    with prepared_blob(store, source, descriptor, diff_id, details, what, progress, notice) as prepared:
+    with prepare_blob(store, source, descriptor, diff_id, details, what, progress, notice) as prepared:
         return prepared.publish()
 
 
 class LayerDetails(NamedTuple):
-    """What a layer's record says of its making; `created` None: now."""
+    """What a layer's record says about its origin; `created` is in RFC 3339 form, None for now."""
 
     author: str = ""
     message: str = ""
@@ -151,7 +161,7 @@ class LayerDetails(NamedTuple):
 
 
 class PreparedLayer:
-    """A layer that is complete but for becoming a part of the store. Leaving its context without that discards it."""
+    """A complete layer that is not yet part of the store; unless it is published, leaving its context discards it."""
 
     def __init__(self, staged: StagedLayer, manifest: Manifest, diff_id: str | None, details: LayerDetails) -> None:
         self._staged = staged
@@ -160,12 +170,12 @@ class PreparedLayer:
         self.diff_id = diff_id
 
     def publish(self) -> Layer:
-        """Make it a part of the store and return it, or the equal layer that is there already."""
+        """Make it part of the store and return it, or return the equal layer that the store has already."""
         return self._staged.publish(manifest=self._manifest, diff_id=self.diff_id, **self._details._asdict())
 
 
 @contextmanager
-def prepared_blob(
+def prepare_blob(
     store: LayerStore,
     source: Read,
     descriptor: image_spec.Descriptor | None,
@@ -173,9 +183,9 @@ def prepared_blob(
     details: LayerDetails,
     what: str,
     progress: Progress | None = None,
-    notice: Notice = ignore,
+    notice: Notice = ignore_notice,
 ) -> Iterator[PreparedLayer]:
-    """Give a layer made of a blob, as `read_blob` describes it."""
+    """Prepare a layer from a blob; arguments and errors are those of `read_blob`."""
     with store.new_layer() as staged:
         try:
             found = _unpack_blob(source, staged, descriptor, diff_id, progress, notice)
@@ -186,16 +196,23 @@ def prepared_blob(
 
 
 @contextmanager
-def prepared_tree(
-    store: LayerStore, tree: bytes, details: LayerDetails, progress: Progress | None = None, notice: Notice = ignore
+def prepare_tree(
+    store: LayerStore,
+    tree: bytes,
+    details: LayerDetails,
+    progress: Progress | None = None,
+    notice: Notice = ignore_notice,
 ) -> Iterator[PreparedLayer]:
-    """Give a layer that holds a copy of what a directory shows, the store itself left out if it lies inside."""
-    losses = Losses()
+    """Prepare a layer from a copy of the directory `tree`, leaving out the store itself if it is inside.
+
+    `progress(bytes)` is called after each file.
+    """
+    omissions = Omissions()
     found = os.stat(store.path)
     with store.new_layer() as staged:
-        with merged_entries((tree,), losses, frozenset(((found.st_dev, found.st_ino),))) as items:
-            unpacker = unpack_entries(items, staged.tree_fd, progress)
-        for sentence in (*losses.sentences(), *unpacker.sentences()):
+        with merged_entries((tree,), omissions, frozenset(((found.st_dev, found.st_ino),))) as entries:
+            unpacker = unpack_entries(entries, staged.tree_fd, progress)
+        for sentence in (*omissions.sentences(), *unpacker.sentences()):
             notice(sentence)
         with Manifest.build(staged.tree_fd) as manifest:
             yield PreparedLayer(staged, manifest, None, details)
@@ -209,38 +226,38 @@ def _unpack_blob(
     progress: Progress | None,
     notice: Notice,
 ) -> str:
-    """Fill a staged layer, check all digests, and return the diff id."""
-    blob = HashingReader(source if descriptor is None else _limited(source, descriptor.size))
+    """Unpack a blob into a staged layer, check all digests, and return the diff ID."""
+    blob = HashingReader(source if descriptor is None else _limit(source, descriptor.size))
     with ExitStack() as undo:
-        plain, read = _expanded(blob, undo)
-        tar = undo.enter_context(Prefetch(iter(lambda: read(PIECE), b""), "expand"))
+        plain, read = _decompress(blob, undo)
+        tar = undo.enter_context(Prefetch(iter(lambda: read(PIECE), b""), "decompress"))
         unpacker = unpack_tar(tar.read, staged.tree_fd, progress)
     if descriptor is not None and (blob.digest, blob.size) != (descriptor.digest, descriptor.size):
-        raise DigestError(f"it is {blob.digest} with {blob.size} bytes, and was told to be {descriptor.digest}")
+        raise DigestError(f"it is {blob.digest} with {blob.size} bytes, not {descriptor.digest} as announced")
     if diff_id is not None and plain.digest != diff_id:
-        raise DigestError(f"its content is {plain.digest}, and the image's configuration says {diff_id}")
+        raise DigestError(f"its content is {plain.digest}, not {diff_id} as in the image's configuration")
     for sentence in unpacker.sentences():
         notice(sentence)
     return plain.digest
 
 
-def _limited(source: Read, size: int) -> Read:
-    """Return a stream that refuses to be longer than it was told to be."""
+def _limit(source: Read, size: int) -> Read:
+    """Return a stream that raises `DigestError` when it turns out to be longer than `size` bytes."""
     left = size
 
-    def read(most: int) -> bytes:
+    def read(limit: int) -> bytes:
         nonlocal left
-        data = source(most)
+        data = source(limit)
         left -= len(data)
         if left < 0:
-            raise DigestError(f"it is longer than the {size} bytes that were told")
+            raise DigestError(f"it is longer than the {size} bytes that were announced")
         return data
 
     return read
 
 
-def _expanded(blob: HashingReader, undo: ExitStack) -> tuple[HashingReader, Read]:
-    """Return the plain tar of a blob: what knows its digest, and the stream."""
+def _decompress(blob: HashingReader, undo: ExitStack) -> tuple[HashingReader, Read]:
+    """Return the plain tar of a blob: the reader that knows its digest, and the stream."""
     peeked = PeekableReader(blob.read)
     kind = compression.detect(peeked.peek(compression.LONGEST_MAGIC))
     if kind is Compression.NONE:

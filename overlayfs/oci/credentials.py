@@ -1,9 +1,9 @@
-"""Logins that podman, skopeo and docker have left for us.
+"""Finding the credentials that podman, skopeo and docker have saved for a registry. Nothing is ever written.
 
-Files and their order are those of containers-auth.json(5): `$REGISTRY_AUTH_FILE` alone if it is set; else
+The files and their order are those of containers-auth.json(5): if `$REGISTRY_AUTH_FILE` is set, only that one; else
 `$XDG_RUNTIME_DIR/containers/auth.json` (`/run/containers/UID/auth.json` without that variable),
-`~/.config/containers/auth.json` and `~/.docker/config.json`.  In a file a helper named for the registry goes first,
-then the entry of the longest prefix of REGISTRY/REPO, then docker's general helper.  Nothing is ever written.
+`~/.config/containers/auth.json` and `~/.docker/config.json`. Within a file, a credential helper for the registry comes
+first, then the entry for the longest prefix of REGISTRY/REPO, then docker's general credential helper.
 """
 
 import base64
@@ -19,10 +19,10 @@ from typing import Any
 from overlayfs.errors import UserError
 from overlayfs.oci.reference import DOCKER_HUB, Reference
 
-HUB_KEY = "https://index.docker.io/v1/"  # what docker calls Docker Hub in its file and to its helpers
-TOKEN_USER = "<token>"  # the user name that says: the secret is an identity token, not a password
-NOT_FOUND = "credentials not found"  # a helper's whole answer for "no login here"; its exit code is 1 for all failures
-HELPER_LIMIT = 60.0  # seconds; a helper may ask its user to unlock a key ring
+HUB_KEY = "https://index.docker.io/v1/"  # docker's name for Docker Hub in its file and for its helpers
+TOKEN_USER = "<token>"  # a user name that means: the secret is an identity token, not a password
+NOT_FOUND = "credentials not found"  # the only difference to other failures of a helper, whose exit code is always 1
+HELPER_TIMEOUT = 60.0  # seconds; a helper may ask its user to unlock a key ring
 LARGEST_FILE = 1 << 20
 
 _HELPER_NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
@@ -30,7 +30,7 @@ _HELPER_NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Credential:
-    """A login: user and password, or an identity token if `user` is empty; `source` says where it comes from."""
+    """A user and a password, or an identity token if `user` is empty; `source` is where it was found, for messages."""
 
     user: str
     secret: str = dataclasses.field(repr=False)
@@ -38,12 +38,16 @@ class Credential:
 
     @property
     def basic(self) -> str:
-        """The value of an Authorization header (RFC 7617)."""
+        """The value of the Authorization header for HTTP basic authentication (RFC 7617)."""
         return "Basic " + base64.b64encode(f"{self.user}:{self.secret}".encode()).decode()
 
 
 def find(reference: Reference, environ: Mapping[str, str] | None = None) -> Credential | None:
-    """Return the login for a repository, None if there is none. Raises `UserError` for a broken file or helper."""
+    """Return the credential for a repository, None if there is none.
+
+    Raises `UserError` for a file that cannot be read, or a credential helper that fails. `environ` replaces the
+    environment in tests.
+    """
     for path in _files(os.environ if environ is None else environ):
         document = _read(path)
         if document is not None and (found := _in_document(document, path, reference)) is not None:
@@ -71,13 +75,13 @@ def _read(path: str) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"cannot read the logins in {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the credentials in {path}: {error.strerror}") from None
     try:
         document = json.loads(data) if data.strip() else {}
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
-        raise UserError(f"{path} is no file of logins; repair it, or name another one in REGISTRY_AUTH_FILE")
+        raise UserError(f"{path} is not a credentials file; repair it, or name another one in REGISTRY_AUTH_FILE")
     return document
 
 
@@ -101,12 +105,15 @@ def _table(document: dict[str, Any], key: str, path: str) -> dict[str, Any]:
 
 
 def _spellings(registry: str) -> tuple[str, ...]:
-    """The names under which a registry may be listed; the last one is what docker tells its helpers."""
+    """Return the names under which a registry may be listed; docker passes the last one to its helpers."""
     return (*DOCKER_HUB, HUB_KEY) if registry in DOCKER_HUB else (registry,)
 
 
 def _entry(auths: dict[str, Any], path: str, reference: Reference) -> Credential | None:
-    """docker once wrote keys as URLs, whose path says nothing; keys as podman writes them go before those."""
+    """Return the credential of the longest matching prefix.
+
+    docker used to write keys as URLs, whose path means nothing; keys in podman's form take precedence.
+    """
     urls = {_host_of_url(key): value for key, value in auths.items() if "://" in key}
     known = {**urls, **auths}
     for key in _prefixes(reference):
@@ -121,7 +128,7 @@ def _host_of_url(key: str) -> str:
 
 
 def _prefixes(reference: Reference) -> Iterator[str]:
-    """REGISTRY/A/B/C, then REGISTRY/A/B, and at last REGISTRY, in each spelling."""
+    """Yield REGISTRY/A/B/C, then REGISTRY/A/B, and finally REGISTRY, in each spelling."""
     parts = reference.repository.split("/")
     for count in range(len(parts), -1, -1):
         for registry in _spellings(reference.registry):
@@ -139,23 +146,23 @@ def _decoded(value: dict[str, Any], source: str) -> Credential | None:
     except (binascii.Error, ValueError):
         colon = ""
     if not colon:
-        raise UserError(f"{source}: the login cannot be decoded; log in again")
+        raise UserError(f"{source}: the credential cannot be decoded; log in again")
     return Credential(user, secret.rstrip("\0"), source)
 
 
 def _ask_helper(name: str, registry: str, path: str) -> Credential | None:
-    """The protocol of docker-credential-helpers: the registry on standard input, JSON on standard output."""
+    """Run a credential helper, which reads a registry and writes JSON (docker/docker-credential-helpers)."""
     program = f"docker-credential-{name}"
     if not _HELPER_NAME.fullmatch(name):
         raise UserError(f"{path}: {name!r} is not the name of a credential helper")
     try:
         done = subprocess.run(
-            [program, "get"], input=registry.encode(), capture_output=True, timeout=HELPER_LIMIT, check=False
+            [program, "get"], input=registry.encode(), capture_output=True, timeout=HELPER_TIMEOUT, check=False
         )
     except FileNotFoundError:
         raise UserError(f"{path} names the credential helper {program}, which is not on the PATH") from None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"the credential helper {program} gives no answer: {type(error).__name__}") from None
+        raise UserError(f"the credential helper {program} does not answer: {type(error).__name__}") from None
     if done.returncode:
         if NOT_FOUND in done.stdout.decode(errors="replace"):
             return None
@@ -170,5 +177,5 @@ def _helper_answer(data: bytes, program: str) -> Credential:
     except (ValueError, TypeError, KeyError, RecursionError):
         user = secret = None
     if not isinstance(user, str) or not isinstance(secret, str):
-        raise UserError(f"the credential helper {program} answers with something else than a login")
+        raise UserError(f"the credential helper {program} does not answer with a credential")
     return Credential("" if user == TOKEN_USER else user, secret, program)

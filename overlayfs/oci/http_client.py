@@ -1,8 +1,8 @@
-"""HTTP as a client of registries needs it.
+"""HTTP for a registry client: TLS, redirects, retries and cancellation on top of urllib3.
 
-TLS always, except with this machine itself and only on request.  A secret belongs to one origin (scheme, host, port)
-and is left out as soon as a redirect leads elsewhere.  What may be repeated is repeated: busy servers (429, 5xx) and
-broken connections get more attempts, further and further apart.  Nothing is read without a limit.
+Every connection uses TLS, except to this machine, and there only on request. An Authorization header belongs to one
+origin (scheme, host, port) and is not sent where a redirect leads to another one. Busy servers (429, 5xx) and broken
+connections are retried with exponential backoff. Every read has a limit.
 """
 
 import contextlib
@@ -34,24 +34,31 @@ from overlayfs.oci.reference import is_loopback
 CONNECT_TIMEOUT = 15.0  # seconds
 READ_TIMEOUT = 60.0  # seconds without a byte
 MAX_REDIRECTS = 5
-PIECE = 1 << 18  # bytes read at a time
-TEXT_LIMIT = 1 << 16  # bytes of an answer that is only looked at for its message
-MAX_RETRY_AFTER = 300.0  # seconds; a server that asks for more is not waited for
+PIECE = 1 << 18  # bytes per read
+MAX_SHORT_BODY = 1 << 16  # bytes of a body that is only read for its message
+MAX_RETRY_AFTER = 300.0  # seconds; a longer Retry-After is an error at once
 RETRY_STATUSES = {408, 429, 500, 502, 503, 504}
-_ALWAYS = {"User-Agent": "overlayfs", "Accept-Encoding": "identity"}
 REDIRECT_STATUSES = {301, 302, 303, 307, 308}
+_HEADERS = {"User-Agent": "overlayfs", "Accept-Encoding": "identity"}
 
 
 class BrokenConnectionError(Exception):
-    """The connection broke, or the answer is not whole; trying again may help."""
+    """The connection broke, or the response is incomplete; a retry may help."""
+
+
+class UnreachableError(BrokenConnectionError):
+    """No connection could be made: the host does not exist, or nothing listens on the port."""
 
 
 class CancelledError(Exception):
-    """Another thread has failed, or the user has interrupted: this work is no longer wanted."""
+    """The transfer was cancelled: another thread has failed, or the user has interrupted."""
 
 
 class RetryPolicy:
-    """How often and when to try again; `stop` ends every wait, now and later."""
+    """How often and after which pauses requests are retried, and whether the transfer they belong to is cancelled.
+
+    attempts: including the first. first, longest: seconds of backoff. wait(seconds) sleeps; jitter() is in [0, 1).
+    """
 
     def __init__(
         self,
@@ -64,44 +71,42 @@ class RetryPolicy:
         self.attempts = attempts
         self._first = first
         self._longest = longest
-        self._stopped = threading.Event()
-        self._wait = wait or self._stopped.wait
+        self._cancelled = threading.Event()
+        self._wait = wait or self._cancelled.wait
         self._jitter = jitter
 
-    def pause(self, attempt: int, asked: float = 0.0) -> None:
-        """Wait after attempt `attempt` (from 0): each time twice as long, half of it random; at least `asked` s."""
-        backoff: float = min(self._longest, self._first * 2**attempt)
-        self.rest(max(asked, backoff * (0.5 + 0.5 * self._jitter())))
+    def backoff(self, attempt: int, at_least: float = 0.0) -> None:
+        """Sleep after attempt `attempt` (from 0): twice as long each time, half of it random; `at_least` seconds.
 
-    def rest(self, seconds: float) -> None:
-        """Wait, unless the work is given up meanwhile."""
+        Raises `CancelledError`.
+        """
+        seconds: float = min(self._longest, self._first * 2**attempt)
+        self.sleep(max(at_least, seconds * (0.5 + 0.5 * self._jitter())))
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep; raises `CancelledError` as soon as the transfer is cancelled."""
         self._wait(seconds)
-        self.check()
+        self.raise_if_cancelled()
 
-    def stop(self) -> None:
-        """End all waits."""
-        self._stopped.set()
+    def cancel(self) -> None:
+        """Cancel the transfer: sleeping threads wake up."""
+        self._cancelled.set()
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the work is given up."""
-        return self._stopped.is_set()
-
-    def check(self) -> None:
-        """Raise `GivenUpError` after `stop`."""
-        if self.stopped:
+    def raise_if_cancelled(self) -> None:
+        """Raise `CancelledError` after `cancel`."""
+        if self._cancelled.is_set():
             raise CancelledError
 
 
 class Body(NamedTuple):
-    """What a request carries: its size in bytes and a function that gives it from the beginning."""
+    """A request body: its size in bytes, and a function that yields it from the beginning (for each attempt)."""
 
     size: int
     pieces: Callable[[], Iterable[bytes]]
 
 
 class Response:
-    """An answer whose body has not been read; close it, or read it to its end."""
+    """A response whose body has not been read yet; read it to its end, or close it."""
 
     def __init__(self, response: urllib3.BaseHTTPResponse, url: str, client: "HttpClient") -> None:
         self._response = response
@@ -110,34 +115,34 @@ class Response:
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
 
-    def listed(self, header: str) -> list[str]:
-        """Return every line of a header that may come more than once."""
+    def header_lines(self, header: str) -> list[str]:
+        """Return all values of a header that may be repeated."""
         return list(self._response.headers.getlist(header))
 
     def pieces(self) -> Iterator[bytes]:
-        """Give the body piece by piece. Raises `BrokenError` where it ends too early."""
+        """Yield the body in pieces. Raises `BrokenConnectionError` when it ends too early, or `CancelledError`."""
         try:
             while piece := self._response.read(PIECE, decode_content=False):
-                self._client.retry.check()
+                self._client.retry.raise_if_cancelled()
                 yield piece
         except HTTPError as error:
-            self._client.retry.check()
+            self._client.retry.raise_if_cancelled()
             raise BrokenConnectionError(_reason(error)) from None
         finally:
             self.close()
 
-    def text(self, limit: int = TEXT_LIMIT) -> bytes:
-        """Return the whole body. Raises `UserError` when it is longer than `limit` bytes, `BrokenError` as `pieces`."""
+    def read_body(self, limit: int = MAX_SHORT_BODY) -> bytes:
+        """Return the whole body. Raises `UserError` if it is longer than `limit` bytes, and the errors of `pieces`."""
         data = bytearray()
         for piece in self.pieces():
             data += piece
             if len(data) > limit:
                 self.close()
-                raise UserError(f"{host_of(self.url)} answers with more than {limit} bytes where little was expected")
+                raise UserError(f"{host_of(self.url)} answers with more than {limit} bytes where few were expected")
         return bytes(data)
 
     def close(self) -> None:
-        """Let go of the connection; it serves again only if the body was read to its end."""
+        """Release the connection; it is reused only if the body was read to its end."""
         self._client.forget(self)
         if getattr(self._response, "length_remaining", None) == 0:
             self._response.read()
@@ -145,7 +150,10 @@ class Response:
 
 
 class HttpClient:
-    """Connections to any number of hosts, shared by threads."""
+    """Connections to any number of hosts, shared by threads. Use it as a context manager.
+
+    plain_http: speak HTTP, which is allowed only to this machine. ca: a file of certificates to trust as well.
+    """
 
     def __init__(
         self, *, plain_http: bool = False, ca: str | None = None, connections: int = 4, retry: RetryPolicy | None = None
@@ -153,11 +161,11 @@ class HttpClient:
         self.retry = retry or RetryPolicy()
         self.scheme = "http" if plain_http else "https"
         self._tls = _tls_context(ca)
-        self._connections = connections
+        self._connections_per_host = connections
         self._managers: dict[str, urllib3.PoolManager] = {}
-        self._connections_made: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._open: set[Response] = set()
-        self._answered: set[str] = set()
+        self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._open_responses: set[Response] = set()
+        self._reached_hosts: set[str] = set()
         self._lock = threading.Lock()
 
     def request(
@@ -168,33 +176,33 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
         body: Body | bytes = b"",
         secret: str | None = None,
-        again: bool = True,
+        retry_failures: bool = True,
     ) -> Response:
-        """Return the answer to a request, whatever its status; GET and HEAD follow redirects.
+        """Return the response to a request, whatever its status; GET and HEAD follow redirects.
 
-        `secret` is the value of Authorization, for the host of `url` alone.  With `again` busy servers and broken
-        connections are tried again, and a `UserError` is raised when that does not help; without, they are the
-        caller's: a status that it must look at, or `BrokenError`.
+        `secret` is the value of the Authorization header, sent only to the origin of `url`. With `retry_failures`,
+        busy servers and broken connections are retried, and `UserError` is raised after the last attempt. Without it,
+        the caller has to handle them: a status in `RETRY_STATUSES`, or `BrokenConnectionError`.
         """
         for attempt in range(self.retry.attempts):
-            self.retry.check()
+            self.retry.raise_if_cancelled()
             last = attempt + 1 == self.retry.attempts
             try:
-                reply = self._follow(method, url, dict(headers or {}), body, secret)
+                response = self._follow(method, url, dict(headers or {}), body, secret)
             except BrokenConnectionError as error:
-                if not again:
+                if not retry_failures:
                     raise
-                if last or (isinstance(error, UnreachableError) and host_of(url) not in self._answered):
+                if last or (isinstance(error, UnreachableError) and host_of(url) not in self._reached_hosts):
                     raise UserError(f"cannot reach {host_of(url)}: {error}") from None
-                self.retry.pause(attempt)
+                self.retry.backoff(attempt)
                 continue
-            if reply.status not in RETRY_STATUSES or not again:
-                return reply
-            asked = _asked_pause(reply)
-            reply.close()
-            if last or asked > MAX_RETRY_AFTER:
-                raise UserError(_busy_sentence(reply, asked))
-            self.retry.pause(attempt, asked)
+            if response.status not in RETRY_STATUSES or not retry_failures:
+                return response
+            retry_after = _retry_after(response)
+            response.close()
+            if last or retry_after > MAX_RETRY_AFTER:
+                raise UserError(_busy_message(response, retry_after))
+            self.retry.backoff(attempt, retry_after)
         raise AssertionError("the last attempt returns or raises")
 
     def _follow(
@@ -205,56 +213,59 @@ class HttpClient:
             sent = dict(headers)
             if secret is not None and origin(url) == home:
                 sent["Authorization"] = secret
-            reply = self._send(method, url, sent, body)
-            target = reply.headers.get("Location")
-            if method not in ("GET", "HEAD") or reply.status not in REDIRECT_STATUSES or target is None:
-                return reply
-            reply.close()
-            url = self.joined(url, target)
-        raise UserError(f"{home.host} sends us from one address to the next without end")
+            response = self._send(method, url, sent, body)
+            target = response.headers.get("Location")
+            if method not in ("GET", "HEAD") or response.status not in REDIRECT_STATUSES or target is None:
+                return response
+            response.close()
+            url = self.resolve_location(url, target)
+        raise UserError(f"{home.host} redirects more than {MAX_REDIRECTS} times")
 
     def _send(self, method: str, url: str, headers: dict[str, str], body: Body | bytes) -> Response:
-        self._allow(url)
+        self._require_tls(url)
         payload: bytes | Iterable[bytes] | None = body or None if isinstance(body, bytes) else body.pieces()
         if not isinstance(body, bytes):
             headers["Content-Length"] = str(body.size)
         try:
-            response = self._manager(url).request(
-                method, url, body=payload, headers={**_ALWAYS, **headers},
+            answer = self._manager(url).request(
+                method, url, body=payload, headers={**_HEADERS, **headers},
                 preload_content=False, decode_content=False, redirect=False, retries=False,
             )  # fmt: skip
         except (HTTPError, OSError) as error:
             raise self._failure(url, error) from None
-        reply = Response(response, url, self)
+        response = Response(answer, url, self)
         with self._lock:
-            self._open.add(reply)
-            self._answered.add(host_of(url))
-        return reply
+            self._open_responses.add(response)
+            self._reached_hosts.add(host_of(url))
+        return response
 
     def _failure(self, url: str, error: Exception) -> Exception:
-        self.retry.check()
+        self.retry.raise_if_cancelled()
         if isinstance(error, LocationParseError):
-            return UserError(_no_address(url))
+            return UserError(_bad_url_message(url))
         if isinstance(error, SSLError):
-            return UserError(_tls_sentence(host_of(url), error))
+            return UserError(_tls_message(host_of(url), error))
         if isinstance(error, (NameResolutionError, NewConnectionError)):
             return UnreachableError(_reason(error))
         return BrokenConnectionError(_reason(error))
 
-    def joined(self, url: str, target: str) -> str:
-        """Return where a Location leads from `url`. Raises `UserError` where it may not lead."""
+    def resolve_location(self, url: str, target: str) -> str:
+        """Return the URL that a Location header in a response from `url` means.
+
+        Raises `UserError` for what is no URL, or leads to a host that must not be spoken to without TLS.
+        """
         try:
             found = urllib.parse.urljoin(url, target)
         except ValueError:
-            raise UserError(_no_address(target)) from None
-        self._allow(found)
+            raise UserError(_bad_url_message(target)) from None
+        self._require_tls(found)
         return found
 
-    def _allow(self, url: str) -> None:
+    def _require_tls(self, url: str) -> None:
         scheme, host, _ = origin(url)
         if scheme == "https" or (self.scheme == scheme == "http" and is_loopback(host)):
             return
-        raise UserError(f"refused to talk to {host_of(url)} without TLS; --plain-http is for this machine alone")
+        raise UserError(f"refused to talk to {host_of(url)} without TLS; --plain-http works only for this machine")
 
     def _manager(self, url: str) -> urllib3.PoolManager:
         proxy = _proxy_for(url)
@@ -265,35 +276,36 @@ class HttpClient:
 
     def _new_manager(self, proxy: str) -> urllib3.PoolManager:
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT, read=READ_TIMEOUT)
+        size = self._connections_per_host
         made: urllib3.PoolManager
         if proxy:
-            made = urllib3.ProxyManager(proxy, ssl_context=self._tls, timeout=timeout, maxsize=self._connections)
+            made = urllib3.ProxyManager(proxy, ssl_context=self._tls, timeout=timeout, maxsize=size)
         else:
-            made = urllib3.PoolManager(ssl_context=self._tls, timeout=timeout, maxsize=self._connections)
+            made = urllib3.PoolManager(ssl_context=self._tls, timeout=timeout, maxsize=size)
         made.pool_classes_by_scheme = _watched_pools(self._watch)
         return made
 
     def _watch(self, connection: urllib3.connection.HTTPConnection) -> None:
-        """Remember a new connection, so that `stop` can end what a thread waits for on it."""
-        self._connections_made.add(connection)
-        self.retry.check()
+        """Remember a new connection for `cancel`, which has to interrupt threads that are blocked on it."""
+        self._connections.add(connection)
+        self.retry.raise_if_cancelled()
 
-    def forget(self, reply: Response) -> None:
-        """Take an answer off the list of those that `stop` ends."""
+    def forget(self, response: Response) -> None:
+        """Drop a closed response; `Response.close` calls this."""
         with self._lock:
-            self._open.discard(reply)
+            self._open_responses.discard(response)
 
-    def stop(self) -> None:
-        """Make every thread that waits for a host, or for its turn, come back with `GivenUpError`."""
-        self.retry.stop()
-        for connection in tuple(self._connections_made):
-            with contextlib.suppress(OSError, AttributeError):  # it may be closed already, and then has no socket
+    def cancel(self) -> None:
+        """Cancel the transfer: threads that wait for a host, or sleep between attempts, get `CancelledError`."""
+        self.retry.cancel()
+        for connection in tuple(self._connections):
+            with contextlib.suppress(OSError, AttributeError):  # a closed connection has no socket
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close all connections; answers that nobody has read go with them."""
-        for reply in tuple(self._open):
-            reply.close()
+        """Close all connections, those of unread responses too."""
+        for response in tuple(self._open_responses):
+            response.close()
         for manager in self._managers.values():
             manager.clear()
 
@@ -304,12 +316,8 @@ class HttpClient:
         self.close()
 
 
-class UnreachableError(BrokenConnectionError):
-    """There was no connection at all: no such host, or nobody listens."""
-
-
 class Origin(NamedTuple):
-    """Whom a secret is for."""
+    """The scheme, host and port that a secret belongs to (RFC 6454)."""
 
     scheme: str
     host: str
@@ -317,33 +325,33 @@ class Origin(NamedTuple):
 
 
 def origin(url: str) -> Origin:
-    """Return scheme, host and port of an address, ports filled in."""
-    try:  # by the parser that connects, not by another one that may understand an address otherwise
+    """Return the origin of a URL, with the default port filled in. Raises `UserError` for what is no absolute URL."""
+    try:  # with the parser that connects: another one might read the same URL differently
         found = urllib3.util.parse_url(url)
     except LocationParseError:
         found = urllib3.util.Url()
     if not found.scheme or not found.host or found.auth is not None:
-        raise UserError(_no_address(url))
+        raise UserError(_bad_url_message(url))
     return Origin(found.scheme, found.host.lower(), found.port or {"http": 80, "https": 443}.get(found.scheme, 0))
 
 
-def _no_address(text: str) -> str:
-    return f"{printable(text)} is no address that we go to"
+def _bad_url_message(text: str) -> str:
+    return f"{printable(text)} is not a URL that can be used"
 
 
 def host_of(url: str) -> str:
-    """Return HOST[:PORT] of an address that may be gone to, for messages."""
+    """Return HOST[:PORT] of a URL that `origin` accepts, for messages."""
     found = urllib3.util.parse_url(url)
     return printable(found.netloc or "")
 
 
 def printable(text: str, limit: int = 300) -> str:
-    """Return what others wrote as one short line without control characters."""
+    """Return text from outside as one line of at most `limit` characters, without control characters."""
     return "".join(character if character.isprintable() else "?" for character in text[:limit])
 
 
 def _tls_context(ca: str | None) -> ssl.SSLContext:
-    """The system's certificates, or those of `$SSL_CERT_FILE`; `ca` is a file of more."""
+    """The system's certificates, or those of `$SSL_CERT_FILE`, and those in the file `ca`."""
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca is not None:
@@ -354,7 +362,7 @@ def _tls_context(ca: str | None) -> ssl.SSLContext:
     return context
 
 
-def _tls_sentence(host: str, error: SSLError) -> str:
+def _tls_message(host: str, error: SSLError) -> str:
     text = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return (
@@ -362,8 +370,8 @@ def _tls_sentence(host: str, error: SSLError) -> str:
             "name the authority that signed it with --ca FILE"
         )
     if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
-        return f"{host} does not speak TLS; a registry on this machine can do without: --plain-http"
-    return f"no TLS connection with {host}: {_reason(error)}"
+        return f"{host} does not speak TLS; if it is on this machine, use --plain-http"
+    return f"cannot make a TLS connection with {host}: {_reason(error)}"
 
 
 def _between(text: str, start: str, end: str) -> str:
@@ -371,7 +379,7 @@ def _between(text: str, start: str, end: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause, in the words of the system: urllib3 wraps them in layers of its own."""
+    """Return the innermost cause, which urllib3 wraps in several exceptions, in the system's words."""
     seen: BaseException = error
     while inner := seen.__cause__ or (seen.__context__ if not seen.__suppress_context__ else None):
         seen = inner
@@ -382,9 +390,9 @@ def _reason(error: Exception) -> str:
     return printable(str(seen).rpartition(">: ")[2]) or type(seen).__name__
 
 
-def _asked_pause(reply: Response) -> float:
-    """Retry-After (RFC 9110, 10.2.3): seconds, or a date."""
-    text = reply.headers.get("Retry-After", "").strip()
+def _retry_after(response: Response) -> float:
+    """Return the seconds in Retry-After, which has a number or a date (RFC 9110, section 10.2.3); 0 without it."""
+    text = response.headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
     try:
@@ -393,13 +401,13 @@ def _asked_pause(reply: Response) -> float:
         return 0.0
 
 
-def _busy_sentence(reply: Response, asked: float) -> str:
-    when = f" and asks for {asked:.0f} seconds of rest" if asked else ""
-    return f"{host_of(reply.url)} is busy (status {reply.status}){when}; try again later"
+def _busy_message(response: Response, retry_after: float) -> str:
+    when = f" and asks to wait {retry_after:.0f} seconds" if retry_after else ""
+    return f"{host_of(response.url)} is busy (status {response.status}){when}; try again later"
 
 
 def _proxy_for(url: str) -> str:
-    """The proxy that the usual variables name (`https_proxy`, `no_proxy`, ...); none for this machine."""
+    """Return the proxy for a URL from `https_proxy`, `no_proxy` and the like; "" for none, and for this machine."""
     scheme, host, port = origin(url)
     if is_loopback(host) or urllib.request.proxy_bypass(f"{host}:{port}"):
         return ""
@@ -407,7 +415,7 @@ def _proxy_for(url: str) -> str:
 
 
 def _watched_pools(watch: Callable[[Any], None]) -> dict[str, Any]:
-    """Return the pools of urllib3, by scheme, with connections that tell `watch` when they are made."""
+    """Return urllib3's connection pools by scheme, with connections that call `watch(connection)` once connected."""
 
     def watched(base: Any) -> Any:
         def connect(self: Any) -> None:

@@ -1,4 +1,4 @@
-"""From the documents of an image to its record in the store, and back; and which image of several is meant."""
+"""Converting between an image's documents and its record in the store, and choosing one image of several."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,24 +13,25 @@ from overlayfs.store.records import History, ImageRecord, now
 _ATTESTATION = "vnd.docker.reference.type"
 
 
-# --- which one -----------------------------------------------------------------------------------------------
+# --- choosing ------------------------------------------------------------------------------------------------
 
 
 def choose(descriptors: Iterable[Descriptor], wanted: Platform | None, what: str) -> Descriptor:
-    """Return the one of several manifests that is for a platform, the host's unless `wanted`.
+    """Return the one of several descriptors whose image is for a platform; `wanted` defaults to the host's.
 
-    A single one is taken as it is when nothing is wanted. UserError, with the list, when none fits.
+    If no platform is wanted and there is a single image, that one is returned, whatever its platform. Raises
+    `UserError`, with the list of platforms, when none fits; `what` names the image in the message.
     """
     images = tuple(each for each in descriptors if _is_image(each))
     if not images:
-        raise UserError(f"{what} holds no image")
+        raise UserError(f"{what} contains no image")
     if wanted is None and len(images) == 1:
         return images[0]
     return platforms.choose(Index(2, images), wanted or platforms.host(), what)
 
 
 def _is_image(descriptor: Descriptor) -> bool:
-    """Return whether a descriptor may lead to an image: no attestation, no artifact."""
+    """Return whether a descriptor may be that of an image, not of an attestation (BuildKit) or an artifact."""
     platform = descriptor.platform
     if platform is not None and platform.os == platform.architecture == "unknown":
         return False
@@ -39,7 +40,7 @@ def _is_image(descriptor: Descriptor) -> bool:
 
 
 def require_platform(config: ImageConfig, wanted: Platform | None, what: str) -> None:
-    """Refuse an image whose configuration is for another platform than the one that was asked for."""
+    """Raise `UserError` if a platform is wanted and the image's configuration is for another one."""
     if wanted is not None and config.architecture and not platforms.matches(wanted, config.platform):
         raise UserError(f"{what} is for {config.platform}, not for {wanted}")
 
@@ -48,7 +49,7 @@ def require_platform(config: ImageConfig, wanted: Platform | None, what: str) ->
 
 
 def parse_config(data: bytes, what: str) -> ImageConfig:
-    """Read the configuration of an image; DocumentError for one that cannot be used."""
+    """Decode the configuration of an image. Raises `DocumentError`; `what` names it in the message."""
     return image_spec.decode(data, ImageConfig, what)
 
 
@@ -57,10 +58,10 @@ def image_record(
 ) -> ImageRecord:
     """Return the record of an image from its configuration and its layers, the LOWEST first.
 
-    A layer whose root is opaque hides all below it, which no mount would do: the image begins with it, and the history
-    says of the others that they hold nothing.
+    A layer whose root is opaque hides all layers below it. A mount ignores that mark,
+    so those layers are left out of the stack, and the history marks their entries as empty.
     """
-    first = _first_that_counts(layers)
+    first = _lowest_visible(layers)
     return ImageRecord(
         name=name,
         layers=tuple(layer.id for layer in reversed(layers[first:])),
@@ -75,11 +76,11 @@ def image_record(
     )
 
 
-def _first_that_counts(layers: Sequence[Layer]) -> int:
-    return max((position for position, layer in enumerate(layers) if _cuts_off(layer)), default=0)
+def _lowest_visible(layers: Sequence[Layer]) -> int:
+    return max((position for position, layer in enumerate(layers) if _is_root_opaque(layer)), default=0)
 
 
-def _cuts_off(layer: Layer) -> bool:
+def _is_root_opaque(layer: Layer) -> bool:
     root = layer.tree_fd()
     try:
         return has_opaque_root(root)
@@ -88,7 +89,7 @@ def _cuts_off(layer: Layer) -> bool:
 
 
 def _without_layers(history: Iterable[HistoryEntry], count: int) -> tuple[History, ...]:
-    """Return the history with its first `count` layers said to be empty."""
+    """Return the history with the entries of the first `count` layers marked as empty."""
     found = []
     for each in history:
         empty = each.empty_layer or count > 0
@@ -108,7 +109,7 @@ def _without_layers(history: Iterable[HistoryEntry], count: int) -> tuple[Histor
 def config_of(record: ImageRecord, diff_ids: Sequence[str]) -> ImageConfig:
     """Return the configuration of a stored image; `diff_ids` of its layers, the LOWEST first.
 
-    A history that does not count as many layers as there are is left out: readers refuse one.
+    A history whose number of layers differs from that of the image is left out, because other programs refuse it.
     """
     steps = tuple(
         HistoryEntry(each.created, each.author, each.created_by, each.comment, each.empty_layer)

@@ -15,10 +15,19 @@ import msgspec
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci import image, image_spec, tar_writer
-from overlayfs.oci.blobs import Entries, ImageProgress, LayerBlob, Notice, Sink, ignore, stream_blob, write_blob
+from overlayfs.oci.blobs import (
+    EntryGenerator,
+    ImageProgress,
+    LayerBlob,
+    Notice,
+    Sink,
+    ignore_notice,
+    write_blob,
+    write_entries,
+)
 from overlayfs.oci.compression import Compression
 from overlayfs.oci.image_spec import Descriptor, DockerSaved, ImageConfig, Index, Manifest
-from overlayfs.oci.layer_entries import Losses, merged_entries
+from overlayfs.oci.layer_entries import Omissions, merged_entries
 from overlayfs.oci.layer_tar import unpack_entries
 from overlayfs.oci.streams import PIECE, unnamed_file
 from overlayfs.oci.tar_entry import Kind, TarEntry
@@ -59,7 +68,7 @@ class ExportOptions:
     format: Format
     compression: Compression | None = None
     progress: ImageProgress | None = None
-    notice: Notice = field(default=ignore)
+    notice: Notice = field(default=ignore_notice)
 
     @property
     def packing(self) -> Compression:
@@ -120,10 +129,10 @@ class _Export:
         if self._options.format is Format.OCI:
             self._write_layout(_DirectoryLayout(fd))
             return
-        losses = Losses()
-        with merged_entries(self._stack(), losses) as items:
+        omissions = Omissions()
+        with merged_entries(self._stack(), omissions) as items:
             unpacker = unpack_entries(items, fd, self._options.layer_progress(1, 1), merged=True)
-        self._tell(losses.sentences() + unpacker.sentences())
+        self._tell(omissions.sentences() + unpacker.sentences())
 
     def _fill_file(self, target: "_Target") -> None:
         if self._options.format is Format.TAR:
@@ -146,14 +155,14 @@ class _Export:
     # --- formats ---------------------------------------------------------------------------------------
 
     def _write_tar(self, sink: Sink) -> None:
-        losses = Losses()
+        omissions = Omissions()
 
-        def items() -> Entries:
-            with merged_entries(self._stack(), losses) as found:
+        def items() -> EntryGenerator:
+            with merged_entries(self._stack(), omissions) as found:
                 yield from found
 
-        stream_blob(items(), sink, self._options.packing, self._options.layer_progress(1, 1))
-        self._tell(losses.sentences())
+        write_entries(items(), sink, self._options.packing, self._options.layer_progress(1, 1))
+        self._tell(omissions.sentences())
 
     def _write_layout(self, target: _Layout) -> None:
         target.put(b"oci-layout", b'{"imageLayoutVersion":"1.0.0"}')

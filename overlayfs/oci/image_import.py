@@ -11,13 +11,21 @@ from dataclasses import dataclass, field
 from overlayfs import sysio
 from overlayfs.errors import UserError
 from overlayfs.oci import compression, image, image_layouts, platforms
-from overlayfs.oci.blobs import ImageProgress, LayerDetails, Notice, PreparedLayer, ignore, prepared_blob, prepared_tree
+from overlayfs.oci.blobs import (
+    ImageProgress,
+    LayerDetails,
+    Notice,
+    PreparedLayer,
+    ignore_notice,
+    prepare_blob,
+    prepare_tree,
+)
 from overlayfs.oci.compression import Compression, DecompressingReader
 from overlayfs.oci.image_layouts import DirectoryFiles, FoundImage, LayerSource
 from overlayfs.oci.image_spec import HistoryEntry, ImageConfig, Platform
 from overlayfs.oci.streams import PIECE, PeekableReader, Read, unnamed_file
 from overlayfs.oci.tar_entry import ArchiveError
-from overlayfs.oci.tar_index import TarIndex, stream_of
+from overlayfs.oci.tar_index import TarIndex, extent_stream
 from overlayfs.oci.tar_reader import TarReader
 from overlayfs.store import layout
 from overlayfs.store.layers import Layer
@@ -41,7 +49,7 @@ class ImportOptions:
     author: str = ""
     message: str = ""
     progress: ImageProgress | None = None
-    notice: Notice = field(default=ignore)
+    notice: Notice = field(default=ignore_notice)
 
     def layer_progress(self, layer: int, layers: int) -> Callable[[int], None] | None:
         """Return what is told the bytes of one layer."""
@@ -89,7 +97,7 @@ class _Import:
         # By descriptor: what is imported is what was opened.
         inside = b"/proc/self/fd/%d" % fd
         progress = self._options.layer_progress(1, 1)
-        with prepared_tree(self._store, inside, self._details(), progress, self._options.notice) as prepared:
+        with prepare_tree(self._store, inside, self._details(), progress, self._options.notice) as prepared:
             return self._single(prepared, shown)
 
     # --- streams ---------------------------------------------------------------------------------------
@@ -117,7 +125,7 @@ class _Import:
                 return self._found(image_layouts.find(files, reference, self._options.platform, shown), shown)
             if reference is not None:
                 raise UserError(f"{shown} is not an archive of images, so it has no image {reference}")
-            return self._layer(stream_of(fd, 0, sysio.stat_at(fd, b"").st_size), shown)
+            return self._layer(extent_stream(fd, 0, sysio.stat_at(fd, b"").st_size), shown)
 
     def _spooled(self, read: Read, undo: ExitStack) -> int:
         """Return an unnamed file of the store with all of a stream that cannot be read twice."""
@@ -131,7 +139,7 @@ class _Import:
         return fd
 
     def _layer(self, read: Read, shown: str) -> ImageRecord:
-        with prepared_blob(
+        with prepare_blob(
             self._store,
             read,
             None,
@@ -188,7 +196,7 @@ class _Import:
             read = layer.open()
         except ArchiveError as error:
             raise type(error)(f"{what} is refused: {error}") from error
-        with prepared_blob(
+        with prepare_blob(
             self._store,
             read,
             layer.descriptor,

@@ -17,7 +17,7 @@ from overlayfs.oci.blobs import DigestError
 from overlayfs.oci.image_spec import Descriptor, DockerSaved, DocumentError, ImageConfig, Index, Manifest, Platform
 from overlayfs.oci.streams import Read
 from overlayfs.oci.tar_entry import ArchiveError
-from overlayfs.oci.tar_index import stream_of
+from overlayfs.oci.tar_index import extent_stream
 
 LAYOUT = b"oci-layout"
 INDEX = b"index.json"
@@ -82,7 +82,7 @@ class DirectoryFiles:
     def stream(self, name: bytes) -> Read:
         """Return the content of a file; ArchiveError when it is missing."""
         fd = self._opened(name)
-        return stream_of(fd, 0, sysio.stat_at(fd, b"").st_size)
+        return extent_stream(fd, 0, sysio.stat_at(fd, b"").st_size)
 
     def _opened(self, name: bytes) -> int:
         try:

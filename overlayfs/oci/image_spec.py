@@ -1,9 +1,9 @@
-"""The documents of an image: descriptors, manifests, indexes, configurations, as frozen values read from JSON.
+"""The JSON documents of the OCI image specification: descriptors, manifests, indexes, configurations.
 
 Sources: opencontainers/image-spec v1.1.1 (``descriptor.md``, ``manifest.md``, ``image-index.md``, ``config.md``,
-``media-types.md``); distribution ``manifest-v2-2.md`` for the Docker types, which differ in their names alone.
-A document is at most `LARGEST_DOCUMENT` bytes; what is deeper than msgspec goes, malformed, or two kinds of document at
-once (CVE-2021-41190) is refused as `DocumentError`, a `UserError`.
+``media-types.md``); distribution ``manifest-v2-2.md`` for the Docker types, which differ only in their media types.
+A document is at most `LARGEST_DOCUMENT` bytes. One that is malformed, nested too deeply for msgspec, or a manifest and
+an index at once (CVE-2021-41190) is refused with `DocumentError`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import msgspec
 from overlayfs.errors import UserError
 
 LARGEST_DOCUMENT = 4 << 20
-"""What registries take as a manifest: distribution-spec, "Pushing Manifests"."""
+"""The limit that registries should have for a manifest: distribution-spec, "Pushing Manifests"."""
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -38,32 +38,32 @@ LAYERS = frozenset(
     for base in (OCI_LAYER, _FOREIGN, _DOCKER_LAYER, "application/vnd.docker.image.rootfs.foreign.diff.tar")
     for ending in ("", "+gzip", "+zstd", ".gzip", ".zstd")
 )
-"""What may be a layer. How it is compressed is read from its first bytes: engines disagree about the names."""
+"""Media types of layers. The compression is detected from the first bytes, because engines write the wrong suffix."""
 
 REF_NAME = "org.opencontainers.image.ref.name"
 FULL_NAME = "io.containerd.image.name"
-"""The annotation by which containerd, BuildKit and podman hand on a name that is more than a tag."""
+"""The annotation in which containerd, BuildKit and podman keep the full name; `REF_NAME` is only the tag."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class DocumentError(UserError):
-    """A manifest, an index or a configuration that cannot be used; `str()` says what is wrong with it."""
+    """A manifest, an index or a configuration cannot be used; `str()` says what is wrong with it."""
 
 
 class Platform(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Where an image runs, in the words of Go: ``linux``, ``amd64``."""
+    """What an image runs on, as GOOS and GOARCH: ``linux``, ``amd64``."""
 
     architecture: str = ""
     os: str = ""
     variant: str = ""
 
     def __str__(self) -> str:
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))[:80]  # for sentences
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))[:80]  # for messages
 
 
 class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel"):
-    """A pointer to a blob: what it is, the sha256 of its bytes, how many there are."""
+    """A reference to a blob: its media type, its sha256 digest, its size in bytes."""
 
     media_type: str
     digest: str
@@ -86,22 +86,22 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel"):
     layers: tuple[Descriptor, ...]
     media_type: str = ""
     annotations: dict[str, str] | None = None
-    manifests: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # there to be refused
+    manifests: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # declared in order to refuse it
 
 
 class Index(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel"):
-    """Several manifests: one image for several platforms, or all that a layout holds."""
+    """Several manifests: one image for several platforms, or all images of a layout."""
 
     schema_version: int
     manifests: tuple[Descriptor, ...]
     media_type: str = ""
     annotations: dict[str, str] | None = None
-    layers: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # there to be refused
+    layers: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # declared in order to refuse it
     config: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class HistoryEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How a layer, or a change of the configuration alone (`empty_layer`), came about."""
+    """How a layer was made, or, with `empty_layer`, a change of the configuration without a layer."""
 
     created: str = ""
     author: str = ""
@@ -111,7 +111,7 @@ class HistoryEntry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class RootFs(msgspec.Struct, frozen=True):
-    """The sha256 of each layer's plain tar, the LOWEST first."""
+    """The diff IDs, which are the sha256 digests of the uncompressed layers, the LOWEST first."""
 
     diff_ids: tuple[str, ...] = ()
     type: str = "layers"
@@ -122,7 +122,7 @@ class RootFs(msgspec.Struct, frozen=True):
 
 
 class ImageConfig(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What an image is besides its layers. `config` is the object of that name as it stands: Env, Cmd, Labels, ..."""
+    """An image's configuration. `config` (Env, Cmd, Labels, ...) is kept as it is in the JSON."""
 
     architecture: str = ""
     os: str = ""
@@ -140,22 +140,27 @@ class ImageConfig(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class DockerSaved(msgspec.Struct, frozen=True, rename="pascal"):
-    """One image in the ``manifest.json`` of a docker-archive: names of members, layers the LOWEST first."""
+    """One image in the ``manifest.json`` of a docker-archive: names of its files, layers the LOWEST first."""
 
     config: str
     layers: tuple[str, ...] | None
     repo_tags: tuple[str, ...] | None = None
 
 
+def is_digest(text: str) -> bool:
+    """Return whether a text is ``sha256:`` and 64 lower-case hexadecimal digits; no other algorithm is supported."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def check_digest(text: str) -> str:
-    """Return a digest that is ``sha256:`` and 64 lower-case hexadecimal digits, and so no path; else DocumentError."""
-    if _DIGEST.fullmatch(text) is None:
+    """Return a digest that `is_digest` accepts, which is safe as a file name. Raises `DocumentError` for others."""
+    if not is_digest(text):
         raise DocumentError(f"{text[:80]!r} is not a sha256 digest")
     return text
 
 
 def digest_of(data: bytes) -> str:
-    """Return the digest of a document's bytes."""
+    """Return the digest of some bytes as descriptors spell it: ``sha256:`` and 64 hexadecimal digits."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
@@ -163,7 +168,10 @@ Document = TypeVar("Document")
 
 
 def decode(data: bytes, kind: type[Document], what: str) -> Document:
-    """Read a JSON document; DocumentError, with `what` it is in the user's words, for one that cannot be used."""
+    """Decode a JSON document as a value of type `kind`.
+
+    Raises `DocumentError` for one that cannot be used; `what` names the document in the message.
+    """
     if len(data) > LARGEST_DOCUMENT:
         raise DocumentError(f"{what} is larger than {LARGEST_DOCUMENT >> 20} MiB")
     try:
@@ -175,7 +183,7 @@ def decode(data: bytes, kind: type[Document], what: str) -> Document:
 
 
 def decode_manifest(data: bytes, media_type: str, what: str) -> Manifest | Index:
-    """Read a manifest or an index, whichever `media_type` says that it is; DocumentError for anything else."""
+    """Decode a manifest or an index, whichever `media_type` announces. Raises `DocumentError` for anything else."""
     if media_type in MANIFESTS:
         return _only_manifest(decode(data, Manifest, what), media_type, what)
     if media_type in INDEXES:
@@ -197,18 +205,18 @@ def _only_index(found: Index, media_type: str, what: str) -> Index:
     return found
 
 
-def _check_form(version: int, own_type: str, told_type: str, what: str) -> None:
+def _check_form(version: int, own_type: str, announced: str, what: str) -> None:
     if version != 2:
-        raise DocumentError(f"{what} has the schema version {version}; only 2 is known")
-    if own_type and own_type != told_type:
-        raise DocumentError(f"{what} calls itself {own_type[:120]!r} but was announced as {told_type!r}")
+        raise DocumentError(f"{what} has the schema version {version}; only 2 is supported")
+    if own_type and own_type != announced:
+        raise DocumentError(f"{what} calls itself {own_type[:120]!r} but was announced as {announced!r}")
 
 
 def encode(document: msgspec.Struct) -> bytes:
-    """Return the JSON of a document, the same bytes for the same value."""
+    """Return the JSON of a document; equal documents give equal bytes."""
     return msgspec.json.encode(document, order="deterministic")
 
 
 def annotations_of(pairs: Mapping[str, str]) -> dict[str, str] | None:
-    """Return annotations as documents carry them: absent when there are none."""
+    """Return annotations as documents carry them: None, which is left out, when there are none."""
     return dict(pairs) or None

@@ -1,4 +1,4 @@
-"""A layer as a tar: the stream of a layer's items, and the layer that a stream makes."""
+"""Converting between entries, the stream of a tar archive, and an unpacked tree."""
 
 import functools
 import os
@@ -14,33 +14,37 @@ from overlayfs.oci.tar_reader import BLOCK, TarReader
 from overlayfs.oci.unpack import Unpacker, write_pieces
 from overlayfs.tree.staging import copy_data
 
-_TOGETHER = 256 * 1024  # bytes of headers and small files that go on as one piece
+_PIECE_SIZE = 256 * 1024  # headers and small files are joined to pieces of at least this many bytes
 _ZEROS = bytes(PIECE)
 
 Progress = Callable[[int], None]
-"""Called with the bytes of the plain tar so far."""
+"""`progress(bytes)` is called with how many bytes of the plain tar have been processed."""
 
 
-def tar_pieces(items: Iterable[EntryWithData], newest: int | None = None) -> Iterator[bytes]:
-    """Yield the tar of items, in pieces of little more than 1 MiB. `newest`: no time is later, in nanoseconds."""
-    held: list[bytes] = []
+def tar_pieces(entries: Iterable[EntryWithData], max_mtime: int | None = None) -> Iterator[bytes]:
+    """Yield the tar of some entries in pieces of up to about 1 MiB.
+
+    max_mtime: later modification times are replaced by this one, in nanoseconds since 1970. Raises `UserError` for a
+    file that shrinks while it is read, and OSError.
+    """
+    joined: list[bytes] = []
     size = 0
-    for piece in _small_pieces(items, newest):
-        held.append(piece)
+    for piece in _small_pieces(entries, max_mtime):
+        joined.append(piece)
         size += len(piece)
-        if size >= _TOGETHER:
-            yield b"".join(held) if len(held) > 1 else piece
-            held, size = [], 0
-    yield b"".join(held) + tar_writer.END
+        if size >= _PIECE_SIZE:
+            yield b"".join(joined) if len(joined) > 1 else piece
+            joined, size = [], 0
+    yield b"".join(joined) + tar_writer.END
 
 
-def _small_pieces(items: Iterable[EntryWithData], newest: int | None) -> Iterator[bytes]:
-    for entry, opener in items:
-        if newest is not None and entry.mtime_ns > newest:
-            entry = entry._replace(mtime_ns=newest)
+def _small_pieces(entries: Iterable[EntryWithData], max_mtime: int | None) -> Iterator[bytes]:
+    for entry, open_data in entries:
+        if max_mtime is not None and entry.mtime_ns > max_mtime:
+            entry = entry._replace(mtime_ns=max_mtime)
         yield tar_writer.header(entry)
-        if opener is not None and entry.size:
-            yield from _data(entry, opener())
+        if open_data is not None and entry.size:
+            yield from _data(entry, open_data())
             if entry.size % BLOCK:
                 yield tar_writer.padding(entry.size)
 
@@ -61,38 +65,42 @@ def _data(entry: TarEntry, fd: int) -> Iterator[bytes]:
             offset += len(piece)
             yield piece
         if offset < entry.size:
-            raise UserError(f"{shown(entry.path)} has become shorter while it was read; layers must not change")
+            raise UserError(f"{shown(entry.path)} became shorter while it was read; layers must not change")
     finally:
         sysio.close(fd)
 
 
 def _zeros(count: int) -> Iterator[bytes]:
-    """Yield what a hole reads as: reading it would make pages of zeros, which costs a hundred times as much."""
+    """Yield the zeros of a hole. Reading them would fill the page cache, which takes a hundred times as long."""
     while count > 0:
         yield _ZEROS[: min(count, PIECE)]
         count -= PIECE
 
 
 def source_date_epoch() -> int | None:
-    """Return what SOURCE_DATE_EPOCH asks for, in nanoseconds; UserError when it is no number of seconds."""
-    told = os.environ.get("SOURCE_DATE_EPOCH")
-    if not told:
+    """Return `$SOURCE_DATE_EPOCH` in nanoseconds, None if it is not set. Raises `UserError` if it is not a number.
+
+    Source: https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    seconds = os.environ.get("SOURCE_DATE_EPOCH")
+    if not seconds:
         return None
-    if not told.isdecimal():
-        raise UserError(f"SOURCE_DATE_EPOCH is {told!r}; set it to seconds since 1970, or unset it")
-    return int(told) * 1_000_000_000
+    if not seconds.isdecimal():
+        raise UserError(f"SOURCE_DATE_EPOCH is {seconds!r}; set it to seconds since 1970, or unset it")
+    return int(seconds) * 1_000_000_000
 
 
 def unpack_tar(read: Read, root: int, progress: Progress | None = None, merged: bool = False) -> Unpacker:
-    """Make a layer in the empty directory `root` from a plain tar, read to the end of the stream.
+    """Unpack a plain tar into the empty directory `root`, and read the stream to its end.
 
-    Returns the unpacker, closed: it knows what could not be kept. After an error what is there is worth nothing.
+    merged: as in `Unpacker`. Returns the unpacker, closed, which counts what could not be kept. Raises `ArchiveError`
+    and `UserError`; then the content of the directory is incomplete.
     """
     reader = TarReader(read)
     unpacker = Unpacker(root, merged)
     try:
         for entry in reader:
-            unpacker.add(entry, functools.partial(_fill, reader, entry, progress))
+            unpacker.add(entry, functools.partial(_fill_from_tar, reader, entry, progress))
             if progress is not None:
                 progress(reader.position)
         reader.finish()
@@ -103,17 +111,17 @@ def unpack_tar(read: Read, root: int, progress: Progress | None = None, merged: 
 
 
 def unpack_entries(
-    items: Iterable[EntryWithData], root: int, progress: Progress | None = None, merged: bool = False
+    entries: Iterable[EntryWithData], root: int, progress: Progress | None = None, merged: bool = False
 ) -> Unpacker:
-    """Make copies of items in the empty directory `root`: data shared where the file systems can, holes kept.
+    """Copy entries into the empty directory `root`; data is reflinked where possible, and holes are kept.
 
-    Returns the unpacker, closed: it knows what could not be kept.
+    merged: as in `Unpacker`. Returns the unpacker, closed, which counts what could not be kept. Raises `UserError`.
     """
     unpacker = Unpacker(root, merged)
     done = 0
     try:
-        for entry, opener in items:
-            unpacker.add(entry, None if opener is None else functools.partial(_copy, opener))
+        for entry, open_data in entries:
+            unpacker.add(entry, None if open_data is None else functools.partial(_fill_from_file, open_data))
             done += entry.size
             if progress is not None:
                 progress(done)
@@ -123,19 +131,19 @@ def unpack_entries(
     return unpacker
 
 
-def _copy(opener: OpenData, target: int) -> None:
-    source = opener()
+def _fill_from_file(open_data: OpenData, target: int) -> None:
+    source = open_data()
     try:
         copy_data(source, target)
     finally:
         sysio.close(source)
 
 
-def _fill(reader: TarReader, entry: TarEntry, progress: Progress | None, fd: int) -> None:
-    write_pieces(fd, entry, reader.pieces() if progress is None else _told(reader, progress))
+def _fill_from_tar(reader: TarReader, entry: TarEntry, progress: Progress | None, fd: int) -> None:
+    write_pieces(fd, entry, reader.pieces() if progress is None else _with_progress(reader, progress))
 
 
-def _told(reader: TarReader, progress: Progress) -> Iterator[memoryview]:
+def _with_progress(reader: TarReader, progress: Progress) -> Iterator[memoryview]:
     for piece in reader.pieces():
         progress(reader.position)
         yield piece

@@ -1,6 +1,6 @@
-"""Which of an image's several forms is for this machine: platforms in the words of Go and OCI.
+"""Platforms: parsing them, and choosing the manifest of an index that fits one.
 
-Source: image-spec ``image-index.md`` (`platform`); the order among variants is that of containerd's ``platforms``.
+Sources: image-spec ``image-index.md`` (`platform`); containerd ``platforms`` for the order among variants.
 """
 
 import os
@@ -27,31 +27,31 @@ def host() -> Platform:
 
 
 def parse(text: str) -> Platform:
-    """Return the platform OS/ARCHITECTURE[/VARIANT], or ARCHITECTURE alone for Linux. Raises `UsageError`."""
+    """Parse OS/ARCHITECTURE[/VARIANT], or ARCHITECTURE, which means Linux. Raises `UsageError`."""
     words = text.lower().split("/")
     if len(words) == 1:
         words = ["linux", *words]
     if len(words) > 3 or not all(_WORD.fullmatch(word) for word in words):
-        raise UsageError(f"{text!r} is no platform; write OS/ARCHITECTURE[/VARIANT], as in linux/arm64")
+        raise UsageError(f"{text!r} is not a platform; write OS/ARCHITECTURE[/VARIANT], as in linux/arm64")
     return Platform(_ALIASES.get(words[1], words[1]), words[0], words[2] if len(words) == 3 else "")
 
 
 def matches(wanted: Platform, found: Platform) -> bool:
-    """Whether an image for `found` is one for `wanted`; a variant that either leaves open is no reason against it."""
+    """Return whether an image for `found` runs on `wanted`; a variant that either does not name matches any."""
     return (found.os, found.architecture) == (wanted.os, wanted.architecture) and (
         not wanted.variant or not found.variant or found.variant in _variants(wanted)
     )
 
 
 def _variants(wanted: Platform) -> Sequence[str]:
-    """What runs on `wanted`, best first: an ARM runs what older ones run."""
+    """Return the variants that run on `wanted`, best first: an ARM processor runs code for older ones."""
     if wanted.architecture == "arm" and wanted.variant in ("v5", "v6", "v7", "v8"):
         return [f"v{number}" for number in range(int(wanted.variant[1]), 4, -1)]
     return [wanted.variant]
 
 
 def choose(index: Index, wanted: Platform, what: str) -> Descriptor:
-    """Return the entry of an index for a platform. Raises `UserError`, which lists what there is."""
+    """Return the descriptor in an index for a platform. Raises `UserError`, which lists the platforms that it has."""
     fitting = [each for each in index.manifests if each.platform is not None and matches(wanted, each.platform)]
     if fitting:
         return min(fitting, key=lambda each: _rank(wanted, each.platform or Platform()))
@@ -62,6 +62,6 @@ def choose(index: Index, wanted: Platform, what: str) -> Descriptor:
 
 
 def _rank(wanted: Platform, found: Platform) -> int:
-    """The exact variant first, then older ones, then those that leave it open."""
+    """Return the order of preference: the exact variant, then older ones, then no variant."""
     variants = list(_variants(wanted))
     return variants.index(found.variant) if found.variant in variants else len(variants)

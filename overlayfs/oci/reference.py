@@ -1,7 +1,7 @@
 """Names of images in registries: REGISTRY/REPO[:TAG][@DIGEST].
 
-The grammar is that of the distribution project, which podman, skopeo and docker share.  A registry is always named:
-there is no list of registries to search, so a name cannot mean another image tomorrow.
+The grammar is that of the distribution project (``reference``), which podman, skopeo and docker share. The registry is
+required: no list of registries is searched, so that a name always means the same image.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import ipaddress
 import re
 
 from overlayfs.errors import UsageError
+from overlayfs.oci.image_spec import is_digest
 
 DEFAULT_TAG = "latest"
 LONGEST_NAME = 255  # characters of registry and repository together
@@ -19,12 +20,11 @@ _REGISTRY = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])(?::[0-9]
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*", re.ASCII)
 _TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reference:
-    """An image in a registry, or with `digest` one certain image; `registry` is HOST[:PORT] as it was written."""
+    """An image in a registry, by its tag or by its digest; `registry` is HOST[:PORT] as it was written."""
 
     registry: str
     repository: str
@@ -33,12 +33,12 @@ class Reference:
 
     @property
     def target(self) -> str:
-        """What to ask the registry for: the digest if there is one, else the tag."""
+        """What to request from the registry: the digest if there is one, else the tag."""
         return self.digest or self.tag or DEFAULT_TAG
 
     @property
     def host(self) -> str:
-        """HOST[:PORT] that answers for the registry; Docker Hub's own name is not that of its server."""
+        """HOST[:PORT] of the registry's server; for Docker Hub this is not the name of the registry."""
         return "registry-1.docker.io" if self.registry in DOCKER_HUB else self.registry
 
     @property
@@ -47,13 +47,13 @@ class Reference:
         return f"{self.registry}/{self.repository}"
 
     def __str__(self) -> str:
-        """Return the reference as a person writes it."""
+        """Return the reference as users write it."""
         tag = f":{self.tag}" if self.tag else ""
         return f"{self.name}{tag}@{self.digest}" if self.digest else f"{self.name}{tag}"
 
 
 def parse(text: str) -> Reference:
-    """Return what a reference names; a tag left out is `latest`, unless a digest says more. Raises `UsageError`."""
+    """Parse a reference; without a tag and a digest, the tag is `latest`. Raises `UsageError`."""
     rest, _, digest = text.removeprefix("docker://").partition("@")
     if "@" in text and not is_digest(digest):
         raise UsageError(f"{text}: a digest is sha256: and 64 hexadecimal digits in lower case")
@@ -65,19 +65,14 @@ def parse(text: str) -> Reference:
 
 
 def image_name(reference: Reference) -> str:
-    """Return what an image is called in a store unless its user says otherwise. Raises `UsageError` without a tag."""
+    """Return the default name in a store for an image from a registry. Raises `UsageError` without a tag."""
     if reference.tag is None:
-        raise UsageError(f"{reference}: a digest is no name; give the image one with -t")
+        raise UsageError(f"{reference}: a digest is not a name; give the image one with -t")
     return f"{reference.name}:{reference.tag}"
 
 
-def is_digest(text: str) -> bool:
-    """Whether a text is a digest we know to check: sha256, in the only spelling that is allowed."""
-    return _DIGEST.fullmatch(text) is not None
-
-
 def is_loopback(host: str) -> bool:
-    """Whether HOST or HOST:PORT is this machine by its very name, without asking a name server."""
+    """Return whether HOST or HOST:PORT names this machine, without asking a name server."""
     name = _without_port(host)
     if name == "localhost":
         return True
@@ -94,7 +89,7 @@ def _without_port(host: str) -> str:
 
 
 def _split_tag(text: str) -> tuple[str, str | None]:
-    """A colon behind the last slash begins a tag; one before it, a port."""
+    """Split off the tag: a colon after the last slash begins a tag, one before it a port."""
     last = text.rpartition("/")[2]
     if ":" not in last:
         return text, None
@@ -109,7 +104,7 @@ def _split_registry(text: str, name: str) -> tuple[str, str]:
     if not _REGISTRY.fullmatch(registry):
         raise UsageError(f"{text}: {registry} is not the HOST[:PORT] of a registry")
     if not _REPOSITORY.fullmatch(repository):
-        raise UsageError(f"{text}: a repository is lower-case words and digits, parted by '/', '.', '_' or '-'")
+        raise UsageError(f"{text}: a repository is lower-case letters and digits, separated by '/', '.', '_' or '-'")
     if registry in DOCKER_HUB:
         registry, repository = DOCKER_HUB[0], repository if "/" in repository else f"library/{repository}"
     if len(registry) + 1 + len(repository) > LONGEST_NAME:
@@ -118,5 +113,5 @@ def _split_registry(text: str, name: str) -> tuple[str, str]:
 
 
 def _looks_like_host(word: str) -> bool:
-    """The rule of podman and docker: `localhost`, or something with a dot or a port."""
+    """Return whether a first component is a registry, by docker's rule: `localhost`, or with a dot or a port."""
     return word == "localhost" or "." in word or ":" in word

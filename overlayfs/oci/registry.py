@@ -1,11 +1,10 @@
 """One repository of a registry, through the OCI distribution protocol (distribution-spec 1.1, docker-registry 2.8).
 
-What comes is checked before it is given on: manifests and configurations against their digest, blobs of layers by who
-writes them down (`overlayfs.oci.download`).
+Manifests and configurations are checked against their digests before they are returned. Blobs of layers are returned
+unchecked, as a stream: `overlayfs.oci.download` checks them.
 """
 
 import contextlib
-import hashlib
 import json
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -23,17 +22,17 @@ from overlayfs.oci.http_client import (
     origin,
     printable,
 )
-from overlayfs.oci.image_spec import INDEXES, LARGEST_DOCUMENT, MANIFESTS, Descriptor
-from overlayfs.oci.reference import Reference, is_digest
+from overlayfs.oci.image_spec import INDEXES, LARGEST_DOCUMENT, MANIFESTS, Descriptor, digest_of, is_digest
+from overlayfs.oci.reference import Reference
 
 ACCEPT = ", ".join((*MANIFESTS, *INDEXES))
-"""All four: asked for OCI types alone, a registry turns Docker's images into those of schema 1."""
+"""All four types: if only OCI types are accepted, docker-registry converts Docker images to schema 1."""
 
-MAX_AUTH_ROUNDS = 3  # answers to a 401 for one request: a first login, an expired token, and no more
+MAX_AUTH_ROUNDS = 3  # attempts of one request after a 401: a first login, an expired token, and no more
 
 
 class FetchedManifest(NamedTuple):
-    """A manifest or an index as the registry sent it; `digest` is that of `data`."""
+    """The bytes of a manifest or an index as the registry sent them, with their digest."""
 
     media_type: str
     digest: str
@@ -41,7 +40,7 @@ class FetchedManifest(NamedTuple):
 
 
 class BlobSource(NamedTuple):
-    """A blob to upload, which may be read several times, each time from its beginning."""
+    """A blob to upload: `size` bytes that `pieces()` yields from the beginning, once for each attempt."""
 
     digest: str
     size: int
@@ -49,7 +48,11 @@ class BlobSource(NamedTuple):
 
 
 class Repository:
-    """One repository, shared by threads; `push` says whether logins must allow to write."""
+    """One repository of a registry, shared by threads.
+
+    `find` returns the credential for it and is called only when the registry asks for one. `push`: ask for tokens that
+    allow writing. All methods raise `UserError` when the registry refuses or cannot be reached.
+    """
 
     def __init__(
         self, client: HttpClient, reference: Reference, find: Callable[[], Credential | None], *, push: bool = False
@@ -58,116 +61,128 @@ class Repository:
         self._reference = reference
         self._server = f"{client.scheme}://{reference.host}"
         self._base = f"{self._server}/v2/{reference.repository}"
-        self._login = Authorizer(client, reference.registry, find)
+        self._authorizer = Authorizer(client, reference.registry, find)
         self._scopes: Scopes = (f"repository:{reference.repository}:{'pull,push' if push else 'pull'}",)
 
     # --- reading ---------------------------------------------------------------------------------------
 
     def manifest(self, target: str) -> FetchedManifest:
-        """Return the manifest or index behind a tag or digest. Raises `UserError` where there is none."""
+        """Return the manifest or index of a tag or digest, checked against the digest where one is known."""
         url = f"{self._base}/manifests/{target}"
         what = f"{self._reference.name}{'@' if is_digest(target) else ':'}{target}"
-        reply, data = self._whole(url, what, {"Accept": ACCEPT}, LARGEST_DOCUMENT)
-        digest = sha256(data)
-        header = reply.headers.get("Docker-Content-Digest", "")
-        told = next(filter(is_digest, (target, header)), digest)
-        if digest != told:
-            raise UserError(f"{what}: the registry sent something else than {printable(told)}; nothing was stored")
-        return FetchedManifest(reply.headers.get("Content-Type", "").partition(";")[0].strip(), digest, data)
+        response, data = self._get_whole(url, what, {"Accept": ACCEPT}, LARGEST_DOCUMENT)
+        digest = digest_of(data)
+        header = response.headers.get("Docker-Content-Digest", "")
+        expected = next(filter(is_digest, (target, header)), digest)
+        if digest != expected:
+            raise UserError(f"{what}: what the registry sent is not {printable(expected)}; nothing was stored")
+        return FetchedManifest(response.headers.get("Content-Type", "").partition(";")[0].strip(), digest, data)
 
     def document(self, descriptor: Descriptor, what: str) -> bytes:
-        """Return a small blob, such as a configuration, after checking its size and digest."""
+        """Return a small blob, such as a configuration, after checking its size and digest.
+
+        `what` it is, for messages, such as "the configuration".
+        """
         if descriptor.size > LARGEST_DOCUMENT:
             raise UserError(f"{what} of {self._reference} is larger than {LARGEST_DOCUMENT >> 20} MiB")
-        for _ in range(2):  # what was damaged on the way is whole the second time
-            data = self._whole(self._blob_url(descriptor.digest), what, {}, LARGEST_DOCUMENT)[1]
-            if sha256(data) == descriptor.digest and len(data) == descriptor.size:
+        for _ in range(2):  # damage in transit is gone at the second attempt
+            data = self._get_whole(self._blob_url(descriptor.digest), what, {}, LARGEST_DOCUMENT)[1]
+            if digest_of(data) == descriptor.digest and len(data) == descriptor.size:
                 return data
         raise UserError(
             f"{what} of {self._reference} does not match its digest {descriptor.digest}; nothing was stored"
         )
 
     def blob(self, digest: str, start: int = 0) -> Response:
-        """Ask for a blob from byte `start`; the answer may begin there (206) or, if it pleases, at 0 (200)."""
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        reply = self._request("GET", self._blob_url(digest), headers=headers)
-        if reply.status not in (200, 206, 416):
-            raise self._failure(reply, f"blob {digest}")
-        return reply
+        """Request a blob from byte `start` on.
 
-    def has(self, digest: str) -> bool:
-        """Whether the repository has a blob."""
-        with contextlib.closing(self._request("HEAD", self._blob_url(digest))) as reply:
-            if reply.status == 404:
+        Return a response of status 206 (it begins there), 200 (the registry ignores ranges: it begins at 0) or 416.
+        """
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        response = self._request("GET", self._blob_url(digest), headers=headers)
+        if response.status not in (200, 206, 416):
+            raise self._failure(response, f"blob {digest}")
+        return response
+
+    def has_blob(self, digest: str) -> bool:
+        """Return whether the repository has a blob."""
+        with contextlib.closing(self._request("HEAD", self._blob_url(digest))) as response:
+            if response.status == 404:
                 return False
-            if reply.status != 200:
-                raise self._failure(reply, f"blob {digest}")
+            if response.status != 200:
+                raise self._failure(response, f"blob {digest}")
             return True
 
     # --- writing ---------------------------------------------------------------------------------------
 
-    def mount(self, digest: str, other: str) -> bool:
-        """Take a blob over from another repository of the same registry; False where that is not possible."""
+    def mount_blob(self, digest: str, other: str) -> bool:
+        """Mount a blob from another repository of the same registry; return False where that is not possible.
+
+        Source: distribution-spec, "Mounting a blob from another repository".
+        """
         query = urllib.parse.urlencode({"mount": digest, "from": other})
         scopes = (*self._scopes, f"repository:{other}:pull")
         try:
-            reply = self._request("POST", f"{self._base}/blobs/uploads/?{query}", scopes=scopes)
-        except UserError:  # no login for the other repository
+            response = self._request("POST", f"{self._base}/blobs/uploads/?{query}", scopes=scopes)
+        except UserError:  # no access to the other repository
             return False
-        with contextlib.closing(reply):
-            if reply.status == 202:
-                self._abandon(reply)
-            return reply.status == 201
+        with contextlib.closing(response):
+            if response.status == 202:
+                self._abandon(response)
+            return response.status == 201
 
     def upload(self, source: BlobSource) -> None:
-        """Send a blob; a broken connection makes it start again."""
+        """Upload a blob; after a broken connection, start again from its beginning."""
         for attempt in range(self._client.retry.attempts):
             try:
                 return self._upload(source)
             except BrokenConnectionError as error:
                 last = error
-            self._client.retry.pause(attempt)
+            self._client.retry.backoff(attempt)
         raise UserError(f"cannot upload blob {source.digest} to {self._reference.name}: {last}; try again later")
 
     def _upload(self, source: BlobSource) -> None:
-        """POST for a place, PUT the whole: what every registry takes. A Location may be anywhere and have a query."""
+        """Upload with POST, then PUT, which every registry supports; chunked uploads differ between registries.
+
+        The Location of the upload may be on another host, and may have a query already.
+        """
         what = f"blob {source.digest}"
-        with contextlib.closing(self._request("POST", f"{self._base}/blobs/uploads/")) as reply:
-            if reply.status != 202:
-                raise self._failure(reply, what)
-            place = self._place(reply)
-        joint = "&" if urllib.parse.urlsplit(place).query else "?"
-        url = f"{place}{joint}{urllib.parse.urlencode({'digest': source.digest})}"
+        with contextlib.closing(self._request("POST", f"{self._base}/blobs/uploads/")) as response:
+            if response.status != 202:
+                raise self._failure(response, what)
+            location = self._upload_location(response)
+        joint = "&" if urllib.parse.urlsplit(location).query else "?"
+        url = f"{location}{joint}{urllib.parse.urlencode({'digest': source.digest})}"
         kind = {"Content-Type": "application/octet-stream"}
         body = Body(source.size, source.pieces)
-        with contextlib.closing(self._request("PUT", url, headers=kind, body=body, again=False)) as reply:
-            if reply.status in RETRY_STATUSES:
-                raise BrokenConnectionError(f"status {reply.status}")
-            if reply.status != 201:
-                raise self._failure(reply, what)
+        with contextlib.closing(self._request("PUT", url, headers=kind, body=body, retry_failures=False)) as response:
+            if response.status in RETRY_STATUSES:
+                raise BrokenConnectionError(f"status {response.status}")
+            if response.status != 201:
+                raise self._failure(response, what)
 
-    def _place(self, reply: Response) -> str:
-        location = reply.headers.get("Location")
+    def _upload_location(self, response: Response) -> str:
+        location = response.headers.get("Location")
         if location is None:
-            raise UserError(f"{self._reference.registry} takes an upload but does not say where")
-        return self._client.joined(reply.url, location)
+            raise UserError(f"{self._reference.registry} accepts an upload but sends no Location for it")
+        return self._client.resolve_location(response.url, location)
 
-    def _abandon(self, reply: Response) -> None:
-        """The registry began an upload instead of mounting; unfinished uploads would stay with it for days."""
+    def _abandon(self, response: Response) -> None:
+        """Cancel an upload that the registry began instead of mounting; it would keep it for days."""
         with contextlib.suppress(UserError, BrokenConnectionError):
-            self._request("DELETE", self._place(reply), again=False).close()
+            self._request("DELETE", self._upload_location(response), retry_failures=False).close()
 
     def put_manifest(self, target: str, media_type: str, data: bytes) -> str:
-        """Put a manifest under a tag or its digest; returns the digest, which the registry must have found too."""
+        """Upload a manifest under a tag or its digest; return the digest, on which the registry must agree."""
         what = f"the manifest of {self._reference.name}:{target}"
         headers = {"Content-Type": media_type}
-        reply = self._request("PUT", f"{self._base}/manifests/{target}", headers=headers, body=data)
-        with contextlib.closing(reply):
-            if reply.status not in (200, 201, 202):
-                raise self._failure(reply, what)
-            digest = sha256(data)
-            if (told := reply.headers.get("Docker-Content-Digest", digest)) != digest:
-                raise UserError(f"{what} has arrived as {printable(told)} instead of {digest}; push it again")
+        response = self._request("PUT", f"{self._base}/manifests/{target}", headers=headers, body=data)
+        with contextlib.closing(response):
+            if response.status not in (200, 201, 202):
+                raise self._failure(response, what)
+            digest = digest_of(data)
+            if (arrived := response.headers.get("Docker-Content-Digest", digest)) != digest:
+                raise UserError(f"{what} has arrived as {printable(arrived)} instead of {digest}; push it again")
             return digest
 
     # --- requests --------------------------------------------------------------------------------------
@@ -183,53 +198,50 @@ class Repository:
         headers: dict[str, str] | None = None,
         body: Body | bytes = b"",
         scopes: Scopes | None = None,
-        again: bool = True,
+        retry_failures: bool = True,
     ) -> Response:
-        """Send a request with what the registry wants to see; only the registry itself sees it, and may ask for it."""
-        ours = origin(url) == origin(self._server)
+        """Send a request, authorized if it goes to the registry itself; only the registry may ask for a login."""
+        to_registry = origin(url) == origin(self._server)
         wanted = scopes or self._scopes
         for _ in range(MAX_AUTH_ROUNDS):
-            secret = self._login.header(wanted) if ours else None
-            reply = self._client.request(method, url, headers=headers, body=body, secret=secret, again=again)
-            if reply.status != 401 or origin(reply.url) != origin(self._server):
-                return reply
-            reply.close()
-            self._login.answer(reply, secret, wanted)
-        raise UserError(f"{self._reference.registry} does not accept the login it has asked for; log in again")
+            secret = self._authorizer.header(wanted) if to_registry else None
+            response = self._client.request(
+                method, url, headers=headers, body=body, secret=secret, retry_failures=retry_failures
+            )
+            if response.status != 401 or origin(response.url) != origin(self._server):
+                return response
+            response.close()
+            self._authorizer.respond(response, secret, wanted)
+        raise UserError(f"{self._reference.registry} does not accept the login that it asked for; log in again")
 
-    def _whole(self, url: str, what: str, headers: dict[str, str], limit: int) -> tuple[Response, bytes]:
+    def _get_whole(self, url: str, what: str, headers: dict[str, str], limit: int) -> tuple[Response, bytes]:
         for attempt in range(self._client.retry.attempts):
-            reply = self._request("GET", url, headers=headers)
-            if reply.status != 200:
-                raise self._failure(reply, what)
+            response = self._request("GET", url, headers=headers)
+            if response.status != 200:
+                raise self._failure(response, what)
             try:
-                return reply, reply.text(limit)
+                return response, response.read_body(limit)
             except BrokenConnectionError as error:
                 last = error
-            self._client.retry.pause(attempt)
+            self._client.retry.backoff(attempt)
         raise UserError(f"cannot read {what} from {self._reference.registry}: {last}; try again later")
 
-    def _failure(self, reply: Response, what: str) -> UserError:
-        """The sentence for a refusal; `errors` in its body say why (distribution-spec, "Error Codes")."""
-        message = _message(reply)
-        if reply.status == 404:
+    def _failure(self, response: Response, what: str) -> UserError:
+        """Return the error for a response; `errors` in its body has the reason (distribution-spec, "Error Codes")."""
+        message = _error_message(response)
+        if response.status == 404:
             return UserError(f"{what} is not in {self._reference.registry}{message}")
-        if reply.status in (401, 403):
+        if response.status in (401, 403):
             return UserError(
                 f"{self._reference.registry} does not allow access to {what}{message}; "
-                f"log in as somebody who may: 'podman login {self._reference.registry}'"
+                f"log in as a user with access: 'podman login {self._reference.registry}'"
             )
-        return UserError(f"{self._reference.registry} answers status {reply.status} for {what}{message}")
+        return UserError(f"{self._reference.registry} answers status {response.status} for {what}{message}")
 
 
-def sha256(data: bytes) -> str:
-    """Return the digest of data as descriptors spell it."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def _message(reply: Response) -> str:
+def _error_message(response: Response) -> str:
     try:
-        errors = json.loads(reply.text())["errors"]
+        errors = json.loads(response.read_body())["errors"]
         text = "; ".join(str(error.get("message") or error.get("code")) for error in errors)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError, BrokenConnectionError):
         return ""

@@ -1,8 +1,8 @@
-"""Files of the store for blobs on their way in and out.
+"""Files of the store for blobs that are being downloaded or uploaded.
 
     STORE/staging/{blob-HEX,push-ID}/{lock,data}
 
-The directory is ours as long as we hold its lock; the store's gc takes one that nobody holds.
+The holder of the lock owns the directory. The store's garbage collection removes directories whose lock is free.
 """
 
 import contextlib
@@ -15,41 +15,41 @@ from overlayfs.store import layout, locks
 from overlayfs.store.store_directory import StoreDirectory
 
 DATA = b"data"
-POLL = 0.2  # seconds between two looks at a file that another process works on
+POLL = 0.2  # seconds between two attempts to lock a file that another process works on
 
 Wait = Callable[[float], object]
-"""Called with the seconds of each pause while somebody else has the file; may raise to give up."""
+"""`wait(seconds)` sleeps while another process has the file; it may raise to give up."""
 
 
 class StagedBlob:
-    """A blob's file in the store, ours alone until `close`; `fd` is open for reading and writing."""
+    """The file for one blob, locked exclusively until `close`; `fd` is open for reading and writing."""
 
-    def __init__(self, place: StoreDirectory, name: bytes, wait: Wait) -> None:
-        self._place = place
+    def __init__(self, directory: StoreDirectory, name: bytes, wait: Wait) -> None:
+        self._store = directory
         self._name = name
-        self._hold = self._held(wait)
-        directory = place.open(layout.STAGING + b"/" + self._name)
+        self._held = self._lock(wait)
+        staged = directory.open(layout.STAGING + b"/" + self._name)
         try:
-            self.fd = sysio.open_child(directory, DATA, os.O_RDWR | os.O_CREAT, 0o600)
+            self.fd = sysio.open_child(staged, DATA, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError:
-            self._hold.release()
+            self._held.release()
             raise
         finally:
-            sysio.close(directory)
+            sysio.close(staged)
 
-    def _held(self, wait: Wait) -> locks.HeldLock:
+    def _lock(self, wait: Wait) -> locks.HeldLock:
         while True:
             self._make()
-            with contextlib.suppress(FileNotFoundError):  # gc or another pull took it away: make it again
-                hold = locks.try_hold(self._place.root, layout.STAGING + b"/" + self._name, shared=False)
+            with contextlib.suppress(FileNotFoundError):  # removed by gc or by another pull: make it again
+                hold = locks.try_hold(self._store.root, layout.STAGING + b"/" + self._name, shared=False)
                 if hold is not None:
                     return hold
                 wait(POLL)
 
     def _make(self) -> None:
-        """Directory and lock file, under the store's lock: gc takes a directory without a lock at once."""
-        with self._place.lock_shared():
-            staging = self._place.subdirectories[layout.STAGING]
+        """Create the directory and its lock file under the store's lock: gc removes a directory without one at once."""
+        with self._store.lock_shared():
+            staging = self._store.subdirectories[layout.STAGING]
             with contextlib.suppress(FileExistsError):
                 sysio.mkdir_at(staging, self._name, 0o700)
             directory = sysio.open_child(staging, self._name, os.O_RDONLY | os.O_DIRECTORY)
@@ -59,15 +59,15 @@ class StagedBlob:
                 sysio.close(directory)
 
     def discard(self) -> None:
-        """Delete what is here; nobody needs it any more."""
-        with self._place.lock_shared():
-            self._place.move_to_trash(layout.STAGING, self._name)
-        self._place.empty_trash()
+        """Delete the file: it is not needed any more."""
+        with self._store.lock_shared():
+            self._store.move_to_trash(layout.STAGING, self._name)
+        self._store.empty_trash()
 
     def close(self) -> None:
-        """Let go of it; what is here stays for the next pull."""
+        """Release the lock; a file that was not discarded stays for the next pull."""
         sysio.close(self.fd)
-        self._hold.release()
+        self._held.release()
 
     def __enter__(self) -> Self:
         return self
@@ -76,11 +76,11 @@ class StagedBlob:
         self.close()
 
 
-def incoming(place: StoreDirectory, digest: str, wait: Wait) -> StagedBlob:
-    """Hold the file for a blob that comes from a registry."""
-    return StagedBlob(place, b"blob-" + digest.removeprefix("sha256:").encode(), wait)
+def incoming(directory: StoreDirectory, digest: str, wait: Wait) -> StagedBlob:
+    """Lock and return the file for a blob that is downloaded, by its digest."""
+    return StagedBlob(directory, b"blob-" + digest.removeprefix("sha256:").encode(), wait)
 
 
-def outgoing(place: StoreDirectory, layer_id: str, wait: Wait) -> StagedBlob:
-    """Hold the file for the blob that a layer becomes."""
-    return StagedBlob(place, b"push-" + layer_id.encode(), wait)
+def outgoing(directory: StoreDirectory, layer_id: str, wait: Wait) -> StagedBlob:
+    """Lock and return the file for the blob that a layer is compressed to."""
+    return StagedBlob(directory, b"push-" + layer_id.encode(), wait)

@@ -1,8 +1,8 @@
-"""Bytes on their way: threads that work ahead of their reader, and streams that know their digest.
+"""Streams of bytes: prefetching in a thread, hashing, and peeking.
 
-A stream is a function that returns some bytes each time it is asked, ``b""`` at the end. Hashing, compressing, reading
-and writing release the interpreter's lock, so each stage of a pipeline has its own thread; at most `_AHEAD` pieces wait
-between two of them, so that memory does not grow with the stream.
+A stream is a function `read(size)` that returns some bytes, not always `size` of them, and ``b""`` at the end. Hashing,
+compressing, reading and writing release the GIL, so each stage of a pipeline has its own thread. At most `_QUEUED`
+pieces wait between two stages, so that memory does not grow with the stream.
 """
 
 import errno
@@ -19,12 +19,15 @@ from overlayfs import sysio
 Read = Callable[[int], bytes]
 
 PIECE = 1 << 20
-_AHEAD = 8
-_PATIENCE = 1.0  # seconds that closing waits for a thread that may be blocked in a read from outside
+_QUEUED = 8
+_JOIN_TIMEOUT = 1.0  # seconds that closing waits for a thread that may be blocked reading from outside
 
 
 def unnamed_file(directory: int) -> int:
-    """Return a file without a name, open for reading and writing, on the file system of an open directory."""
+    """Return a descriptor of an unnamed file (O_TMPFILE), open for reading and writing, in an open directory.
+
+    File systems without O_TMPFILE get a file that is unlinked at once.
+    """
     try:
         return sysio.open_child(directory, b"", os.O_TMPFILE | os.O_RDWR, 0o600)
     except OSError as error:
@@ -37,7 +40,7 @@ def unnamed_file(directory: int) -> int:
 
 
 class HashingReader:
-    """A stream, its sha256 and its length so far."""
+    """A stream, with the sha256 digest and the length of what has been read so far."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
@@ -52,29 +55,29 @@ class HashingReader:
         return data
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield all that is left."""
+        """Yield the rest of the stream in pieces."""
         while data := self.read(PIECE):
             yield data
 
     @property
     def digest(self) -> str:
-        """``sha256:HEX`` of what was read."""
+        """``sha256:HEX`` of what has been read."""
         return "sha256:" + self._hash.hexdigest()
 
 
 class Prefetch:
-    """Runs an iterator in a thread and gives its pieces in their order. A context; leaving it ends the thread.
+    """Runs an iterator of pieces in a thread, ahead of its reader. A context manager; leaving it ends the thread.
 
-    What the iterator raises is raised to the reader, in the place of the piece. `patience`: how many seconds leaving
-    waits for a piece that is being made, None for as long as it takes; a source outside may block for ever.
+    An exception of the iterator is raised by `read` after the pieces before it. join_timeout: how many seconds leaving
+    waits for the thread, None without a limit; a source from outside may block for ever. `name` is the thread's.
     """
 
-    def __init__(self, pieces: Iterator[bytes], name: str, patience: float | None = _PATIENCE) -> None:
+    def __init__(self, pieces: Iterator[bytes], name: str, join_timeout: float | None = _JOIN_TIMEOUT) -> None:
         self._pieces = pieces
-        self._patience = patience
-        self._waiting: deque[bytes | BaseException | None] = deque()
-        self._room = threading.Semaphore(_AHEAD)
-        self._ready = threading.Semaphore(0)
+        self._join_timeout = join_timeout
+        self._queue: deque[bytes | BaseException | None] = deque()
+        self._free = threading.Semaphore(_QUEUED)
+        self._filled = threading.Semaphore(0)
         self._ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -83,27 +86,27 @@ class Prefetch:
         last: BaseException | None = None
         try:
             for piece in self._pieces:
-                self._room.acquire()
+                self._free.acquire()
                 if self._ended:
                     break
-                self._waiting.append(piece)
-                self._ready.release()
+                self._queue.append(piece)
+                self._filled.release()
         except BaseException as error:
             last = error
         finally:
             if isinstance(self._pieces, Generator):
                 self._pieces.close()
-        self._waiting.append(last)
-        self._ready.release()
+        self._queue.append(last)
+        self._filled.release()
 
     def read(self, size: int) -> bytes:
         """Return the next piece, whatever its size; ``b""`` at the end."""
         if self._ended:
             return b""
-        self._ready.acquire()
-        found = self._waiting.popleft()
+        self._filled.acquire()
+        found = self._queue.popleft()
         if isinstance(found, bytes):
-            self._room.release()
+            self._free.release()
             return found
         self._ended = True
         if found is not None:
@@ -119,26 +122,26 @@ class Prefetch:
 
     def __exit__(self, *_: object) -> None:
         self._ended = True
-        self._room.release()
-        self._thread.join(self._patience)
+        self._free.release()
+        self._thread.join(self._join_timeout)
 
 
 class PeekableReader:
-    """A stream whose first bytes were looked at and are given again."""
+    """A stream whose next bytes can be looked at before they are read."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
-        self._held = b""
+        self._peeked = b""
 
     def peek(self, size: int) -> bytes:
-        """Return the next `size` bytes, fewer at the end of the stream; they stay unread."""
-        while len(self._held) < size and (more := self._read(size - len(self._held))):
-            self._held += more
-        return self._held[:size]
+        """Return the next `size` bytes without reading them; fewer only at the end of the stream."""
+        while len(self._peeked) < size and (more := self._read(size - len(self._peeked))):
+            self._peeked += more
+        return self._peeked[:size]
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes."""
-        if not self._held:
+        """Return the next bytes, those that were peeked at first."""
+        if not self._peeked:
             return self._read(size)
-        held, self._held = self._held, b""
-        return held
+        peeked, self._peeked = self._peeked, b""
+        return peeked

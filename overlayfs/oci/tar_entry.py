@@ -1,4 +1,4 @@
-"""What an archive says of one object, and what it may say: names stay inside, and a file system can hold them."""
+"""One entry of a tar archive, and the rules for its name: it stays inside the root, and a file system can hold it."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -7,18 +7,18 @@ from typing import NamedTuple
 from overlayfs.errors import UserError, one_line
 from overlayfs.format import whiteout
 
-LONGEST_NAME = 255
-_LONGEST_DELETED = len(whiteout.PREFIX) + LONGEST_NAME
-LONGEST_PATH = 4095  # PATH_MAX without its NUL: beyond it no program could reach what was unpacked
-_LONGEST_SHOWN = 160
+MAX_NAME = 255
+_MAX_WHITEOUT_NAME = len(whiteout.PREFIX) + MAX_NAME
+MAX_PATH = 4095  # PATH_MAX without its NUL: no program can open a longer path
+_MAX_SHOWN = 160
 
 
 class ArchiveError(UserError):
-    """An archive is refused whole; `str()` names the entry and what is wrong with it."""
+    """An archive is refused as a whole; `str()` names the entry and what is wrong with it."""
 
 
 class Kind(Enum):
-    """What an entry makes."""
+    """The type of object that an entry makes."""
 
     FILE = "file"
     DIRECTORY = "directory"
@@ -29,14 +29,14 @@ class Kind(Enum):
     BLOCK = "block device"
 
 
-Extents = tuple[tuple[int, int], ...]  # (offset, length) of each piece of data, ascending
+Extents = tuple[tuple[int, int], ...]  # (offset, length) of each range with data, ascending
 
 
 class TarEntry(NamedTuple):
-    """One object. `path` is relative to the root, ``b""`` being the root itself.
+    """One object. `path` is relative to the root; ``b""`` is the root itself.
 
-    target: of a symbolic link as it stands; of a hard link a path like `path`. device: (major, minor).
-    extents: where the data of a sparse file lies; None when all of it is there. Times are nanoseconds since 1970.
+    target: of a symbolic link, unchanged; of a hard link, a path like `path`. device: (major, minor). extents: the
+    ranges of a sparse file that have data; None for a file without holes. mtime_ns: nanoseconds since 1970.
     """
 
     path: bytes
@@ -53,16 +53,17 @@ class TarEntry(NamedTuple):
 
 
 def shown(path: bytes) -> str:
-    """Return a name of an archive as a person may read it: no control characters, no more than a line."""
+    """Return a name from an archive for messages: one line of limited length, without control characters."""
     text = one_line(path.decode("utf-8", "backslashreplace"))
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
-def inside(name: bytes) -> bytes:
-    """Return the path below the root that a name means; ArchiveError for one that leaves the root or cannot be made.
+def safe_path(name: bytes) -> bytes:
+    """Return the path below the root that a name in an archive means.
 
-    ``./``, repeated and trailing slashes go, an absolute name counts from the root, ``a/../b`` is ``b``
-    (formats, section 10).
+    ``./``, repeated and trailing slashes are dropped, an absolute name counts from the root, and ``a/../b`` is ``b``
+    (docs/images.md, "A layer that comes in"). Raises `ArchiveError` for a name that leads out of the root, or that no
+    file system can hold.
     """
     if b"\0" in name:
         raise ArchiveError(f"the entry {shown(name)} has a NUL in its name")
@@ -75,10 +76,10 @@ def inside(name: bytes) -> bytes:
         elif part not in (b"", b"."):
             parts.append(part)
     path = b"/".join(parts)
-    if len(path) > LONGEST_PATH or any(len(part) > _longest(part) for part in parts):
+    if len(path) > MAX_PATH or any(len(part) > _max_length(part) for part in parts):
         raise ArchiveError(f"the entry {shown(name)} has a name that is too long for a file system")
     return path
 
 
-def _longest(part: bytes) -> int:
-    return _LONGEST_DELETED if whiteout.is_reserved(part) else LONGEST_NAME
+def _max_length(part: bytes) -> int:
+    return _MAX_WHITEOUT_NAME if whiteout.is_reserved(part) else MAX_NAME

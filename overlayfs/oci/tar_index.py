@@ -1,4 +1,4 @@
-"""An archive of files, such as an image as one file, in which any member is read at once: where each one lies."""
+"""Random access to the files in a tar archive, such as an image in one file, by an index of their offsets."""
 
 import os
 from typing import NamedTuple
@@ -8,45 +8,48 @@ from overlayfs.oci.streams import PIECE, Read
 from overlayfs.oci.tar_entry import ArchiveError, Kind, shown
 from overlayfs.oci.tar_reader import TarReader
 
-_MOST = 100_000  # members: an image has a few for each layer
-_MOST_LINKS = 8
+_MAX_FILES = 100_000  # an image has a few for each layer
+_MAX_LINKS = 8
 
 
-class _Place(NamedTuple):
+class _Extent(NamedTuple):
     offset: int
     size: int
 
 
 class TarIndex:
-    """The regular files in the plain tar archive behind `fd`, which stays the caller's and can be read anywhere."""
+    """The regular files in an uncompressed tar archive: implements `image_layouts.LayoutFiles`.
+
+    `fd` must be seekable and stays the caller's. Raises `ArchiveError` for a damaged or incomplete archive.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._places: dict[bytes, _Place] = {}
+        self._extents: dict[bytes, _Extent] = {}
         self._links: dict[bytes, bytes] = {}
         self._scan()
 
     def __contains__(self, name: bytes) -> bool:
-        return self._resolve(name) in self._places
+        return self._resolve(name) in self._extents
 
     def size(self, name: bytes) -> int:
-        """Return the size of a member; ArchiveError when there is none."""
-        return self._place(name).size
+        """Return the size of a file in bytes. Raises `ArchiveError` if there is none with this name."""
+        return self._extent(name).size
 
     def stream(self, name: bytes) -> Read:
-        """Return a member as a stream; ArchiveError when there is none."""
-        place = self._place(name)
-        return stream_of(self._fd, place.offset, place.size)
+        """Return a stream of a file. Raises `ArchiveError` if there is none with this name."""
+        extent = self._extent(name)
+        return extent_stream(self._fd, extent.offset, extent.size)
 
-    def _place(self, name: bytes) -> _Place:
-        place = self._places.get(self._resolve(name))
-        if place is None:
+    def _extent(self, name: bytes) -> _Extent:
+        extent = self._extents.get(self._resolve(name))
+        if extent is None:
             raise ArchiveError(f"it has no {shown(name)}")
-        return place
+        return extent
 
     def _resolve(self, name: bytes) -> bytes:
-        """Follow links among the members: docker saves equal layers once."""
-        for _ in range(_MOST_LINKS):
+        """Follow links between files: docker saves equal layers once."""
+        for _ in range(_MAX_LINKS):
             target = self._links.get(name)
             if target is None:
                 break
@@ -57,9 +60,9 @@ class TarIndex:
         at = 0
         size = sysio.stat_at(self._fd, b"").st_size
 
-        def read(most: int) -> bytes:
+        def read(limit: int) -> bytes:
             nonlocal at
-            data = sysio.read_at(self._fd, at, min(most, 1 << 16))
+            data = sysio.read_at(self._fd, at, min(limit, 1 << 16))
             at += len(data)
             return data
 
@@ -72,22 +75,22 @@ class TarIndex:
             if entry.kind is Kind.FILE and entry.extents is None:
                 if reader.position + entry.size > size:
                     raise ArchiveError("the archive ends too early: it is not complete")
-                self._places[entry.path] = _Place(reader.position, entry.size)
+                self._extents[entry.path] = _Extent(reader.position, entry.size)
             elif entry.kind is Kind.HARDLINK:
                 self._links[entry.path] = entry.target
             elif entry.kind is Kind.SYMLINK:
                 self._links[entry.path] = os.path.normpath(os.path.join(os.path.dirname(entry.path), entry.target))
-            if len(self._places) + len(self._links) > _MOST:
-                raise ArchiveError("the archive has too many members for an image")
+            if len(self._extents) + len(self._links) > _MAX_FILES:
+                raise ArchiveError("the archive has too many files for an image")
 
 
-def stream_of(fd: int, offset: int, size: int) -> Read:
-    """Return a part of an open file as a stream."""
+def extent_stream(fd: int, offset: int, size: int) -> Read:
+    """Return a stream of `size` bytes of a file from an offset on."""
     at, end = offset, offset + size
 
-    def read(most: int) -> bytes:
+    def read(limit: int) -> bytes:
         nonlocal at
-        data = sysio.read_at(fd, at, min(most, end - at, PIECE))
+        data = sysio.read_at(fd, at, min(limit, end - at, PIECE))
         at += len(data)
         return data
 

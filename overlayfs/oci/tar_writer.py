@@ -1,9 +1,9 @@
-"""Writing tar archives: one way for each entry, so that the same layer is the same bytes wherever and whenever.
+"""Writing tar headers, in one form for each entry, so that the same layer always gives the same bytes.
 
-ustar where it can say everything, else a PAX header before it with its records sorted. Owners are numbers, user and
-group names are empty, there is no access time. Times keep their nanoseconds; `SOURCE_DATE_EPOCH` clamps later ones.
+An entry is a ustar header, preceded by a PAX header with sorted records for what ustar cannot express. Owners are
+numbers, user and group names are empty, and there are no access times. Times keep their nanoseconds.
 
-Sources: POSIX pax(1); formats, section 10, "Writing"; reproducible-builds.org, "SOURCE_DATE_EPOCH".
+Sources: POSIX pax(1), "ustar Interchange Format" and "pax Extended Header"; docs/images.md, "A layer that goes out".
 """
 
 import struct
@@ -15,8 +15,8 @@ from overlayfs.oci.tar_reader import BLOCK
 END = bytes(2 * BLOCK)
 
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
-_LARGEST_OCTAL_SIZE = 8**11 - 1
-_LARGEST_OCTAL_ID = 8**7 - 1
+_MAX_OCTAL_SIZE = 8**11 - 1
+_MAX_OCTAL_ID = 8**7 - 1
 _NANO = 1_000_000_000
 _FLAGS = {
     Kind.FILE: b"0", Kind.HARDLINK: b"1", Kind.SYMLINK: b"2", Kind.CHARACTER: b"3", Kind.BLOCK: b"4",
@@ -25,25 +25,25 @@ _FLAGS = {
 
 
 def padding(size: int) -> bytes:
-    """Return the zeros that follow `size` bytes of data."""
+    """Return the zeros after `size` bytes of data, which fill the last block."""
     return bytes(-size % BLOCK)
 
 
 def header(entry: TarEntry) -> bytes:
-    """Return all that stands before an entry's data. Extents have no form here: holes are zeros."""
+    """Return the headers of an entry. Its extents are ignored: holes are written as zeros."""
     name = (entry.path or b".") + b"/" if entry.kind is Kind.DIRECTORY else entry.path
     records = dict(_records(entry, name))
     ustar = _ustar(entry, name, records)
-    return _pax(entry.path, records) + ustar if records else ustar
+    return _pax_header(entry.path, records) + ustar if records else ustar
 
 
 def file_header(name: bytes, size: int, mode: int = 0o644) -> bytes:
-    """Return the header of a member of an archive of files: one block whatever the size, so that it can come late.
+    """Return the header of a file in an archive: always one block, so that it can be filled in after the data.
 
-    A size beyond what octal digits hold is written in base 256, which every reader of our time knows.
+    A size that does not fit the octal digits is written in base 256, a GNU extension that all current readers know.
     """
-    block = bytearray(header(TarEntry(name, Kind.FILE, mode, size=min(size, _LARGEST_OCTAL_SIZE))))
-    if size > _LARGEST_OCTAL_SIZE:
+    block = bytearray(header(TarEntry(name, Kind.FILE, mode, size=min(size, _MAX_OCTAL_SIZE))))
+    if size > _MAX_OCTAL_SIZE:
         block[124:136] = (1 << 95 | size).to_bytes(12, "big")
         block[148:156] = b" " * 8
         block[148:156] = b"%06o\0 " % sum(block)
@@ -55,24 +55,24 @@ def _records(entry: TarEntry, name: bytes) -> Iterator[tuple[bytes, bytes]]:
         yield b"path", name
     if len(entry.target) > 100 or not _is_plain(entry.target):
         yield b"linkpath", entry.target
-    if entry.size > _LARGEST_OCTAL_SIZE:
+    if entry.size > _MAX_OCTAL_SIZE:
         yield b"size", b"%d" % entry.size
     for key, number in ((b"uid", entry.uid), (b"gid", entry.gid)):
-        if number > _LARGEST_OCTAL_ID:
+        if number > _MAX_OCTAL_ID:
             yield key, b"%d" % number
-    if entry.mtime_ns % _NANO or not 0 <= entry.mtime_ns // _NANO <= _LARGEST_OCTAL_SIZE:
+    if entry.mtime_ns % _NANO or not 0 <= entry.mtime_ns // _NANO <= _MAX_OCTAL_SIZE:
         yield b"mtime", time_text(entry.mtime_ns)
     for key, value in entry.xattrs.items():
         yield b"SCHILY.xattr." + key, value
 
 
 def _is_plain(name: bytes) -> bool:
-    """Return whether ustar may hold a name: other bytes than ASCII mean what the reader likes there."""
+    """Return whether ustar may hold a name: the encoding of other characters than ASCII is undefined there."""
     return name.isascii() or not _is_utf8(name)
 
 
 def _is_utf8(name: bytes) -> bool:
-    # PAX is UTF-8 by definition; a name that is not is kept as it is in the field that promises nothing.
+    # PAX records are UTF-8 by definition; a name that is not goes into the ustar field, which has no encoding.
     try:
         name.decode()
     except UnicodeDecodeError:
@@ -81,7 +81,7 @@ def _is_utf8(name: bytes) -> bool:
 
 
 def _split(name: bytes) -> tuple[bytes, bytes] | None:
-    """Return prefix and name fields, or None where a name does not fit."""
+    """Return the prefix and name fields for a name, None if it does not fit."""
     if len(name) <= 100:
         return b"", name
     cut = name.find(b"/", len(name) - 101, min(156, len(name) - 1))
@@ -89,7 +89,7 @@ def _split(name: bytes) -> tuple[bytes, bytes] | None:
 
 
 def time_text(nanoseconds: int) -> bytes:
-    """Return a time as PAX writes it: decimal seconds, a fraction only where there is one."""
+    """Return a time in PAX form: decimal seconds, with a fraction only if it is not zero."""
     sign = b"-" if nanoseconds < 0 else b""
     seconds, fraction = divmod(abs(nanoseconds), _NANO)
     text = b"%b%d.%09d" % (sign, seconds, fraction)
@@ -99,13 +99,13 @@ def time_text(nanoseconds: int) -> bytes:
 def _ustar(entry: TarEntry, name: bytes, records: dict[bytes, bytes]) -> bytes:
     prefix, field = _split(name) or (b"", name[:100])
     major, minor = entry.device
-    return _sealed(
+    return _header_block(
         field,
         entry.mode & 0o7777,
-        min(entry.uid, _LARGEST_OCTAL_ID),
-        min(entry.gid, _LARGEST_OCTAL_ID),
+        min(entry.uid, _MAX_OCTAL_ID),
+        min(entry.gid, _MAX_OCTAL_ID),
         0 if b"size" in records else entry.size,
-        min(max(entry.mtime_ns // _NANO, 0), _LARGEST_OCTAL_SIZE),
+        min(max(entry.mtime_ns // _NANO, 0), _MAX_OCTAL_SIZE),
         _FLAGS[entry.kind],
         entry.target[:100],
         major,
@@ -114,7 +114,7 @@ def _ustar(entry: TarEntry, name: bytes, records: dict[bytes, bytes]) -> bytes:
     )
 
 
-def _sealed(
+def _header_block(
     name: bytes,
     mode: int,
     uid: int,
@@ -134,14 +134,14 @@ def _sealed(
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
-def _pax(path: bytes, records: dict[bytes, bytes]) -> bytes:
+def _pax_header(path: bytes, records: dict[bytes, bytes]) -> bytes:
     data = b"".join(_record(key, records[key]) for key in sorted(records))
     name = b"PaxHeaders/" + (path.rsplit(b"/", 1)[-1] or b".")[:80]
-    return _sealed(name, 0o644, 0, 0, len(data), 0, b"x", b"", 0, 0, b"") + data + padding(len(data))
+    return _header_block(name, 0o644, 0, 0, len(data), 0, b"x", b"", 0, 0, b"") + data + padding(len(data))
 
 
 def _record(key: bytes, value: bytes) -> bytes:
-    """Return ``LENGTH KEY=VALUE\\n``, the length counting its own digits."""
+    """Return ``LENGTH KEY=VALUE\\n``; the length includes its own digits."""
     rest = len(key) + len(value) + 3
     length = rest + len(str(rest))
     if len(str(length)) > len(str(rest)):

@@ -1,4 +1,4 @@
-"""What push and pull have in common: several layers at once, and the word on how far each of them is."""
+"""What push and pull share: transferring several layers at once, and reporting the progress of each."""
 
 import contextlib
 import os
@@ -8,18 +8,22 @@ from typing import NamedTuple, TypeVar
 
 from overlayfs import sysio
 from overlayfs.errors import UserError
+from overlayfs.oci.blobs import Notice
 from overlayfs.oci.http_client import PIECE, CancelledError, HttpClient, RetryPolicy
+from overlayfs.oci.reference import Reference
+from overlayfs.oci.registry import Repository
 from overlayfs.store.store import LayerStore
 
-AT_ONCE = 4  # layers; more connections to one registry gain nothing and annoy it
+CONCURRENT_LAYERS = 4  # more connections to one registry gain nothing, and some registries limit them
 
 Result = TypeVar("Result")
 
 
 class LayerProgress(NamedTuple):
-    """How far one layer is. `key` tells layers apart: the digest of the blob, or the id of the layer.
+    """The progress of one layer. `key` identifies the layer: the digest of its blob, or its id in the store.
 
-    `done` and `total` are bytes; `total` is 0 where it is not known, both are 0 where nothing moves.
+    `doing` is a word or two, such as "uploading". `done` and `total` are bytes; `total` is 0 when it is not known, and
+    both are 0 when nothing is transferred.
     """
 
     key: str
@@ -29,25 +33,36 @@ class LayerProgress(NamedTuple):
 
 
 ProgressCallback = Callable[[LayerProgress], None]
-"""Called from several threads."""
+"""`progress(LayerProgress)` is called periodically, from several threads."""
 
 
 def ignore_progress(_: LayerProgress) -> None:
-    """Take a step and do nothing."""
+    """Ignore the progress of a transfer."""
+
+
+class Transfer(NamedTuple):
+    """One push or pull: the image's repository, how it is reached, and the callbacks for its progress."""
+
+    store: LayerStore
+    repository: Repository
+    reference: Reference
+    client: HttpClient
+    progress: ProgressCallback
+    notice: Notice
 
 
 def run_all(client: HttpClient, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Do all jobs, a few at a time, and return their results in order.
+    """Run all jobs, `CONCURRENT_LAYERS` at a time, and return their results in order.
 
-    When one fails, or the user interrupts, the others are stopped, and it is raised when the last one has ended.
+    When a job fails, or the user interrupts, the others are cancelled and waited for; then the error is raised.
     """
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="layer") as pool:
+    with ThreadPoolExecutor(CONCURRENT_LAYERS, thread_name_prefix="layer") as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             if not all(map(_succeeded, futures)):
-                client.stop()
+                client.cancel()
                 pool.shutdown(wait=False, cancel_futures=True)
     _raise_first_failure(futures)
     return [future.result() for future in futures]
@@ -58,7 +73,7 @@ def _succeeded(future: Future[Result]) -> bool:
 
 
 def _raise_first_failure(futures: Sequence[Future[Result]]) -> None:
-    """A job that was given up is no reason for anything; some other one is."""
+    """Raise the error of the job that failed; jobs that were cancelled because of it do not count."""
     for future in futures:
         error = None if future.cancelled() else future.exception()
         if error is not None and not isinstance(error, CancelledError):
@@ -66,25 +81,25 @@ def _raise_first_failure(futures: Sequence[Future[Result]]) -> None:
 
 
 @contextlib.contextmanager
-def disk_failures(store: LayerStore) -> Iterator[None]:
-    """Tell failures of the disk in a sentence; those of connections have been told already."""
+def disk_errors(store: LayerStore) -> Iterator[None]:
+    """Raise errors of the store's disk as `UserError`; those of connections are `UserError` already."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"the store {os.fsdecode(store.path)} fails: {error.strerror or error}; put that right and run it again, "
-            "or let 'overlayfs gc' take what is there of it"
+            f"the store {os.fsdecode(store.path)} fails: {error.strerror or error}; repair it and run the same again, "
+            "or delete what is there of it with 'overlayfs gc'"
         ) from error
 
 
-def pieces_of(fd: int, size: int, retry: RetryPolicy, report: Callable[[int], None]) -> Iterator[bytes]:
-    """Give the first `size` bytes of a file."""
+def file_pieces(fd: int, size: int, retry: RetryPolicy, progress: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield the first `size` bytes of a file; `progress(bytes)` is called after each piece."""
     done = 0
     while done < size:
-        retry.check()
+        retry.raise_if_cancelled()
         piece = sysio.read_at(fd, done, min(PIECE, size - done))
         if not piece:
             raise EOFError(f"a file of {size} bytes ends at {done}")
         done += len(piece)
         yield piece
-        report(done)
+        progress(done)

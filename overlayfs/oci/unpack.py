@@ -25,7 +25,7 @@ from overlayfs.errors import UserError
 from overlayfs.format import opaque, override, whiteout, xattrs
 from overlayfs.format.override import Override
 from overlayfs.format.xattrs import Mode
-from overlayfs.oci.tar_entry import LONGEST_NAME, ArchiveError, Kind, TarEntry, shown
+from overlayfs.oci.tar_entry import MAX_NAME, ArchiveError, Kind, TarEntry, shown
 from overlayfs.tree.layer import join
 from overlayfs.tree.workdir import drop_inherited_acls, remove_tree
 
@@ -197,7 +197,7 @@ class Unpacker:
             try:
                 found = sysio.stat_at(directory.fd, name)
             except FileNotFoundError:
-                return sysio.exists_at(directory.fd, whiteout.name_for(name)[:LONGEST_NAME])
+                return sysio.exists_at(directory.fd, whiteout.name_for(name)[:MAX_NAME])
             if not stat.S_ISDIR(found.st_mode):
                 return True
         return False

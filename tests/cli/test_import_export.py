@@ -60,7 +60,7 @@ REFUSALS: list[tuple[tuple[str, ...], int, str]] = [
     (("import", "layer.tar"), 2, "missing option '-t' / '--tag'; see 'overlayfs import --help'"),
     (("import", "layer.tar", "-t", "Bad"), 1, "'Bad' is not an image name; write NAME[:TAG] with lower-case letters, "
      "digits and . _ - / in NAME"),
-    (("import", "layer.tar", "-t", "x", "--platform", "a/b/c/d"), 2, "'a/b/c/d' is no platform; write "
+    (("import", "layer.tar", "-t", "x", "--platform", "a/b/c/d"), 2, "'a/b/c/d' is not a platform; write "
      "OS/ARCHITECTURE[/VARIANT], as in linux/arm64"),
     (("import", "layer.tar:v1", "-t", "x"), 1, "layer.tar is not an archive of images, so it has no image v1"),
     (("import", ".:v1", "-t", "x"), 1, ". is not an image layout, so it has no image v1"),

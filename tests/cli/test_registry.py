@@ -72,18 +72,18 @@ def test_json(overlayfs: Run, store: Path, server: str) -> None:
     ("words", "code", "sentence"),
     [
         (("pull", "alpine"), 2, "alpine: name the registry too, as in docker.io/library/alpine"),
-        (("pull", "{host}/x"), 1, "{host} does not speak TLS; a registry on this machine can do without: --plain-http"),
+        (("pull", "{host}/x"), 1, "{host} does not speak TLS; if it is on this machine, use --plain-http"),
         (("pull", "{host}/x", "--plain-http"), 1, "{host}/x:latest is not in {host} (manifest unknown)"),
         (("pull", "{host}/x@sha256:" + "0" * 64, "--plain-http"), 2, "{host}/x@sha256:" + "0" * 64
-         + ": a digest is no name; give the image one with -t"),
+         + ": a digest is not a name; give the image one with -t"),
         (("pull", "{host}/x", "--plain-http", "--platform", "/"), 2,
-         "'/' is no platform; write OS/ARCHITECTURE[/VARIANT], as in linux/arm64"),
+         "'/' is not a platform; write OS/ARCHITECTURE[/VARIANT], as in linux/arm64"),
         (("pull", "registry.example/x", "--plain-http"), 1,
-         "refused to talk to registry.example without TLS; --plain-http is for this machine alone"),
+         "refused to talk to registry.example without TLS; --plain-http works only for this machine"),
         (("pull", "{host}/x", "--ca", "/none"), 1, "cannot read certificates from /none: No such file or directory"),
         (("push", "none", "{host}/x"), 1, "there is no image none:latest; `overlayfs images` lists them"),
         (("push", "it", "{host}/x@sha256:" + "0" * 64, "--plain-http"), 2,
-         "{host}/x@sha256:" + "0" * 64 + ": an image is pushed to a tag; its digest follows from what is in it"),
+         "{host}/x@sha256:" + "0" * 64 + ": push to a tag; the digest follows from the content"),
     ],
 )  # fmt: skip
 def test_refusals(overlayfs: Run, store: Path, server: str, words: tuple[str, ...], code: int, sentence: str) -> None:
@@ -96,7 +96,7 @@ def test_a_login_of_skopeo(overlayfs: Run, store: Path, place: Path) -> None:
     requirements.need_program("skopeo")
     with registries.registry(place / "private", auth=registries.with_password(place / "private")) as host:
         refused = overlayfs("push", "it", f"{host}/a/b", "--plain-http")
-        assert refused.code == 1 and f"{host} wants a login; run 'podman login {host}'" in refused.err
+        assert refused.code == 1 and f"{host} requires a login; run 'podman login {host}'" in refused.err
         subprocess.run(
             ["skopeo", "login", "--tls-verify=false", "-u", registries.USER, "--password-stdin", host],
             input=registries.PASSWORD.encode(), check=True, capture_output=True,
@@ -138,13 +138,13 @@ def test_a_note_where_the_image_is_for_another_machine(overlayfs: Run, store: Pa
 
 def test_a_line() -> None:
     key = "sha256:0123456789abcdef"
-    assert shown.line(LayerProgress(key, "loading", 512, 2048)) == "0123456789ab  loading        25%  512 B of 2 KiB"
+    assert shown.line(LayerProgress(key, "unpacking", 512, 2048)) == "0123456789ab  unpacking      25%  512 B of 2 KiB"
     assert shown.line(LayerProgress(key, "compressing", 2048)) == "0123456789ab  compressing   2 KiB"
     assert shown.line(LayerProgress("0123456789abcdef", "looking")) == "0123456789ab  looking"
 
 
 class Stall:
-    """Sends the beginning of a blob, and the rest when it is told."""
+    """Sends the beginning of a blob, and the rest when `go_on` is set."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
@@ -162,7 +162,7 @@ class Stall:
 
 @pytest.fixture
 def big(store: Path, server: str) -> str:
-    """An image in the registry whose only layer takes several pieces to load; gives the repository and its blob."""
+    """An image in the registry whose only layer is downloaded in several pieces; returns the digest of its blob."""
     text = random.Random(1).randbytes(1 << 20).hex()
     with LayerStore(os.fsencode(store)) as opened:
         add_image(opened, "big", {"big": text})
@@ -183,7 +183,7 @@ def test_a_terminal_shows_a_line_for_each_layer(server: str, big: str, place: Pa
         proxy.harm("GET", f"/blobs/{big}", stall)
         child = _pull(place, terminal, proxy.host)
         terminal.started()
-        terminal.wait_for(big.removeprefix("sha256:")[:12].encode() + b"  loading")
+        terminal.wait_for(big.removeprefix("sha256:")[:12].encode() + b"  downloading")
         stall.go_on.set()
         out, _ = child.communicate(timeout=60)
     assert child.returncode == 0 and out.startswith(f"{proxy.host}/big:latest sha256:".encode())
@@ -199,7 +199,7 @@ def test_an_interrupted_pull_leaves_what_it_has_to_the_next_one(
         proxy.harm("GET", f"/blobs/{big}", stall)
         child = _pull(place, terminal, proxy.host)
         terminal.started()
-        terminal.wait_for(b"loading")
+        terminal.wait_for(b"downloading")
         child.send_signal(number)
         out, _ = child.communicate(timeout=60)
         assert (child.returncode, out) == (code, b"")

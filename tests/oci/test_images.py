@@ -351,7 +351,7 @@ def _shrink(document: dict[str, Any]) -> None:
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "layers in another order": (_swap, "the image's configuration says"),
+    "layers in another order": (_swap, "as in the image's configuration"),
     "a layer that is too long": (_shrink, "longer than"),
     "a layer that is missing": (lambda d: d["layers"][0].update(digest="sha256:" + "1" * 64), "cannot be read"),
     "a layer too few": (lambda d: d["layers"].pop(), "has 1 layers"),
@@ -373,7 +373,7 @@ def test_manifests_that_cannot_be_used(other: LayerStore, place: Path, manifest:
 
 
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "other content": (lambda d: d["rootfs"]["diff_ids"].reverse(), "the image's configuration says"),
+    "other content": (lambda d: d["rootfs"]["diff_ids"].reverse(), "as in the image's configuration"),
     "no such digest": (lambda d: d["rootfs"]["diff_ids"].append("sha256:x"), "not a sha256 digest"),
     "no root": (lambda d: d["rootfs"].update(diff_ids=[]), "speaks of 0"),
     "no list": (lambda d: d.update(rootfs=5), "cannot be used"),
@@ -403,7 +403,7 @@ def refused_whole(store: LayerStore, place: Path, source: bytes, reason: str) ->
     ("index", "reason"),
     [
         (b"{", "cannot be used"),
-        (b'{"schemaVersion":2,"manifests":[]}', "holds no image"),
+        (b'{"schemaVersion":2,"manifests":[]}', "contains no image"),
         (b'{"schemaVersion":2,"manifests":' + b"[" * 100_000, "cannot be used"),
         (b" " * (5 << 20), "larger than"),
         (b"\xff", "cannot be used"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from overlayfs import Overlay, StackConfig
 from overlayfs.oci import layer_tar
-from overlayfs.oci.layer_entries import Losses, layer_entries, merged_entries
+from overlayfs.oci.layer_entries import Omissions, layer_entries, merged_entries
 from tests.oci.archives import unpack
 from tests.support.builder import build
 from tests.support.drivers.overlay import FsRaw
@@ -47,7 +47,7 @@ layers = st.dictionaries(NAMES, entries, max_size=5)
 
 
 def packed(tree: Path, *below: Path) -> bytes:
-    with layer_entries(os.fsencode(tree), list(map(os.fsencode, below)), Losses()) as items:
+    with layer_entries(os.fsencode(tree), list(map(os.fsencode, below)), Omissions()) as items:
         return b"".join(layer_tar.tar_pieces(items))
 
 
@@ -80,7 +80,7 @@ def test_layers_through_archives(place: Path, stack: list[dict[str, Entry]]) -> 
 
 
 def _check_merged(stack: list[Path], target: Path) -> None:
-    with merged_entries(list(map(os.fsencode, stack)), Losses()) as items:
+    with merged_entries(list(map(os.fsencode, stack)), Omissions()) as items:
         archive = b"".join(layer_tar.tar_pieces(items))
     target.mkdir()
     root = os.open(target, os.O_RDONLY)

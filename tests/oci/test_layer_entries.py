@@ -12,7 +12,7 @@ import pytest
 from overlayfs.errors import UserError
 from overlayfs.fs import Caller, Changes, Node, Overlay, StackConfig
 from overlayfs.oci import layer_tar
-from overlayfs.oci.layer_entries import EntryWithData, Losses, layer_entries, merged_entries
+from overlayfs.oci.layer_entries import EntryWithData, Omissions, layer_entries, merged_entries
 from overlayfs.oci.tar_entry import Kind
 from tests.oci.archives import picture, unpack
 from tests.support.builder import build
@@ -32,9 +32,9 @@ def layer(place: Path, name: str, tree: Tree | Dir) -> Path:
     return root
 
 
-def packed(tree: Path, *below: Path, losses: Losses | None = None) -> bytes:
+def packed(tree: Path, *below: Path, omissions: Omissions | None = None) -> bytes:
     """A layer as a tar."""
-    with layer_entries(os.fsencode(tree), [os.fsencode(each) for each in below], losses or Losses()) as items:
+    with layer_entries(os.fsencode(tree), [os.fsencode(each) for each in below], omissions or Omissions()) as items:
         return b"".join(layer_tar.tar_pieces(items))
 
 
@@ -126,7 +126,7 @@ def test_an_opaque_root_stays_one(place: Path) -> None:
 def test_later_times_are_clamped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = layer(place, "layer", {"new": File(b"", mtime_ns=2 * 10**18), "old": File(b"", mtime_ns=10**9)})
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000")
-    with layer_entries(os.fsencode(root), (), Losses()) as items:
+    with layer_entries(os.fsencode(root), (), Omissions()) as items:
         archive = b"".join(layer_tar.tar_pieces(items, layer_tar.source_date_epoch()))
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
         assert {member.name: member.mtime for member in opened} == {".": 1000, "new": 1000, "old": 1}
@@ -137,19 +137,19 @@ def test_later_times_are_clamped(place: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_archives_cannot_hold_is_told(place: Path) -> None:
     root = layer(place, "layer", {"s": Special("s"), "f": File(b"", xattrs={"user.empty": b"", "user.a=b": b"v"})})
-    losses = Losses()
-    assert names(packed(root, losses=losses)) == [".", "f"]
-    assert (losses.sockets, losses.attributes) == (1, 2)
-    assert len(losses.sentences()) == 2
+    omissions = Omissions()
+    assert names(packed(root, omissions=omissions)) == [".", "f"]
+    assert (omissions.sockets, omissions.attributes) == (1, 2)
+    assert len(omissions.sentences()) == 2
 
 
-def test_what_has_become_shorter_is_noticed(place: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(place: Path) -> None:
     root = layer(place, "layer", {"f": b"x" * 1000})
 
     def shortened(item: EntryWithData) -> EntryWithData:
         return item._replace(entry=item.entry._replace(size=2000)) if item.open is not None else item
 
-    with layer_entries(os.fsencode(root), (), Losses()) as items, pytest.raises(UserError, match="become shorter"):
+    with layer_entries(os.fsencode(root), (), Omissions()) as items, pytest.raises(UserError, match="became shorter"):
         list(layer_tar.tar_pieces(map(shortened, items)))
 
 
@@ -160,7 +160,7 @@ MISSING: Tree = {"d": {"f": File(size=9, xattrs={"trusted.overlay.metacopy": b""
 @pytest.mark.parametrize(("tree", "reason"), [(DAMAGED, "d/f: Input/output error"), (MISSING, "d/f: Input/output")])
 def test_what_cannot_be_read_is_told_with_its_name(place: Path, tree: Tree, reason: str) -> None:
     root = os.fsencode(layer(place, "layer", tree))
-    with pytest.raises(UserError, match=f"cannot read {reason}"), merged_entries((root,), Losses()) as items:
+    with pytest.raises(UserError, match=f"cannot read {reason}"), merged_entries((root,), Omissions()) as items:
         list(layer_tar.tar_pieces(items))
 
 
@@ -177,7 +177,7 @@ def test_owners_in_attributes_are_the_owners(place: Path) -> None:
         },
         xattrs={name: b"1:2:0700"},
     )
-    with layer_entries(os.fsencode(layer(place, "layer", tree)), (), Losses()) as items:
+    with layer_entries(os.fsencode(layer(place, "layer", tree)), (), Omissions()) as items:
         found = {entry.path: entry for entry, _ in items}
     assert {path: (e.uid, e.gid, e.mode) for path, e in found.items()} == {
         b"": (1, 2, 0o700), b"f": (5, 6, 0o4755), b"null": (0, 0, 0o600), b"d": (7, 8, 0o1777),
@@ -267,7 +267,7 @@ def test_opaque_marks_only_where_something_is_covered(place: Path) -> None:
 
 def test_marks_over_nothing_are_refused(place: Path) -> None:
     upper, _ = changed(place, *CHANGES["a file of metadata"])
-    with pytest.raises(UserError, match="big counts on layers below"):
+    with pytest.raises(UserError, match="big depends on lower layers"):
         packed(upper)
 
 
@@ -276,7 +276,7 @@ def test_marks_over_nothing_are_refused(place: Path) -> None:
 
 def test_a_merged_tree_is_what_the_stack_shows(place: Path) -> None:
     upper, lower = changed(place, *CHANGES["moved and changed"])
-    with merged_entries([os.fsencode(upper), os.fsencode(lower)], Losses()) as items:
+    with merged_entries([os.fsencode(upper), os.fsencode(lower)], Omissions()) as items:
         archive = b"".join(layer_tar.tar_pieces(items))
     unpack(archive, place / "copy")
     found = picture(place / "copy")
@@ -290,13 +290,13 @@ def test_a_merged_tree_is_what_the_stack_shows(place: Path) -> None:
 def test_what_is_hidden_is_left_out(place: Path) -> None:
     root = layer(place, "source", {"keep": {"f": b""}, "hide": {"f": b""}})
     status = (root / "hide").stat()
-    with merged_entries([os.fsencode(root)], Losses(), frozenset(((status.st_dev, status.st_ino),))) as items:
+    with merged_entries([os.fsencode(root)], Omissions(), frozenset(((status.st_dev, status.st_ino),))) as items:
         assert [item.entry.path for item in items] == [b"", b"keep", b"keep/f"]
 
 
 def test_only_regular_files_are_opened(place: Path) -> None:
     root = layer(place, "source", {"p": Special("p"), "f": b"x"})
-    with merged_entries([os.fsencode(root)], Losses()) as items:
+    with merged_entries([os.fsencode(root)], Omissions()) as items:
         opened = {item.entry.path for item in items if item.open is not None}
     assert opened == {b"f"}
     assert stat.S_ISFIFO((root / "p").stat().st_mode)

@@ -34,7 +34,7 @@ def test_parsed(text: str, expected: Platform) -> None:
 
 @pytest.mark.parametrize("text", ["", "linux/", "a/b/c/d", "linux/am d64", "linux/\n"])
 def test_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no platform"):
+    with pytest.raises(UsageError, match="is not a platform"):
         platforms.parse(text)
 
 

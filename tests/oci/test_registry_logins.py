@@ -109,9 +109,9 @@ def test_an_empty_file_is_none(place: Path, home: dict[str, str], text: str) -> 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "is no file of logins"),
-        ("[]", "is no file of logins"),
-        ("[" * 100_000, "is no file of logins"),
+        ("{", "is not a credentials file"),
+        ("[]", "is not a credentials file"),
+        ("[" * 100_000, "is not a credentials file"),
         ('{"auths": [1]}', "auths must be an object"),
         ('{"auths": {"quay.io": {"auth": "%%%"}}}', "cannot be decoded"),
         ('{"auths": {"quay.io": {"auth": "bm9ib2R5"}}}', "cannot be decoded"),
@@ -160,8 +160,8 @@ def test_a_helper_without_a_login_is_none(place: Path, home: dict[str, str], mon
     ("script", "reason"),
     [
         ("exit 3", "failed with exit code 3"),
-        ("echo '{}'", "something else than a login"),
-        ("echo no", "something else"),
+        ("echo '{}'", "does not answer with a credential"),
+        ("echo no", "does not answer with a credential"),
     ],
 )
 def test_a_helper_that_fails(

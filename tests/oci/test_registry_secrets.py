@@ -89,7 +89,7 @@ def test_an_upload_to_another_host_gets_no_password(place: Path, here: Side) -> 
 
 def test_a_password(place: Path, here: Side, away: Side) -> None:
     with registries.registry(place / "private", auth=registries.with_password(place / "private")) as host:
-        with pytest.raises(UserError, match=f"{host} wants a login; run 'podman login {host}'"):
+        with pytest.raises(UserError, match=f"{host} requires a login; run 'podman login {host}'"):
             here.push("it", f"{host}/a/b")
         here.find = as_user("somebody", "wrong")
         with pytest.raises(UserError, match=r"refuses the login of somebody \(from a test\)"):
@@ -151,7 +151,7 @@ def test_a_token_for_nobody(tokens: Tokens, here: Side) -> None:
 
 
 def test_no_token(tokens: Tokens, here: Side) -> None:
-    with pytest.raises(UserError, match=f"{tokens.host} wants a login"):
+    with pytest.raises(UserError, match=f"{tokens.host} requires a login"):
         here.push("it", f"{tokens.host}/t/it")
     here.find = as_user("somebody", "wrong")
     with pytest.raises(UserError, match=f"{tokens.server.host} refuses the login of somebody"):
@@ -184,11 +184,11 @@ def test_a_token_at_its_end_is_renewed(tokens: Tokens, here: Side, away: Side, m
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"{", "something else than a token"),
-        (b'{"token": 1}', "something else than a token"),
-        (b'{"token": "a\\r\\nX: y"}', "something else than a token"),
-        (b'{"token": "ok", "expires_in": "soon"}', "something else than a token"),
-        (b"[" * 100_000, "something else than a token"),
+        (b"{", "does not answer with a token"),
+        (b'{"token": 1}', "does not answer with a token"),
+        (b'{"token": "a\\r\\nX: y"}', "does not answer with a token"),
+        (b'{"token": "ok", "expires_in": "soon"}', "does not answer with a token"),
+        (b"[" * 100_000, "does not answer with a token"),
         (b'"' + b"x" * (1 << 20) + b'"', "more than 1048576 bytes"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_token_server_must_be_reached_by_tls(away: Side, realm: str) -> None:
     away.find = KNOWN
     with (
         Server(lambda request: request.give(401, {"WWW-Authenticate": f'Bearer realm="{realm}"'})) as server,
-        pytest.raises(UserError, match=r"without TLS|is no address that we go to"),
+        pytest.raises(UserError, match=r"without TLS|is not a URL that can be used"),
     ):
         away.pull(f"{server.host}/a/b")
 
@@ -216,6 +216,6 @@ def test_a_token_server_must_be_reached_by_tls(away: Side, realm: str) -> None:
 def test_an_unknown_kind_of_login(away: Side) -> None:
     with (
         Server(lambda request: request.give(401, {"WWW-Authenticate": "Negotiate"})) as server,
-        pytest.raises(UserError, match="a login of a kind that is not known here"),
+        pytest.raises(UserError, match="asks for a kind of login that is not supported"),
     ):
         away.pull(f"{server.host}/a/b")

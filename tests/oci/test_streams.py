@@ -40,7 +40,7 @@ def expanded(data: bytes, kind: Compression, most: int = 1 << 16) -> bytes:
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With isal, and as where there is none."""
     if request.param == "plain":
-        monkeypatch.setattr(compression, "_fast", None)
+        monkeypatch.setattr(compression, "_isal", None)
 
 
 @pytest.mark.usefixtures("library")
@@ -170,9 +170,9 @@ def test_leaving_waits_for_a_piece_that_is_being_made() -> None:
         made.append(b"x")
         yield b"x"
 
-    with Prefetch(slow(), "test", patience=None):
+    with Prefetch(slow(), "test", join_timeout=None):
         assert begun.wait(10)
-        threading.Timer(1.2, go_on.set).start()  # longer than the patience with sources outside
+        threading.Timer(1.2, go_on.set).start()  # longer than the default join_timeout
     assert made == [b"x"]
 
 

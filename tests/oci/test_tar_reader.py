@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlayfs.oci import tar_reader, tar_writer
-from overlayfs.oci.tar_entry import ArchiveError, Kind, TarEntry, inside, shown
+from overlayfs.oci.tar_entry import ArchiveError, Kind, TarEntry, safe_path, shown
 from overlayfs.oci.tar_reader import TarReader
 from tests.oci import archives
 from tests.oci.archives import END, directory, file, header, pax
@@ -55,7 +55,7 @@ def refusal(archive: bytes) -> str:
     ],
 )
 def test_names_are_counted_from_the_root(name: bytes, path: bytes) -> None:
-    assert inside(name) == path
+    assert safe_path(name) == path
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_names_are_counted_from_the_root(name: bytes, path: bytes) -> None:
 )
 def test_names_that_are_refused(name: bytes, reason: str) -> None:
     with pytest.raises(ArchiveError, match=reason):
-        inside(name)
+        safe_path(name)
 
 
 @given(st.binary(max_size=600))
@@ -251,9 +251,9 @@ DAMAGED = [
     (header(b"n", b"L", size=1 << 30), "extended header of"),
     (header(b"n", b"Z"), "unknown type"),
     (header(b"n", b"M"), "unknown type"),
-    (header(b".", b"0"), "place of the root"),
-    (header(b"/", b"2", target=b"x"), "place of the root"),
-    (header(b"", b"5"), "place of the root"),
+    (header(b".", b"0"), "replace the root"),
+    (header(b"/", b"2", target=b"x"), "replace the root"),
+    (header(b"", b"5"), "replace the root"),
     (archives.hardlink(b"a", b"../../etc/shadow"), "leads out"),
     (archives.symlink(b"a", b""), "impossible target"),
     (pax({b"linkpath": b"t" * 5000}) + archives.symlink(b"a", b"x"), "impossible target"),

@@ -314,7 +314,7 @@ def test_attributes_of_a_union_are_the_users_own(root: Path) -> None:
 REFUSED = {
     "out": (file(b"../x"), "../x"),
     "out, later": (file(b"a/../../x"), "leads out"),
-    "a symlink as the root": (symlink(b".", b"/etc"), "place of the root"),
+    "a symlink as the root": (symlink(b".", b"/etc"), "replace the root"),
     "through an absolute symlink": (symlink(b"s", b"/etc") + file(b"s/shadow"), "s/shadow leads through s"),
     "through a relative symlink": (symlink(b"s", b"../canary") + file(b"s/etc/shadow"), "leads through s"),
     "two steps": (directory(b"s") + symlink(b"s/p", b"..") + symlink(b"s/p/e", b".."), "leads through s/p"),

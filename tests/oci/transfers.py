@@ -9,10 +9,11 @@ from typing import Any
 from overlayfs.oci import image_spec, platforms
 from overlayfs.oci.credentials import Credential
 from overlayfs.oci.http_client import HttpClient, RetryPolicy
+from overlayfs.oci.image_spec import digest_of
 from overlayfs.oci.pull import Pulled, pull
 from overlayfs.oci.push import Pushed, push
 from overlayfs.oci.reference import Reference, parse
-from overlayfs.oci.registry import BlobSource, Repository, sha256
+from overlayfs.oci.registry import BlobSource, Repository
 from overlayfs.oci.transfer import LayerProgress
 from overlayfs.store.store import LayerStore
 from tests.store.samples import there
@@ -71,14 +72,14 @@ def foreign(host: str, repository: str, **words: Any) -> str:
         target = Repository(client, parse(f"{host}/{repository}"), lambda: None, push=True)
 
         def upload(data: bytes) -> tuple[str, int]:
-            target.upload(BlobSource(sha256(data), len(data), lambda: iter((data,))))
-            return sha256(data), len(data)
+            target.upload(BlobSource(digest_of(data), len(data), lambda: iter((data,))))
+            return digest_of(data), len(data)
 
         tar = _tar()
         layer, size = upload(_gzip(tar))
         config = {
             "architecture": words.get("architecture", "amd64"), "os": "linux", "docker_version": "1", "x": [1.50],
-            "rootfs": {"type": "layers", "diff_ids": words.get("diff_ids", [sha256(tar)])},
+            "rootfs": {"type": "layers", "diff_ids": words.get("diff_ids", [digest_of(tar)])},
             "config": {"Env": ["A=b"], "Labels": {"l": "m"}}, "created": "2020-01-02T03:04:05.678901234Z",
             "history": [{"created": "2020-01-02T03:04:05Z", "created_by": "ADD x"},
                         {"created": "2020-01-02T03:04:06Z", "created_by": "CMD", "empty_layer": True}],
