@@ -1,4 +1,4 @@
-"""`overlayfs export`: an image as a layout, an archive, one tar or a directory."""
+"""`overlayfs export`: write an image as a layout, an archive, a single tar or a directory."""
 
 import os
 
@@ -13,7 +13,7 @@ _COMPRESSIONS = ("gzip", "zstd", "none")
 
 
 @command(
-    "Write an image as a layout, an archive, one tar or a directory.",
+    "Write an image as a layout, an archive, a single tar or a directory.",
     """
     overlayfs export site:v1 -o site.tar                    # an oci-archive, for podman load and skopeo
     overlayfs export site:v1 -o layout/                     # an OCI layout
@@ -46,8 +46,8 @@ def export(
 ) -> None:
     """Write IMAGE to DEST, which does not exist yet or is a pipe, and print DEST.
 
-    oci, oci-archive and docker-archive keep the layers and the configuration; tar and dir hold the tree that the
-    image shows. The same image gives the same bytes.
+    oci, oci-archive and docker-archive have the layers and the configuration; tar and dir have only the merged tree
+    of the image. The same image gives the same bytes.
     """
     chosen = kind or _usual_format(destination)
     to_stdout = destination == b"-"
@@ -78,6 +78,6 @@ def _check(kind: str, compression: str | None, to_stdout: bool, as_json: bool) -
     if to_stdout and kind in ("oci", "dir"):
         raise UsageError(f"the format {kind} is a directory and cannot go to standard output; choose an archive")
     if to_stdout and as_json:
-        raise UsageError("standard output cannot hold both the archive and --json; leave one out")
+        raise UsageError("the archive and --json cannot both go to standard output; leave one out")
     if to_stdout and os.isatty(1):
-        raise UsageError("an archive is not for a terminal; redirect standard output, or name a file")
+        raise UsageError("an archive is not written to a terminal; redirect standard output, or name a file")

@@ -1,4 +1,4 @@
-"""`overlayfs import`: an image out of a directory, a layer, or an image in another form."""
+"""`overlayfs import`: make an image of a directory, a layer, or an image in another format."""
 
 from typing import TYPE_CHECKING
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     """,
 )
 @click.argument("source", metavar="SRC", type=arguments.path)
-@click.option("-t", "--tag", "name", metavar="IMAGE", required=True, help="What to call the image.")
-@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Of an image for several platforms [this machine's].")
-@click.option("-m", "--message", metavar="TEXT", default="", help="What a layer without a history is said to be.")
+@click.option("-t", "--tag", "name", metavar="IMAGE", required=True, help="Name of the image.")
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Which one of several platforms [this machine's].")
+@click.option("-m", "--message", metavar="TEXT", default="", help="Description of a layer without a history.")
 @storage.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def import_(
     source: bytes, name: str, platform: str | None, message: str, store: bytes | None, as_json: bool, quiet: bool
 ) -> None:
-    """Make SRC an image of the store, and print its name.
+    """Import SRC into the store as an image, and print its name.
 
     SRC is a directory, a layer (tar, plain or compressed with gzip or zstd), an OCI layout, an oci-archive, a
-    docker-archive, or - for one of these archives on standard input. Write SRC:NAME for one of several images in it.
-    Layers that the store has are not read again.
+    docker-archive, or - for one of these archives on standard input. SRC:NAME is one of several images in it. Layers
+    that the store has are not read again.
     """
     with storage.opened(store, create=True) as opened, progress.line(quiet) as show:
         made = opened.import_image(

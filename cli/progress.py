@@ -1,4 +1,4 @@
-"""Progress of long work: lines on standard error that are renewed in place, on a terminal and nowhere else."""
+"""Progress of long operations: lines on standard error, redrawn in place, and only on a terminal."""
 
 import contextlib
 import shutil
@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-PERIOD = 0.2  # seconds between two states of the line; shorter ones cannot be read
-PATIENCE = 0.5  # seconds of work that needs no line
+from overlayfs.errors import one_line
+
+PERIOD = 0.2  # seconds between redraws
+DELAY = 0.5  # seconds before the first one; shorter operations show nothing
 
 Show = Callable[[str], None]
 ShowLine = Callable[[str, str], None]
@@ -16,7 +18,10 @@ ShowLine = Callable[[str, str], None]
 
 @contextlib.contextmanager
 def line(quiet: bool = False) -> Iterator[Show]:
-    """Give a function that shows a text; the line is wiped at the end. Silent off a terminal and when `quiet`."""
+    """Yield a function that shows a text on one line, which is erased at the end.
+
+    Nothing is shown if `quiet`, or if standard error is not a terminal.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda text: None
         return
@@ -29,7 +34,7 @@ def line(quiet: bool = False) -> Iterator[Show]:
 
 @contextlib.contextmanager
 def board(quiet: bool = False) -> Iterator[ShowLine]:
-    """Give a function, for any thread, that sets the text in the line of a key; all lines are wiped at the end."""
+    """Yield a function that shows a text on the line of a key, for any thread; the lines are erased at the end."""
     if quiet or not sys.stderr.isatty():
         yield lambda key, text: None
         return
@@ -44,7 +49,7 @@ def board(quiet: bool = False) -> Iterator[ShowLine]:
 
 
 class _Board:
-    """Several lines, renewed together, no more than the terminal has: older ones give way."""
+    """Several lines that are redrawn together; if the terminal has fewer rows, the newest lines are shown."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
@@ -54,8 +59,8 @@ class _Board:
         self._texts[key] = text
 
     def renew(self, done: threading.Event) -> None:
-        """Draw the lines again and again, first after some patience; at the end they are wiped."""
-        done.wait(PATIENCE)
+        """Redraw the lines periodically until `done` is set; then erase them."""
+        done.wait(DELAY)
         while not done.wait(PERIOD):
             self._draw()
         self._write([])
@@ -72,7 +77,7 @@ class _Board:
 
 
 def _renewed(start: float) -> Show:
-    due = start + PATIENCE
+    due = start + DELAY
 
     def show(text: str) -> None:
         nonlocal due
@@ -87,20 +92,20 @@ def _renewed(start: float) -> Show:
 
 
 def layer_text(layer: int, layers: int, done: int) -> str:
-    """Return how far work on the layers of an image is; no layers: they are not known yet."""
+    """Return the text for `done` bytes of one of an image's layers; `layers` is 0 while it is not known."""
     where = f"layer {layer} of {layers}, " if layers else ""
     return f"{where}{done >> 20} MiB"
 
 
 def note(sentence: str) -> None:
-    """Tell what is left out, on standard error, past a line of progress."""
-    wipe = "\r\x1b[K" if sys.stderr.isatty() else ""
-    sys.stderr.write(f"{wipe}overlayfs: note: {sentence}\n")
+    """Print a notice to standard error, in place of a line of progress."""
+    erase = "\r\x1b[K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{erase}overlayfs: note: {one_line(sentence)}\n")
 
 
 @contextlib.contextmanager
 def waiting(text: str, quiet: bool = False) -> Iterator[None]:
-    """Show how long something takes of which nothing else is known."""
+    """Show the elapsed time of an operation that reports no progress."""
     done = threading.Event()
     with line(quiet) as show:
         clock = threading.Thread(target=_tick, args=(show, text, done))

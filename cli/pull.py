@@ -1,4 +1,4 @@
-"""`overlayfs pull`: an image out of a registry."""
+"""`overlayfs pull`: pull an image from a registry."""
 
 import click
 
@@ -7,7 +7,7 @@ from overlayfs_cli.command import command
 
 
 @command(
-    "Load an image from a registry.",
+    "Pull an image from a registry.",
     """
     overlayfs pull quay.io/team/site:v1
     overlayfs pull docker.io/debian -t base --platform linux/arm64
@@ -15,13 +15,13 @@ from overlayfs_cli.command import command
     """,
 )
 @click.argument("reference", metavar="REGISTRY/REPO[:TAG][@DIGEST]")
-@click.option("-t", "--tag", "name", metavar="NAME", help="What to call the image here [what it is called there].")
-@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Of an image for several platforms [this machine's].")
+@click.option("-t", "--tag", "name", metavar="NAME", help="Name of the image in the store [REGISTRY/REPO:TAG].")
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Which one of several platforms [this machine's].")
 @registry.plain_http
 @registry.ca
 @storage.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the digest alone; no progress on the terminal.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the digest; no progress on the terminal.")
 def pull(
     reference: str,
     name: str | None,
@@ -32,13 +32,13 @@ def pull(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Load an image from a registry, layers that are not here yet alone, and print its name and its digest.
+    """Pull an image from a registry, and print its name and its digest. Layers that the store has are not downloaded.
 
-    Logins are those of podman and docker. A pull that was cut short goes on where it stopped when it is run again.
+    Logins are those of podman and docker. An interrupted pull continues where it stopped when it is run again.
     """
-    with storage.opened(store, create=True) as opened, registry.lines(quiet) as (progress, notice):
+    with storage.opened(store, create=True) as opened, registry.lines(quiet) as (show, notice):
         pulled = opened.pull(
-            reference, name=name, platform=platform, plain_http=plain_http, ca=ca, progress=progress,
+            reference, name=name, platform=platform, plain_http=plain_http, ca=ca, progress=show,
             notice=notice,
         )  # fmt: skip
     if as_json:

@@ -1,4 +1,4 @@
-"""What push and pull have in common: how a registry is reached, and a line for each layer."""
+"""What push and pull share: the options for reaching a registry, and a line of progress for each layer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from overlayfs_cli import progress, storage
-from overlayfs_cli.main import complain
 
 if TYPE_CHECKING:
     from overlayfs.oci.blobs import Notice
@@ -19,29 +18,27 @@ plain_http: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
     "--plain-http", is_flag=True, help="Speak HTTP without TLS; only for registries on this machine."
 )
 ca: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
-    "--ca", metavar="FILE", help="Trust the certificates in FILE, beside the system's."
+    "--ca", metavar="FILE", help="Trust the certificates in FILE as well as the system's."
 )
-
-
-def note(sentence: str) -> None:
-    """Say something that is no failure."""
-    complain(f"note: {sentence}")
 
 
 @contextmanager
 def lines(quiet: bool) -> Iterator[tuple["ProgressCallback", "Notice"]]:
-    """Show a line for each layer on a terminal while it is on its way; notices are shown when the lines are gone."""
+    """Yield callbacks for progress and notices.
+
+    On a terminal, each layer has a line while it is transferred. Notices are printed after the lines are removed.
+    """
     notices: list[str] = []
     try:
         with progress.board(quiet) as show:
             yield (lambda step: show(step.key, line(step))), notices.append
     finally:
         for sentence in dict.fromkeys(notices):
-            note(sentence)
+            progress.note(sentence)
 
 
 def line(step: "LayerProgress") -> str:
-    """Return the line of a layer: which one, what happens to it, how much of it is done."""
+    """Return the line of a layer: its digest or id, what is being done, and how much is done."""
     return f"{step.key.removeprefix('sha256:')[:_KEY_SHOWN]}  {step.doing:<12}  {_amount(step)}".rstrip()
 
 

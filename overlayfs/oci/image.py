@@ -58,8 +58,8 @@ def image_record(
 ) -> ImageRecord:
     """Return the record of an image from its configuration and its layers, the LOWEST first.
 
-    A layer whose root is opaque hides all layers below it. A mount ignores that mark,
-    so those layers are left out of the stack, and the history marks their entries as empty.
+    A layer whose root is opaque hides all layers below it. A mount ignores that mark, so those layers are left out of
+    the stack, and the history marks their entries as empty.
     """
     first = _lowest_visible(layers)
     return ImageRecord(

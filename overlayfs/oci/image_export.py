@@ -1,4 +1,4 @@
-"""Export: an image of the store as a layout, an archive, one tar or a directory; in place when it is complete."""
+"""Exporting an image to a layout, an archive, a single tar or a directory, which appears when it is complete."""
 
 import contextlib
 import os
@@ -42,13 +42,14 @@ from overlayfs.tree.workdir import remove_tree
 STANDARD_OUTPUT = b"-"
 _STAGING = b".overlayfs-export-"
 _BLOBS = b"blobs/sha256"
+_PARTIAL = b"blob.part"
 
-Name = Callable[[LayerBlob], bytes]
-Write = Callable[[Sink], LayerBlob]
+FileName = Callable[[LayerBlob], bytes]
+WriteLayer = Callable[[Sink], LayerBlob]
 
 
 class Format(Enum):
-    """What an export makes."""
+    """The format of an export. TAR and DIRECTORY are the merged tree, without layers and configuration."""
 
     OCI = "oci"
     OCI_ARCHIVE = "oci-archive"
@@ -63,7 +64,7 @@ _DIRECTORIES = frozenset((Format.OCI, Format.DIRECTORY))
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export. `compression` None: gzip in layouts, none elsewhere."""
+    """Options of an export. compression: None for gzip in layouts and oci-archives, and no compression elsewhere."""
 
     format: Format
     compression: Compression | None = None
@@ -71,13 +72,13 @@ class ExportOptions:
     notice: Notice = field(default=ignore_notice)
 
     @property
-    def packing(self) -> Compression:
-        """How layers, or the one tar, are compressed."""
+    def layer_compression(self) -> Compression:
+        """The compression of the layers, or of the single tar."""
         usual = Compression.GZIP if self.format in _COMPRESSED else Compression.NONE
         return self.compression or usual
 
     def layer_progress(self, layer: int, layers: int) -> Callable[[int], None] | None:
-        """Return what is told the bytes of one layer."""
+        """Return the progress callback for one layer, which takes bytes."""
         progress = self.progress
         return None if progress is None else lambda done: progress(layer, layers, done)
 
@@ -85,7 +86,7 @@ class ExportOptions:
 def export_image(store: LayerStore, name: str, destination: bytes, options: ExportOptions) -> None:
     """Write the image NAME[:TAG] to a new file or directory, to a pipe or device, or to standard output (``-``).
 
-    The same image gives the same bytes. UserError with a sentence when it cannot be; then nothing stays.
+    The same image gives the same bytes. Raises `UserError`; then nothing is left at the destination.
     """
     record = store.image(name)
     with ExitStack() as undo:
@@ -95,14 +96,14 @@ def export_image(store: LayerStore, name: str, destination: bytes, options: Expo
         _Export(store, record, layers, options, undo).run(destination)
 
 
-class _Layout(Protocol):
-    """Where the parts of an image are put."""
+class _ImageWriter(Protocol):
+    """Writes the files of an image layout or archive."""
 
-    def blob(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
-        """Put what `write` writes into a folder, under the name that follows from what it was."""
+    def write_layer(self, folder: bytes, name: FileName, write: WriteLayer) -> LayerBlob:
+        """Write a layer with `write(sink)`, to a file in a folder whose name is `name(blob)` afterwards."""
 
-    def put(self, name: bytes, data: bytes) -> None:
-        """Put a document."""
+    def write_document(self, name: bytes, data: bytes) -> None:
+        """Write a file with this content."""
 
 
 class _Export:
@@ -127,18 +128,18 @@ class _Export:
 
     def _fill_directory(self, fd: int) -> None:
         if self._options.format is Format.OCI:
-            self._write_layout(_DirectoryLayout(fd))
+            self._write_layout(_DirectoryWriter(fd))
             return
         omissions = Omissions()
         with merged_entries(self._stack(), omissions) as items:
             unpacker = unpack_entries(items, fd, self._options.layer_progress(1, 1), merged=True)
-        self._tell(omissions.sentences() + unpacker.sentences())
+        self._notify(omissions.sentences() + unpacker.sentences())
 
-    def _fill_file(self, target: "_Target") -> None:
+    def _fill_file(self, target: "_OutputFile") -> None:
         if self._options.format is Format.TAR:
             self._write_tar(target.write)
             return
-        archive = _Archive(target)
+        archive = _ArchiveWriter(target)
         if self._options.format is Format.OCI_ARCHIVE:
             self._write_layout(archive)
         else:
@@ -148,7 +149,7 @@ class _Export:
     def _stack(self) -> list[bytes]:
         return [layer.tree_path for layer in reversed(self._layers)]
 
-    def _tell(self, sentences: list[str]) -> None:
+    def _notify(self, sentences: list[str]) -> None:
         for sentence in sentences:
             self._options.notice(sentence)
 
@@ -161,11 +162,11 @@ class _Export:
             with merged_entries(self._stack(), omissions) as found:
                 yield from found
 
-        write_entries(items(), sink, self._options.packing, self._options.layer_progress(1, 1))
-        self._tell(omissions.sentences())
+        write_entries(items(), sink, self._options.layer_compression, self._options.layer_progress(1, 1))
+        self._notify(omissions.sentences())
 
-    def _write_layout(self, target: _Layout) -> None:
-        target.put(b"oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
+    def _write_layout(self, target: _ImageWriter) -> None:
+        target.write_document(b"oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
         blobs = self._write_layers(target, _BLOBS, _oci_name)
         config = self._config(blobs)
         manifest = Manifest(
@@ -182,37 +183,39 @@ class _Export:
             annotations={image_spec.REF_NAME: tag, image_spec.FULL_NAME: self._record.name},
             platform=config.platform,
         )
-        target.put(b"index.json", image_spec.encode(Index(2, (named,), image_spec.OCI_INDEX)))
+        target.write_document(b"index.json", image_spec.encode(Index(2, (named,), image_spec.OCI_INDEX)))
 
-    def _write_docker(self, target: _Layout) -> None:
+    def _write_docker(self, target: _ImageWriter) -> None:
         blobs = self._write_layers(target, b"", _docker_name)
         data = image_spec.encode(self._config(blobs))
         config = _hex(image_spec.digest_of(data)).decode() + ".json"
-        target.put(config.encode(), data)
+        target.write_document(config.encode(), data)
         layers = tuple(_docker_name(blob).decode() for blob in blobs)
-        target.put(b"manifest.json", msgspec.json.encode([DockerSaved(config, layers, (self._record.name,))]))
+        target.write_document(
+            b"manifest.json", msgspec.json.encode([DockerSaved(config, layers, (self._record.name,))])
+        )
 
     def _config(self, blobs: list[LayerBlob]) -> ImageConfig:
         return image.config_of(self._record, [blob.diff_id for blob in blobs])
 
-    def _put_blob(self, target: _Layout, document: msgspec.Struct, media_type: str) -> Descriptor:
+    def _put_blob(self, target: _ImageWriter, document: msgspec.Struct, media_type: str) -> Descriptor:
         data = image_spec.encode(document)
         digest = image_spec.digest_of(data)
-        target.put(join(_BLOBS, _hex(digest)), data)
+        target.write_document(join(_BLOBS, _hex(digest)), data)
         return Descriptor(media_type, digest, len(data))
 
-    def _write_layers(self, target: _Layout, folder: bytes, name: Name) -> list[LayerBlob]:
-        """Write each layer once, however often it lies in the stack."""
+    def _write_layers(self, target: _ImageWriter, folder: bytes, name: FileName) -> list[LayerBlob]:
+        """Write each layer once, even if it is in the stack several times."""
         written: dict[str, LayerBlob] = {}
         for number, layer in enumerate(self._layers, 1):
             if layer.id not in written:
-                written[layer.id] = target.blob(folder, name, self._layer_writer(layer, number))
+                written[layer.id] = target.write_layer(folder, name, self._layer_writer(layer, number))
         return [written[layer.id] for layer in self._layers]
 
-    def _layer_writer(self, layer: Layer, number: int) -> Write:
+    def _layer_writer(self, layer: Layer, number: int) -> WriteLayer:
         options = self._options
         progress = options.layer_progress(number, len(self._layers))
-        return lambda sink: write_blob(self._store, layer, sink, options.packing, progress, options.notice)
+        return lambda sink: write_blob(self._store, layer, sink, options.layer_compression, progress, options.notice)
 
 
 def _hex(digest: str) -> bytes:
@@ -227,11 +230,11 @@ def _docker_name(blob: LayerBlob) -> bytes:
     return _hex(blob.diff_id) + b".tar"
 
 
-# --- layouts -------------------------------------------------------------------------------------------------
+# --- writers -------------------------------------------------------------------------------------------------
 
 
-class _DirectoryLayout:
-    """A layout in an empty directory."""
+class _DirectoryWriter:
+    """Writes a layout to an empty directory: implements `_ImageWriter`."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -242,36 +245,41 @@ class _DirectoryLayout:
         finally:
             sysio.close(inside)
 
-    def blob(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
-        """Put what `write` writes into a folder, under the name that follows from what it was."""
-        fd = sysio.open_child(self._fd, b"blob.part", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            blob = write(_Target(fd, seekable=True).write)
-        finally:
-            sysio.close(fd)
-        self._move(b"blob.part", join(folder, name(blob)))
+    def write_layer(self, folder: bytes, name: FileName, write: WriteLayer) -> LayerBlob:
+        """Write a layer with `write(sink)`, to a file in a folder whose name is `name(blob)` afterwards."""
+        with self._partial_file() as fd:
+            blob = write(_OutputFile(fd, seekable=True).write)
+        self._rename_partial(join(folder, name(blob)))
         return blob
 
-    def put(self, name: bytes, data: bytes) -> None:
-        """Put a document."""
-        fd = sysio.open_child(self._fd, b"blob.part", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
+    def write_document(self, name: bytes, data: bytes) -> None:
+        """Write a file with this content."""
+        with self._partial_file() as fd:
             sysio.write_at(fd, 0, data)
+        self._rename_partial(name)
+
+    @contextlib.contextmanager
+    def _partial_file(self) -> Iterator[int]:
+        fd = sysio.open_child(self._fd, _PARTIAL, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            yield fd
         finally:
             sysio.close(fd)
-        self._move(b"blob.part", name)
 
-    def _move(self, old: bytes, path: bytes) -> None:
-        parent, _, name = path.rpartition(b"/")
-        inside = sysio.open_beneath(self._fd, parent, os.O_PATH | os.O_DIRECTORY)
+    def _rename_partial(self, path: bytes) -> None:
+        folder, _, name = path.rpartition(b"/")
+        fd = sysio.open_beneath(self._fd, folder, os.O_PATH | os.O_DIRECTORY)
         try:
-            sysio.rename_at(self._fd, old, inside, name)
+            sysio.rename_at(self._fd, _PARTIAL, fd, name)
         finally:
-            sysio.close(inside)
+            sysio.close(fd)
 
 
-class _Target:
-    """A file that is written from its beginning. `seekable`: what was written can be changed."""
+class _OutputFile:
+    """A file that is written from its beginning.
+
+    seekable: whether what was written can be changed. spool: returns an unnamed file for a blob, if not seekable.
+    """
 
     def __init__(self, fd: int, seekable: bool, spool: Callable[[], int] | None = None) -> None:
         self.fd = fd
@@ -280,7 +288,7 @@ class _Target:
         self.position = 0
 
     def write(self, data: bytes) -> None:
-        """Write on."""
+        """Write data at the current position."""
         if self.seekable:
             sysio.write_at(self.fd, self.position, data)
         else:
@@ -294,21 +302,22 @@ def _write_stream(fd: int, data: bytes) -> None:
         left = left[os.write(fd, left) :]
 
 
-class _Archive:
-    """A layout in one tar. The size of a blob is known at its end, and its header comes first.
+class _ArchiveWriter:
+    """Writes a layout or docker-archive to one tar: implements `_ImageWriter`.
 
-    So the header is filled in, or the blob goes through a file.
+    The size of a blob is known only at its end, but belongs into the header before it. So the header is filled in
+    afterwards, or, if the output is not seekable, the blob is written to an unnamed file first.
     """
 
-    def __init__(self, target: _Target) -> None:
+    def __init__(self, target: _OutputFile) -> None:
         self._target = target
         self._directories: set[bytes] = set()
 
-    def blob(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
-        """Put what `write` writes into a folder, under the name that follows from what it was."""
+    def write_layer(self, folder: bytes, name: FileName, write: WriteLayer) -> LayerBlob:
+        """Write a layer with `write(sink)`, to a file in a folder whose name is `name(blob)` afterwards."""
         if not self._target.seekable:
             return self._spooled(folder, name, write)
-        self._make_way(folder)
+        self._make_parents(folder)
         at = self._target.position
         self._target.write(bytes(BLOCK))
         blob = write(self._target.write)
@@ -316,12 +325,12 @@ class _Archive:
         sysio.write_at(self._target.fd, at, tar_writer.file_header(join(folder, name(blob)), blob.size))
         return blob
 
-    def _spooled(self, folder: bytes, name: Name, write: Write) -> LayerBlob:
+    def _spooled(self, folder: bytes, name: FileName, write: WriteLayer) -> LayerBlob:
         assert self._target.spool is not None
         fd = self._target.spool()
         try:
-            blob = write(_Target(fd, seekable=True).write)
-            self._make_way(folder)
+            blob = write(_OutputFile(fd, seekable=True).write)
+            self._make_parents(folder)
             self._target.write(tar_writer.file_header(join(folder, name(blob)), blob.size))
             for at in range(0, blob.size, PIECE):
                 self._target.write(sysio.read_at(fd, at, min(PIECE, blob.size - at)))
@@ -330,12 +339,12 @@ class _Archive:
             sysio.close(fd)
         return blob
 
-    def put(self, name: bytes, data: bytes) -> None:
-        """Put a document."""
-        self._make_way(name.rpartition(b"/")[0])
+    def write_document(self, name: bytes, data: bytes) -> None:
+        """Write a file with this content."""
+        self._make_parents(name.rpartition(b"/")[0])
         self._target.write(tar_writer.file_header(name, len(data)) + data + tar_writer.padding(len(data)))
 
-    def _make_way(self, folder: bytes) -> None:
+    def _make_parents(self, folder: bytes) -> None:
         path = b""
         for name in filter(None, folder.split(b"/")):
             path = join(path, name)
@@ -344,77 +353,72 @@ class _Archive:
                 self._target.write(tar_writer.header(TarEntry(path, Kind.DIRECTORY)))
 
     def finish(self) -> None:
-        """Write the end mark."""
+        """Write the end of the archive."""
         self._target.write(tar_writer.END)
 
 
-# --- places --------------------------------------------------------------------------------------------------
+# --- destinations --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _new_directory(destination: bytes) -> Iterator[int]:
-    """Give an empty directory that gets its name when all has gone well."""
+    """Yield a new empty directory that appears at the destination when the context is left without an error."""
     if destination == STANDARD_OUTPUT:
         raise UserError("a directory cannot go to standard output; name one, or choose an archive with --format")
-    with _parent(destination) as (parent, name):
-        staging = _STAGING + secrets.token_hex(8).encode()
-        try:  # an interrupt may come right after it was made
-            sysio.mkdir_at(parent, staging, 0o755)
-            fd = sysio.open_child(parent, staging, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                yield fd
-                sysio.syncfs(fd)
-            finally:
-                sysio.close(fd)
-            _appear(parent, staging, name, destination)
-        except BaseException:
-            _discard(parent, staging)
-            raise
-
-
-def _discard(parent: int, staging: bytes) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        remove_tree(parent, staging)
+    with _staged(destination, _create_directory, sysio.syncfs) as fd:
+        yield fd
 
 
 @contextlib.contextmanager
-def _new_file(destination: bytes, store: LayerStore, undo: ExitStack) -> Iterator[_Target]:
-    """Give a file that gets its name when all has gone well, or the pipe or device that has it."""
+def _new_file(destination: bytes, store: LayerStore, undo: ExitStack) -> Iterator[_OutputFile]:
+    """Yield a new file, as `_new_directory` does, or the pipe or device that is at the destination."""
 
     def spool() -> int:
         return unnamed_file(store.directory.subdirectories[layout.STAGING])
 
     if destination == STANDARD_OUTPUT:
-        yield _Target(1, seekable=False, spool=spool)
+        yield _OutputFile(1, seekable=False, spool=spool)
         return
     if _is_stream(destination):
         fd = os.open(destination, os.O_WRONLY | os.O_CLOEXEC)
         undo.callback(sysio.close, fd)
-        yield _Target(fd, seekable=False, spool=spool)
+        yield _OutputFile(fd, seekable=False, spool=spool)
         return
-    with _parent(destination) as (parent, name), _staged_file(parent, name, destination) as fd:
-        yield _Target(fd, seekable=True)
+    with _staged(destination, _create_file, sysio.fsync) as fd:
+        yield _OutputFile(fd, seekable=True)
 
 
 @contextlib.contextmanager
-def _staged_file(parent: int, name: bytes, destination: bytes) -> Iterator[int]:
-    staging = _STAGING + secrets.token_hex(8).encode()
-    try:  # an interrupt may come right after it was made
-        fd = sysio.open_child(parent, staging, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            yield fd
-            sysio.fsync(fd)
-        finally:
-            sysio.close(fd)
-        _appear(parent, staging, name, destination)
-    except BaseException:
-        _discard(parent, staging)
-        raise
+def _staged(destination: bytes, create: Callable[[int, bytes], int], flush: Callable[[int], object]) -> Iterator[int]:
+    """Yield a new object under a temporary name; rename it to the destination at the end, remove it after an error."""
+    with _parent(destination) as (parent, name):
+        staging = _STAGING + secrets.token_hex(8).encode()
+        try:  # an interrupt may arrive as soon as the object exists
+            fd = create(parent, staging)
+            try:
+                yield fd
+                flush(fd)
+            finally:
+                sysio.close(fd)
+            _publish(parent, staging, name, destination)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                remove_tree(parent, staging)
+            raise
+
+
+def _create_directory(parent: int, name: bytes) -> int:
+    sysio.mkdir_at(parent, name, 0o755)
+    return sysio.open_child(parent, name, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _create_file(parent: int, name: bytes) -> int:
+    return sysio.open_child(parent, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
 
 
 @contextlib.contextmanager
 def _parent(destination: bytes) -> Iterator[tuple[int, bytes]]:
-    """Give the directory that the destination is to be in, and its name there."""
+    """Yield the parent directory of the destination, and its name there. Raises `UserError` if it exists."""
     parent, name = os.path.split(os.path.abspath(destination))
     shown = os.fsdecode(destination)
     if os.path.lexists(destination):
@@ -429,7 +433,7 @@ def _parent(destination: bytes) -> Iterator[tuple[int, bytes]]:
         sysio.close(fd)
 
 
-def _appear(parent: int, staging: bytes, name: bytes, destination: bytes) -> None:
+def _publish(parent: int, staging: bytes, name: bytes, destination: bytes) -> None:
     try:
         sysio.rename_at(parent, staging, parent, name, sysio.RENAME_NOREPLACE)
     except FileExistsError as error:

@@ -33,7 +33,7 @@ _KINDS = {
     stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.DIRECTORY, stat.S_IFLNK: Kind.SYMLINK, stat.S_IFIFO: Kind.FIFO,
     stat.S_IFCHR: Kind.CHARACTER, stat.S_IFBLK: Kind.BLOCK,
 }  # fmt: skip
-_LOCAL = frozenset((b"security.selinux", b"system.nfs4_acl"))  # belong to a machine, not to a layer
+_MACHINE_XATTRS = frozenset((b"security.selinux", b"system.nfs4_acl"))  # belong to a machine, not to a layer
 _LOWER_MARKS = frozenset(xattrs.prefix(mode) + suffix for mode in Mode for suffix in (xattrs.REDIRECT, xattrs.METACOPY))
 
 OpenData = Callable[[], int]
@@ -173,7 +173,7 @@ class _EntryBuilder:
         found: dict[bytes, bytes] = {}
         for stored in location.attributes:
             attribute = _exported_name(stored, location.layer.override is not None)
-            if attribute is None or attribute in _LOCAL:
+            if attribute is None or attribute in _MACHINE_XATTRS:
                 continue
             value = sysio.getxattr_at(location.dirfd, location.name, stored)
             if value and b"=" not in attribute:

@@ -72,7 +72,7 @@ REFUSALS: list[tuple[tuple[str, ...], int, str]] = [
      "leave --compression out, or choose another --format"),
     (("export", "one", "-o", "-", "--format", "oci"), 2, "the format oci is a directory and cannot go to standard "
      "output; choose an archive"),
-    (("export", "one", "-o", "-", "--json"), 2, "standard output cannot hold both the archive and --json; "
+    (("export", "one", "-o", "-", "--json"), 2, "the archive and --json cannot both go to standard output; "
      "leave one out"),
     (("export", "one", "-o", "x", "--format", "zip"), 2, "invalid value for '--format': 'zip' is not one of 'oci', "
      "'oci-archive', 'docker-archive', 'tar', 'dir'; see 'overlayfs export --help'"),

@@ -207,7 +207,7 @@ def _make_layout(random: Random) -> dict[bytes, bytes]:
 
 
 def _find_image(members: dict[bytes, bytes]) -> None:
-    found = image_layouts.find(_Files(members), None, None, "it")
+    found = image_layouts.find_image(_Files(members), None, None, "it")
     image.image_record("x:1", found.config, ())
 
 

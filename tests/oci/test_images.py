@@ -375,7 +375,7 @@ def test_manifests_that_cannot_be_used(other: LayerStore, place: Path, manifest:
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other content": (lambda d: d["rootfs"]["diff_ids"].reverse(), "as in the image's configuration"),
     "no such digest": (lambda d: d["rootfs"]["diff_ids"].append("sha256:x"), "not a sha256 digest"),
-    "no root": (lambda d: d["rootfs"].update(diff_ids=[]), "speaks of 0"),
+    "no root": (lambda d: d["rootfs"].update(diff_ids=[]), "configuration has 0"),
     "no list": (lambda d: d.update(rootfs=5), "cannot be used"),
 }
 
@@ -513,7 +513,7 @@ def test_more_layers_than_may_wait_for_each_other(
     store: LayerStore, other: LayerStore, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples.add_image(store, "sample:1", *({f"f{number}": b"x"} for number in range(5)))
-    monkeypatch.setattr(image_import, "_TOGETHER", 2)
+    monkeypatch.setattr(image_import, "_MAX_PREPARED", 2)
     descriptors = len(os.listdir("/proc/self/fd"))
     import_image(other, export(store, place / "out", Format.OCI), "other")
     assert len(os.listdir("/proc/self/fd")) == descriptors
