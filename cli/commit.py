@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     overlayfs commit --upper /data/up --lower /layers/top --lower /layers/base --to /layers/new
     """,
 )
-@click.argument("target", metavar="[MNT|WORKSPACE]", required=False, type=arguments.path)
+@click.argument("target", metavar="[MNT|WORKSPACE]", required=False, type=arguments.mountpoint_or_workspace)
 @click.option("-t", "--tag", "image", metavar="IMAGE", help="The image that the new layer becomes the top of.")
 @click.option("-m", "--message", metavar="TEXT", default="", help="What the layer's record says of it.")
 @click.option("--author", metavar="NAME", help="Who made it [the user].")

@@ -24,8 +24,8 @@ WORDS = {"A": "added", "C": "changed", "D": "deleted"}
     overlayfs diff site:2 site:1 --stat     # what site:2 has that site:1 has not
     """,
 )
-@click.argument("what", metavar="MNT|WORKSPACE|IMAGE", type=arguments.path)
-@click.argument("base", metavar="[IMAGE]", required=False, type=arguments.path)
+@click.argument("what", metavar="MNT|WORKSPACE|IMAGE", type=arguments.operand)
+@click.argument("base", metavar="[IMAGE]", required=False, type=arguments.operand)
 @storage.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--stat", is_flag=True, help="Print only how many paths and bytes were added, changed and deleted.")

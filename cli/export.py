@@ -21,7 +21,7 @@ _COMPRESSIONS = ("gzip", "zstd", "none")
     overlayfs export site:v1 -o - --format docker-archive | docker load
     """,
 )
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", metavar="IMAGE", type=arguments.image)
 @click.option(
     "-o", "--output", "destination", metavar="DEST", required=True, type=arguments.path, help="- for standard output."
 )

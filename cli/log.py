@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import output, storage
+from overlayfs_cli import arguments, output, storage
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ HEADINGS = ("LAYER", "CREATED", "AUTHOR", "SIZE", "MESSAGE")
     overlayfs log site:v1 --json
     """,
 )
-@click.argument("image", metavar="IMAGE|WORKSPACE")
+@click.argument("image", metavar="IMAGE|WORKSPACE", type=arguments.image_or_workspace)
 @storage.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the ids alone.")

@@ -12,11 +12,12 @@ from overlayfs_cli.command import example_block
 
 PROGRAM = "overlayfs"
 DEBUG_VARIABLE = "OVERLAYFS_DEBUG"  # set: an unexpected error ends with its traceback
+COMPLETE_VARIABLE = "_OVERLAYFS_COMPLETE"  # set by the scripts of `overlayfs completion`
 COMMANDS = (  # in the order of --help
     *("mount", "umount", "mounts", "commit", "diff", "why", "stats"),
     *("import", "export", "push", "pull"),
     *("images", "layers", "workspaces", "log", "tag", "squash", "rm", "verify", "gc"),
-    "bench",
+    *("bench", "doctor", "bugreport", "completion"),
 )
 INTERRUPTED = 130
 
@@ -57,8 +58,12 @@ def cli() -> None:
 
 def main() -> int:
     """Run the program with the arguments of the process; return its exit code."""
+    if COMPLETE_VARIABLE in os.environ:
+        from overlayfs_cli import completion
+
+        completion.register()
     try:
-        code = cli.main(prog_name=PROGRAM, standalone_mode=False)
+        code = cli.main(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, standalone_mode=False)
     except click.Abort:  # click's word for Ctrl-C, after it has ended the line
         return INTERRUPTED
     except Exception as error:

@@ -25,7 +25,7 @@ from overlayfs_cli.main import complain
     overlayfs mount site:v1 /mnt --ephemeral                          # changes go with the mount
     """,
 )
-@click.argument("places", metavar="[IMAGE] MNT", nargs=-1, required=True)
+@click.argument("places", metavar="[IMAGE] MNT", nargs=-1, required=True, type=arguments.image_or_directory)
 @click.option("-o", "options", metavar="OPTS", multiple=True, type=arguments.text, help="Options, as for mount(8).")
 @click.option("--lower", metavar="DIR", multiple=True, type=arguments.path, help="A layer; the first one lies on top.")
 @click.option("--upper", metavar="DIR", type=arguments.path, help="Where changes go; if left out, nothing can change.")
@@ -90,7 +90,7 @@ def _split(places: tuple[str, ...]) -> tuple[str | None, bytes]:
     if len(places) > 2:
         raise UsageError(f"too many arguments: {' '.join(places[2:])}; see 'overlayfs mount --help'")
     *image, mountpoint = places
-    return (image[0] if image else None), arguments.path(mountpoint)
+    return (image[0] if image else None), arguments.path_bytes(mountpoint)
 
 
 def _refuse_directories(draft: Draft) -> None:

@@ -2,7 +2,7 @@
 
 import click
 
-from overlayfs_cli import output, registry, storage
+from overlayfs_cli import arguments, output, registry, storage
 from overlayfs_cli.command import command
 
 
@@ -13,7 +13,7 @@ from overlayfs_cli.command import command
     overlayfs push site:v1 localhost:5000/site --plain-http
     """,
 )
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", metavar="IMAGE", type=arguments.image)
 @click.argument("reference", metavar="REGISTRY/REPO[:TAG]")
 @registry.plain_http
 @registry.ca

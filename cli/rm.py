@@ -5,7 +5,7 @@ import os
 import click
 
 from overlayfs.errors import UserError
-from overlayfs_cli import storage
+from overlayfs_cli import arguments, storage
 from overlayfs_cli.command import command
 from overlayfs_cli.main import complain
 
@@ -17,7 +17,7 @@ from overlayfs_cli.main import complain
     overlayfs rm draft        # a workspace, with all that was changed in it
     """,
 )
-@click.argument("names", metavar="IMAGE|WORKSPACE...", nargs=-1, required=True)
+@click.argument("names", metavar="IMAGE|WORKSPACE...", nargs=-1, required=True, type=arguments.image_or_workspace)
 @click.option("--workspace", is_flag=True, help="The names are workspaces, also where images have them too.")
 @storage.option
 def rm(names: tuple[str, ...], workspace: bool, store: bytes | None) -> int:

@@ -2,7 +2,7 @@
 
 import click
 
-from overlayfs_cli import output, progress, storage
+from overlayfs_cli import arguments, output, progress, storage
 from overlayfs_cli.command import command
 
 
@@ -13,7 +13,7 @@ from overlayfs_cli.command import command
     overlayfs squash site -t site:small --last 2
     """,
 )
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", metavar="IMAGE", type=arguments.image)
 @click.option("-t", "--tag", "name", metavar="NAME", required=True, help="What the new image is called.")
 @click.option("--last", metavar="N", type=click.IntRange(min=1), help="Only the N topmost layers [all].")
 @click.option("-m", "--message", metavar="TEXT", default="", help="What the new layer is.")

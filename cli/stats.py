@@ -23,7 +23,7 @@ PERIOD = 1.0  # seconds between two looks of --watch
     overlayfs stats /mnt --watch
     """,
 )
-@click.argument("mountpoint", metavar="MNT", type=arguments.path)
+@click.argument("mountpoint", metavar="MNT", type=arguments.mountpoint)
 @click.option("--watch", is_flag=True, help="Print what was added every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document (with --watch one per line).")
 def stats(mountpoint: bytes, watch: bool, as_json: bool) -> None:

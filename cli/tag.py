@@ -2,7 +2,7 @@
 
 import click
 
-from overlayfs_cli import storage
+from overlayfs_cli import arguments, storage
 from overlayfs_cli.command import command
 
 
@@ -12,7 +12,7 @@ from overlayfs_cli.command import command
     overlayfs tag site:v1 site:stable
     """,
 )
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", metavar="IMAGE", type=arguments.image)
 @click.argument("name", metavar="NAME")
 @storage.option
 def tag(image: str, name: str, store: bytes | None) -> None:

@@ -16,7 +16,7 @@ from overlayfs_cli.main import complain
     overlayfs umount /mnt /srv/tree
     """,
 )
-@click.argument("mountpoints", metavar="MNT...", nargs=-1, required=True, type=arguments.path)
+@click.argument("mountpoints", metavar="MNT...", nargs=-1, required=True, type=arguments.mountpoint)
 @click.option(
     "-l", "--lazy", is_flag=True, help="Take a mount in use out of the tree at once; do not wait for its daemon."
 )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import output, progress, storage
+from overlayfs_cli import arguments, output, progress, storage
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ FILES = ("record", "manifest", "index", "remote")  # of the store itself: what i
     overlayfs verify site --repair-from registry.example.org/site:1
     """,
 )
-@click.argument("what", metavar="[IMAGE|LAYER]", required=False)
+@click.argument("what", metavar="[IMAGE|LAYER]", required=False, type=arguments.image)
 @click.option(
     "--repair-from",
     "source",

@@ -16,7 +16,7 @@ from overlayfs_cli.command import command
     overlayfs why /mnt /mnt/etc/hosts --json
     """,
 )
-@click.argument("mountpoint", metavar="MNT", type=arguments.path)
+@click.argument("mountpoint", metavar="MNT", type=arguments.mountpoint)
 @click.argument("path", metavar="PATH", type=arguments.path)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def why(mountpoint: bytes, path: bytes, as_json: bool) -> None:
