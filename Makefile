@@ -5,7 +5,7 @@ BIN = $(VENV)/bin/
 SOURCES = overlayfs cli tests scripts docs/conf.py
 PYTEST = $(BIN)python -m pytest -q -n 2  # two processes: most tests wait for the disk or for a daemon
 
-.PHONY: docs setup setup-tests demo fmt lint types test test-mounted test-together test-pyfuse3 check campaign steps bench conformance clean
+.PHONY: setup setup-tests demo man docs fmt lint types test test-mounted test-together test-pyfuse3 check campaign steps bench conformance clean
 
 setup:          ## what the program needs: a few system packages, and .venv
 	scripts/setup
@@ -15,6 +15,9 @@ setup-tests:    ## what the tests and measurements need, too
 
 demo: setup     ## the main job, to watch
 	scripts/demo
+
+man:            ## manual pages from docs/cli.md and the commands, into man/
+	$(BIN)python scripts/man
 
 fmt:            ## bring all sources into shape
 	$(BIN)ruff check --fix $(SOURCES)
