@@ -61,7 +61,7 @@ def mount(
     if foreground or debug:
         draft.mount.update(foreground=True, debug=debug or draft.mount.get("debug", False))
     notify = _silent if quiet else _note
-    for name in draft.idle:
+    for name in draft.ignored:
         notify(f"option {name} has no effect here")
     if image is not None:
         _refuse_directories(draft)

@@ -1,8 +1,9 @@
-"""The daemon of one mount, from opening the stack to letting it go.
+"""The daemon of one mount: opens the stack, mounts, serves, and cleans up.
 
-This module pulls in trio and the engine, so the process that waits for the mount never loads it. The order of
-the end matters: unmount first, so that nothing changes any more, then sync and unlock the upper, then remove
-the record: who sees no record finds the upper free.
+The clean-up has an order: unmount, so that nothing changes any more; sync and unlock the upper; release the locks of
+an image; remove the record. Therefore, if no record exists, the upper is unlocked.
+
+This module imports trio and the engine, which takes long. The process that the user waits for never imports it.
 """
 
 import contextlib
@@ -25,53 +26,52 @@ from overlayfs.fuse.caching_policy import caching
 from overlayfs.fuse.engine import Engine, MountSettings
 from overlayfs.mount import flush, mounts, preflight, runtime_state
 from overlayfs.mount import log as logs
-from overlayfs.mount.flush import prepare_flush
 from overlayfs.mount.fusermount import detach
 from overlayfs.mount.mounts import KernelMount, mounted_on
 from overlayfs.mount.options import ImageMount, MountOptions
-from overlayfs.mount.runtime_state import Record, Written
+from overlayfs.mount.runtime_state import Record, WrittenDirectory
 
 if TYPE_CHECKING:
     from overlayfs.mount.server import ControlServer
 
 log = logging.getLogger(__name__)
 
-SYNC_LIMIT = 5.0  # seconds for writing dirty pages out at SIGTERM; the rest of its ten goes to the requests
-BUSY_LIMIT = 1.0  # seconds that a mount in use lives on after it was detached at SIGTERM
-YOUNG = 20_000  # new objects between two looks for garbage: nodes are many, live long, and are no garbage
-ENDING = (signal.SIGTERM, signal.SIGINT)
-_OLDEST = (5, 4)  # Linux with FUSE 7.31
+FLUSH_LIMIT = 5.0  # seconds for dirty pages at SIGTERM; service managers grant ten in all, the requests get the rest
+BUSY_LIMIT = 1.0  # seconds that a mount in use is still served after it was detached at SIGTERM
+GC_THRESHOLD = 20_000  # new objects between two collections: nodes are many, live long, and are not garbage
+TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_OLDEST_KERNEL = (5, 4)  # Linux with FUSE 7.31
 
-Tell = Callable[[tuple[str, ...]], None]
+OnReady = Callable[[tuple[str, ...]], None]
 
 
-def run(options: MountOptions, mountpoint: bytes, tell: Tell) -> None:
-    """Mount and serve until the end of the mount; `tell` gets the notices when the mount answers.
+def run(options: MountOptions, mountpoint: bytes, on_ready: OnReady) -> None:
+    """Mount, and serve until the mount is gone. `on_ready(notices)` is called when the mount answers.
 
-    MountError if it never did, or if the connection broke while serving; it is unmounted in both cases.
+    MountError if it never answers or if the connection to the kernel breaks; it is unmounted in both cases.
     """
     _prepare_process(options)
-    with contextlib.ExitStack() as stack:
-        stack.callback(runtime_state.remove, os.getpid())
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(runtime_state.remove, os.getpid())
         if options.image_mount is not None:
-            stack.enter_context(_held(options.image_mount))
-        overlay = _open(options)
-        stack.callback(_close, overlay)
+            cleanup.enter_context(_hold_image(options.image_mount))
+        overlay = _open_overlay(options)
+        cleanup.callback(_close_overlay, overlay)
         overlay.notices.extend(_withheld(options, overlay))
         written = preflight.written_directories(options.stack)  # before the mount covers any of it
         engine = build_engine(options, overlay)
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the loop can turn them into an unmount
+        signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATION_SIGNALS)  # until the loop turns them into an unmount
         engine.attach(mountpoint, _settings(options, overlay))
-        stack.callback(_clear_remains, mountpoint)
-        stack.callback(engine.detach)
+        cleanup.callback(_detach_dead, mountpoint)
+        cleanup.callback(engine.detach)
         os.chdir("/")
-        _serve(_Life(options, mountpoint, engine, tell, written))
+        _serve(_Service(options, mountpoint, engine, on_ready, written))
 
 
 def build_engine(options: MountOptions, overlay: Overlay) -> Engine:
     """Return the engine that the options ask for; `auto` is the kernel engine wherever the kernel is new enough."""
     policy = caching(options.timeout, options.writeback)
-    if options.engine == "pyfuse3" or (options.engine == "auto" and _kernel_version() < _OLDEST):
+    if options.engine == "pyfuse3" or (options.engine == "auto" and _kernel_version() < _OLDEST_KERNEL):
         try:
             from overlayfs.fuse.pyfuse3.engine import Pyfuse3Engine
         except ModuleNotFoundError as error:
@@ -81,9 +81,9 @@ def build_engine(options: MountOptions, overlay: Overlay) -> Engine:
     from overlayfs.fuse.kernel.passthrough import Io
     from overlayfs.mount.fusermount import attach
 
-    # A commit of a mounted image holds exactly what was written before it: nothing may be written past us.
+    # A live commit holds exactly what was written before it, so no write may bypass the daemon.
     io = Io.CACHED if options.io == "auto" and options.image_mount is not None else Io(options.io)
-    return KernelEngine(overlay, policy, attach, io, options.spin)
+    return KernelEngine(overlay, policy, attach, io, options.busy_poll)
 
 
 def _kernel_version() -> tuple[int, ...]:
@@ -92,10 +92,8 @@ def _kernel_version() -> tuple[int, ...]:
     return int(major), int("".join(filter(str.isdigit, minor)))
 
 
-def _held(used: ImageMount) -> contextlib.AbstractContextManager[None]:
-    from overlayfs.mount import (  # a mount of plain directories does without the store
-        image_mount,
-    )
+def _hold_image(used: ImageMount) -> contextlib.AbstractContextManager[None]:
+    from overlayfs.mount import image_mount  # imports the store, which a mount of plain directories does not need
 
     return image_mount.hold_image(used)
 
@@ -110,41 +108,41 @@ def _prepare_process(options: MountOptions) -> None:
 
 
 def _log_file() -> Path | None:
-    """Return where the log goes on a system without syslog; nowhere, if others can write there."""
+    """Return the log file for a system without syslog; None if other users could write to it."""
     try:
         return runtime_state.make_run_directory() / "log"
     except OSError:
         return None
 
 
-def _open(options: MountOptions) -> Overlay:
+def _open_overlay(options: MountOptions) -> Overlay:
     try:
         return Overlay(options.stack)
     except InUseError as error:
         raise mounts.name_holder(error) from None
 
 
-def _close(overlay: Overlay) -> None:
+def _close_overlay(overlay: Overlay) -> None:
     try:
         overlay.sync()
     except OSError as error:
-        log.error("what was written last may not be on the disk: %s", error)
+        log.error("the latest writes may not be durable: %s", error)
     finally:
         overlay.close()
 
 
-def _clear_remains(mountpoint: bytes) -> None:
-    """Take away our mount if it is still there after the end, dead: somebody cut its connection through fusectl."""
+def _detach_dead(mountpoint: bytes) -> None:
+    """Unmount what is left of a mount whose connection was aborted through fusectl. MountError if there is anything."""
     if preflight.is_dead(mountpoint):
         detach(mountpoint, lazy=True)
         raise MountError(f"the mount at {os.fsdecode(mountpoint)} was cut off from the kernel")
 
 
 def _withheld(options: MountOptions, overlay: Overlay) -> list[str]:
-    """Return a sentence for each right that was asked for and that not every layer gives (CVE-2016-1576)."""
+    """Return a notice for each right that was asked for and that not every layer grants (CVE-2016-1576)."""
     facts = (
-        (options.suid and not overlay.allows_suid, "a layer lies on a nosuid mount: set-id programs gain no rights"),
-        (options.dev and not overlay.allows_devices, "a layer lies on a nodev mount: devices do not open"),
+        (options.suid and not overlay.allows_suid, "a layer is on a nosuid mount: set-id programs gain no rights"),
+        (options.dev and not overlay.allows_devices, "a layer is on a nodev mount: devices do not open"),
     )
     return [text for withheld, text in facts if withheld]
 
@@ -168,25 +166,25 @@ def _settings(options: MountOptions, overlay: Overlay) -> MountSettings:
     )
 
 
-def _lodging_words(options: MountOptions) -> dict[str, str]:
-    """Return what the record says of a mount of an image."""
+def _image_fields(options: MountOptions) -> dict[str, str]:
+    """Return the fields of the record that only a mount of an image has."""
     used = options.image_mount
     if used is None:
         return {}
     return {"image": used.image, "workspace": used.workspace, "store": os.fsdecode(used.store)}
 
 
-def _serve(life: "_Life") -> None:
+def _serve(service: "_Service") -> None:
     try:
-        trio.run(life.live)
+        trio.run(service.run)
     except BaseExceptionGroup as group:
         error = _first(group)
         if isinstance(error, MountError):
             raise error from None
         if isinstance(error, ConnectionAbortedError):
-            return  # somebody has cut us off; what is left of the mount is cleared away next
+            return  # aborted through fusectl; `_detach_dead` reports it
         log.critical("the connection to the kernel broke", exc_info=group)
-        raise MountError(f"the mount at {life.shown} ended by an error: {error}") from None
+        raise MountError(f"the mount at {service.shown} ended by an error: {error}") from None
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -196,45 +194,57 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
-class _Life:
-    """What runs on the loop: the engine, the control socket, the signals."""
+class _Service:
+    """What runs on the loop of a mounted daemon: the engine, the control server and the signals.
+
+    1. The engine answers INIT, the first request of the kernel.
+    2. A stat of the mount point shows that requests are answered. The record is written, the control socket listens,
+       and the mount is announced (`on_ready`).
+    3. The engine and the control server serve.
+    4. The mount is gone: it was unmounted, by a command or by `_shut_down` at a signal. The engine returns, which
+       cancels the rest.
+    """
 
     def __init__(
-        self, options: MountOptions, mountpoint: bytes, engine: Engine, tell: Tell, written: tuple[Written, ...]
+        self,
+        options: MountOptions,
+        mountpoint: bytes,
+        engine: Engine,
+        on_ready: OnReady,
+        written: tuple[WrittenDirectory, ...],
     ) -> None:
         self.shown = os.fsdecode(mountpoint)
         self._options = options
         self._mountpoint = mountpoint
         self._engine = engine
-        self._tell = tell
+        self._on_ready = on_ready
         self._handshake = trio.Event()
-        self._kernel: KernelMount | None = mounted_on(mountpoint)
+        self._kernel_mount: KernelMount | None = mounted_on(mountpoint)
         self._written = written
 
-    async def live(self) -> None:
+    async def run(self) -> None:
         """Serve until the mount is gone."""
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._obey_signals)
-            nursery.start_soon(self._begin, nursery)
+            await nursery.start(self._handle_signals)
+            nursery.start_soon(self._announce, nursery)
             await self._engine.serve(self._handshake.set)
             nursery.cancel_scope.cancel()
 
-    async def _begin(self, nursery: trio.Nursery) -> None:
-        """Say that the mount is ready, once it has answered a request as any client sends it."""
+    async def _announce(self, nursery: trio.Nursery) -> None:
+        """Announce the mount when it has answered a request such as any program sends; then serve commands."""
         await self._handshake.wait()
         await self._engine.threads.run(flush.run_unshared, lambda: os.stat(self._mountpoint))
         record = self._record()
         listening = self._publish(record)
-        self._tell(record.notices)
+        self._on_ready(record.notices)
         if listening is not None:
-            await self._engine.threads.run(flush.run_unshared, self._import_control)
-            nursery.start_soon(self._control_server(record).serve, listening)
-        gc.freeze()  # what lives now lives as long as the daemon; a last look at it would cost more than it frees
-        gc.set_threshold(YOUNG)
+            nursery.start_soon(self._serve_commands, record, listening)
+        gc.freeze()  # what exists now is needed until the end; examining it costs more than it could free
+        gc.set_threshold(GC_THRESHOLD)
         gc.enable()
 
     def _publish(self, record: Record) -> socket.socket | None:
-        """Write the record and listen for clients; a mount without them works, it only answers no commands."""
+        """Write the record and listen on the control socket. A mount works without them, but takes no commands."""
         try:
             runtime_state.write(record)
             return runtime_state.listen(record.pid)
@@ -242,10 +252,20 @@ class _Life:
             log.warning("no control socket: %s", error)
             return None
 
-    def _import_control(self) -> None:
-        """Import what serves commands: after the mount is ready, since it takes long, and not on the loop.
+    async def _serve_commands(self, record: Record, listening: socket.socket) -> None:
+        try:
+            await self._engine.threads.run(flush.run_unshared, self._import_control)
+            server = self._control_server(record)
+        except Exception:
+            log.exception("no commands are served")
+            listening.close()
+            return
+        await server.serve(listening)
 
-        The mount may cover the files of the modules, which makes reading them requests to this daemon.
+    def _import_control(self) -> None:
+        """Import the modules of the control server: not before the mount is ready, since it takes long.
+
+        Not on the loop: where the mount covers the files of these modules, to read them is a request to this daemon.
         """
         importlib.import_module("overlayfs.mount.server")
         if self._options.image_mount is not None:
@@ -267,7 +287,7 @@ class _Life:
             pid=os.getpid(),
             started=runtime_state.start_time(os.getpid()) or 0,
             mountpoint=self.shown,
-            device=self._kernel.device.decode() if self._kernel else "",
+            device=self._kernel_mount.device.decode() if self._kernel_mount else "",
             source=os.fsdecode(self._options.source),
             lower=tuple(map(os.fsdecode, stack.lower)),
             upper=None if stack.upper is None else os.fsdecode(stack.upper),
@@ -275,48 +295,49 @@ class _Life:
             engine=self._engine.name,
             notices=tuple(self._engine.overlay.notices),
             written=self._written,
-            **_lodging_words(self._options),
+            **_image_fields(self._options),
         )
 
-    async def _obey_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        with trio.open_signal_receiver(*ENDING, signal.SIGUSR1) as received:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    async def _handle_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Shut down at the first SIGTERM or SIGINT, stop at once at the second; log the counters at SIGUSR1."""
+        with trio.open_signal_receiver(*TERMINATION_SIGNALS, signal.SIGUSR1) as received:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINATION_SIGNALS)
             task_status.started()
             async with trio.open_nursery() as nursery:
-                ending = 0
+                shutting_down = False
                 async for number in received:
                     if number == signal.SIGUSR1:
                         self._log_counters()
-                    elif ending:
+                    elif shutting_down:
                         self._engine.stop()
                     else:
-                        ending = number
-                        nursery.start_soon(self._end)
+                        shutting_down = True
+                        nursery.start_soon(self._shut_down)
 
     def _log_counters(self) -> None:
         counted = sorted(self._engine.counters.items())
         log.info("requests of %s: %s", self.shown, " ".join(f"{kind}={count}" for kind, count in counted) or "none")
 
-    async def _end(self) -> None:
-        """Unmount: dirty pages first, while they are still served; who uses the mount does not keep it for long.
+    async def _shut_down(self) -> None:
+        """Flush dirty pages while writes are still served, and detach; programs that use the mount delay it briefly.
 
-        Serving ends by itself, and this task with it, as soon as the kernel has let the mount go.
+        The engine returns as soon as the kernel has destroyed the mount, which cancels this task.
         """
         if self._is_ours():
-            with trio.move_on_after(SYNC_LIMIT):
-                write_out = prepare_flush(self._engine, self._mountpoint)
-                await trio.to_thread.run_sync(self._detach_synced, write_out, abandon_on_cancel=True)
+            with trio.move_on_after(FLUSH_LIMIT):
+                write_back = flush.prepare_flush(self._engine, self._mountpoint)
+                await trio.to_thread.run_sync(self._flush_and_detach, write_back, abandon_on_cancel=True)
         await trio.sleep(BUSY_LIMIT)
         self._engine.stop()
 
     def _is_ours(self) -> bool:
         """Return whether our mount is still uppermost on its mount point."""
         now = mounted_on(self._mountpoint)
-        return now is not None and self._kernel is not None and now.device == self._kernel.device
+        return now is not None and self._kernel_mount is not None and now.device == self._kernel_mount.device
 
-    def _detach_synced(self, write_out: Callable[[], None]) -> None:
+    def _flush_and_detach(self, write_back: Callable[[], None]) -> None:
         try:
-            write_out()
+            write_back()
             flush.run_unshared(lambda: detach(self._mountpoint, lazy=True))
         except (OSError, MountError) as error:
             log.warning("the mount at %s ends with an error: %s", self.shown, error)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FUSERMOUNT = "fusermount3"
 _DEVICE = "/dev/fuse"
-_COMMFD = "_FUSE_COMMFD"  # how fusermount3 learns where to send the descriptor
+_COMMFD = "_FUSE_COMMFD"  # names the socket to which fusermount3 sends the descriptor
 
 # mount(2)
 _RDONLY = 1
@@ -34,7 +34,7 @@ _NODIRATIME = 2048
 
 
 class FuseMount:
-    """A mount that this process serves, with its descriptor of /dev/fuse, non-blocking."""
+    """A mount that this process serves, with its non-blocking descriptor of /dev/fuse."""
 
     def __init__(self, fd: int, mountpoint: bytes, device: bytes | None) -> None:
         self.fd = fd
@@ -42,9 +42,9 @@ class FuseMount:
         self._device = device
 
     def read_ahead(self, size: int) -> None:
-        """Let the kernel read up to `size` bytes ahead: its default is an eighth of what one request can carry.
+        """Let the kernel read up to `size` bytes ahead; its default is an eighth of what one request can carry.
 
-        Only root may, and only once the handshake has settled; where it cannot be, reading takes more requests.
+        Needs root, and takes effect only after the handshake. Without it, reading takes more requests.
         """
         if self._device is not None:
             with contextlib.suppress(OSError):
@@ -54,7 +54,7 @@ class FuseMount:
         """Unmount if our mount is still there, and close the connection."""
         try:
             self._unmount()
-        except OSError:  # no descriptor is left to look through: ours is one
+        except OSError:  # no descriptor is left to read mountinfo; closing the connection frees one
             self.close()
             self._unmount()
         else:
@@ -63,27 +63,27 @@ class FuseMount:
     def _unmount(self) -> None:
         found = mounted_on(self._mountpoint)
         if found is not None and found.device == self._device:
-            with contextlib.suppress(MountError):  # closing the connection ends it as well
+            with contextlib.suppress(MountError):  # closing the connection ends the mount as well
                 detach(self._mountpoint, lazy=True)
 
     def close(self) -> None:
-        """Close the connection; a mount that is still there is dead then."""
-        # The number stays taken: a thread that still waits for a disk must not write its reply into another file.
+        """Close the connection; if the mount still exists, it is dead from now on."""
+        # The number stays in use: a thread that still waits for a disk must not write its reply to another file.
         try:
-            nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # no descriptor is left: then there is no file that takes the number, either
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # no descriptor is left, so no other file can get the number either
             os.close(self.fd)
             return
-        os.dup2(nowhere, self.fd, inheritable=False)
-        os.close(nowhere)
+        os.dup2(null, self.fd, inheritable=False)
+        os.close(null)
 
 
 def attach(mountpoint: bytes, settings: "MountSettings") -> FuseMount:
-    """Mount at a directory; MountError with the reason."""
+    """Mount on a directory. MountError with the reason."""
     fd = _mount(mountpoint, settings) if os.geteuid() == 0 else _mount_with_fusermount(mountpoint, settings)
     try:
         found = mounted_on(mountpoint)
-    except OSError as error:  # no descriptor is left: then nothing could be served either
+    except OSError as error:  # no descriptor is left, so no request could be served
         os.close(fd)
         detach(mountpoint, lazy=True)
         raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {error.strerror}") from None
@@ -132,7 +132,7 @@ def _flags(settings: "MountSettings") -> int:
 
 
 def _mount_with_fusermount(mountpoint: bytes, settings: "MountSettings") -> int:
-    """Let fusermount3, which may mount, do it; it sends the descriptor over a socket (mount.fuse3(8))."""
+    """Mount with fusermount3, which is set-uid root; it sends the descriptor over a socket."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         words = (b"-o", b",".join(_words(settings)), b"--", mountpoint)
@@ -176,7 +176,7 @@ def _received(ours: socket.socket) -> int:
 
 
 def detach(mountpoint: bytes, lazy: bool = False) -> None:
-    """Unmount what is uppermost on `mountpoint`; `lazy` also when it is in use. MountError with the reason."""
+    """Unmount what is uppermost on `mountpoint`, with `lazy` even if it is in use. MountError with the reason."""
     try:
         umount(mountpoint, UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0))
     except OSError as error:
@@ -194,7 +194,7 @@ def _unmount_with_fusermount(mountpoint: bytes, lazy: bool) -> None:
 
 
 def run_fusermount(words: Sequence[bytes], **more: Any) -> None:
-    """Run fusermount3, which may do what we may not. ValueError with the reason when it fails, MountError for none."""
+    """Run fusermount3. ValueError with the reason if it fails, MountError if it is not installed."""
     try:
         done = subprocess.run([FUSERMOUNT, *words], check=False, capture_output=True, **more)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""What a mount of an image has from the store: layers that stay, and a workspace that is its alone.
+"""What a mount of an image holds in the store: the locks of its layers, and a workspace that it holds exclusively.
 
-The process that the user waits for claims the workspace; its lock goes to the daemon with the descriptor, so there is
-no moment in which nobody holds it. The daemon holds it, and the locks of the layers, until the overlay is closed.
+The process that the user waits for locks the workspace and passes the lock to the daemon with the descriptor, so that
+it is never free in between. The daemon keeps it, and the locks of the layers, until the overlay is closed.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class WorkspaceLease(NamedTuple):
-    """A claimed workspace and the directories of its stack.
+    """A locked workspace and the directories of its stack.
 
-    `behind`: the image stands for other layers by now than those the workspace was begun on.
+    behind: the name of the image stands for other layers by now than when the workspace was created.
     """
 
     image_mount: ImageMount
@@ -38,41 +38,42 @@ class WorkspaceLease(NamedTuple):
 def lease_workspace(
     store: bytes, image: str, name: str | None, ephemeral: bool, create: bool
 ) -> Iterator[WorkspaceLease]:
-    """Claim a workspace of an image for a mount. When the context fails, a new one goes in which nothing was changed.
+    """Lock a workspace of an image for a mount, and create it if need be.
 
-    MountError when it cannot be had.
+    name: None for a new one; ephemeral: it is to be removed after the mount; create: whether the store may be created.
+    If the context fails, a new workspace is removed again, unless it was changed. MountError if it cannot be locked.
     """
-    with _opened(store, create) as opened:
+    with _open_store(store, create) as opened:
         claim = _claim(opened, image, name, ephemeral)
         try:
-            found = _found(opened, claim)
+            lease = _lease(opened, claim)
         except BaseException:
             claim.hold.release()
             raise
     with claim.hold:
         try:
-            yield found
+            yield lease
         except BaseException:
-            if claim.new and (found.image_mount.ephemeral or _is_untouched(found)):
-                _drop(found.image_mount)
+            if claim.new and (lease.image_mount.ephemeral or _is_untouched(lease)):
+                _remove_workspace(lease.image_mount)
             raise
 
 
-def _is_untouched(claimed: WorkspaceLease) -> bool:
-    """Return whether nothing was done in a new workspace, for certain.
+def _is_untouched(lease: WorkspaceLease) -> bool:
+    """Return whether it is certain that a new workspace was not changed.
 
     In the foreground the context is the mount itself, and may end by an error after hours of work and commits.
     """
-    used = claimed.image_mount
+    used = lease.image_mount
     try:
         with LayerStore(used.store, create=False) as store:
-            return not os.listdir(claimed.upper) and store.workspace(used.workspace).record.layers == used.layers
+            return not os.listdir(lease.upper) and store.workspace(used.workspace).record.layers == used.layers
     except (OSError, UserError):
         return False
 
 
 @contextlib.contextmanager
-def _opened(store: bytes, create: bool) -> Iterator[LayerStore]:
+def _open_store(store: bytes, create: bool) -> Iterator[LayerStore]:
     try:
         with LayerStore(store, create) as opened:
             yield opened
@@ -89,7 +90,7 @@ def _claim(store: LayerStore, image: str, name: str | None, ephemeral: bool) -> 
         raise mounts.name_workspace_holder(error) from None
 
 
-def _found(store: LayerStore, claim: Claim) -> WorkspaceLease:
+def _lease(store: LayerStore, claim: Claim) -> WorkspaceLease:
     workspace = claim.workspace
     record = workspace.record
     used = ImageMount(
@@ -106,18 +107,19 @@ def _found(store: LayerStore, claim: Claim) -> WorkspaceLease:
 
 @contextlib.contextmanager
 def hold_image(image_mount: ImageMount) -> Iterator[None]:
-    """Hold the workspace and the layers, in the daemon; at the end an ephemeral workspace goes."""
+    """Keep the workspace and the layers locked, in the daemon; at the end, remove an ephemeral workspace."""
     with contextlib.ExitStack() as holds:
-        holds.enter_context(HeldLock(os.dup(image_mount.lock)))  # the same lock: the other descriptor is closed soon
-        with _opened(image_mount.store, create=False) as store:
+        # The inherited descriptor of the same lock is closed when the mount is ready.
+        holds.enter_context(HeldLock(os.dup(image_mount.lock)))
+        with _open_store(image_mount.store, create=False) as store:
             for layer_id in image_mount.layers:
-                holds.enter_context(_layer_held(store, layer_id, image_mount))
+                holds.enter_context(_lock_layer(store, layer_id, image_mount))
         yield
         if image_mount.ephemeral:
-            _drop(image_mount)
+            _remove_workspace(image_mount)
 
 
-def _layer_held(store: LayerStore, layer_id: str, image_mount: ImageMount) -> HeldLock:
+def _lock_layer(store: LayerStore, layer_id: str, image_mount: ImageMount) -> HeldLock:
     try:
         return store.layer(layer_id).hold()
     except OSError as error:
@@ -126,8 +128,8 @@ def _layer_held(store: LayerStore, layer_id: str, image_mount: ImageMount) -> He
         raise MountError(f"cannot hold the {many} layers of {image_mount.image}: {error.strerror}{advice}") from error
 
 
-def _drop(image_mount: ImageMount) -> None:
-    """Take the workspace away; what fails here is done by the next who opens the store."""
+def _remove_workspace(image_mount: ImageMount) -> None:
+    """Remove the workspace; if that fails, the next open of the store does it."""
     try:
         with LayerStore(image_mount.store, create=False) as store:
             store.drop_claimed(image_mount.workspace)

@@ -1,8 +1,8 @@
-"""Where the daemon's log goes.
+"""The log of the daemon.
 
-To standard error when it is in the foreground: with the levels of sd-daemon(3) in front when the journal
-reads it, as text otherwise. In the background to syslog(3) or, on a system without it, to the file `log`
-beside the records of the mounts, which is made when there is something to say.
+In the foreground it goes to standard error: with the level prefixes of sd-daemon(3) if the journal reads it, as plain
+text otherwise. In the background it goes to syslog(3) or, on a system without it, to the file `log` beside the records
+of the mounts, which is created with the first message.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ LEVELS = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INF
 
 
 class JournalFormatter(logging.Formatter):
-    """Puts `<N>` before every line, so that the journal keeps the level of a trace over all its lines."""
+    """Prefixes every line with `<N>`, so that the journal gives all lines of a traceback the same level."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as lines for the journal."""
@@ -30,14 +30,14 @@ class JournalFormatter(logging.Formatter):
 
 
 class Syslog(logging.Handler):
-    """Messages as syslog(3) sends them, dropped rather than make the file system wait for a busy log daemon."""
+    """Sends messages to syslog(3). They are dropped if the log daemon is busy: the file system must not wait for it."""
 
     def __init__(self) -> None:
         super().__init__()
         self._socket = _connected()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one record; if the log daemon was started anew, to the new one."""
+        """Send one record, over a new connection if the log daemon was restarted."""
         level = LEVELS.get(record.levelno, 6)
         message = f"<{DAEMON | level}>overlayfs[{os.getpid()}]: {self.format(record)}".encode(errors="backslashreplace")
         try:
@@ -45,23 +45,23 @@ class Syslog(logging.Handler):
         except BlockingIOError:
             return
         except OSError:
-            self._send_anew(message)
+            self._reconnect_and_send(message)
 
     def close(self) -> None:
-        """Let go of the log daemon."""
+        """Close the connection to the log daemon."""
         self._socket.close()
         super().close()
 
-    def _send_anew(self, message: bytes) -> None:
+    def _reconnect_and_send(self, message: bytes) -> None:
         with contextlib.suppress(OSError):
-            fresh = _connected()
+            connected = _connected()
             self._socket.close()
-            self._socket = fresh
+            self._socket = connected
             self._socket.send(message)
 
 
 class LogFile(logging.FileHandler):
-    """A file that is opened with the first message. What cannot be written is lost: a log must not end a daemon."""
+    """A file that is opened with the first message. Messages that cannot be written are dropped."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, if the file can be opened."""
@@ -117,11 +117,11 @@ def _connected() -> socket.socket:
 
 
 def set_up(foreground: bool, debug: bool, fallback: Path | None) -> None:
-    """Send the log of this process where it belongs; `fallback` is the file for a system without syslog, if any."""
-    logging.raiseExceptions = False  # a full disk or a closed pipe behind the log is no reason to complain into it
+    """Set up the log of this process; `fallback` is the file for a system without syslog, if there is any."""
+    logging.raiseExceptions = False  # a full disk or a closed pipe must not be reported on standard error
     handler = _to_stderr() if foreground else _to_system(fallback)
     root = logging.getLogger()
-    root.handlers.clear()  # not closed: they, and their descriptors, belong to the process we were forked from
+    root.handlers.clear()  # not closed: they and their descriptors belong to the process that forked this one
     root.addHandler(handler)
     root.addHandler(_recent)
     root.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -137,7 +137,7 @@ def _to_stderr() -> logging.Handler:
 
 
 def _is_journal(descriptor: int) -> bool:
-    """Return whether a descriptor is the journal's stream, by the rule of systemd.exec(5)."""
+    """Return whether a descriptor is the stream to the journal (JOURNAL_STREAM of systemd.exec(5))."""
     try:
         found = os.fstat(descriptor)
     except OSError:

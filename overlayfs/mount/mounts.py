@@ -16,7 +16,7 @@ TYPE = b"fuse.overlayfs"
 
 
 class KernelMount(NamedTuple):
-    """One line of proc_pid_mountinfo(5): `device` is major:minor, `options` those of the mount and the superblock."""
+    """One line of proc_pid_mountinfo(5). device: major:minor. options: those of the mount and of its superblock."""
 
     device: bytes
     root: bytes
@@ -27,12 +27,12 @@ class KernelMount(NamedTuple):
 
 
 def unescape(field: bytes) -> bytes:
-    r"""Return a field with the kernel's octal escapes (\040 for a space) undone."""
+    r"""Return a field with the kernel's octal escapes (\040 for a space) decoded."""
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)
 
 
 def parse(line: bytes) -> KernelMount:
-    """Return one line decoded; the number of optional fields before the dash varies."""
+    """Return one line decoded. The number of optional fields before the dash varies."""
     before, _, after = line.partition(b" - ")
     _, _, device, root, mountpoint, options, *_ = before.split(b" ")
     kind, source, super_options = after.split(b" ")[:3]
@@ -47,14 +47,14 @@ def kernel_mounts() -> list[KernelMount]:
 
 
 def mounted_on(mountpoint: bytes) -> KernelMount | None:
-    """Return the mount that is uppermost on a path, None if nothing is mounted there."""
+    """Return the uppermost mount on a path, None if nothing is mounted there."""
     found = [mount for mount in kernel_mounts() if mount.mountpoint == mountpoint]
     return found[-1] if found else None
 
 
 @dataclass(frozen=True)
 class Mount:
-    """One mount of ours. Without a record (another user's, or no daemon any more) only the kernel's part is known."""
+    """One of our mounts. Without a record (another user's, or its daemon is gone) the optional fields are empty."""
 
     mountpoint: bytes
     source: bytes
@@ -72,16 +72,16 @@ class Mount:
 
 
 def list_mounts() -> list[Mount]:
-    """Return the mounts of this namespace that overlayfs made, oldest first; bind mounts of them are left out."""
+    """Return our mounts in this mount namespace, oldest first, without bind mounts of them."""
     known = runtime_state.read_all()
     found = [mount for mount in kernel_mounts() if mount.type == TYPE and mount.root == b"/"]
     return [_joined(mount, _record_of(mount, known)) for mount in found]
 
 
 def _record_of(mount: KernelMount, known: list[Record]) -> Record | None:
-    """Return the record of the daemon behind a mount.
+    """Return the record of the daemon of a mount.
 
-    A daemon that is ending has lost its mount already, and the kernel gives the device to the next one.
+    While a daemon ends after its mount is gone, the kernel may give the device to the next mount already.
     """
     same = (record for record in known if record.device == mount.device.decode())
     own = mount.mountpoint
@@ -89,7 +89,7 @@ def _record_of(mount: KernelMount, known: list[Record]) -> Record | None:
 
 
 def find(mountpoint: bytes) -> Mount:
-    """Return the mount that is uppermost on a path. UserError if none of ours is."""
+    """Return the uppermost mount on a path. UserError if it is not one of ours."""
     path = resolved(mountpoint)
     found = [mount for mount in list_mounts() if mount.mountpoint == path]
     if not found:
@@ -98,7 +98,7 @@ def find(mountpoint: bytes) -> Mount:
 
 
 def name_holder(error: InUseError) -> MountError:
-    """Return a refusal with the mount point of the holder, where a record tells it."""
+    """Return the error for a locked directory, with the mount point of the daemon that holds it if that is known."""
     for mount in list_mounts():
         if mount.pid is not None and mount.pid == error.pid:
             where = os.fsdecode(mount.mountpoint)
@@ -110,7 +110,7 @@ def name_holder(error: InUseError) -> MountError:
 
 
 def name_workspace_holder(error: "WorkspaceInUseError") -> UserError:
-    """Return the same for a workspace of a store."""
+    """Return the error for a locked workspace, with the mount point of its mount if that is known."""
     for mount in list_mounts():
         if mount.upper is not None and os.path.dirname(mount.upper) == error.path:
             where = os.fsdecode(mount.mountpoint)
@@ -121,10 +121,10 @@ def name_workspace_holder(error: "WorkspaceInUseError") -> UserError:
 
 
 def resolved(mountpoint: bytes) -> bytes:
-    """Return a mount point as the kernel names it, without asking a daemon that may be dead, or hang.
+    """Return a mount point as the kernel names it, without a request to its daemon, which may be dead or hang.
 
-    Only the directory above is looked at: stat and lstat of the last component are a request to the mount itself. That
-    it is no link is known to the kernel.
+    Only the parent is resolved: stat and lstat of the last component are requests to the mount itself. For readlink of
+    a mount point the kernel itself answers that it is not a symbolic link.
     """
     path = os.path.abspath(mountpoint)
     head, tail = os.path.split(path)

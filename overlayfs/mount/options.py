@@ -1,13 +1,13 @@
-"""What a mount is asked to be: the options of `-o`, read into one frozen value.
+"""The options of a mount: parsing `-o` into one frozen value.
 
-Three families are understood: the layers and choices of kernel overlayfs, those of fuse-overlayfs, and the ones that
-mount(8) and libfuse give every file system. A `Draft` collects them in the order they were typed (the last one wins)
-and `Draft.build` checks what only the whole can tell. Names that nobody knows are kept for the caller, since
-`overlayfs mount` refuses them and `overlayfs-mount` goes on.
+There are three families: the options of kernel overlayfs, those of fuse-overlayfs, and those that mount(8) and libfuse
+give every file system. A `Draft` collects them in the order they were given (the last one wins), and `Draft.build`
+checks their combination. Unknown names are kept for the caller, since `overlayfs mount` refuses them and
+`overlayfs-mount` ignores them.
 
-A backslash takes away the meaning of the character after it, as in the kernel's overlayfs (`ovl_unescape` of
+A backslash escapes the character after it, as in the kernel's overlayfs (`ovl_unescape` of
 `fs/overlayfs/params.c`): `\\,` is a comma, `\\:` a colon, `\\\\` a backslash. A comma between double quotes does not
-end an option whose name is in `QUOTED_OPTIONS`; elsewhere a quote is an ordinary character of a path.
+end an option whose name is in `QUOTED_OPTIONS`; in other options a quote is an ordinary character.
 """
 
 import os
@@ -20,7 +20,7 @@ from overlayfs.errors import UsageError
 from overlayfs.format.xattrs import Mode
 from overlayfs.fs.config import IdRange, StackConfig
 
-LONGEST_SPIN = 1000  # microseconds; a sleep and a wake-up cost a tenth of that
+LONGEST_BUSY_POLL = 1000  # microseconds; a sleep and a wake-up cost a tenth of that
 HIGHEST_ID = 2**32 - 2  # (uid_t) -1 means "no change" in chown(2) and can own nothing
 QUOTED_OPTIONS = (b"context", b"fscontext", b"defcontext", b"rootcontext")
 
@@ -31,9 +31,9 @@ _PLAIN_LAYER = re.compile(rb"(?:\\.|[^:\\]|\\$)*", re.DOTALL)
 
 @dataclass(frozen=True)
 class ImageMount:
-    """What a mount of an image uses: `store` is the store's directory, `layers` ids, top first.
+    """What a mount of an image uses in the store.
 
-    `lock` is an open descriptor that carries the lock of the workspace.
+    store: the store's directory. layers: ids, top first. lock: an open descriptor that holds the workspace's lock.
     """
 
     store: bytes
@@ -46,13 +46,15 @@ class ImageMount:
 
 @dataclass(frozen=True)
 class MountOptions:
-    """One mount, completely: the stack, what the kernel is told, how the daemon runs.
+    """One mount: the stack, the options for the kernel, and how the daemon runs.
 
-    `timeout` is in seconds and bounds how long the kernel keeps names and attributes (None: the engine's own choice).
-    `image_mount` is set for a mount of an image, whose stack lies in a store.
-    `xattrs` False means that every request about extended attributes is answered EOPNOTSUPP. `context` holds SELinux
-    options as `name=value`, unquoted. `source` is what the first column of /proc/self/mounts shows. `engine` is auto,
-    kernel or pyfuse3, `io` is auto, passthrough or cached, `spin` is in seconds (None: as long as it turns out to pay).
+    source: the first column of /proc/self/mounts.
+    context: SELinux options as `name=value`, unquoted.
+    timeout: for how many seconds the kernel may cache names and attributes; None: the engine decides.
+    engine: auto, kernel or pyfuse3. io: auto, passthrough or cached.
+    busy_poll: for how many seconds to poll for the next request before sleeping; None: as long as it pays.
+    xattrs: False answers every request about extended attributes with EOPNOTSUPP.
+    image_mount: set for a mount of an image, whose stack is in a store.
     """
 
     stack: StackConfig
@@ -72,7 +74,7 @@ class MountOptions:
     writeback: bool = False
     engine: str = "auto"
     io: str = "auto"
-    spin: float | None = None
+    busy_poll: float | None = None
     xattrs: bool = True
     foreground: bool = False
     debug: bool = False
@@ -81,7 +83,7 @@ class MountOptions:
 
 @dataclass
 class Draft:
-    """Options while they are being read. `unknown` are names nobody knows, `idle` are names without effect here."""
+    """Options while they are being read. unknown: names that no family has. ignored: names without effect here."""
 
     lower: list[bytes] = field(default_factory=list)
     upper: bytes | None = None
@@ -90,28 +92,28 @@ class Draft:
     mount: dict[str, Any] = field(default_factory=dict)
     squash_to_root: bool = False
     unknown: list[str] = field(default_factory=list)
-    idle: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
     def read(self, text: bytes) -> None:
-        """Take in one `-o` string; UsageError for a known name with a value it cannot have."""
+        """Add the options of one `-o` string. UsageError for a known name with an invalid value."""
         for option in split_options(text):
             name, given, value = option.partition(b"=")
-            self._take(_shown(name), value if given else None)
+            self._add(_shown(name), value if given else None)
 
-    def _take(self, name: str, value: bytes | None) -> None:
+    def _add(self, name: str, value: bytes | None) -> None:
         if name in _SPECIAL:
             _SPECIAL[name](self, name, value)
         elif name in _STACK:
             self.stack.update(_STACK[name](name, value))
         elif name in _MOUNT:
             self.mount.update(_MOUNT[name](name, value))
-        elif name in _IDLE:
-            self.idle.append(name)
-        elif name not in _OF_MOUNT and not name.lower().startswith("x-"):
+        elif name in _IGNORED:
+            self.ignored.append(name)
+        elif name not in _FOR_MOUNT_COMMAND and not name.lower().startswith("x-"):
             self.unknown.append(name)
 
     def build(self) -> MountOptions:
-        """Return the options as one value; UsageError when they do not make a mount."""
+        """Return the options as one value. UsageError if the combination is not a mount."""
         if not self.lower:
             raise UsageError("no layer is given; name at least one with lowerdir=DIR or --lower DIR")
         if self.upper is not None and self.work is None:
@@ -130,12 +132,12 @@ class Draft:
         )
 
     def _squashed(self) -> dict[str, Any]:
-        """What `squash_to_root` means where `squash_to_uid` and `squash_to_gid`, which are stronger, say nothing."""
+        """Return what `squash_to_root` sets; `squash_to_uid` and `squash_to_gid` take precedence."""
         return {"squash_uid": 0, "squash_gid": 0} if self.squash_to_root else {}
 
 
 def _absolute(path: bytes) -> bytes:
-    """Return the path counted from the root, untidied: `a/../b` through a symlink `a` is not `b`."""
+    """Return the absolute path, not normalised: `a/../b` through a symbolic link `a` is not `b`."""
     return os.path.join(os.getcwdb(), path)
 
 
@@ -143,10 +145,10 @@ def _shown(raw: bytes) -> str:
     return raw.decode("utf-8", "backslashreplace")
 
 
-# Readers of one value each. They return what to change; they raise UsageError with the option's name.
+# Readers of options that set fields. They return the fields; UsageError names the option.
 
-_Change = dict[str, object]
-_Reader = Callable[[str, bytes | None], _Change]
+_Fields = dict[str, object]
+_Reader = Callable[[str, bytes | None], _Fields]
 
 
 def _wrong(name: str, value: bytes | None, expected: str) -> UsageError:
@@ -169,17 +171,17 @@ def _switch(key: str, *, inverted: bool = False) -> _Reader:
     return lambda name, value: {key: _truth(name, value) != inverted}
 
 
-def _fixed(**change: object) -> _Reader:
-    def read(name: str, value: bytes | None) -> _Change:
+def _fixed(**fields: object) -> _Reader:
+    def read(name: str, value: bytes | None) -> _Fields:
         if value is not None:
             raise UsageError(f"option {name} takes no value, but {_shown(value)} is given")
-        return dict(change)
+        return dict(fields)
 
     return read
 
 
 def _choice(key: str, choices: Mapping[bytes, object]) -> _Reader:
-    def read(name: str, value: bytes | None) -> _Change:
+    def read(name: str, value: bytes | None) -> _Fields:
         if value is None or value not in choices:
             raise _wrong(name, value, "one of " + ", ".join(map(_shown, choices)))
         return {key: choices[value]}
@@ -197,7 +199,7 @@ def _number(name: str, value: bytes | None, lowest: int, highest: int) -> int:
     return int(value)
 
 
-def _seconds(name: str, value: bytes | None) -> _Change:
+def _seconds(name: str, value: bytes | None) -> _Fields:
     try:
         seconds = float(value or b"")
     except ValueError:
@@ -207,12 +209,12 @@ def _seconds(name: str, value: bytes | None) -> _Change:
     return {"timeout": seconds}
 
 
-def _spin(name: str, value: bytes | None) -> _Change:
+def _busy_poll(name: str, value: bytes | None) -> _Fields:
     if value == b"auto":
-        return {"spin": None}
-    if value is None or not value.isdigit() or int(value) > LONGEST_SPIN:
-        raise _wrong(name, value, f"auto or a number of microseconds up to {LONGEST_SPIN}")
-    return {"spin": int(value) / 1e6}
+        return {"busy_poll": None}
+    if value is None or not value.isdigit() or int(value) > LONGEST_BUSY_POLL:
+        raise _wrong(name, value, f"auto or a number of microseconds up to {LONGEST_BUSY_POLL}")
+    return {"busy_poll": int(value) / 1e6}
 
 
 def _id_map(key: str) -> _Reader:
@@ -232,19 +234,19 @@ def _id_ranges(name: str, value: bytes | None) -> tuple[IdRange, ...]:
     return ranges
 
 
-def _context(name: str, value: bytes | None) -> _Change:
+def _context(name: str, value: bytes | None) -> _Fields:
     if not value:
         raise _wrong(name, value, "an SELinux context")
     return {"context": (name.encode("ascii") + b"=" + unquote(value),)}
 
 
-def _source(name: str, value: bytes | None) -> _Change:
+def _source(name: str, value: bytes | None) -> _Fields:
     if not value:
         raise _wrong(name, value, "a name to show as the source")
     return {"source": unescape(value)}
 
 
-# Readers of what concerns more than one field.
+# Readers of options that need the draft.
 
 _Special = Callable[[Draft, str, bytes | None], None]
 
@@ -277,7 +279,7 @@ def _path(name: str, value: bytes | None) -> bytes:
 
 
 def _remount(draft: Draft, name: str, value: bytes | None) -> None:
-    # Going on as with an unknown option would lay a second mount over the first.
+    # Ignored as an unknown option, it would mount a second time over the first mount.
     raise UsageError("a mount cannot be changed by remount; unmount it and mount it with the new options")
 
 
@@ -336,15 +338,15 @@ _MOUNT: dict[str, _Reader] = {
     "timeout": _seconds,
     "engine": _choice("engine", {name.encode(): name for name in ("auto", "kernel", "pyfuse3")}),
     "io": _choice("io", {name.encode(): name for name in ("auto", "passthrough", "cached")}),
-    "spin": _spin,
+    "spin": _busy_poll,
     "writeback": _switch("writeback"),
     "noxattrs": _switch("xattrs", inverted=True),
     "debug": _fixed(debug=True, foreground=True),
     **{name.decode(): _context for name in QUOTED_OPTIONS},
 }
 
-# Options of other programs for what is decided here in one way only.
-_IDLE = frozenset(
+# Options of other programs for what has only one behaviour here.
+_IGNORED = frozenset(
     {
         *("auto_cache", "noauto_cache", "kernel_cache"),
         *("auto_unmount", "clone_fd", "max_idle_threads", "max_threads", "threaded"),
@@ -355,8 +357,8 @@ _IDLE = frozenset(
     }
 )
 
-# What mount(8) itself acts on and may hand down; `default_permissions` is always on.
-_OF_MOUNT = frozenset(
+# Options that mount(8) acts on and may pass on; `default_permissions` is always on.
+_FOR_MOUNT_COMMAND = frozenset(
     {
         *("_netdev", "auto", "noauto", "comment", "defaults", "default_permissions", "loud", "silent", "nofail"),
         *("group", "nogroup", "owner", "noowner", "user", "nouser", "users", "nousers"),
@@ -368,7 +370,7 @@ _OF_MOUNT = frozenset(
 
 
 def split_options(text: bytes) -> list[bytes]:
-    """Return the options of one `-o` string, escapes untouched; empty ones (`a,,b,`) are dropped."""
+    """Return the options of one `-o` string, still escaped, without empty ones (`a,,b,`)."""
     return [option for option in _options(text) if option]
 
 
@@ -382,7 +384,7 @@ def _options(text: bytes) -> Iterator[bytes]:
 
 
 def split_layers(value: bytes) -> list[bytes]:
-    """Return the paths of a `lowerdir` value, top first, unescaped; an empty path stays for the caller to refuse."""
+    """Return the paths of a `lowerdir` value, top first, unescaped. An empty path is left to the caller to refuse."""
     paths, start = [], 0
     while start <= len(value):
         found = _PLAIN_LAYER.match(value, start)
@@ -393,7 +395,7 @@ def split_layers(value: bytes) -> list[bytes]:
 
 
 def unescape(value: bytes) -> bytes:
-    """Return the value with every `\\x` replaced by `x`; a lone backslash at the end stays."""
+    """Return the value with every `\\x` replaced by `x`; a single backslash at the end stays."""
     return re.sub(rb"\\(.)", rb"\1", value, flags=re.DOTALL)
 
 

@@ -1,9 +1,9 @@
-"""Checks before a mount: that the mount point is free and outside the layers, and the upper in no other mount's way.
+"""Checks before a mount: the mount point is free and outside the layers, and no other mount writes to the upper.
 
-The lock of an upper (`overlayfs.tree.workdir.lock`) covers that one directory. It does not show that one mount's upper
-is inside another's, and the kernel's overlayfs takes no lock that other programs see. Each daemon therefore records
-where its directories are within their file systems. Bind mounts, symbolic links and mount namespaces do not change
-that, and reading it never waits for a disk that hangs.
+The lock of an upper (`overlayfs.tree.workdir.lock`) covers that one directory. It does not show that the upper of one
+mount is inside the upper of another, and the kernel's overlayfs takes no lock that other programs see. Each daemon
+therefore records where its directories are within their file systems. Bind mounts, symbolic links and mount namespaces
+do not change that, and to compare it never waits for a disk that hangs.
 """
 
 import errno
@@ -19,60 +19,65 @@ from overlayfs.fs.config import StackConfig
 from overlayfs.mount import runtime_state
 from overlayfs.mount.fusermount import detach
 from overlayfs.mount.mounts import TYPE, KernelMount, kernel_mounts, list_mounts, mounted_on, unescape
-from overlayfs.mount.runtime_state import Written
-from overlayfs.mount.unmount import cut_off_dying
+from overlayfs.mount.runtime_state import WrittenDirectory
+from overlayfs.mount.unmount import abort_dying
 
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
-PATIENCE = 5.0  # seconds that a mount may take to answer
-STACKED = 64  # dead mounts on one point that are taken away before giving up
-_KERNELS = b"overlay"
-_DIRECTORIES = {b"upperdir": "upper", b"workdir": "work directory"}
+ANSWER_LIMIT = 5.0  # seconds that a mount may take to answer
+STACKED_LIMIT = 64  # dead mounts on one mount point that are unmounted before giving up
+_KERNEL_TYPE = b"overlay"
+_KERNEL_OPTIONS = {b"upperdir": "upper", b"workdir": "work directory"}
 
 # --- the mount point is free ------------------------------------------------------------
 
 
 def prepare_mountpoint(mountpoint: bytes) -> None:
-    """Return when `mountpoint` (as the kernel names it) is a directory to mount on. MountError otherwise."""
-    for _ in range(STACKED):
-        _cut_off_dying(mountpoint)
-        code = _problem_in_time(mountpoint)
+    """Make sure that `mountpoint`, as the kernel names it, is a directory that is free: dead mounts are unmounted.
+
+    MountError otherwise.
+    """
+    for _ in range(STACKED_LIMIT):
+        _abort_dying(mountpoint)
+        code = _probe_in_time(mountpoint)
         if code not in DEAD:
             break
-        _take_away(mountpoint)
+        _detach_dead(mountpoint)
     if code:
         raise MountError(f"cannot mount on {os.fsdecode(mountpoint)}: {os.strerror(code)}")
-    _refuse_living(mountpoint, "unmount it first")
+    _refuse_mounted(mountpoint, "unmount it first")
 
 
 def is_dead(mountpoint: bytes) -> bool:
-    """Return whether a mount of ours without a daemon is uppermost here."""
+    """Return whether a mount of ours without a daemon is uppermost on a path."""
     mount = mounted_on(mountpoint)
-    return mount is not None and mount.type == TYPE and _problem(mountpoint) in DEAD
+    return mount is not None and mount.type == TYPE and _probe(mountpoint) in DEAD
 
 
-def _cut_off_dying(mountpoint: bytes) -> None:
-    """See to it that a mount whose daemon was killed and cannot end is a dead one."""
+def _abort_dying(mountpoint: bytes) -> None:
+    """Abort the mounts here whose daemon was killed and cannot end, which makes them dead."""
     for mount in list_mounts():
         if mount.mountpoint == mountpoint:
-            cut_off_dying(mount)
+            abort_dying(mount)
 
 
-def _problem_in_time(mountpoint: bytes) -> int:
-    """Return the same as `_problem`, asked for in a thread of its own: a mount whose daemon hangs never answers."""
+def _probe_in_time(mountpoint: bytes) -> int:
+    """Probe in a thread of its own, since a mount whose daemon hangs never answers. MountError if it does not."""
     found: list[int] = []
-    worker = threading.Thread(target=lambda: found.append(_problem(mountpoint)), daemon=True)
+    worker = threading.Thread(target=lambda: found.append(_probe(mountpoint)), daemon=True)
     worker.start()
-    worker.join(PATIENCE)
+    worker.join(ANSWER_LIMIT)
     if not found:
-        _refuse_living(mountpoint, f"it has not answered for {PATIENCE:g} s; unmount it first")
-        raise MountError(f"{os.fsdecode(mountpoint)} has not answered for {PATIENCE:g} s; unmount what is there first")
+        _refuse_mounted(mountpoint, f"it has not answered for {ANSWER_LIMIT:g} s; unmount it first")
+        raise MountError(
+            f"{os.fsdecode(mountpoint)} has not answered for {ANSWER_LIMIT:g} s; unmount what is there first"
+        )
     return found[0]
 
 
-def _problem(mountpoint: bytes) -> int:
-    """Return the errno that stands against mounting here, 0 for none.
+def _probe(mountpoint: bytes) -> int:
+    """Return the errno that prevents mounting here, 0 for none.
 
-    The kernel may answer stat(2) for a daemon that is dead, from attributes it remembers; statfs(2) it never does.
+    The kernel may answer stat(2) from cached attributes although the daemon is dead; statfs(2) is always a request.
     """
     try:
         found = os.stat(mountpoint)
@@ -82,7 +87,7 @@ def _problem(mountpoint: bytes) -> int:
     return 0 if stat.S_ISDIR(found.st_mode) else errno.ENOTDIR
 
 
-def _take_away(mountpoint: bytes) -> None:
+def _detach_dead(mountpoint: bytes) -> None:
     mount = mounted_on(mountpoint)
     if mount is None or mount.type != TYPE:
         kind = os.fsdecode(mount.type) if mount else "unknown"
@@ -90,7 +95,7 @@ def _take_away(mountpoint: bytes) -> None:
     detach(mountpoint, lazy=True)
 
 
-def _refuse_living(mountpoint: bytes, advice: str) -> None:
+def _refuse_mounted(mountpoint: bytes, advice: str) -> None:
     mount = mounted_on(mountpoint)
     if mount is None or mount.type != TYPE:
         return
@@ -103,18 +108,19 @@ def _refuse_living(mountpoint: bytes, advice: str) -> None:
 
 
 def check_mountpoint(mountpoint: bytes, stack: StackConfig) -> None:
-    """Refuse a mount point strictly inside the upper or the work directory, or a layer that shows mounts. MountError.
+    """Refuse a mount point strictly inside the upper, the work directory, or a layer that shows mounts. MountError.
 
-    A daemon that looks at such a directory meets its own mount there and waits for itself; not in a layer that can be
-    held as a private copy of its mount. Directories are compared by identity, so other paths and bind mounts of the
-    same tree are seen. A mount point that *is* a layer is fine: it is held before the mount covers it.
+    A daemon that reads such a directory would find its own mount there and wait for itself. A layer does not show
+    mounts if it can be opened through a private clone of its mount. Directories are compared by (st_dev, st_ino), so
+    other paths and bind mounts of the same tree are found. A mount point that *is* a layer is fine: the layer is
+    opened before the mount covers it.
     """
     layers = _identities(stack)
     for above in _ancestors(mountpoint):
         path = layers.get(above)
         if path is not None:
             raise MountError(
-                f"{os.fsdecode(mountpoint)} lies inside {os.fsdecode(path)}, which is part of the stack; "
+                f"{os.fsdecode(mountpoint)} is inside {os.fsdecode(path)}, which is part of the stack; "
                 "choose a mount point outside"
             )
 
@@ -129,7 +135,7 @@ def _identities(stack: StackConfig) -> dict[tuple[int, int], bytes]:
 
 
 def _hides_mounts(path: bytes) -> bool:
-    """Return whether a layer can be held without what is mounted in it."""
+    """Return whether a layer can be opened without the mounts in it."""
     try:
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -153,7 +159,7 @@ def _ancestors(path: bytes) -> list[tuple[int, int]]:
 
 
 def _identity(path: bytes) -> tuple[int, int] | None:
-    """Return what a directory is, None for one that cannot be seen: opening the stack says why."""
+    """Return (st_dev, st_ino) of a directory, None if it is not accessible: opening the stack reports why."""
     try:
         found = os.stat(path)
     except OSError:
@@ -165,15 +171,15 @@ def _identity(path: bytes) -> tuple[int, int] | None:
 
 
 class _Used(NamedTuple):
-    """What a mount writes to, and which mount; `locked`: it carries our lock, which says whether it is in use still."""
+    """A directory that a mount writes to; `locked`: our lock on it shows whether it is still in use."""
 
-    written: Written
+    written: WrittenDirectory
     holder: str
     locked: bool
 
 
 def check_uppers(stack: StackConfig) -> None:
-    """Refuse an upper or work directory that lies inside one in use, or holds one, or is the kernel's. MountError."""
+    """Refuse an upper or work directory that is inside one in use, contains one, or is the kernel's. MountError."""
     mounts = kernel_mounts()
     own = _written(stack, mounts)
     if not own:
@@ -186,24 +192,24 @@ def check_uppers(stack: StackConfig) -> None:
                 raise MountError(f"{each.what} {each.path} {how} {where}; unmount that first")
 
 
-def written_directories(stack: StackConfig) -> tuple[Written, ...]:
-    """Return what a mount of this stack writes to, for its record."""
+def written_directories(stack: StackConfig) -> tuple[WrittenDirectory, ...]:
+    """Return the directories that a mount of this stack writes to, for its record."""
     return _written(stack, kernel_mounts())
 
 
-def _written(stack: StackConfig, mounts: Sequence[KernelMount]) -> tuple[Written, ...]:
+def _written(stack: StackConfig, mounts: Sequence[KernelMount]) -> tuple[WrittenDirectory, ...]:
     named = (("upper", stack.upper), ("work directory", stack.work))
     return tuple(_located(what, path, mounts) for what, path in named if path is not None)
 
 
-def _relation(own: Written, used: _Used) -> str:
+def _relation(own: WrittenDirectory, used: _Used) -> str:
     theirs = used.written
     if own.device != theirs.device:
         return ""
     if _is_below(own.place, theirs.place):
-        return "lies inside"
+        return "is inside"
     if _is_below(theirs.place, own.place):
-        return "holds"
+        return "contains"
     return "is" if own.place == theirs.place and not used.locked else ""
 
 
@@ -211,13 +217,13 @@ def _is_below(path: str, above: str) -> bool:
     return path != above and path.startswith(above.rstrip("/") + "/")
 
 
-def _located(what: str, path: bytes, mounts: Sequence[KernelMount]) -> Written:
-    """Return a directory with its file system, as major:minor, and the path that it has there."""
+def _located(what: str, path: bytes, mounts: Sequence[KernelMount]) -> WrittenDirectory:
+    """Return where a directory is within its file system: paths differ between bind mounts, this does not."""
     real = os.path.realpath(path)
     around = [each for each in mounts if os.path.commonpath((real, each.mountpoint)) == each.mountpoint]
-    mount = max(reversed(around), key=lambda each: len(each.mountpoint))  # the newest of those on one point
+    mount = max(reversed(around), key=lambda each: len(each.mountpoint))  # of several on one mount point, the newest
     place = os.path.normpath(os.path.join(mount.root, os.path.relpath(real, mount.mountpoint)))
-    return Written(what, os.fsdecode(path), mount.device.decode(), os.fsdecode(place))
+    return WrittenDirectory(what, os.fsdecode(path), mount.device.decode(), os.fsdecode(place))
 
 
 def _of_daemons() -> Iterator[_Used]:
@@ -228,10 +234,10 @@ def _of_daemons() -> Iterator[_Used]:
 
 def _of_the_kernel(mounts: Sequence[KernelMount]) -> Iterator[_Used]:
     for mount in mounts:
-        if mount.type != _KERNELS:
+        if mount.type != _KERNEL_TYPE:
             continue
         for option in mount.options:
             name, _, value = option.partition(b"=")
-            if name in _DIRECTORIES and value.startswith(b"/"):
-                place = _located(_DIRECTORIES[name], unescape(value), mounts)
+            if name in _KERNEL_OPTIONS and value.startswith(b"/"):
+                place = _located(_KERNEL_OPTIONS[name], unescape(value), mounts)
                 yield _Used(place, f"the kernel's overlayfs at {os.fsdecode(mount.mountpoint)}", locked=False)

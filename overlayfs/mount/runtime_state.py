@@ -1,8 +1,8 @@
-"""Run-time records: one small JSON file and one socket per running daemon.
+"""Runtime state: one small JSON file, the record, and one socket for each running daemon.
 
-They live in /run/overlayfs for root and $XDG_RUNTIME_DIR/overlayfs for users, mode 0700, and only describe:
-nothing depends on them being there. A record whose process is gone is garbage, whoever finds it.
-Paths are text in the surrogateescape form of `os.fsdecode`, so that any byte survives JSON.
+They are in /run/overlayfs for root and in $XDG_RUNTIME_DIR/overlayfs for users, mode 0700, and only describe: a mount
+works without them. A record whose process is gone is stale, and removed by the next program that reads it. Paths are
+text in the surrogateescape form of `os.fsdecode`, so that any byte survives JSON.
 """
 
 import contextlib
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Written(NamedTuple):
-    """A directory that a mount writes to: what it is to it, how the user called it, and where it lies.
+class WrittenDirectory(NamedTuple):
+    """A directory that a mount writes to.
 
-    `device` is the major:minor of its file system, `place` its path from the root of that.
+    what: "upper" or "work directory". path: as the user named it. device: major:minor of its file system. place: its
+    path from the root of that file system.
     """
 
     what: str
@@ -32,10 +33,10 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """What a daemon says about its mount.
+    """The description of a mount by its daemon.
 
-    `device` is the major:minor of mountinfo, `started` the start of the process in clock ticks since boot. `image`,
-    `workspace` and `store` are set for a mount of an image. `written` are its upper and work directory.
+    started: when the process started, in clock ticks since boot. device: major:minor, as in mountinfo. image,
+    workspace, store: set for a mount of an image. written: the upper and the work directory.
     """
 
     pid: int
@@ -51,35 +52,35 @@ class Record:
     image: str | None = None
     workspace: str | None = None
     store: str | None = None
-    written: tuple[Written, ...] = ()
+    written: tuple[WrittenDirectory, ...] = ()
 
     @property
     def alive(self) -> bool:
-        """Whether the process that wrote the record still is there (a reused pid has another start time)."""
+        """Whether the process that wrote the record still exists (a reused pid has another start time)."""
         return start_time(self.pid) == self.started
 
 
 def start_time(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); None if it is gone.
 
-    One that is dying is there: a thread of it holds what it had.
+    A process that was killed but cannot end still exists: a thread of it keeps its descriptors and locks.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    # A thread that has ended is not counted, but for the first, which stays as a zombie.
+    # The first thread is counted even after it has ended, as a zombie.
     gone = fields[_STATE] in _ENDED and int(fields[_THREADS]) <= 1
     return None if gone else int(fields[_STARTED])
 
 
 _BACKLOG = 16  # clients that wait while the daemon starts to serve them
-_STATE, _THREADS, _STARTED = 0, 17, 19  # in what follows the name
+_STATE, _THREADS, _STARTED = 0, 17, 19  # fields after the name of the program
 _ENDED = (b"Z", b"X")
 
 
 def is_dying(pid: int) -> bool:
-    """Return whether a process was killed and is still there: a thread of it waits where no signal reaches it.
+    """Return whether a process was killed but cannot end, since a thread of it waits uninterruptibly.
 
     Its first thread may have ended, or be the one that waits (proc_pid_status(5)).
     """
@@ -87,9 +88,9 @@ def is_dying(pid: int) -> bool:
         lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
     except OSError:
         return False
-    told = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
-    killed = any(int(told[name][0], 16) & _KILLED for name in ("SigPnd", "ShdPnd"))
-    return killed or (told["State"][0] in "ZX" and int(told["Threads"][0]) > 1)
+    status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+    killed = any(int(status[name][0], 16) & _KILLED for name in ("SigPnd", "ShdPnd"))
+    return killed or (status["State"][0] in "ZX" and int(status["Threads"][0]) > 1)
 
 
 _KILLED = 1 << (signal.SIGKILL - 1)
@@ -104,7 +105,7 @@ def run_directory() -> Path:
 
 
 def _owns_run() -> bool:
-    """Return whether /run is root's as this process sees it: the root of a user's own namespace is that user."""
+    """Return whether /run belongs to root as this process sees it: in a user namespace, root may be a mapped user."""
     try:
         return Path("/run").stat().st_uid == 0
     except OSError:
@@ -112,16 +113,16 @@ def _owns_run() -> bool:
 
 
 def make_run_directory() -> Path:
-    """Return the directory, made if need be; PermissionError if it is not ours alone."""
+    """Return the directory, created if need be. PermissionError if other users can write to it."""
     directory = run_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_ours_alone(directory):
+    if not _is_private(directory):
         raise PermissionError(f"{directory} must belong to uid {os.geteuid()} with mode 0700")
     return directory
 
 
-def _is_ours_alone(directory: Path) -> bool:
-    """Return whether nobody else can have put anything here; without a directory of his own a user's lies in /tmp."""
+def _is_private(directory: Path) -> bool:
+    """Return whether only this user can write here: without XDG_RUNTIME_DIR the directory is in /tmp."""
     try:
         found = directory.lstat()
     except OSError:
@@ -130,12 +131,12 @@ def _is_ours_alone(directory: Path) -> bool:
 
 
 def record_path(pid: int) -> Path:
-    """Return where the record of a daemon lies."""
+    """Return the path of the record of a daemon."""
     return run_directory() / f"{pid}.json"
 
 
 def socket_path(pid: int) -> Path:
-    """Return where the control socket of a daemon lies."""
+    """Return the path of the control socket of a daemon."""
     return run_directory() / f"{pid}.sock"
 
 
@@ -155,7 +156,7 @@ def listen(pid: int) -> socket.socket:
 
 
 def write(record: Record) -> None:
-    """Put a record in place, whole, and sweep out those of dead daemons."""
+    """Write a record atomically, and remove those of dead daemons."""
     read_all()
     temporary = make_run_directory() / f"{record.pid}.tmp"
     temporary.touch(mode=0o600)
@@ -164,7 +165,7 @@ def write(record: Record) -> None:
 
 
 def remove(pid: int) -> None:
-    """Remove what a daemon left in the directory; what is not there is no error."""
+    """Remove the record and the socket of a daemon, if they exist."""
     for path in (record_path(pid), socket_path(pid)):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -173,7 +174,7 @@ def remove(pid: int) -> None:
 def read_all() -> list[Record]:
     """Return the records of running daemons and remove those of dead ones."""
     directory = run_directory()
-    if not _is_ours_alone(directory):
+    if not _is_private(directory):
         return []
     return [record for path in sorted(directory.glob("*.json")) if (record := _read(path))]
 
@@ -182,7 +183,7 @@ def _read(path: Path) -> Record | None:
     try:
         fields = json.loads(path.read_text())
         fields.update(lower=tuple(fields["lower"]), notices=tuple(fields["notices"]))
-        fields.update(written=tuple(Written(*each) for each in fields.get("written", ())))
+        fields.update(written=tuple(WrittenDirectory(*each) for each in fields.get("written", ())))
         record = Record(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -1,7 +1,7 @@
-"""Starting a mount: the process that the user waits for, and the one that stays.
+"""Starting a mount: the process that the user waits for, and the daemon that stays.
 
-The first one forks before anything else. The second one opens the stack, mounts, gives up the terminal, and
-says through a pipe that the mount answers, or why there is none. Nothing heavy is loaded before the fork.
+The first process forks before it imports anything heavy. The daemon opens the stack, mounts, gives up the terminal,
+and reports through a pipe that the mount answers, or why there is none.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ Notify = Callable[[str], None]
 def mount(options: MountOptions, mountpoint: bytes, notify: Notify = lambda notice: None) -> None:
     """Mount. In the background, return when the mount answers; in the foreground, when it has ended.
 
-    `notify` gets one sentence for each feature that is off and why. MountError if there is no mount, or if
-    a mount in the foreground ended by an error.
+    `notify(notice)` is called with one sentence for each feature that is off and why. MountError if there is no mount,
+    or if a mount in the foreground ended by an error.
     """
     _open_standard_streams()
     point = mounts.resolved(mountpoint)
@@ -34,44 +34,32 @@ def mount(options: MountOptions, mountpoint: bytes, notify: Notify = lambda noti
     preflight.check_mountpoint(point, options.stack)
     preflight.check_uppers(options.stack)
     if options.foreground or options.debug:
-        _stay(options, point, notify)
+        _run_in_foreground(options, point, notify)
     else:
-        _send_off(options, point, notify)
+        _run_in_background(options, point, notify)
 
 
-def _stay(options: MountOptions, mountpoint: bytes, notify: Notify) -> None:
+def _run_in_foreground(options: MountOptions, mountpoint: bytes, notify: Notify) -> None:
     from overlayfs.mount import daemon
 
-    def tell(notices: tuple[str, ...]) -> None:
+    def on_ready(notices: tuple[str, ...]) -> None:
         for notice in notices:
             notify(notice)
         sd_notify("READY=1")
 
-    daemon.run(options, mountpoint, tell)
+    daemon.run(options, mountpoint, on_ready)
 
 
-def _send_off(options: MountOptions, mountpoint: bytes, notify: Notify) -> None:
+def _run_in_background(options: MountOptions, mountpoint: bytes, notify: Notify) -> None:
+    """Fork the daemon and wait for its report. MountError with the reason if it does not mount."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         os.close(reading)
         _become_daemon(options, mountpoint, writing)
     os.close(writing)
-    with open(reading, "rb") as report:
-        _heed(_await_report(child, report.read), mountpoint, notify)
-
-
-def _await_report(child: int, read: Callable[[], bytes]) -> bytes:
-    """Return what the daemon says at last; an interrupted wait takes the daemon along."""
-    try:
-        return read()
-    except BaseException:
-        os.kill(child, signal.SIGTERM)
-        os.waitpid(child, 0)
-        raise
-
-
-def _heed(report: bytes, mountpoint: bytes, notify: Notify) -> None:
+    with open(reading, "rb") as pipe:
+        report = _wait_for_report(child, pipe.read)
     if not report:
         raise MountError(f"the daemon for {os.fsdecode(mountpoint)} ended before the mount was ready; see its log")
     message = json.loads(report)
@@ -81,24 +69,35 @@ def _heed(report: bytes, mountpoint: bytes, notify: Notify) -> None:
         notify(notice)
 
 
-def _become_daemon(options: MountOptions, mountpoint: bytes, report: int) -> NoReturn:
-    """Live as the daemon and leave without passing through the code of the process we were forked from."""
+def _wait_for_report(child: int, read: Callable[[], bytes]) -> bytes:
+    """Return the report of the daemon; if the wait is interrupted, the daemon ends too."""
+    try:
+        return read()
+    except BaseException:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+
+
+def _become_daemon(options: MountOptions, mountpoint: bytes, pipe: int) -> NoReturn:
+    """Run the daemon in the forked process, and exit without returning into the caller's code."""
     code = 1
-    gc.freeze()  # objects of the caller must not be collected here: they would close descriptors that are ours by then
-    gc.disable()  # until the mount is ready: it would look at every module that is loaded, and free nothing
+    gc.freeze()  # collecting the caller's objects would close descriptors whose numbers are the daemon's by then
+    gc.disable()  # until the mount is ready: a collection would examine all imported modules, and free nothing
     try:
         os.setsid()
-        code = _live(options, mountpoint, report)
+        code = _run_daemon(options, mountpoint, pipe)
     finally:
         logging.shutdown()
         os._exit(code)
 
 
-def _live(options: MountOptions, mountpoint: bytes, pipe: int) -> int:
+def _run_daemon(options: MountOptions, mountpoint: bytes, pipe: int) -> int:
+    """Mount and serve; report through the pipe. Return the exit code."""
     report = _Report(pipe)
-    inherited = _open_descriptors(pipe)
+    inherited = _inherited_descriptors(pipe)
 
-    def tell(notices: tuple[str, ...]) -> None:
+    def on_ready(notices: tuple[str, ...]) -> None:
         _give_up_terminal()
         _close_all(inherited)
         report.send({"notices": notices})
@@ -106,7 +105,7 @@ def _live(options: MountOptions, mountpoint: bytes, pipe: int) -> int:
     try:
         from overlayfs.mount import daemon
 
-        daemon.run(options, mountpoint, tell)
+        daemon.run(options, mountpoint, on_ready)
     except UserError as error:
         report.send({"error": str(error)})
         return error.exit_code
@@ -119,13 +118,13 @@ def _live(options: MountOptions, mountpoint: bytes, pipe: int) -> int:
 
 
 class _Report:
-    """The pipe to the process that waits. It carries one message; a second one, or one to nobody, is dropped."""
+    """The pipe to the process that waits. It carries one message; later ones, and one that is not read, are dropped."""
 
     def __init__(self, pipe: int) -> None:
         self._pipe: int | None = pipe
 
     def send(self, message: dict[str, object]) -> None:
-        """Send the message and close the pipe; the number must not be used again, others get it."""
+        """Send the message and close the pipe. Its number is forgotten, since other files get it from now on."""
         if self._pipe is None:
             return
         pipe, self._pipe = self._pipe, None
@@ -134,7 +133,7 @@ class _Report:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null as those of the descriptors 0, 1 and 2 that are closed: no file of ours shall land there."""
+    """Open /dev/null as each of the descriptors 0, 1 and 2 that is closed, so that no other file gets its number."""
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
         os.set_inheritable(descriptor, True)
@@ -142,8 +141,8 @@ def _open_standard_streams() -> None:
     os.close(descriptor)
 
 
-def _open_descriptors(pipe: int) -> dict[int, tuple[int, int]]:
-    """Return what is open apart from the standard streams and `pipe`: device and inode by descriptor."""
+def _inherited_descriptors(pipe: int) -> dict[int, tuple[int, int]]:
+    """Return the open descriptors but the standard streams and `pipe`, each with (st_dev, st_ino) of its file."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -153,10 +152,10 @@ def _open_descriptors(pipe: int) -> dict[int, tuple[int, int]]:
 
 
 def _close_all(descriptors: dict[int, tuple[int, int]]) -> None:
-    """Close what the caller left open for us: pipes that somebody reads to the end, files that carry his locks.
+    """Close what was inherited: pipes that a reader waits for to end, files that carry locks of the caller.
 
-    Only when the mount answers, since a layer may have been named as /proc/self/fd/N; and only what still is
-    the same file, since the number may be ours by now.
+    This waits until the mount answers, since a layer may be named as /proc/self/fd/N. A number that stands for another
+    file by now is the daemon's own.
     """
     for descriptor, identity in descriptors.items():
         with contextlib.suppress(OSError):
@@ -166,7 +165,7 @@ def _close_all(descriptors: dict[int, tuple[int, int]]) -> None:
 
 
 def _give_up_terminal() -> None:
-    """Point the standard streams to /dev/null, standard error too: callers read it until we close it."""
+    """Redirect the standard streams to /dev/null; a caller may read standard error until it is closed."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(null, descriptor)
@@ -174,7 +173,7 @@ def _give_up_terminal() -> None:
 
 
 def sd_notify(state: str) -> None:
-    """Send a state such as READY=1 to the socket that the manager named; nothing if there is no manager."""
+    """Send a state such as READY=1 to the service manager, if there is one, as sd_notify(3) does."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return

@@ -1,4 +1,4 @@
-"""Unmounting, so that the next mount of the same upper can follow at once."""
+"""Unmounting, so that the same upper can be mounted again at once."""
 
 import contextlib
 import os
@@ -18,25 +18,25 @@ _PAUSE = 0.05  # seconds between two attempts
 
 
 def unmount(mountpoint: bytes, *, lazy: bool = False, wait: float = 10.0) -> None:
-    """Unmount and return when the daemon is gone, its upper free. MountError with the reason.
+    """Unmount, and return when the daemon has ended and the upper is unlocked. MountError with the reason.
 
-    `lazy` takes a mount in use out of the tree and does not wait. A daemon that does not let the unmount
-    go on within `wait` seconds is cut off from the kernel through fusectl, which makes its clients fail
-    with ECONNABORTED and the unmount succeed. So is, at once, one that was killed and cannot end.
+    lazy: detach a mount that is in use, and do not wait. If the daemon delays the unmount for more than `wait` seconds,
+    its connection is aborted through fusectl: the programs that use the mount get ECONNABORTED, and the unmount
+    succeeds. A daemon that was killed and cannot end is aborted at once.
     """
     mount = mounts.find(mountpoint)
-    with _watched(mount.pid) as daemon, _connection(mount) as connection:
-        patience = wait if cut_off_dying(mount) else 0.0
-        _detach_or_cut_off(mount, connection, lazy, wait, patience)
-        if not lazy and daemon is not None and not _ended(daemon, wait):
+    with _process(mount.pid) as daemon, _connection(mount) as connection:
+        retry_for = wait if abort_dying(mount) else 0.0
+        _detach_or_abort(mount, connection, lazy, wait, retry_for)
+        if not lazy and daemon is not None and not _wait_for_end(daemon, wait):
             raise MountError(
                 f"{os.fsdecode(mountpoint)} is unmounted, but its daemon (pid {mount.pid}) still runs after {wait:g} s"
             )
 
 
 @contextlib.contextmanager
-def _watched(pid: int | None) -> Iterator[int | None]:
-    """Give a descriptor of a process, None without one; held from before the unmount, so no pid is mistaken."""
+def _process(pid: int | None) -> Iterator[int | None]:
+    """Give a pidfd, None without a process; opened before the unmount, so that the pid cannot be reused."""
     try:
         descriptor = os.pidfd_open(pid) if pid else None
     except OSError:
@@ -48,28 +48,28 @@ def _watched(pid: int | None) -> Iterator[int | None]:
             os.close(descriptor)
 
 
-def _ended(daemon: int, wait: float) -> bool:
+def _wait_for_end(daemon: int, wait: float) -> bool:
     poller = select.poll()
     poller.register(daemon, select.POLLIN)
     return bool(poller.poll(wait * 1000))
 
 
-def _detach_or_cut_off(mount: mounts.Mount, connection: int | None, lazy: bool, wait: float, patience: float) -> None:
-    """Detach in a thread of its own, since a hung daemon makes the call wait for dirty pages without end.
+def _detach_or_abort(mount: mounts.Mount, connection: int | None, lazy: bool, wait: float, retry_for: float) -> None:
+    """Detach in a thread of its own, since with a daemon that hangs the call waits forever for dirty pages.
 
-    patience: seconds in which those who use the mount may yet go.
+    retry_for: for how many seconds to try again while the mount is in use.
     """
     failures: list[MountError] = []
 
     def work() -> None:
         try:
-            _detach_patiently(mount.mountpoint, lazy, patience)
+            _retry_detach(mount.mountpoint, lazy, retry_for)
         except MountError as error:
             failures.append(error)
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
-    worker.join(wait + patience)
+    worker.join(wait + retry_for)
     if worker.is_alive() and connection is not None:
         os.write(connection, b"1")
         worker.join(wait)
@@ -79,8 +79,8 @@ def _detach_or_cut_off(mount: mounts.Mount, connection: int | None, lazy: bool, 
         raise failures[0]
 
 
-def _detach_patiently(mountpoint: bytes, lazy: bool, patience: float) -> None:
-    end = time.monotonic() + patience
+def _retry_detach(mountpoint: bytes, lazy: bool, retry_for: float) -> None:
+    end = time.monotonic() + retry_for
     while True:
         try:
             return detach(mountpoint, lazy)
@@ -90,19 +90,19 @@ def _detach_patiently(mountpoint: bytes, lazy: bool, patience: float) -> None:
         time.sleep(_PAUSE)
 
 
-def cut_off_dying(mount: mounts.Mount) -> bool:
-    """Cut the connection of a mount whose daemon was killed and cannot end; return whether it is such a mount.
+def abort_dying(mount: mounts.Mount) -> bool:
+    """Abort the connection of a mount whose daemon was killed and cannot end; return whether it is such a mount.
 
-    A thread that no signal ends holds /dev/fuse, so that the kernel waits for answers, and all clients with it.
+    A thread that waits uninterruptibly keeps /dev/fuse open, so the kernel goes on waiting for replies.
     """
     if mount.pid is None or not runtime_state.is_dying(mount.pid):
         return False
-    cut_off(mount)
+    abort(mount)
     return True
 
 
-def cut_off(mount: mounts.Mount) -> None:
-    """Cut the connection of a mount, if it still is there: whoever waits for its daemon gets ECONNABORTED."""
+def abort(mount: mounts.Mount) -> None:
+    """Abort the connection of a mount, if it still exists: programs that wait for its daemon get ECONNABORTED."""
     with _connection(mount) as connection:
         if connection is not None:
             os.write(connection, b"1")
@@ -110,11 +110,11 @@ def cut_off(mount: mounts.Mount) -> None:
 
 @contextlib.contextmanager
 def _connection(mount: mounts.Mount) -> Iterator[int | None]:
-    """Give a descriptor that cuts the connection of a mount when it is written to; None where there is none to be had.
+    """Give a descriptor that aborts the connection of a mount when it is written to; None if it cannot be opened.
 
-    fusectl names connections by the minor number of the mount, which belongs to the next mount as soon as this one has
-    gone. So it is opened first, and is known to be the right one if the mount is there afterwards. Once the connection
-    has gone the kernel takes what is written for nothing.
+    fusectl names connections by the minor number of the mount, which the next mount may get once this one is gone. If
+    the mount still exists after the descriptor was opened, it is that of the right connection. Writing to it has no
+    effect once the connection is gone.
     """
     with contextlib.ExitStack() as stack:
         descriptor = None
@@ -122,16 +122,16 @@ def _connection(mount: mounts.Mount) -> Iterator[int | None]:
             minor = mount.device.partition(b":")[2].decode()
             descriptor = os.open(CONNECTIONS / minor / "abort", os.O_WRONLY | os.O_CLOEXEC)
             stack.callback(os.close, descriptor)
-        yield descriptor if _is_there(mount) else None
+        yield descriptor if _exists(mount) else None
 
 
-def _is_there(mount: mounts.Mount) -> bool:
+def _exists(mount: mounts.Mount) -> bool:
     return any((found.device, found.mountpoint) == (mount.device, mount.mountpoint) for found in kernel_mounts())
 
 
 @contextlib.contextmanager
 def _fusectl() -> Iterator[None]:
-    """See to it that fusectl is mounted at its place, as a service manager does at boot; as it was afterwards."""
+    """Have fusectl mounted within the context, as a service manager mounts it at boot."""
     if os.path.ismount(CONNECTIONS):
         yield
         return
@@ -140,4 +140,4 @@ def _fusectl() -> Iterator[None]:
     try:
         yield
     finally:
-        syscalls.umount(point, syscalls.MNT_DETACH)  # what was opened in it stays open
+        syscalls.umount(point, syscalls.MNT_DETACH)  # a descriptor that was opened in it stays valid

@@ -233,7 +233,7 @@ def refused_mounts(job: Path) -> list[tuple[str, str]]:
         (f"{mount} {file}", f"overlayfs: cannot mount on {file}: Not a directory"),
         (
             "overlayfs mount --lower a --upper b --work u b/share",
-            f"overlayfs: {job}/b/share lies inside {job}/b, which is part of the stack; choose a mount point outside",
+            f"overlayfs: {job}/b/share is inside {job}/b, which is part of the stack; choose a mount point outside",
         ),
         ("overlayfs-mount -o lowerdir=none m", f"overlayfs-mount: lower layer {none} does not exist"),
         (

@@ -96,7 +96,7 @@ def test_mountopts_that_storage_conf_passes_on() -> None:
     draft = read(RUN + b",fsync=0,xino=off,noacl,static_nlink,ino32_t")
     stack = draft.build().stack
     assert (stack.volatile, stack.xino, stack.noacl, stack.static_nlink, stack.ino32) == (True, False, True, True, True)
-    assert draft.unknown == draft.idle == []
+    assert draft.unknown == draft.ignored == []
 
 
 def test_what_mount_fuse3_puts_around_the_options() -> None:
@@ -117,7 +117,7 @@ def test_an_fstab_line() -> None:
         b"rw,lowerdir=/a:/b,upperdir=/u,workdir=/w,allow_other,nofail,user,noauto,_netdev,x-systemd.requires-mounts-for=/u"
     )
     assert draft.build().allow_other
-    assert draft.unknown == draft.idle == []
+    assert draft.unknown == draft.ignored == []
 
 
 def test_five_hundred_layers_in_one_string() -> None:
@@ -166,7 +166,7 @@ def test_options_without_effect_are_remembered() -> None:
         b"lowerdir=/a,threaded=1,fast_ino=1,plugins=/x,splice_read,no_splice_write,kernel_cache,max_write=131072"
     )
     assert draft.unknown == []
-    assert draft.idle == [
+    assert draft.ignored == [
         "threaded",
         "fast_ino",
         "plugins",

@@ -168,7 +168,7 @@ def test_work_survives_a_mount_in_the_foreground_that_ends_by_an_error(site: Pat
     )
     until(lambda: running.poll() is not None or os.path.ismount(site / "m"))
     (site / "m/new").write_text("hours of work")
-    unmount.cut_off(mounts.find(os.fsencode(site / "m")))
+    unmount.abort(mounts.find(os.fsencode(site / "m")))
     _, written = running.communicate(timeout=20)
     assert running.returncode == 32 and b"was cut off from the kernel" in written
     done(site, "mount", "site:v1", "m", "--name", "draft")

@@ -50,7 +50,7 @@ MOUNTING: dict[str, Callable[[], None]] = {
 """By what is true at that moment. The mount that was asked for never comes."""
 
 UNMOUNTING: dict[str, Callable[[], None]] = {
-    "the kernel has let go": _dying(daemon, "_close"),
+    "the kernel has let go": _dying(daemon, "_close_overlay"),
     "the upper is synced, still locked": _dying(Overlay, "close"),
     "all is closed, the record is there": _dying(runtime_state, "remove"),
 }

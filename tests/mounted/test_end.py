@@ -170,7 +170,7 @@ def test_sigusr1_logs_the_counters(mount: Mount) -> None:
 
 def test_a_cut_connection_is_cleared_away_and_told_by_the_exit_code(mount: Mount) -> None:
     process = mount.foreground()
-    unmount.cut_off(mounts.find(os.fsencode(mount.point)))
+    unmount.abort(mounts.find(os.fsencode(mount.point)))
     code, written = process.ended()
     assert code == 32
     assert written == f"overlayfs: the mount at {mount.point} was cut off from the kernel\n"
@@ -186,7 +186,7 @@ def test_who_gets_the_number_of_a_mount_is_not_cut_off_for_it(mount: Mount) -> N
         mount.unmount()
         mount.start()
         known = mounts.find(os.fsencode(mount.point))
-    unmount.cut_off(dataclasses.replace(gone, mountpoint=gone.mountpoint + b".gone"))
+    unmount.abort(dataclasses.replace(gone, mountpoint=gone.mountpoint + b".gone"))
     assert (mount.point / "t").read_bytes() == b"top"
     assert mount.unmount() == 0
 

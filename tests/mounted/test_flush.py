@@ -42,7 +42,7 @@ def test_where_a_sandbox_refuses_it_is_done_all_the_same(monkeypatch: pytest.Mon
     def refuse() -> NoReturn:
         raise oserror(errno.EPERM)
 
-    monkeypatch.setattr(syscalls, "leave_descriptors", refuse)
+    monkeypatch.setattr(syscalls, "unshare_descriptors", refuse)
     fd = os.open(tmp_path, os.O_RDONLY)
     assert flush.run_unshared(lambda: errno_of(os.fstat, fd)) is None
     os.close(fd)

@@ -57,7 +57,7 @@ def _end(process: subprocess.Popen[str], known: mounts.Mount) -> None:
     """End a daemon that may hang beyond SIGKILL, and clients with it; others may take fusectl away meanwhile."""
 
     def ended() -> bool:
-        unmount.cut_off(known)
+        unmount.abort(known)
         return process.poll() is not None
 
     until(ended)

@@ -160,7 +160,7 @@ def _stopped_in_the_middle(scene: Scene) -> list[str]:
     with _stopped(scene), subprocess.Popen(["stat", scene.point / "f"], stderr=subprocess.DEVNULL) as client:
         until(lambda: "request_wait_answer" in Path(f"/proc/{client.pid}/stack").read_text())
         mount = mounts.find(os.fsencode(scene.point))
-        unmount.cut_off(mount)
+        unmount.abort(mount)
         late = [] if client.wait(LIMIT) else ["the client was answered"]
         return late + _limited(lambda: unmount.unmount(os.fsencode(scene.point), wait=0.5), "still runs after 0.5 s")
 
@@ -200,7 +200,7 @@ def _killed_writing_out(scene: Scene, by_handle: bool = True) -> Iterator[subpro
         try:
             yield client
         finally:
-            unmount.cut_off(mount)  # for what has not ended
+            unmount.abort(mount)  # for what has not ended
             client.kill()
         asking.join()
     with suppress(ChildProcessError):
@@ -270,7 +270,7 @@ def _ends(client: subprocess.Popen[bytes]) -> bool:
 
 def _cut_off(scene: Scene) -> list[str]:
     pid = scene.start(scene.spec())
-    unmount.cut_off(mounts.find(os.fsencode(scene.point)))
+    unmount.abort(mounts.find(os.fsencode(scene.point)))
     code = processes.reap(pid)
     return [] if (code, scene.mounts()) == (MountError.exit_code, 0) else [f"exit {code}, {scene.mounts()} mounts"]
 

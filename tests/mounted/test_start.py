@@ -135,7 +135,7 @@ def _no_layer(stack: Stack) -> None:
     [
         (_missing, r"cannot mount on .*/m: No such file or directory"),
         (_file, r"cannot mount on .*/m: Not a directory"),
-        (_inside, r".*/u/d lies inside .*/u, which is part of the stack; choose a mount point outside"),
+        (_inside, r".*/u/d is inside .*/u, which is part of the stack; choose a mount point outside"),
         (_no_layer, r".*/top.*"),
     ],
 )

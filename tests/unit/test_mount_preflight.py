@@ -35,7 +35,7 @@ def test_inside_a_layer_that_is_held_as_a_private_copy_is_fine(tmp_path: Path, b
 @pytest.mark.parametrize("below", ["deep", "deep/er"])
 def test_inside_what_changes_is_refused(tmp_path: Path, name: str, below: str) -> None:
     stack = _stack(tmp_path)
-    with pytest.raises(MountError, match=r"lies inside .*; choose a mount point outside") as caught:
+    with pytest.raises(MountError, match=r"is inside .*; choose a mount point outside") as caught:
         preflight.check_mountpoint(os.fsencode(tmp_path / name / below), stack)
     assert str(tmp_path / name) in str(caught.value)
     assert caught.value.exit_code == 32
@@ -44,7 +44,7 @@ def test_inside_what_changes_is_refused(tmp_path: Path, name: str, below: str) -
 def test_another_path_to_a_layer_does_not_hide_it(tmp_path: Path) -> None:
     stack = _stack(tmp_path)
     (tmp_path / "link").symlink_to("upper")
-    with pytest.raises(MountError, match="lies inside"):
+    with pytest.raises(MountError, match="is inside"):
         preflight.check_mountpoint(os.fsencode(tmp_path / "link" / "deep"), stack)
 
 
@@ -57,5 +57,5 @@ def test_inside_a_layer_that_shows_mounts_is_refused(tmp_path: Path, monkeypatch
     """Without the privilege for private copies: the daemon would meet its own mount."""
     stack = _stack(tmp_path)
     monkeypatch.setattr(sysio, "clone_mount", lambda fd: None)
-    with pytest.raises(MountError, match="lies inside"):
+    with pytest.raises(MountError, match="is inside"):
         preflight.check_mountpoint(os.fsencode(tmp_path / "lower" / "deep"), stack)

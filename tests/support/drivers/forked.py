@@ -113,5 +113,5 @@ def unhashed() -> Iterator[None]:
     async def begin(self: live_commit.LiveCommits, store: bytes, layer_id: str) -> None:
         """Keep the layer."""
 
-    with mock.patch.object(live_commit.LiveCommits, "_begin_hashing", begin):
+    with mock.patch.object(live_commit.LiveCommits, "_start_hashing", begin):
         yield
