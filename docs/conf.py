@@ -1,16 +1,12 @@
 """How Sphinx builds the documentation site: `make docs`; docs/decisions/0012-documentation-site.md says why so."""
 
-import re
-from pathlib import Path
-
 from sphinx.application import Sphinx
 
-ROOT = Path(__file__).resolve().parents[1]
+import overlayfs
 
 project = "overlayfs"
 html_show_copyright = False
-release = re.search(r'^VERSION = "(.*)"', (ROOT / "cli/version.py").read_text(), re.MULTILINE)[1]  # type: ignore[index]
-version = release
+release = version = overlayfs.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
