@@ -1,18 +1,18 @@
-"""What the kernel may remember, and for how long. Pure.
+"""What the kernel may cache, and for how long. Pure.
 
-Layers do not change under a mount and the upper is ours alone, so names, absences, attributes and pages
-stay true until a request of our own changes them, and the kernel sees every such request pass.
+Layers do not change under a mount, and only the mount changes its upper. So names, absences, attributes and pages stay
+valid until a request changes them, and the kernel, which sends the request, knows.
 """
 
 import os
 from dataclasses import dataclass
 
-FOREVER = 365 * 86400.0  # seconds; longer than any mount needs, short enough for every clock in between
+FOREVER = 365 * 86400.0  # seconds; longer than any mount lives, and no counter on the way overflows
 
 
 @dataclass(frozen=True)
 class CachingPolicy:
-    """Life of cached names, absences and attributes in seconds; whether pages survive a new open."""
+    """How long names, absences and attributes are cached, in seconds; whether cached pages survive a new open."""
 
     entry: float = FOREVER
     negative: float = FOREVER
@@ -21,10 +21,10 @@ class CachingPolicy:
     writeback: bool = False
 
     def backing_flags(self, flags: int) -> int:
-        """Return the open(2) flags to use on a layer for a client's `flags`.
+        """Return the open(2) flags for the real file that fit an open of the mount with `flags`.
 
-        The kernel sends offsets for O_APPEND and pages for O_DIRECT, so neither fits the file behind. With
-        the writeback cache it also reads through handles that were opened for writing only.
+        Requests carry offsets even for O_APPEND, and buffers that are not aligned as O_DIRECT wants them, so both flags
+        are removed. With the writeback cache the kernel also reads through handles that were opened for writing only.
         """
         flags &= ~(os.O_APPEND | os.O_DIRECT)
         if self.writeback and flags & os.O_ACCMODE == os.O_WRONLY:
@@ -33,9 +33,9 @@ class CachingPolicy:
 
 
 def caching(timeout: float | None = None, writeback: bool = False) -> CachingPolicy:
-    """Return the policy for a `timeout` in seconds; None trusts the layers, 0 lets nothing be remembered.
+    """Return the policy for a `timeout` in seconds; with None everything is cached for ever, with 0 nothing is.
 
-    A given timeout says that somebody else may change the layers: then pages do not outlive an open either.
+    A timeout means that the layers may be changed from outside: then cached pages do not survive a new open either.
     """
     if timeout is None or timeout >= FOREVER:
         return CachingPolicy(writeback=writeback)

@@ -1,8 +1,7 @@
-"""What an engine is.
+"""What both engines have in common.
 
-An engine owns the connection to the kernel for one mount. It turns each request into at most a few calls
-of an `Overlay` and the result into a reply, counts requests by kind, and never lets a request end it.
-Everything here is shared by engines; what speaks a particular protocol is in a file of its own.
+An engine owns the connection to the kernel of one mount. It turns each request into a few calls of an `Overlay` and the
+result into a reply, and counts requests by kind. No request ends it, whatever the request does wrong.
 """
 
 import errno
@@ -25,16 +24,16 @@ log = logging.getLogger(__name__)
 
 
 UNKNOWN_NUMBER = 0xFFFF_FFFF
-"""The inode number in a listing of what cannot be looked at, as FUSE_UNKNOWN_INO of libfuse; 0 would hide the name."""
+"""The inode number of an entry that cannot be looked up (FUSE_UNKNOWN_INO of libfuse); 0 would hide the name."""
 
 
 @dataclass(frozen=True)
 class MountSettings:
-    """How the mount shall look to the kernel.
+    """The mount options that the kernel applies.
 
     `source` is the first column of /proc/mounts, `subtype` what follows "fuse." in the third; `context` are SELinux
-    options as `name=value`. Without `acl` the kernel knows no POSIX ACLs here; without `xattrs` every request
-    about extended attributes is answered EOPNOTSUPP.
+    options as `name=value`. Without `acl` the mount has no POSIX ACLs, without `xattrs` no extended attributes
+    (EOPNOTSUPP).
     """
 
     source: bytes = b"overlayfs"
@@ -55,7 +54,7 @@ class MountSettings:
 
 
 class Engine(ABC):
-    """Serves one overlay at one mount point. Its methods run on the loop, unless they say otherwise."""
+    """Serves one overlay at one mount point. Its methods run on the event loop, unless they say otherwise."""
 
     name: ClassVar[str]
     protocol_minor: int | None = None  # N of the FUSE protocol 7.N that was negotiated; None where libfuse keeps it
@@ -72,47 +71,48 @@ class Engine(ABC):
 
     @abstractmethod
     def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
-        """Mount; before the loop runs. Raises MountError with the reason."""
+        """Mount, before the loop runs; MountError with the reason."""
 
     @abstractmethod
     async def serve(self, ready: Callable[[], None]) -> None:
-        """Answer requests until the mount is gone or `stop` is called; `ready` is called at the handshake.
+        """Answer requests until the mount is gone or `stop` is called; `ready` is called after the handshake.
 
-        Raises what ended the connection otherwise; the mount is then still there, without answers.
+        Raises whatever else ended the connection; the mount is then still there, and its requests are not answered.
         """
 
     @abstractmethod
     def files_with_pages(self) -> set[int]:
-        """Return the numbers, as the kernel has them, of the files of which it may hold dirty pages.
+        """Return the node ids of the files of which the kernel may have dirty pages.
 
-        Those are open for writing: closing writes out, and what is mapped counts as open.
+        Those are the files open for writing: closing writes pages back, and a mapped file counts as open.
         """
 
     @abstractmethod
-    def drop_pages(self, number: int) -> None:
-        """Have the kernel write out and drop the pages of a file, and return when it has; OSError if it knows none.
+    def drop_pages(self, nodeid: int) -> None:
+        """Make the kernel write back and drop the pages of a file, and return when it has; OSError for an unknown file.
 
-        For a thread, since it waits for pages that the loop is to fill or to take. Until then nothing ends the process.
+        Only for a thread: the call waits for READ and WRITE requests that the loop answers, and until then nothing, not
+        even SIGKILL, ends the process.
         """
 
     def nodes_written_in_passthrough(self) -> set[Node]:
-        """Return the nodes whose files in the upper clients may write without our seeing it: a commit refuses then."""
+        """Return the nodes in the upper that clients may write in passthrough; with any, a live commit refuses."""
         return set()
 
     @abstractmethod
     def stop(self) -> None:
-        """Make `serve` return once the running requests are answered."""
+        """Make `serve` return once the requests in progress are answered."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Unmount if still mounted and free the connection; after the loop."""
+        """Unmount if still mounted and close the connection, after the loop."""
 
 
 def reply_errno(error: Exception, kind: str) -> int:
-    """Return the errno that answers a request of `kind` which ended with `error`.
+    """Return the errno for the reply to a request of `kind` that raised `error`.
 
-    ENOSYS never leaves here: the kernel would not send that kind of request again for the life of the
-    mount. An error that is none of ours to expect is a defect: it is logged, and the mount lives on.
+    Never ENOSYS: the kernel would not send that kind of request again for the life of the mount. An exception that is
+    not an OSError with an errno is a defect: it is logged with its traceback, and the mount continues.
     """
     if isinstance(error, OSError) and error.errno:
         return errno.EOPNOTSUPP if error.errno == errno.ENOSYS else error.errno

@@ -1,12 +1,12 @@
-"""The gate at which a commit holds new changes.
+"""The gate at which a live commit holds back changes.
 
-Every handler that may change the stack runs inside `async with gate.change()`. `close` waits until the
-running changes are done and makes later ones wait until `open`. A change must not enter the gate twice:
-the inner entry would wait for a closer that waits for the outer one.
+Every handler that may change the overlay runs inside `async with gate.change()`. `close` waits until the changes in
+progress are done and makes later ones wait until `open`. A change must not enter the gate twice: the inner entry would
+wait for the gate to open, and `close` for the outer change to end.
 
-What takes long within a change, copying a large file, is done inside `async with gate.heavy()`. `close` lets
-the running ones end first, while everything else goes on, and keeps new ones waiting outside the gate: so
-nobody but who copies ever waits for a copy.
+Work that takes long within a change, copying a large file, is done inside `async with gate.heavy()`. `close` first
+waits for heavy work in progress, while all other changes continue, and lets no new heavy work begin. So only requests
+that copy ever wait for a copy.
 """
 
 from types import TracebackType
@@ -15,15 +15,16 @@ import trio
 
 
 class Gate:
-    """A door for changes: open at first; reads never pass through it."""
+    """Open at first. Requests that change nothing do not pass through it."""
 
     def __init__(self) -> None:
-        self.closed = False  # new changes have to wait
-        self._running = 0
-        self._opened: trio.Event | None = None  # exists while the gate is closed
-        self._quiet: trio.Event | None = None  # exists while a closer waits for running changes
-        self._light: trio.Event | None = None  # exists while heavy work must not begin
-        self._copied: trio.Event | None = None  # exists while a closer waits for running heavy work
+        self.closed = False  # whether new changes have to wait
+        self._changes = 0  # in progress
+        # Each event exists only while something may wait for it.
+        self._opened: trio.Event | None = None
+        self._changes_done: trio.Event | None = None
+        self._heavy_allowed: trio.Event | None = None
+        self._heavy_done: trio.Event | None = None
         self._heavy = 0
         self._change = _Change(self)
         self._heavy_work = _Heavy(self)
@@ -33,90 +34,90 @@ class Gate:
         return self._change
 
     def heavy(self) -> "_Heavy":
-        """Return the context of long work within a change. Entering it tells whether the change had to step outside.
+        """Return the context of heavy work within a change; entering it returns whether the change left the gate.
 
-        Then anything may have happened, a commit too, and what is to be done must be worked out anew.
+        If it did, anything may have happened meanwhile, even a commit, and the work must be planned again.
         """
         return self._heavy_work
 
     async def close(self) -> None:
-        """Hold new changes and return when no change is running; a second closer waits for the first."""
-        while self._light is not None:
-            await self._light.wait()
-        self._light = trio.Event()
+        """Hold back new changes and return when none is in progress; a second `close` waits for the first to `open`."""
+        while self._heavy_allowed is not None:
+            await self._heavy_allowed.wait()
+        self._heavy_allowed = trio.Event()
         try:
-            await self._wait_copied()
+            await self._wait_for_heavy()
             self._opened = trio.Event()
             self.closed = True
-            await self._wait_quiet()
+            await self._wait_for_changes()
         except BaseException:
             self.open()
             raise
 
     def open(self) -> None:
-        """Let the waiting changes go on."""
+        """Let the waiting changes continue."""
         if self._opened is not None:
             self._opened.set()
             self._opened = None
             self.closed = False
-        if self._light is not None:
-            self._light.set()
-            self._light = None
+        if self._heavy_allowed is not None:
+            self._heavy_allowed.set()
+            self._heavy_allowed = None
 
-    async def _wait_copied(self) -> None:
+    async def _wait_for_heavy(self) -> None:
         if not self._heavy:
             return
-        self._copied = trio.Event()
+        self._heavy_done = trio.Event()
         try:
-            await self._copied.wait()
+            await self._heavy_done.wait()
         finally:
-            self._copied = None
+            self._heavy_done = None
 
-    async def _wait_quiet(self) -> None:
-        if not self._running:
+    async def _wait_for_changes(self) -> None:
+        if not self._changes:
             return
-        self._quiet = trio.Event()
+        self._changes_done = trio.Event()
         try:
-            await self._quiet.wait()
+            await self._changes_done.wait()
         finally:
-            self._quiet = None
+            self._changes_done = None
 
     async def _enter(self) -> None:
         while self._opened is not None:
             await self._opened.wait()
-        self._running += 1
+        self._changes += 1
 
     def _leave(self) -> None:
-        self._running -= 1
-        if not self._running and self._quiet is not None:
-            self._quiet.set()
+        self._changes -= 1
+        if not self._changes and self._changes_done is not None:
+            self._changes_done.set()
 
     async def _begin_heavy(self) -> bool:
         stepped_out = False
-        while self._light is not None:
+        while self._heavy_allowed is not None:
             stepped_out = True
-            await self._wait_outside(self._light)
+            await self._wait_outside(self._heavy_allowed)
         self._heavy += 1
         return stepped_out
 
     async def _wait_outside(self, until: trio.Event) -> None:
-        """Let a closer go on meanwhile; the change is inside again afterwards, however this ends."""
+        """Leave the gate until `until` is set; the change is inside again afterwards, even if this raises."""
         self._leave()
         try:
             await until.wait()
             while self._opened is not None:
                 await self._opened.wait()
         finally:
-            self._running += 1
+            self._changes += 1
 
     def _end_heavy(self) -> None:
         self._heavy -= 1
-        if not self._heavy and self._copied is not None:
-            self._copied.set()
+        if not self._heavy and self._heavy_done is not None:
+            self._heavy_done.set()
 
 
 class _Change:
-    """The context of a change. It keeps nothing of its own, so that all changes share one object."""
+    """The context of a change. It has no state of its own, so all changes share one object."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -131,7 +132,7 @@ class _Change:
 
 
 class _Heavy:
-    """The context of long work within a change; shared by all, too."""
+    """The context of heavy work within a change; shared in the same way."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate

@@ -1,7 +1,7 @@
-"""Locks by key: one per node that is being lifted, made when needed and gone when free.
+"""Locks by key, which exist only while they are held: one for each node that is being copied up or changed.
 
-An uncontended lock costs no scheduling point, so a handler that finds it free stays atomic. Several keys
-are taken in ascending order, whatever order they are named in, so two holders cannot wait for each other.
+Taking a free lock is no scheduling point, so a handler that waits for nothing else stays atomic. Several keys are taken
+in ascending order, whatever order they are passed in, so two holders cannot wait for each other.
 """
 
 from types import TracebackType
@@ -19,16 +19,12 @@ class KeyedLocks:
         """Return a context that holds the locks of all `keys`; a task must not nest holds of one key."""
         return _Hold(self, keys)
 
-    def held(self, key: int) -> bool:
-        """Return whether somebody holds the lock of `key`."""
-        return key in self._waiting
-
     async def _acquire(self, key: int) -> None:
         waiting = self._waiting.get(key)
         if waiting is None:
             self._waiting[key] = trio.lowlevel.ParkingLot()
         else:
-            await waiting.park()  # the one who wakes us leaves the lock to us
+            await waiting.park()  # the task that releases the lock hands it over
 
     def _release(self, key: int) -> None:
         waiting = self._waiting[key]
@@ -42,13 +38,13 @@ class _Hold:
     def __init__(self, locks: KeyedLocks, keys: tuple[int, ...]) -> None:
         self._locks = locks
         self._keys = keys if len(keys) == 1 else tuple(sorted(set(keys)))
-        self._taken = 0
+        self._held = 0
 
     async def __aenter__(self) -> None:
         try:
             for key in self._keys:
                 await self._locks._acquire(key)
-                self._taken += 1
+                self._held += 1
         except BaseException:
             self._release()
             raise
@@ -59,6 +55,6 @@ class _Hold:
         self._release()
 
     def _release(self) -> None:
-        while self._taken:
-            self._taken -= 1
-            self._locks._release(self._keys[self._taken])
+        while self._held:
+            self._held -= 1
+            self._locks._release(self._keys[self._held])

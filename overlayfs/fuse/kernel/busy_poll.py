@@ -1,28 +1,28 @@
-"""How long to look for the next request before going to sleep.
+"""How long to poll for the next request before going to sleep.
 
-Waking a sleeping daemon on another core costs more than most requests (docs/engine.md), so the loop looks again for a
-while. It pays only where requests follow closely: the time is doubled when the last wait would have been
-caught and halved when it was in vain, down to none; an idle mount costs nothing. On one core, or when processes wait
-for a processor, looking takes it from those who need it, and the scheduler lets us wait for that later on: then
-there is none, and the next sample says whether that has passed.
+Waking a sleeping daemon on another core takes longer than most requests (docs/engine.md), so the loop polls for a
+while. That pays only where requests follow closely: the time is doubled when polling that long would have caught the
+last request and halved when it would not, down to none, so an idle mount costs nothing. On one core, or when processes
+wait for a CPU, polling takes the CPU from them, and the scheduler makes the daemon wait for that later: then the loop
+does not poll until a later sample finds the CPUs less busy.
 """
 
 import os
 import time
 from collections.abc import Callable
 
-LONGEST = 100e-6  # seconds; the gap between two requests of a busy client is shorter
+LONGEST = 100e-6  # seconds; the gaps between the requests of a busy client are shorter
 SHORTEST = 20e-6
-SAMPLE = 0.1  # seconds between two looks at how crowded the machine is
-CROWDED = 0.15  # part of the time in which somebody waits for a processor, from which on nobody looks
+SAMPLE = 0.1  # seconds between two samples of how busy the CPUs are
+CROWDED = 0.15  # the fraction of time in which some process waits for a CPU, above which the loop does not poll
 
 _PRESSURE = "/proc/pressure/cpu"
 
 
 class BusyPoll:
-    """The adaptive time; `fixed` seconds switch the adaptation off, 0 the looking.
+    """The adaptive time, `seconds`. A time that is `fixed` does not adapt, 0 switches polling off.
 
-    `clock` counts seconds, `stalled` those in which some process has waited for a processor.
+    `clock` counts seconds, `stalled` those in which some process has waited for a CPU.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class BusyPoll:
         self.clock = clock
         self._fixed = fixed
         self._stalled = stalled or stalled_seconds
-        self._most = _alone() if fixed is None else fixed
+        self._most = _longest() if fixed is None else fixed
         self.seconds = self._most
         self._sampled = clock(), self._stalled()
 
     def waited(self, gap: float) -> None:
-        """No request came while looking; it came `gap` seconds after the last one."""
+        """Adapt: no request came while polling, and one came `gap` seconds after the last one."""
         if self._fixed is not None:
             return
         now = self.clock()
@@ -54,15 +54,15 @@ class BusyPoll:
         then, before = self._sampled
         stalled = self._stalled()
         crowded = stalled - before > CROWDED * (now - then)
-        self._most = 0.0 if crowded else _alone()
+        self._most = 0.0 if crowded else _longest()
         self.seconds = min(self.seconds, self._most)
         self._sampled = now, stalled
 
 
 def stalled_seconds() -> float:
-    """Return how long some process has waited for a processor since the system started (proc_pressure_cpu).
+    """Return for how many seconds some process has waited for a CPU since the system started (proc_pressure_cpu(5)).
 
-    Where the kernel does not count that: the seconds since then if the load is more than the processors, else 0.
+    Where the kernel does not count that: the uptime if the load exceeds the number of CPUs, else 0.
     """
     try:
         with open(_PRESSURE, "rb") as stream:
@@ -71,6 +71,6 @@ def stalled_seconds() -> float:
         return time.monotonic() if os.getloadavg()[0] > len(os.sched_getaffinity(0)) else 0.0
 
 
-def _alone() -> float:
-    """Return the longest time worth looking for on this machine."""
+def _longest() -> float:
+    """Return the longest time worth polling on this machine."""
     return LONGEST if len(os.sched_getaffinity(0)) > 1 else 0.0

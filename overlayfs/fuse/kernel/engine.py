@@ -39,14 +39,14 @@ from overlayfs.fuse.kernel.standby import Standby, StandbyReader
 
 log = logging.getLogger(__name__)
 
-_BUFFER = MAX_WRITE + 8192  # the largest request: data, header, and room that the kernel insists on
-_TURN = 64  # requests that are answered before other tasks have their turn
+_BUFFER = MAX_WRITE + 8192  # bytes of the largest request: data, header, and the room that the kernel insists on
+_TURN = 64  # requests that are answered before other tasks get their turn
 _AGAIN = (errno.EINTR, errno.ENOENT)  # a signal; a request that was interrupted before it was read
-_NOBODY = (errno.ENOENT, errno.ENODEV)  # the caller, or the mount, has gone: nobody waits for this reply
+_GONE = (errno.ENOENT, errno.ENODEV)  # the caller, or the mount, is gone: no one waits for this reply
 
 
 class KernelEngine(Engine):
-    """Serves an overlay by the protocol of the kernel."""
+    """Serves an overlay through /dev/fuse."""
 
     name = "kernel"
 
@@ -71,7 +71,7 @@ class KernelEngine(Engine):
         self._ended = False
         self._files: FileHandlers | None = None
 
-    # --- the life of a mount ---------------------------------------------------------------------------
+    # --- mounting, serving, unmounting -----------------------------------------------------------------
 
     def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
         """Mount; requests wait until `serve` reads them."""
@@ -96,7 +96,7 @@ class KernelEngine(Engine):
 
     @contextmanager
     def _with_standby(self) -> Iterator[None]:
-        """Within this context somebody else answers while a change waits for a disk. Without an upper none does."""
+        """Within this context the standby thread serves while a change hangs. A read-only mount has no changes."""
         if self.overlay.read_only:
             yield
             return
@@ -115,28 +115,28 @@ class KernelEngine(Engine):
         """Unmount if still mounted, and close the connection."""
         if self._attachment is None:
             return
-        if self._ended:  # nothing is mounted, or what was cut off, which those who ask why must find
+        if self._ended:  # unmounted, or cut off through fusectl: then the dead mount stays visible
             self._attachment.close()
         else:
             self._attachment.detach()
         self._attachment = None
 
     def files_with_pages(self) -> set[int]:
-        """Return the numbers of the files of which the kernel may hold dirty pages."""
+        """Return the node ids of the files of which the kernel may have dirty pages."""
         return set() if self._files is None else self._files.open_to_write()
 
-    def drop_pages(self, number: int) -> None:
-        """Have the kernel write out and drop the pages of a file, and return when it has."""
-        self._connection.drop_pages(number)
+    def drop_pages(self, nodeid: int) -> None:
+        """Make the kernel write back and drop the pages of a file, and return when it has; only for a thread."""
+        self._connection.drop_pages(nodeid)
 
     def nodes_written_in_passthrough(self) -> set[Node]:
-        """Return the nodes whose files in the upper clients may write without our seeing it."""
+        """Return the nodes in the upper that clients may write without a request."""
         return set() if self._files is None else self._files.nodes_written_in_passthrough()
 
     # --- the handshake ---------------------------------------------------------------------------------
 
     async def _shake_hands(self) -> None:
-        """Answer INIT, which is the first request; MountError for a kernel that is too old."""
+        """Answer INIT, the first request; MountError for a kernel that is too old."""
         while not self._handlers:
             await trio.lowlevel.wait_readable(self._fd)
             length = self._receive()
@@ -149,7 +149,8 @@ class KernelEngine(Engine):
             return
         offer = LAYOUTS["init_in"].decode(bytes(request.body).ljust(LAYOUTS["init_in"].size, b"\0"))
         if offer["major"] > MAJOR:
-            self._send(_complete(request, LAYOUTS["init_out"].encode(major=MAJOR)))  # it asks again in our words
+            # The kernel sends INIT again with the version of this reply.
+            self._send(_complete(request, LAYOUTS["init_out"].encode(major=MAJOR)))
             return
         try:
             agreement = agree(offer, self._wishes())
@@ -171,7 +172,7 @@ class KernelEngine(Engine):
         )
 
     def _may_pass_through(self) -> bool:
-        """Return whether files may be read and written past us: not where the real mode is not the one that counts."""
+        """Return whether passthrough may be used: not where the mode of the real file is not that of the node."""
         return self._io is not Io.CACHED and self.policy.keep_cache and not self.overlay.overrides
 
     def _build(self, agreement: Agreement) -> None:
@@ -202,7 +203,7 @@ class KernelEngine(Engine):
             busy_poll.waited(clock() - began)
 
     def _drain(self) -> bool:
-        """Answer what is there, and what comes while it pays to look; return whether others must have their turn."""
+        """Answer what has arrived and what arrives while polling; return whether other tasks must get their turn."""
         clock = self._busy_poll.clock
         empty_since = 0.0
         answered = 0
@@ -222,7 +223,7 @@ class KernelEngine(Engine):
         return True
 
     def _receive(self) -> int | None:
-        """Return the length of a request that was read, 0 for one that is not worth a word, None for none."""
+        """Read a request and return its length; 0 if the read is to be repeated, None if there is none."""
         try:
             return os.readv(self._fd, self._into)
         except BlockingIOError:
@@ -236,7 +237,7 @@ class KernelEngine(Engine):
             raise
 
     def _dispatch(self, request: Request) -> None:
-        """Answer one request; whatever a handler raises becomes an errno, and the mount lives on."""
+        """Answer one request; whatever a handler raises becomes an errno in the reply."""
         kind = KINDS.get(request.op)
         handler = self._handlers.get(request.op)
         if kind is not None:
@@ -254,7 +255,7 @@ class KernelEngine(Engine):
         self._send(reply)
 
     def _is_foreign(self, request: Request) -> bool:
-        """Return whether `allow_root` keeps the caller out; what is open already was opened by somebody who may."""
+        """Return whether `allow_root` denies the request; open files were opened by a user who is allowed in."""
         return request.uid not in (0, os.geteuid()) and request.op not in _OF_OPEN_FILES
 
     def _write_reply(self, reply: Reply) -> None:
@@ -267,7 +268,7 @@ class KernelEngine(Engine):
                     os.writev(self._fd, reply)
                 return
             except OSError as error:
-                if error.errno in _NOBODY:
+                if error.errno in _GONE:
                     return
                 if error.errno != errno.EINTR:
                     raise

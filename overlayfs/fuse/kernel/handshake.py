@@ -1,7 +1,7 @@
-"""The handshake: which features of the protocol are taken of those that the kernel offers. Pure.
+"""The handshake (FUSE_INIT): which of the features that the kernel offers are used. Pure.
 
-What each feature saves was measured request by request; docs/engine.md has the table. Two rules are the kernel's: a
-writeback cache and passthrough exclude each other, and a feature that is not offered must not be asked for.
+docs/engine.md has a table of the requests that each feature saves. Two rules are the kernel's: the writeback cache and
+passthrough exclude each other, and a feature that is not offered must not be asked for.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ MAX_WRITE = 1 << 20  # bytes of data in one request; the kernel's default limit 
 PAGES = 256
 BACKGROUND = 64  # asynchronous requests at once: read-ahead and direct I/O
 CONGESTED = 48
-STACK_DEPTH = 1  # layers may lie on any file system but an overlay, and our mount may be a layer of the kernel's
+STACK_DEPTH = 1  # layers may be on any file system but an overlay, and the mount may be a layer of a kernel overlayfs
 
 _ALWAYS = (
     Init.ASYNC_READ
@@ -31,14 +31,14 @@ _ALWAYS = (
 
 
 class TooOldError(Exception):
-    """The kernel speaks an older protocol than this engine."""
+    """The kernel offers an older version of the protocol than this engine supports."""
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the mount would like: each is granted only if the kernel offers it.
+    """What the mount asks for, as far as the kernel offers it.
 
-    trusting: nobody else changes the layers, so pages stay true; read_only: nothing changes at all.
+    trusting: the layers do not change from outside, so cached pages stay valid. read_only: nothing changes at all.
     """
 
     acl: bool = True
@@ -50,7 +50,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was agreed on; `reply` is the body of the answer to INIT."""
+    """The result: version, features, and the body of the reply to INIT."""
 
     minor: int
     features: Init

@@ -19,16 +19,16 @@ TASKS = 400  # requests in progress at once: one that waits at the gate or for a
 
 
 class Pyfuse3Engine(Engine):
-    """Serves an overlay through libfuse. pyfuse3 keeps its session in the module: one engine per process."""
+    """Serves an overlay through libfuse. pyfuse3 has one session per process, so there is one such engine."""
 
     name = "pyfuse3"
 
     def attach(self, mountpoint: bytes, settings: MountSettings) -> None:
-        """Mount; the reason that libfuse and fusermount3 write to standard error goes into the MountError."""
+        """Mount; MountError with the reason that libfuse or fusermount3 has written to standard error."""
         self._handlers = Handlers(self, settings)
         asked_for = {"POSIX_ACL": settings.acl, "WRITEBACK_CACHE": self.policy.writeback}
         self.features = tuple(name for name, wanted in asked_for.items() if wanted)
-        logging.getLogger("pyfuse3").addFilter(_is_news)
+        logging.getLogger("pyfuse3").addFilter(_is_worth_logging)
         with _captured_stderr() as written:
             try:
                 pyfuse3.init(self._handlers, os.fsdecode(mountpoint), _libfuse_options(settings))
@@ -42,12 +42,12 @@ class Pyfuse3Engine(Engine):
         await pyfuse3.main(max_tasks=TASKS)
 
     def files_with_pages(self) -> set[int]:
-        """Return the numbers of the files of which the kernel may hold dirty pages."""
+        """Return the node ids of the files of which the kernel may have dirty pages."""
         return self._handlers.open_to_write()
 
-    def drop_pages(self, number: int) -> None:
-        """Have the kernel write out and drop the pages of a file, and return when it has."""
-        pyfuse3.invalidate_inode(number)
+    def drop_pages(self, nodeid: int) -> None:
+        """Make the kernel write back and drop the pages of a file, and return when it has; only for a thread."""
+        pyfuse3.invalidate_inode(nodeid)
 
     def stop(self) -> None:
         """Make `serve` return."""
@@ -59,7 +59,7 @@ class Pyfuse3Engine(Engine):
 
 
 def _libfuse_options(settings: MountSettings) -> set[str]:
-    """Return the settings as libfuse spells them; without suid and dev it mounts nosuid,nodev by itself."""
+    """Return the settings as options of libfuse, which adds nosuid and nodev unless it gets suid and dev."""
     chosen = {
         "default_permissions": True,
         "allow_other": settings.allow_other and not settings.allow_root,
@@ -78,29 +78,26 @@ def _libfuse_options(settings: MountSettings) -> set[str]:
 
 
 def _escaped(option: bytes) -> str:
-    """Return an option with all that is special to libfuse, or not ASCII, as the octal escapes it undoes."""
+    """Return an option with each byte that is special to libfuse, or not ASCII, as an octal escape for it to undo."""
     plain = set(range(0x21, 0x7F)) - set(b",\\")
     return "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in option)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether a message of pyfuse3 is worth its line: not that nobody waits for a reply any more.
-
-    That is how requests end whose mount has gone.
-    """
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Return whether to log a message of pyfuse3: not that a reply could not be sent because the mount is gone."""
     endings = tuple(f"fuse_reply_* failed with {os.strerror(code)}" for code in (errno.ENOENT, errno.ENODEV))
     return not record.getMessage().endswith(endings)
 
 
 def _reason(written: bytes) -> str:
-    """Return the last line of what libfuse said, without its name in front."""
+    """Return the last line that libfuse wrote, without its name in front."""
     lines = [line.strip() for line in written.decode(errors="replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("fuse: ").removeprefix("fusermount3: ") if lines else ""
 
 
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[Callable[[], bytes]]:
-    """Send descriptor 2 to memory within the context; the value returns what was written so far.
+    """Redirect descriptor 2 to memory within the context, which yields a function that returns what was written so far.
 
     Programs started meanwhile inherit it. Not for a process with other threads that write to descriptor 2.
     """
