@@ -1,4 +1,4 @@
-"""`overlayfs commit`: the changes in an upper become a layer."""
+"""`overlayfs commit`: makes the changes in an upper a layer."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from overlayfs_cli import arguments, output, progress, storage
 from overlayfs_cli.command import command
 from overlayfs_cli.default_workdir import default_workdir
 
-_POLL = 0.1  # seconds between two looks at the hashing: the daemon answers at once, and never calls back
+_POLL = 0.1  # seconds between two requests for the progress of the hashing
 
 if TYPE_CHECKING:
     from overlayfs import Store
@@ -78,7 +78,7 @@ def commit(
 
 
 class _Source(NamedTuple):
-    """What is to be committed: a mount or a workspace, or an upper of the user's own."""
+    """What is committed: a mount or a workspace, or an upper of the user's own that is not mounted."""
 
     target: bytes | None
     upper: bytes | None
@@ -92,7 +92,7 @@ def _check(source: _Source) -> None:
     if source.target is not None and (source.lower or source.work):
         raise UsageError("--lower and --work describe an unmounted upper; leave them out with a mount point")
     if source.upper is not None and not source.lower:
-        raise UsageError("--upper needs the layers it lies on; name them with --lower, top first")
+        raise UsageError("--upper needs its lower layers; name them with --lower, top first")
 
 
 def _client(source: _Source) -> "Client | None":

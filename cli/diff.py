@@ -1,4 +1,4 @@
-"""`overlayfs diff`: what changes a mount, a workspace or an image makes, or what tells it from another one."""
+"""`overlayfs diff`: lists the changes of a mount, a workspace or an image, or between two of them."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,9 +1,8 @@
-"""`overlayfs mount`: a stack of plain directories, or an image of the store, becomes a mount."""
+"""`overlayfs mount`: mounts a stack of plain directories, or an image of the store."""
 
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 import click
 
@@ -27,7 +26,9 @@ from overlayfs_cli.main import complain
 )
 @click.argument("places", metavar="[IMAGE] MNT", nargs=-1, required=True, type=arguments.image_or_directory)
 @click.option("-o", "options", metavar="OPTS", multiple=True, type=arguments.text, help="Options, as for mount(8).")
-@click.option("--lower", metavar="DIR", multiple=True, type=arguments.path, help="A layer; the first one lies on top.")
+@click.option(
+    "--lower", metavar="DIR", multiple=True, type=arguments.path, help="A lower layer; the first is the top."
+)
 @click.option("--upper", metavar="DIR", type=arguments.path, help="Where changes go; if left out, nothing can change.")
 @click.option(
     "--work", metavar="DIR", type=arguments.path, help="Scratch directory on the upper's file system [UPPER.work]."
@@ -65,7 +66,7 @@ def mount(
         notify(f"option {name} has no effect here")
     if image is not None:
         _refuse_directories(draft)
-        _start_image(draft, _Wish(image, workspace, ephemeral, store), mountpoint, notify)
+        _mount_image(draft, image, workspace, ephemeral, store, mountpoint, notify)
         return
     if workspace is not None or ephemeral or store is not None:
         raise UsageError("--name, --ephemeral and --store belong to a mount of an image; see 'overlayfs mount --help'")
@@ -76,17 +77,8 @@ def mount(
         _start(draft.build(), mountpoint, notify)
 
 
-class _Wish(NamedTuple):
-    """What is asked of the store for a mount of an image."""
-
-    image: str
-    workspace: str | None
-    ephemeral: bool
-    store: bytes | None
-
-
 def _split(places: tuple[str, ...]) -> tuple[str | None, bytes]:
-    """Tell `IMAGE MNT` from `MNT` by their number."""
+    """Return the image, None if only a mount point is given, and the mount point."""
     if len(places) > 2:
         raise UsageError(f"too many arguments: {' '.join(places[2:])}; see 'overlayfs mount --help'")
     *image, mountpoint = places
@@ -98,22 +90,29 @@ def _refuse_directories(draft: Draft) -> None:
         raise UsageError("an image brings its own layers, upper and work directory; leave yours out")
 
 
-def _start_image(draft: Draft, wish: _Wish, mountpoint: bytes, notify: Callable[[str], None]) -> None:
-    """Mount an image, and print the name of its workspace if that was made up here."""
+def _mount_image(
+    draft: Draft,
+    image: str,
+    workspace: str | None,
+    ephemeral: bool,
+    store: bytes | None,
+    mountpoint: bytes,
+    notify: Callable[[str], None],
+) -> None:
+    """Mount an image, and print the name of its workspace if that was generated."""
     from overlayfs.mount import image_mount
 
-    create = wish.store is None and storage.VARIABLE not in os.environ
-    store = storage.path(wish.store)
-    with image_mount.lease_workspace(store, wish.image, wish.workspace, wish.ephemeral, create) as lease:
+    may_create = store is None and storage.VARIABLE not in os.environ
+    with image_mount.lease_workspace(storage.path(store), image, workspace, ephemeral, may_create) as lease:
         draft.lower, draft.upper, draft.work = list(lease.lower), lease.upper, lease.work
         options = dataclasses.replace(draft.build(), image_mount=lease.image_mount)
         if lease.behind:
-            notify(f"workspace {wish.workspace} keeps the layers that {wish.image} had when it was begun")
-        told = wish.workspace is not None or wish.ephemeral
-        if not told and options.foreground:
+            notify(f"workspace {workspace} keeps the layers that {image} had when it was created")
+        is_generated = workspace is None and not ephemeral
+        if is_generated and options.foreground:
             click.echo(lease.image_mount.workspace)
         _start(options, mountpoint, notify)
-        if not told and not options.foreground:
+        if is_generated and not options.foreground:
             click.echo(lease.image_mount.workspace)
 
 
@@ -124,7 +123,7 @@ def _start(options: MountOptions, mountpoint: bytes, notify: Callable[[str], Non
 
 
 def _silent(notice: str) -> None:
-    """Say nothing."""
+    """Print no notice."""
 
 
 def _note(notice: str) -> None:
@@ -132,7 +131,7 @@ def _note(notice: str) -> None:
 
 
 def _add_flags(draft: Draft, lower: tuple[bytes, ...], upper: bytes | None, work: bytes | None) -> None:
-    """Put --lower, --upper and --work into the draft; UsageError if -o has said the same differently."""
+    """Add --lower, --upper and --work to the draft. UsageError if -o has set the same."""
     for flag, option, given, known in (
         ("--lower", "lowerdir", lower, draft.lower),
         ("--upper", "upperdir", upper, draft.upper),

@@ -1,12 +1,12 @@
 """`overlayfs-mount`: the mount program of container engines and the helper of mount(8).
 
-Started once to three times by every container operation, so it parses by hand and imports nothing but what
-mounting needs. Three callers, three habits:
+Every container operation starts it once to three times, so it parses by hand and imports only what mounting needs. It
+has three callers:
 
 - container engines: `overlayfs-mount -o OPTS MNT`
 - /sbin/mount.fuse3: `overlayfs-mount SRC MNT -o OPTS`
 - mount(8) through a link named /sbin/mount.fuse.overlayfs-mount: `SRC MNT [-sfnv] [-N NAMESPACE] [-t TYPE] -o OPTS`;
-  only there does -f mean "fake", elsewhere "foreground"
+  only here -f means "fake" instead of "foreground"
 
 Exit codes are those of mount(8): 0 mounted, 1 wrong usage, 2 system error, 32 not mounted.
 """
@@ -41,7 +41,7 @@ Example: {PROGRAM} -o lowerdir=/a:/b,upperdir=/u,workdir=/w /mnt
 
 @dataclass
 class Invocation:
-    """The words of one command line, sorted. `options` are the values of every -o."""
+    """One command line, parsed. `options` are the values of all -o."""
 
     options: list[bytes] = field(default_factory=list)
     positionals: list[bytes] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Invocation:
 
     @property
     def source(self) -> bytes | None:
-        """The source that stands before the mount point, if one does."""
+        """The source before the mount point, if there is one."""
         return self.positionals[0] if len(self.positionals) == 2 else None
 
 
@@ -63,7 +63,7 @@ def main() -> int:
         return WRONG_USAGE if isinstance(error, UsageError) else NOT_MOUNTED
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # whatever it is, the caller reads one line and an exit code
+    except Exception as error:  # a defect too is one line and an exit code for the caller
         complain(f"{type(error).__name__}: {error}")
         return SYSTEM_ERROR
 
@@ -75,7 +75,7 @@ def complain(sentence: str) -> None:
 
 
 def run(program: str, words: list[bytes]) -> int:
-    """Do what the words say when called as `program`; return the exit code."""
+    """Carry out a command line of `program`; return the exit code."""
     as_helper = os.path.basename(program).startswith("mount.")
     given = parse(words, as_helper)
     if given.switches & {"help", "version"}:
@@ -101,7 +101,7 @@ def _mount(options: MountOptions, mountpoint: bytes) -> None:
 
 
 def mount_options(given: Invocation) -> MountOptions:
-    """Return what the command line asks for; a line on standard error names the options that nobody knows."""
+    """Return the mount that the command line asks for. Unknown options are reported on standard error, and ignored."""
     if not 1 <= len(given.positionals) <= 2:
         raise UsageError(f"one mount point is needed, {len(given.positionals)} are given; see {PROGRAM} --help")
     draft = Draft(mount=_defaults(given))
@@ -116,7 +116,7 @@ def mount_options(given: Invocation) -> MountOptions:
 
 
 def _defaults(given: Invocation) -> dict[str, object]:
-    """What holds before any -o. Containers run as other users and need their setuid programs and devices."""
+    """Return the defaults: containers run as other users, and need their set-uid programs and devices."""
     root = os.geteuid() == 0
     chosen: dict[str, object] = {"allow_other": root, "suid": root, "dev": root}
     if given.source is not None:
@@ -127,7 +127,7 @@ def _defaults(given: Invocation) -> dict[str, object]:
 
 
 def _enter(namespace: bytes, program: str, words: list[bytes]) -> None:
-    """Start over inside the mount namespace that mount(8) names; nsenter(1) is of the same package as mount(8)."""
+    """Run the program again in the mount namespace that mount(8) names, with nsenter(1) of the same package."""
     rest = _without_namespace(words)
     try:
         os.execvp("nsenter", [b"nsenter", b"--mount=" + namespace, b"--", os.fsencode(program), *rest])
@@ -148,7 +148,7 @@ _SHORT_OF_HELPER = {**_SHORT, "f": "fake"}
 
 
 def parse(words: list[bytes], as_helper: bool = False) -> Invocation:
-    """Sort the words that follow the program's name; UsageError for a flag that nobody knows."""
+    """Parse the words after the program's name. UsageError for an unknown flag."""
     given = Invocation()
     rest = iter(words)
     for word in rest:
@@ -164,7 +164,7 @@ def parse(words: list[bytes], as_helper: bool = False) -> Invocation:
 
 
 def _flags(given: Invocation, word: bytes, rest: Iterator[bytes], as_helper: bool) -> None:
-    """Read one word of short flags, `-sf` or `-oX`; the value of the last one may be the next word."""
+    """Parse one word of short flags, `-sf` or `-oX`; the value of the last one may be the next word."""
     known = _SHORT_OF_HELPER if as_helper else _SHORT
     for at in range(1, len(word)):
         letter = chr(word[at])

@@ -1,4 +1,4 @@
-"""`overlayfs mounts`: what is mounted."""
+"""`overlayfs mounts`: lists what is mounted."""
 
 import os
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ LAYERS_SHOWN = 3
     """,
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the mount points alone.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the mount points.")
 def mounts(as_json: bool, quiet: bool) -> None:
     """List the mounts of overlayfs: layers top first, upper, process and engine."""
     from overlayfs.mount import mounts
@@ -46,7 +46,7 @@ def _row(mount: "Mount") -> tuple[str, ...]:
 
 
 def _layers(mount: "Mount") -> str:
-    """Name a few layers: by path, those of a store by the start of their ids."""
+    """Return the first few layers: by path, layers of a store by the start of their ids."""
     named = [output.path_text(path) for path in mount.lower[:LAYERS_SHOWN]]
     if mount.store is not None:
         named = [storage.short(os.path.basename(os.path.dirname(path))) for path in named]

@@ -2,7 +2,7 @@
 
 import click
 
-from overlayfs_cli import arguments, output, registry, storage
+from overlayfs_cli import arguments, output, progress, registry, storage
 from overlayfs_cli.command import command
 
 

@@ -1,4 +1,4 @@
-"""`overlayfs stats`: what the kernel has asked a mount for."""
+"""`overlayfs stats`: counts the requests of the kernel."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from overlayfs.mount.control import Client
     from overlayfs.mount.protocol import StatsReply
 
-PERIOD = 1.0  # seconds between two looks of --watch
+PERIOD = 1.0  # seconds between two lines of --watch
 
 
 @command(

@@ -1,4 +1,4 @@
-"""`overlayfs umount`: ends mounts."""
+"""`overlayfs umount`: unmounts."""
 
 import os
 
@@ -21,12 +21,12 @@ from overlayfs_cli.main import complain
     "-l", "--lazy", is_flag=True, help="Take a mount in use out of the tree at once; do not wait for its daemon."
 )
 def umount(mountpoints: tuple[bytes, ...], lazy: bool) -> int:
-    """Unmount each MNT; its upper is free for the next mount when the command returns."""
-    return max(_ended(mountpoint, lazy) for mountpoint in mountpoints)
+    """Unmount each MNT; its upper is unlocked, and free for the next mount, when the command returns."""
+    return max(_unmount(mountpoint, lazy) for mountpoint in mountpoints)
 
 
-def _ended(mountpoint: bytes, lazy: bool) -> int:
-    """Unmount one; a failure is told and does not keep the others from being unmounted."""
+def _unmount(mountpoint: bytes, lazy: bool) -> int:
+    """Unmount one; return its exit code. A failure is reported, and the others are unmounted all the same."""
     from overlayfs.mount.unmount import unmount
 
     try:

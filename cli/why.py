@@ -1,4 +1,4 @@
-"""`overlayfs why`: which layer gives a path, and what it hides."""
+"""`overlayfs why`: shows which layer a path comes from, and what it hides."""
 
 import os
 

@@ -69,7 +69,7 @@ WRONG_USAGE = [
     ),
     (
         ("commit", "--upper", "/u", "--to", "/d"),
-        "--upper needs the layers it lies on; name them with --lower, top first",
+        "--upper needs its lower layers; name them with --lower, top first",
     ),
     (
         ("commit", "/m", "--lower", "/a", "--to", "/d"),

@@ -92,7 +92,7 @@ def test_a_workspace_keeps_its_layers_when_the_image_moves_on(site: Path) -> Non
     with LayerStore(os.fsencode(site / "store")) as store:
         add_image(store, "site:v1", {"index": "another\n"})
     again = cli(site, "mount", "site:v1", "m", "--name", "draft")
-    assert again == (0, "", "overlayfs: note: workspace draft keeps the layers that site:v1 had when it was begun\n")
+    assert again == (0, "", "overlayfs: note: workspace draft keeps the layers that site:v1 had when it was created\n")
     assert (site / "m/index").read_text() == "old\n"
     done(site, "mount", "site:v1", "n", "--ephemeral")
     assert (site / "n/index").read_text() == "another\n"
