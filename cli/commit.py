@@ -183,7 +183,7 @@ def _commit_to_store(
         return
     with storage.opened(store) as opened:
         layer = _commit_in_store(opened, source, client, _for_store(request), quiet)
-        name = None if image is None else opened.image(image).name
+        name = None if image is None else opened.images.find(image).name
     if as_json:
         output.show_json(_document(layer, name))
     else:
@@ -249,7 +249,7 @@ def _commit_upper(store: "Store", source: _Source, request: "CommitRequest", qui
 
     if request.image is None:
         raise UsageError("an upper of your own needs -t IMAGE: nothing else would name its layer in the store")
-    below = [store.layer_of_tree(path) for path in source.lower]
+    below = [store.layers.of_tree(path) for path in source.lower]
     with _workdir(source) as work, progress.line(quiet) as show:
         config = StackConfig(source.lower, source.upper, work)
         return commit.commit_upper(store, config, below, request, _counted(show, "copying"))
@@ -260,7 +260,7 @@ def _commit_mount(store: "Store", client: "Client", request: "CommitRequest", qu
 
     if request.image is None:
         raise UsageError("a mount of directories needs -t IMAGE: nothing else would name its layer in the store")
-    below = [store.layer_of_tree(path) for path in client.mount.lower]
+    below = [store.layers.of_tree(path) for path in client.mount.lower]
     with progress.waiting("committing", quiet):
         return commit.commit_mount(store, below, request, lambda destination: client.commit(destination).entries)
 

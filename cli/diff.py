@@ -67,7 +67,7 @@ class _Comparison:
         tree = self._tree(what, mount)
         if base is not None:
             return list(compare.compare(self._tree(base, _mount_at(base)), tree, progress))
-        below = diff_operands.below(tree)
+        below = diff_operands.without_top(tree)
         if mount is None or mount.upper is None:
             return _without_root(compare.compare(below, tree, progress))
         found = [compare.Change(kind, path.lstrip(b"/")) for kind, path in Client(mount).diff()]
@@ -84,19 +84,19 @@ class _Comparison:
             mounts.find(name)  # UserError: it is not a mount
         opened = self._holds.enter_context(storage.opened(self._store))
         self._holds.enter_context(diff_operands.hold(opened, os.fsdecode(name)))
-        workspace = opened.find_workspace(os.fsdecode(name))
+        workspace = opened.workspaces.get(os.fsdecode(name))
         if workspace is not None:
             _sync_upper(workspace.upper_path)
         return diff_operands.named(opened, os.fsdecode(name))
 
     def _tree_of_mount(self, mount: "Mount") -> "Tree":
         from overlayfs.mount.control import Client
-        from overlayfs.store import diff_operands
+        from overlayfs.store import compare, diff_operands
 
         if mount.upper is None or mount.work is None:
-            return diff_operands.plain_directories(mount.lower)
+            return compare.Tree(mount.lower)
         Client(mount).sync()
-        return diff_operands.over(mount.upper, mount.work, mount.lower)
+        return diff_operands.of_upper(mount.upper, mount.work, mount.lower)
 
 
 def _mount_at(path: bytes) -> "Mount | None":

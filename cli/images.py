@@ -46,7 +46,7 @@ def _documents(store: "Store") -> list[dict[str, object]]:
 def _document(store: "Store", image: "ImageRecord", users: dict[str, list[str]]) -> dict[str, object]:
     own = shared = 0
     for layer_id in dict.fromkeys(image.layers):
-        size = store.size_of(layer_id)
+        size = store.layers.size_of(layer_id)
         own, shared = (own + size, shared) if len(users[layer_id]) == 1 else (own, shared + size)
     return {
         "name": image.name,

@@ -35,9 +35,9 @@ def squash(
             message=message,
             author=storage.author(),
             progress=lambda entries, size: show(f"{entries} entries, {storage.size_text(size)}"),
-            hashed=lambda entries, size: show(f"reading it again: {entries} entries, {storage.size_text(size)}"),
+            hash_progress=lambda entries, size: show(f"reading it again: {entries} entries, {storage.size_text(size)}"),
         )
-        layer = opened.layer(made.layers[0])
+        layer = opened.layers.find(made.layers[0])
     if as_json:
         record = layer.record
         output.show_json({

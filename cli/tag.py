@@ -18,4 +18,4 @@ from overlayfs_cli.command import command
 def tag(image: str, name: str, store: bytes | None) -> None:
     """Let NAME[:TAG] stand for the layers of IMAGE too; what it stood for before loses the name."""
     with storage.opened(store) as opened:
-        opened.tag(image, name)
+        opened.images.tag(image, name)

@@ -57,7 +57,7 @@ def verify(
         if source is None:
             before = after = opened.verify(what, progress=tell)
         else:
-            before, after = opened.repair(what, source=source, progress=tell, told=show, plain_http=plain_http)
+            before, after = opened.repair(what, source=source, progress=tell, report=show, plain_http=plain_http)
     repaired = [each for each in before.problems if each not in after.problems]
     if as_json:
         output.show_json({**_document(after), "repaired": [_problem(each) for each in repaired]})

@@ -1,4 +1,4 @@
-"""The store with everything that can be done to it: what Python programs use, and the command line with them.
+"""The public store: `LayerStore` with import, export, pull, push, commit, squash, verify, repair and diff.
 
     from overlayfs import Store
 
@@ -6,7 +6,7 @@
         for image in store.images():
             print(image.name, image.layers)
 
-Each method loads what it needs when it is called.
+Modules are imported by the methods that need them, so that `overlayfs images` does not load a registry client.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,75 @@ if TYPE_CHECKING:
     from overlayfs.oci.push import Pushed
     from overlayfs.oci.transfer import ProgressCallback
     from overlayfs.store.compare import Change
-    from overlayfs.store.layers import Layer
+    from overlayfs.store.layers import Layer, StagedLayer
     from overlayfs.store.records import ImageRecord
-    from overlayfs.store.repair import Told
+    from overlayfs.store.repair import Report
     from overlayfs.store.scan import Progress
     from overlayfs.store.verify import Checked
+    from overlayfs.store.workspaces import Claim, Workspace
 
 
 class Store(LayerStore):
-    """A store; `LayerStore` says what opening it means and what else it can do."""
+    """A store; docs/python-api.md shows its use. `LayerStore` has the parts `layers`, `images` and `workspaces`."""
+
+    # --- layers, images, workspaces: the names of docs/python-api.md for what the parts do -------------
+
+    def new_layer(self) -> "StagedLayer":
+        """Begin a layer: fill its tree, then publish it."""
+        return self.layers.stage()
+
+    def layer(self, given: str) -> "Layer":
+        """Return the layer whose id or digest begins with `given`; raises UserError if there is not exactly one."""
+        return self.layers.find(given)
+
+    def by_digest(self, digest: str) -> "Layer | None":
+        """Return a layer whose manifest has this digest (``sha256:HEX``), protected from gc, or None."""
+        return self.layers.by_digest(digest)
+
+    def by_diff_id(self, diff_id: str) -> "Layer | None":
+        """Return a layer whose canonical tar has this digest (``sha256:HEX``), protected from gc, or None."""
+        return self.layers.by_diff_id(diff_id)
+
+    def unfinished(self) -> "Iterator[Layer]":
+        """Yield the layers that have no manifest yet."""
+        return self.layers.unfinished()
+
+    def image(self, name: str) -> "ImageRecord":
+        """Return the image NAME[:TAG]; raises UserError if there is none."""
+        return self.images.find(name)
+
+    def put_image(self, record: "ImageRecord") -> "ImageRecord":
+        """Make a name stand for a stack, atomically; raises UserError if a layer is not in the store."""
+        return self.images.put(record)
+
+    def tag(self, old: str, new: str) -> "ImageRecord":
+        """Give the image `old` the second name `new`, which stops naming what it named before."""
+        return self.images.tag(old, new)
+
+    def remove_image(self, name: str) -> None:
+        """Remove a name; its layers stay until gc. Raises UserError if there is none."""
+        self.images.remove(name)
+
+    def workspace(self, name: str) -> "Workspace":
+        """Return the workspace `name`; raises UserError if there is none."""
+        return self.workspaces.find(name)
+
+    def new_workspace(self, image: str, name: str | None = None) -> "Workspace":
+        """Create a workspace of an image, not locked; raises UserError if there is one of that name."""
+        return self.workspaces.create(image, name)
+
+    def claim_workspace(self, image: str, name: str | None = None, ephemeral: bool = False) -> "Claim":
+        """Return a new or an existing workspace of an image, held by the caller as a mount holds it.
+
+        Raises UserError if it belongs to another image, WorkspaceInUseError if it is mounted.
+        """
+        return self.workspaces.claim(image, name, ephemeral)
+
+    def remove_workspace(self, name: str) -> None:
+        """Remove a workspace with all its changes; raises WorkspaceInUseError while it is mounted."""
+        self.workspaces.remove(name)
+
+    # --- from and to other programs --------------------------------------------------------------------
 
     def import_image(
         self,
@@ -137,33 +197,37 @@ class Store(LayerStore):
                 notice=notice or blobs.ignore_notice,
             )
 
+    # --- commits ---------------------------------------------------------------------------------------
+
     def commit_workspace(
         self, name: str, *, image: str | None = None, message: str = "", author: str = "", allow_empty: bool = False,
         progress: "Progress | None" = None,
     ) -> "Layer":  # fmt: skip
         """Make the upper of an unmounted workspace a layer on top of its stack, by one rename, and hash it.
 
-        `image` is put for the longer stack. `progress` is told entries and bytes of the hashing. UserError while the
-        workspace is mounted, and when nothing was changed unless `allow_empty`.
+        `image` is the name of an image to put for the longer stack. `progress(entries, bytes)` is called periodically
+        while the layer is hashed. Raises WorkspaceInUseError while the workspace is mounted, NothingToCommitError if it
+        has no changes, unless `allow_empty`.
         """
         from overlayfs.store import commit
 
-        wish = commit.CommitRequest(image=image, message=message, author=author, allow_empty=allow_empty)
-        return commit.hash_layer(self, commit.commit_workspace(self, name, wish), progress)
+        request = commit.CommitRequest(image=image, message=message, author=author, allow_empty=allow_empty)
+        return commit.hash_layer(self, commit.commit_workspace(self, name, request), progress)
 
     def commit_upper(
         self, config: "StackConfig", *, image: str, message: str = "", author: str = "", allow_empty: bool = False,
         progress: "Progress | None" = None,
     ) -> "Layer":  # fmt: skip
-        """Make a layer of a copy of an upper that is not mounted, and an image with it on top of the layers below.
+        """Make a layer of a copy of an unmounted upper, and an image with it on top of the layers below.
 
-        `config` names the upper, its work directory, and as layers trees of layers of this store.
+        `config` names the upper, its work directory, and as layers trees of layers of this store. The other arguments
+        and the errors are those of `commit_workspace`; raises MountError while the upper is mounted.
         """
         from overlayfs.store import commit
 
-        below = [self.layer_of_tree(path) for path in config.lower]
-        wish = commit.CommitRequest(image=image, message=message, author=author, allow_empty=allow_empty)
-        return commit.commit_upper(self, config, below, wish, progress)
+        below = [self.layers.of_tree(path) for path in config.lower]
+        request = commit.CommitRequest(image=image, message=message, author=author, allow_empty=allow_empty)
+        return commit.commit_upper(self, config, below, request, progress)
 
     def squash(
         self,
@@ -174,35 +238,41 @@ class Store(LayerStore):
         message: str = "",
         author: str = "",
         progress: "Progress | None" = None,
-        hashed: "Progress | None" = None,
+        hash_progress: "Progress | None" = None,
     ) -> "ImageRecord":
-        """Call the image `name`, with its `last` topmost layers (None: all) made one, `target`, and return that.
+        """Put an image `target`: the image `name` with its `last` topmost layers (None: all) made one. Return it.
 
-        `progress` is told entries and bytes while the layer is written, `hashed` while it is read again. UserError:
-        nothing is left behind.
+        `progress(entries, bytes)` is called periodically while the layer is written, `hash_progress(entries, bytes)`
+        while it is hashed. Raises UserError if the image has fewer layers or cannot be read; nothing is left behind.
         """
         from overlayfs.store import squash
 
         return squash.squash_image(
-            self, name, target, last, message=message, author=author, progress=progress, hashed=hashed
+            self, name, target, last, message=message, author=author, progress=progress, hash_progress=hash_progress
         )
+
+    # --- reading again ---------------------------------------------------------------------------------
 
     def verify(
         self, given: str | None = None, *, threads: int | None = None, progress: "Progress | None" = None
     ) -> "Checked":
-        """Read an image, a workspace's layers or a layer, None for the whole store, and say what is not as recorded.
+        """Read an image, a workspace's layers or a layer, None for the whole store, and compare it with its records.
 
-        `progress` is told entries and bytes. Problems are part of the result; UserError for what is not there at all.
+        `progress(entries, bytes)` is called periodically; `threads` None means as many as fit the machine. Problems are
+        part of the result. Raises UserError if there is nothing of that name.
         """
         from overlayfs.store import verify
 
-        return verify.verify(self.directory, self._named(given), threads, progress)
+        return verify.verify(self.directory, self._selected(given), threads, progress)
 
     def recorded_size(self, given: str | None = None) -> int:
-        """Return how many bytes `verify` will read at most."""
+        """Return how many bytes `verify` reads at most."""
         from overlayfs.store import verify
 
-        return verify.recorded_size(self.directory, self._named(given))
+        return verify.recorded_size(self.directory, self._selected(given))
+
+    def _selected(self, given: str | None) -> tuple[str, ...] | None:
+        return None if given is None else self.layer_ids(given)
 
     def repair(
         self,
@@ -211,15 +281,15 @@ class Store(LayerStore):
         source: str,
         threads: int | None = None,
         progress: "Progress | None" = None,
-        told: "Told | None" = None,
+        report: "Report | None" = None,
         plain_http: bool = False,
         ca: str | None = None,
     ) -> "tuple[Checked, Checked]":
-        """Verify, put right what can be, and verify that again; return what was found before and what is wrong still.
+        """Verify, repair what can be repaired, and verify the result; return both verifications.
 
-        Content is taken from `source` and from all other layers of this store: an image of it, the directory of
-        another store, or an image of a registry (`plain_http` and `ca` as in `pull`). `told` is told in a few words
-        what is being done. UserError when a damaged layer is in use.
+        Content is taken from `source` and from all other layers of this store. `source` is an image of this store, the
+        directory of another store, or an image of a registry (`plain_http` and `ca` as in `pull`). `report(text)` is
+        called with what is being done. Raises UserError if a damaged layer is in use.
         """
         from overlayfs.store import repair
 
@@ -235,18 +305,17 @@ class Store(LayerStore):
         before = self.verify(given, threads=threads, progress=progress)
         if not before.problems:
             return before, before
-        tell = told or (lambda words: None)
-        with ExitStack() as held:
-            repair.repair(self, before.problems, repair.source_stores(self, source, load, tell, held), tell)
+        report = report or (lambda text: None)
+        with ExitStack() as opened:
+            sources = repair.source_stores(self, source, load, report, opened)
+            repair.repair(self, before.problems, sources, report)
         return before, self.verify(given, threads=threads, progress=progress)
 
-    def _named(self, given: str | None) -> tuple[str, ...] | None:
-        return None if given is None else self._ids_of(given)
-
     def diff(self, before: str | None, after: str) -> "Iterator[Change]":
-        """Yield what leads from one image, workspace or layer to another; None is what `after` has below its top.
+        """Yield the changes from one image, workspace or layer to another; None means `after` without its top layer.
 
-        Changes of a workspace count as they are on the disk. UserError for what is not there or cannot be read.
+        Changes of a mounted workspace count as far as they are on disk. Raises UserError if there is nothing of that
+        name, or if it cannot be read.
         """
         from overlayfs.store import compare, diff_operands
 

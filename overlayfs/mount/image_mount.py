@@ -48,9 +48,9 @@ def lease_workspace(
         try:
             lease = _lease(opened, claim)
         except BaseException:
-            claim.hold.release()
+            claim.lock.release()
             raise
-    with claim.hold:
+    with claim.lock:
         try:
             yield lease
         except BaseException:
@@ -67,7 +67,7 @@ def _is_untouched(lease: WorkspaceLease) -> bool:
     used = lease.image_mount
     try:
         with LayerStore(used.store, create=False) as store:
-            return not os.listdir(lease.upper) and store.workspace(used.workspace).record.layers == used.layers
+            return not os.listdir(lease.upper) and store.workspaces.find(used.workspace).record.layers == used.layers
     except (OSError, UserError):
         return False
 
@@ -85,7 +85,7 @@ def _open_store(store: bytes, create: bool) -> Iterator[LayerStore]:
 
 def _claim(store: LayerStore, image: str, name: str | None, ephemeral: bool) -> Claim:
     try:
-        return store.claim_workspace(image, name, ephemeral)
+        return store.workspaces.claim(image, name, ephemeral)
     except WorkspaceInUseError as error:
         raise mounts.name_workspace_holder(error) from None
 
@@ -99,7 +99,7 @@ def _lease(store: LayerStore, claim: Claim) -> WorkspaceLease:
         workspace=record.name,
         ephemeral=record.ephemeral,
         layers=record.layers,
-        lock=claim.hold.fd,
+        lock=claim.lock.fd,
     )
     lower = tuple(layer.tree_path for layer in store.stack_of(record.name))
     return WorkspaceLease(used, lower, workspace.upper_path, workspace.work_path, claim.behind)
@@ -121,7 +121,7 @@ def hold_image(image_mount: ImageMount) -> Iterator[None]:
 
 def _lock_layer(store: LayerStore, layer_id: str, image_mount: ImageMount) -> HeldLock:
     try:
-        return store.layer(layer_id).hold()
+        return store.layers.find(layer_id).hold()
     except OSError as error:
         advice = "; raise the limit (ulimit -n)" if error.errno == errno.EMFILE else ""
         many = len(image_mount.layers)
@@ -132,6 +132,6 @@ def _remove_workspace(image_mount: ImageMount) -> None:
     """Remove the workspace; if that fails, the next open of the store does it."""
     try:
         with LayerStore(image_mount.store, create=False) as store:
-            store.drop_claimed(image_mount.workspace)
+            store.workspaces.remove_held(image_mount.workspace)
     except (OSError, UserError) as error:
         log.warning("workspace %s is left behind: %s", image_mount.workspace, error)

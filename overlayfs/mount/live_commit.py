@@ -52,7 +52,7 @@ _ASSUMED_FLAGS = ("metacopy", "redirect")  # the layer may need them; its manife
 class Hashing(Protocol):
     """The hashing of one layer (`overlayfs.store.hashing.HashingProcess` is the usual one)."""
 
-    def look(self) -> hashing.HashingStatus:
+    def poll(self) -> hashing.HashingStatus:
         """Return the progress; never waits."""
 
 
@@ -62,7 +62,7 @@ class _WithoutProcess:
     def __init__(self, status: hashing.HashingStatus) -> None:
         self._status = status
 
-    def look(self) -> hashing.HashingStatus:
+    def poll(self) -> hashing.HashingStatus:
         """Return the status."""
         return self._status
 
@@ -109,8 +109,8 @@ class LiveCommits:
         found = self._hashing.get(layer_id)
         if found is None:
             raise UserError(f"layer {layer_id} was not committed by this mount")
-        status = found.look()
-        return HashingReply(state=status.state, entries=status.entries, size=status.size, told=status.told)
+        status = found.poll()
+        return HashingReply(state=status.state, entries=status.entries, size=status.size, told=status.detail)
 
     def close(self) -> None:
         """Close the store, which unlocks the new layers, and release a transaction that is still pending."""
@@ -132,7 +132,7 @@ class LiveCommits:
             self._hashing[layer_id] = await self._engine.threads.run(self._hasher, store, layer_id)
         except (OSError, subprocess.SubprocessError) as error:
             log.error("layer %s is not hashed, since no process could be started: %s", layer_id, error)
-            self._hashing[layer_id] = _WithoutProcess(hashing.HashingStatus("failed", told=str(error)))
+            self._hashing[layer_id] = _WithoutProcess(hashing.HashingStatus("failed", detail=str(error)))
 
     # --- one commit ------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class LiveCommits:
 
     def _begin(self, store: LayerStore, wanted: CommitRequest) -> tuple[CommitTransaction, int]:
         """Prepare the transaction; return it with an open descriptor of the workspace. Called in a thread."""
-        workspace = store.workspace(self._image_mount.workspace)
+        workspace = store.workspaces.find(self._image_mount.workspace)
         new = NewLayer(
             author=wanted.author,
             message=wanted.message,
@@ -183,7 +183,7 @@ class LiveCommits:
             workspace=workspace.name,
             image=self._image(store, workspace, wanted),
         )
-        transaction = store.begin_commit(new, self._overlay.upper_root)
+        transaction = store.transactions.prepare(new, self._overlay.upper_root)
         try:
             return transaction, self._open_workspace(workspace)
         except BaseException:
@@ -209,7 +209,7 @@ class LiveCommits:
         if wanted.image is None:
             return None
         base = commit.base_of(store, workspace.record.image, workspace.record.layers)
-        return commit.on_top(wanted.image, store.stack_of_workspace(workspace), base, wanted)
+        return commit.on_top(wanted.image, store.present(workspace.record.layers), base, wanted)
 
     async def _rotate(
         self, store: LayerStore, transaction: CommitTransaction, workspace_fd: int

@@ -64,13 +64,13 @@ def write_blob(
     """
     omissions = Omissions()
     with ExitStack() as undo:
-        below = [store.layer(each) for each in layer.record.below]
+        below = [store.layers.find(each) for each in layer.record.below]
         for each in (layer, *below):
             undo.enter_context(each.hold())
         entries = _generate_entries(layer.tree_path, [each.tree_path for each in below], omissions)
         blob = write_entries(entries, sink, kind, progress)
     if layer.record.diff_id is None and source_date_epoch() is None:
-        store.note_diff_id(layer, blob.diff_id)  # importing this tar again finds this layer
+        store.layers.note_diff_id(layer, blob.diff_id)  # importing this tar again finds this layer
     for sentence in omissions.sentences():
         notice(f"layer {layer.id[:12]}: {sentence}")
     return blob
@@ -186,7 +186,7 @@ def prepare_blob(
     notice: Notice = ignore_notice,
 ) -> Iterator[PreparedLayer]:
     """Prepare a layer from a blob; arguments and errors are those of `read_blob`."""
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         try:
             found = _unpack_blob(source, staged, descriptor, diff_id, progress, notice)
         except ArchiveError as error:
@@ -209,7 +209,7 @@ def prepare_tree(
     """
     omissions = Omissions()
     found = os.stat(store.path)
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         with merged_entries((tree,), omissions, frozenset(((found.st_dev, found.st_ino),))) as entries:
             unpacker = unpack_entries(entries, staged.tree_fd, progress)
         for sentence in (*omissions.sentences(), *unpacker.sentences()):

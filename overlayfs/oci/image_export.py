@@ -88,9 +88,9 @@ def export_image(store: LayerStore, name: str, destination: bytes, options: Expo
 
     The same image gives the same bytes. Raises `UserError`; then nothing is left at the destination.
     """
-    record = store.image(name)
+    record = store.images.find(name)
     with ExitStack() as undo:
-        layers = [store.layer(each) for each in reversed(record.layers)]
+        layers = [store.layers.find(each) for each in reversed(record.layers)]
         for layer in layers:
             undo.enter_context(layer.hold())
         _Export(store, record, layers, options, undo).run(destination)

@@ -167,7 +167,7 @@ class _Import:
         config = ImageConfig(
             platform.architecture, platform.os, platform.variant, time, self._options.author, history=(step,)
         )
-        return self._store.put_image(image.image_record(self._name, config, (prepared.publish(),)))
+        return self._store.images.put(image.image_record(self._name, config, (prepared.publish(),)))
 
     def _import_image(self, files: LayoutFiles, reference: str | None, shown: str) -> ImageRecord:
         """Prepare the layers that the store lacks, publish them in groups, then put the image."""
@@ -178,7 +178,7 @@ class _Import:
             for number, (layer, step) in enumerate(_with_history(found), 1):
                 if layer.diff_id in ready or layer.diff_id in waiting:
                     continue
-                stored = self._store.by_diff_id(layer.diff_id)
+                stored = self._store.layers.by_diff_id(layer.diff_id)
                 if stored is not None:
                     ready[layer.diff_id] = stored
                     continue
@@ -188,7 +188,7 @@ class _Import:
                     _publish_all(waiting, ready, undo)
             _publish_all(waiting, ready, undo)
         stack = tuple(ready[layer.diff_id] for layer in found.layers)
-        return self._store.put_image(image.image_record(self._name, found.config, stack, found.annotations))
+        return self._store.images.put(image.image_record(self._name, found.config, stack, found.annotations))
 
     @contextmanager
     def _prepare(

@@ -70,7 +70,7 @@ def pull(
     with disk_errors(store):
         layers = _pull_layers(transfer, manifest, config)
     stored = [layer for layer, _ in layers]
-    record = store.put_image(image.image_record(name, config, stored, manifest.annotations))
+    record = store.images.put(image.image_record(name, config, stored, manifest.annotations))
     pulled = tuple(
         PulledLayer(blob.digest, blob.size, diff_id, layer.id, downloaded)
         for blob, diff_id, (layer, downloaded) in zip(manifest.layers, config.rootfs.diff_ids, layers, strict=True)
@@ -141,7 +141,7 @@ def _stored_layer(store: LayerStore, diff_id: str) -> Layer | None:
 
     One with redirects or metacopies does not count: its content depends on the layers below, which may be others here.
     """
-    layer = store.by_diff_id(diff_id)
+    layer = store.layers.by_diff_id(diff_id)
     return None if layer is None or layer.record.flags else layer
 
 

@@ -86,11 +86,11 @@ def push(
     """
     if reference.digest is not None:
         raise UsageError(f"{reference}: push to a tag; the digest follows from the content")
-    record = store.image(name)
+    record = store.images.find(name)
     repository = Repository(client, reference, functools.partial(find, reference), push=True)
     transfer = Transfer(store, repository, reference, client, progress, notice)
     with ExitStack() as held:
-        layers = [store.layer(each) for each in reversed(record.layers)]  # lowest first
+        layers = [store.layers.find(each) for each in reversed(record.layers)]  # lowest first
         for layer in layers:
             held.enter_context(layer.hold())
         original = _original_manifest(store, record)

@@ -1,6 +1,6 @@
 """Commit transactions: a directory becomes the tree of a layer by one rename, and the records follow.
 
-    transaction = store.begin_commit(NewLayer(workspace="w"))    # prepare: slow, durable, all but the tree
+    transaction = store.transactions.prepare(NewLayer(workspace="w"))    # prepare: slow, durable, all but the tree
     ...                                                          # the gate closes, the tree is synced
     transaction.commit(dirfd, b"upper")                          # one rename: it is the layer's tree from here on
     ...                                                          # the gate opens

@@ -1,7 +1,7 @@
-"""Comparison: what leads from one tree to another, each of them a stack of layers.
+"""Comparison: the changes from one tree to another, each of them a stack of layers.
 
-Both are looked at as a mount would show them, so redirects, metadata-only copies, opaque directories and whiteouts
-count by what they do. What both have from the same layers is not looked into.
+Both are read as a mount would show them, so redirects, metadata-only copies, opaque directories and whiteouts count by
+their effect. Directories that both trees have from the same layers are not read.
 """
 
 import os
@@ -25,10 +25,10 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class Tree(NamedTuple):
-    """One of the two. `layers` are directories, top first; none at all is an empty tree.
+    """One operand. layers: directories, top first; without any, the tree is empty.
 
-    plain: the positions of layers that are known to hold no redirects. link_index: for an upper on top, the directory
-    that joins hard links which were copied up under one of their names only.
+    plain: the positions of layers that are known to have no redirects. link_index: if the top layer is an upper, its
+    index, the directory that joins hard links copied up under only one of their names.
     """
 
     layers: tuple[bytes, ...]
@@ -37,9 +37,9 @@ class Tree(NamedTuple):
 
 
 class Change(NamedTuple):
-    """kind: "A", "C" or "D". path: from the root, which is ``b""``. before, after: bytes of regular files.
+    """A path added ("A"), changed ("C") or deleted ("D"), relative to the root, which is ``b""``.
 
-    Deleted is listed once, for the topmost name, and counts all that was in it.
+    before, after: bytes of regular files. A deletion is listed once, for the topmost name, and counts everything below.
     """
 
     kind: str
@@ -49,15 +49,15 @@ class Change(NamedTuple):
 
 
 Progress = Callable[[int], None]
-"""Told how many names have been compared so far."""
+"""progress(names): called periodically with the number of names compared so far."""
 
 
 def compare(before: Tree, after: Tree, progress: Progress | None = None) -> Iterator[Change]:
-    """Yield what leads from `before` to `after`, a directory before what is in it, names sorted as bytes.
+    """Yield the changes from `before` to `after`: a directory before its entries, names sorted as bytes.
 
-    Two things are equal when type, owner, mode, size, modification time, device, target, attributes, content and the
-    names that are hard links of each other are. A directory with a change in it is changed. Neither tree may change
-    meanwhile. UserError for what cannot be read.
+    Two objects are equal if type, owner, mode, size, modification time, device, target, extended attributes, content
+    and the set of hard-link names are. A directory with a change in it is changed. Neither tree may change meanwhile.
+    Raises UserError if something cannot be read.
     """
     with ExitStack() as closing:
         sides = _Side(before), _Side(after)
@@ -66,11 +66,11 @@ def compare(before: Tree, after: Tree, progress: Progress | None = None) -> Iter
         try:
             yield from _Comparison(*sides, progress).run()
         except OSError as error:
-            raise UserError(f"cannot compare: {error.strerror}{_place(error)}") from error
+            raise UserError(f"cannot compare: {error.strerror}{_error_path(error)}") from error
 
 
 def measured(before: Tree, after: Tree, changes: Iterable[Change]) -> Iterator[Change]:
-    """Yield changes that somebody else has found, with their bytes; what is gone meanwhile counts none."""
+    """Yield the given changes with their bytes; what is gone meanwhile counts 0."""
     with ExitStack() as closing:
         sides = _Side(before), _Side(after)
         for side in sides:
@@ -79,7 +79,7 @@ def measured(before: Tree, after: Tree, changes: Iterable[Change]) -> Iterator[C
         yield from map(comparison.measure, changes)
 
 
-def _place(error: OSError) -> str:
+def _error_path(error: OSError) -> str:
     return f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, bytes) else ""
 
 
@@ -87,17 +87,21 @@ def _place(error: OSError) -> str:
 
 
 class _Object(NamedTuple):
-    """What counts of anything. `key` tells hard links; `places` what real objects hold it, None for a directory."""
+    """What is compared of an object. about: mode, uid, gid, mtime_ns, rdev. size: bytes of a regular file, else 0.
+
+    key: identifies the inode if it has several names. sources: the real objects with its metadata and data, None for
+    a directory.
+    """
 
     kind: int
     about: tuple[int, ...]
     size: int
     key: Key | None
-    places: tuple[Key, ...] | None
+    sources: tuple[Key, ...] | None
 
 
 class _Side:
-    """One tree, opened; its nodes are those of a read-only overlay of all layers."""
+    """One open tree; its nodes are those of a read-only overlay of all layers."""
 
     def __init__(self, tree: Tree) -> None:
         self._overlay = Overlay(StackConfig(lower=tree.layers)) if tree.layers else None
@@ -107,7 +111,7 @@ class _Side:
         self.root = self._overlay.root if self._overlay is not None else None
 
     def close(self) -> None:
-        """Give everything back."""
+        """Close the overlay and the index."""
         if self._overlay is not None:
             self._overlay.close()
         if self._index is not None:
@@ -118,21 +122,21 @@ class _Side:
         return set(self.overlay.list_names(node)) if isinstance(node, Dir) else set()
 
     def child(self, node: Node | None, name: bytes) -> Node | None:
-        """Return what a directory shows under a name, None for nothing."""
+        """Return the node under a name of a directory, or None."""
         try:
             return self.overlay.lookup(node, name) if isinstance(node, Dir) else None
         except FileNotFoundError:
             return None
 
     def resolve(self, path: bytes) -> Node | None:
-        """Return what lies at a path, None for nothing."""
+        """Return the node at a path, or None."""
         node: Node | None = self.root
         for name in filter(None, path.split(b"/")):
             node = self.child(node, name)
         return node
 
     def linked_names(self) -> dict[Key, list[bytes]]:
-        """Return all names of each inode that has several, in the order of a walk."""
+        """Return all names of each inode with several, in the order of a walk."""
         found: dict[Key, list[bytes]] = {}
         pending: list[tuple[bytes, Node | None]] = [(b"", self.root)]
         while pending:
@@ -140,7 +144,7 @@ class _Side:
             if isinstance(node, Dir):
                 names = sorted(self.names(node), reverse=True)
                 pending.extend((join(path, name), self.child(node, name)) for name in names)
-            elif node is not None and (key := self.look(node).key) is not None:
+            elif node is not None and (key := self.describe(node).key) is not None:
                 found.setdefault(key, []).append(path)
         return found
 
@@ -152,16 +156,16 @@ class _Side:
 
     # --- identity --------------------------------------------------------------------------------------
 
-    def parts(self, node: Dir) -> tuple[tuple[Key, bytes], ...]:
-        """Return what real directories make up a merged one, top first."""
+    def real_directories(self, node: Dir) -> tuple[tuple[Key, bytes], ...]:
+        """Return (layer, path) of the real directories that a node merges, top first."""
         return tuple((self._identity(part.layer), part.path) for part in node.lower)
 
-    def settled(self, node: Dir) -> bool:
-        """Return whether its real directories decide all that is in it: no redirect leads out, no index leads in."""
+    def is_self_contained(self, node: Dir) -> bool:
+        """Return whether its real directories determine everything below: no redirect leads out, no index leads in."""
         return self._index is None and all(part.layer.index in self._plain for part in node.lower)
 
-    def suffix(self, node: Dir) -> tuple[Key, ...] | None:
-        """Return the layers from a directory's topmost real one down, which decide all that is in it."""
+    def layers_from(self, node: Dir) -> tuple[Key, ...] | None:
+        """Return the layers from that of a directory's topmost real one down, which determine everything below."""
         if self._index is not None or self._overlay is None:
             return None
         return tuple(self._identity(part.layer) for part in self._overlay.root.lower[node.lower[0].layer.index :])
@@ -175,28 +179,28 @@ class _Side:
 
     # --- attributes and content ------------------------------------------------------------------------
 
-    def look(self, node: Node) -> _Object:
-        """Return what counts of a node, but for attributes and content."""
+    def describe(self, node: Node) -> _Object:
+        """Return what is compared of a node, except extended attributes and content."""
         if isinstance(node, File):
-            joined = self._joined(node)
-            if joined is not None:
-                return self._look_joined(node, joined)
+            entry = self._index_entry(node)
+            if entry is not None:
+                return self._describe_indexed(node, entry)
         found = self.overlay.attributes(node)
         about = (stat.S_IMODE(found.mode), found.uid, found.gid, found.mtime_ns, _rdev(found.mode, found.rdev))
         kind = stat.S_IFMT(found.mode)
         size = found.size if kind == stat.S_IFREG else 0
         if not isinstance(node, File):
             return _Object(kind, about, size, None, None)
-        return _Object(kind, about, size, node.keys[0] if found.nlink > 1 else None, self._places(node, node.keys[0]))
+        return _Object(kind, about, size, node.keys[0] if found.nlink > 1 else None, self._sources(node, node.keys[0]))
 
-    def _places(self, node: File, own: Key) -> tuple[Key, ...]:
+    def _sources(self, node: File, own: Key) -> tuple[Key, ...]:
         if node.data is None or not node.data.name:
             return (own,)
         below = node.data.layer.stat(node.data.path, node.data.name)
         return own, (below.st_dev, below.st_ino)
 
-    def _joined(self, node: File) -> bytes | None:
-        """Return the entry of the index that stands for a lower file, or None."""
+    def _index_entry(self, node: File) -> bytes | None:
+        """Return the name of the index entry that replaces a lower file, or None."""
         if self._index is None or node.lower is None or node.lower.layer.index == 0:
             return None
         layer, path, name = node.lower
@@ -206,7 +210,7 @@ class _Side:
         entry = None if came_from is None else origin.index_name(came_from)
         return entry if entry is not None and sysio.exists_at(self._index, entry) else None
 
-    def _look_joined(self, node: File, entry: bytes) -> _Object:
+    def _describe_indexed(self, node: File, entry: bytes) -> _Object:
         assert self._index is not None
         found = sysio.stat_at(self._index, entry)
         about = (
@@ -219,7 +223,7 @@ class _Side:
         kind, own = stat.S_IFMT(found.st_mode), (found.st_dev, found.st_ino)
         if self._has_own_data(entry):
             return _Object(kind, about, found.st_size if kind == stat.S_IFREG else 0, own, (own,))
-        return _Object(kind, about, self.overlay.attributes(node).size, own, self._places(node, own))
+        return _Object(kind, about, self.overlay.attributes(node).size, own, self._sources(node, own))
 
     def _has_own_data(self, entry: bytes) -> bool:
         assert self._index is not None
@@ -228,15 +232,15 @@ class _Side:
         )
 
     def details(self, node: Node) -> tuple[bytes, dict[bytes, bytes]]:
-        """Return the target of a symbolic link, and the extended attributes."""
-        entry = self._joined(node) if isinstance(node, File) else None
+        """Return the target of a symbolic link (else ``b""``) and the extended attributes."""
+        entry = self._index_entry(node) if isinstance(node, File) else None
         if entry is not None:
-            return self._joined_details(node, entry)
+            return self._indexed_details(node, entry)
         target = self.overlay.readlink(node) if node.kind == stat.S_IFLNK else b""
         names = filter(is_portable, self.overlay.listxattr(node))
         return target, {name: self.overlay.getxattr(node, name) for name in names}
 
-    def _joined_details(self, node: Node, entry: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    def _indexed_details(self, node: Node, entry: bytes) -> tuple[bytes, dict[bytes, bytes]]:
         assert self._index is not None
         target = sysio.readlink_at(self._index, entry) if node.kind == stat.S_IFLNK else b""
         stored = {name: xattrs.shown_name(name) for name in sysio.listxattr_at(self._index, entry)}
@@ -246,7 +250,7 @@ class _Side:
     def open(self, node: Node) -> int:
         """Open the content of a regular file for reading."""
         assert isinstance(node, File) and self._overlay is not None
-        entry = self._joined(node)
+        entry = self._index_entry(node)
         if entry is not None and self._index is not None and self._has_own_data(entry):
             return sysio.open_child(self._index, entry, _READ)
         place = node.data or node.lower
@@ -259,7 +263,7 @@ def _rdev(mode: int, rdev: int) -> int:
 
 
 def _open_index(path: bytes | None) -> int | None:
-    """Open the index of an upper; None where there is none, or nothing in it."""
+    """Open the index of an upper; None if there is none, or if it is empty."""
     if path is None or not os.path.isdir(path):
         return None
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -273,24 +277,24 @@ def _open_index(path: bytes | None) -> int | None:
 
 
 class _Level(NamedTuple):
-    """A directory that is being compared; either node may be missing. `told` holds one flag: it has been yielded."""
+    """A directory being compared; either node may be missing. announced: one flag, whether it has been yielded."""
 
     path: bytes
     before: Node | None
     after: Node | None
     names: Iterator[bytes]
-    told: list[bool]
+    announced: list[bool]
 
 
 class _Comparison:
-    """One walk through both trees."""
+    """Walks both trees at once."""
 
     def __init__(self, before: _Side, after: _Side, progress: Progress | None) -> None:
         self._before = before
         self._after = after
         self._progress = progress
         self._count = 0
-        # The first of the names that both trees have of an inode, by inode.
+        # For each tree: the first name of an inode, among the names that both trees have, by inode.
         self._first: tuple[dict[Key, bytes], dict[Key, bytes]] = ({}, {})
         self._names_of: tuple[dict[Key, list[bytes]], dict[Key, list[bytes]]] | None = None
         self._counted: tuple[set[Key], set[Key]] = (set(), set())
@@ -310,7 +314,7 @@ class _Comparison:
             yield from self._enter(levels, join(level.path, name), before, after)
 
     def _enter(self, levels: list[_Level], path: bytes, before: Node | None, after: Node | None) -> Iterator[Change]:
-        """Compare one name, and go into what is below it."""
+        """Compare one name, and push a level for the directory under it."""
         self._count += 1
         if self._progress is not None and self._count % 64 == 0:
             self._progress(self._count)
@@ -326,35 +330,35 @@ class _Comparison:
         return self._after.names(after) | self._before.names(before)
 
     def _is_same_directory(self, before: Node | None, after: Dir) -> bool:
-        """Return whether both trees have all of a directory from the same layers, and decided by them alone.
+        """Return whether both trees have everything in a directory from the same layers.
 
-        A redirect inside may lead to any layer further down, so either there is none, or those are the same too.
+        A redirect inside may lead to any lower layer, so either there is none, or the lower layers are the same too.
         """
         if not isinstance(before, Dir) or before.redirect_denied or after.redirect_denied:
             return False
-        if self._before.parts(before) != self._after.parts(after):
+        if self._before.real_directories(before) != self._after.real_directories(after):
             return False
-        if self._before.settled(before) and self._after.settled(after):
+        if self._before.is_self_contained(before) and self._after.is_self_contained(after):
             return True
-        suffix = self._before.suffix(before)
-        return suffix is not None and suffix == self._after.suffix(after)
+        layers = self._before.layers_from(before)
+        return layers is not None and layers == self._after.layers_from(after)
 
     def _compare(self, path: bytes, before: Node | None, after: Node | None) -> Change | None:
         if before is None and after is None:
             return None
         if after is None:
             return Change(DELETED, path, before=self._size_of(before))
-        now = self._after.look(after)
+        now = self._after.describe(after)
         if before is None:
             return None if not path else Change(ADDED, path, after=self._once(1, now))
-        was = self._before.look(before)
+        was = self._before.describe(before)
         linked_alike = self._is_linked_alike(path, was, now)
         if linked_alike and self._is_same(before, was, after, now):
             return None
         return Change(CHANGED, path, self._removed(before, after), self._once(1, now))
 
     def _is_linked_alike(self, path: bytes, was: _Object, now: _Object) -> bool:
-        """Return whether a name goes with the same other names in both trees, of the names that both have."""
+        """Return whether a name is linked to the same other names in both trees, among the names that both have."""
         if was.key is None and now.key is None:
             return True
         firsts = [
@@ -362,12 +366,12 @@ class _Comparison:
             for known, found in zip(self._first, (was, now), strict=True)
         ]
         if was.key != now.key:
-            # One of the names may lie in a directory that is not looked into.
+            # One of the names may be in a directory that is not read.
             firsts = [self._first_of_all(side, path, found.key) for side, found in enumerate((was, now))]
         return firsts[0] == firsts[1]
 
     def _first_of_all(self, side: int, path: bytes, key: Key | None) -> bytes:
-        """Return the first name of an inode in the whole of one tree that the other tree has too."""
+        """Return the first name of an inode in one tree that exists in the other tree too."""
         if key is None:
             return path
         if self._names_of is None:
@@ -377,7 +381,7 @@ class _Comparison:
         return next((name for name in names if isinstance(other.resolve(name), File)), path)
 
     def _is_same(self, before: Node, was: _Object, after: Node, now: _Object) -> bool:
-        if was.places is not None and was.places == now.places:
+        if was.sources is not None and was.sources == now.sources:
             return True
         if (was.kind, was.about, was.size) != (now.kind, now.about, now.size):
             return False
@@ -396,22 +400,22 @@ class _Comparison:
     # --- sizes -----------------------------------------------------------------------------------------
 
     def measure(self, change: Change) -> Change:
-        """Return a change with its bytes."""
+        """Return a change with its bytes filled in."""
         was, now = self._before.resolve(change.path), self._after.resolve(change.path)
         removed = 0
         if change.kind != ADDED and was is not None:
             removed = self._removed(was, now)
-        added = 0 if change.kind == DELETED or now is None else self._once(1, self._after.look(now))
+        added = 0 if change.kind == DELETED or now is None else self._once(1, self._after.describe(now))
         return Change(change.kind, change.path, removed, added)
 
     def _removed(self, before: Node, after: Node | None) -> int:
-        """Return the bytes that go with what stands for a path: all below it, unless it stays a directory."""
+        """Return the bytes removed at a path: everything below it, unless it stays a directory."""
         if isinstance(before, Dir) and not isinstance(after, Dir):
             return self._size_of(before)
-        return self._once(0, self._before.look(before))
+        return self._once(0, self._before.describe(before))
 
     def _once(self, side: int, found: _Object) -> int:
-        """Return the size of a file, 0 for a second name of the same."""
+        """Return the size of a file; 0 if it was counted under another name."""
         if found.key is None:
             return found.size
         if found.key in self._counted[side]:
@@ -426,7 +430,7 @@ class _Comparison:
             found = pending.pop()
             if found is None:
                 continue
-            size += self._once(0, self._before.look(found))
+            size += self._once(0, self._before.describe(found))
             if isinstance(found, Dir):
                 pending.extend(self._before.child(found, name) for name in self._before.names(found))
         return size
@@ -435,13 +439,13 @@ class _Comparison:
 def _announce(levels: list[_Level]) -> Iterator[Change]:
     """Yield the directories above a change that have not been yielded: they are changed."""
     for level in levels:
-        if not level.told[0]:
-            level.told[0] = True
+        if not level.announced[0]:
+            level.announced[0] = True
             yield Change(CHANGED, level.path)
 
 
 def _is_equal(one: int, other: int, size: int) -> bool:
-    """Return whether two open files have the same content; each is said to have `size` bytes."""
+    """Return whether two open files have the same content; `size` is the expected size of both."""
     buffer = memoryview(bytearray(min(max(size, 1), _BLOCK)))
     offset = 0
     while count := sysio.read_into(one, buffer, offset):

@@ -1,14 +1,15 @@
-"""Commit: the upper becomes a new layer directory, complete or not at all.
+"""Commit by copy: copies an upper to a new layer directory, completely or not at all.
 
-The layer is built in a directory beside its place, synced, and published by one rename. It holds what the upper holds,
-with two differences, so that it shows the same tree over the same lower layers without the work directory: copies of
-metadata get their data, and every name of a hard-linked file is there (the index, which joins names that were never
-lifted, is not part of a layer). Marks that only an upper has (`nlink`, `uuid`, `impure`) are left out.
+The layer is built in a staging directory next to its destination, synced, and published by one rename. It contains what
+the upper contains, with two differences, so that it shows the same tree over the same lower layers without the work
+directory: metadata-only copies get their data, and every name of a hard-linked file is there (the index, which joins
+names that were never copied up, is not part of a layer). Attributes that only an upper has (`nlink`, `uuid`, `impure`)
+are left out.
 """
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from overlayfs.format import xattrs
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.nodes import Dir, File
 from overlayfs.fs.overlay import Overlay
+from overlayfs.store.scan import Progress
 from overlayfs.tree.dirfds import DirFds, default_capacity
 from overlayfs.tree.layer import join
 from overlayfs.tree.staging import copy_data
@@ -33,11 +35,9 @@ _UPPER_ONLY = frozenset(
 _ORIGINS = frozenset(xattrs.prefix(mode) + xattrs.ORIGIN for mode in xattrs.Mode)
 _REDIRECTS = frozenset(xattrs.prefix(mode) + xattrs.REDIRECT for mode in xattrs.Mode)
 
-Progress = Callable[[int, int], None]
-
 
 class CopiedUpper(NamedTuple):
-    """What a commit made: the new directory, how many entries it holds, and how many bytes of file content."""
+    """A copy of an upper: the new directory, its number of entries, and its bytes of file content."""
 
     destination: bytes
     entries: int
@@ -45,7 +45,7 @@ class CopiedUpper(NamedTuple):
 
 
 def commit_unmounted(config: StackConfig, destination: bytes, progress: Progress | None = None) -> CopiedUpper:
-    """Make a layer from an upper that is not mounted, which stays as it is; MountError when it is mounted."""
+    """Copy an unmounted upper to the new directory `destination`. As `commit_mounted`; MountError if it is mounted."""
     overlay = Overlay(config)
     try:
         return commit_mounted(overlay, destination, progress)
@@ -54,19 +54,19 @@ def commit_unmounted(config: StackConfig, destination: bytes, progress: Progress
 
 
 def refuse_inside(destination: bytes, mountpoint: bytes) -> None:
-    """UserError for a layer inside the mount whose upper it shall be made from: that would wait for itself.
+    """Raise UserError if `destination` is inside the mount that is committed: the commit would wait for itself.
 
-    Looks at both by their paths, so the mount is asked.
+    Resolves both paths, so the mount must be able to answer.
     """
     if _identity(mountpoint) in _ancestors(os.path.dirname(os.path.abspath(destination))):
         raise UserError(f"{os.fsdecode(destination)} lies inside the mount itself; name a place outside")
 
 
 def commit_mounted(overlay: Overlay, destination: bytes, progress: Progress | None = None) -> CopiedUpper:
-    """Make a layer from the upper of an open overlay while nothing changes it. May run in a thread.
+    """Copy the upper of an open overlay to the new directory `destination`. May run in a thread.
 
-    `progress` is told entries and bytes now and then. UserError with a sentence when the layer cannot be made. Of a
-    mount, ask `refuse_inside` first.
+    Nothing may change the overlay meanwhile; for a mount, call `refuse_inside` first. `progress(entries, bytes)` is
+    called periodically. Raises UserError if the layer cannot be made; nothing is left behind.
     """
     if overlay.read_only:
         raise UserError("there is no upper to commit: the mount is read-only")
@@ -75,7 +75,7 @@ def commit_mounted(overlay: Overlay, destination: bytes, progress: Progress | No
     overlay.sync()
     with ExitStack() as undo:
         parent_fd = _open_parent(parent, undo)
-        staging = _claim_staging(parent_fd, name, destination, undo)
+        staging = _create_staging(parent_fd, name, destination, undo)
         made = _fill(overlay, destination, staging, progress)
         sysio.syncfs(staging)
         _publish(parent_fd, name, destination)
@@ -93,7 +93,7 @@ def _check_destination(overlay: Overlay, parent: bytes, name: bytes, destination
 
 
 def _ancestors(path: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (st_dev, st_ino) of a directory and of those that hold it, up to the root."""
+    """Yield (st_dev, st_ino) of a directory and of its ancestors, up to the root."""
     path = os.path.realpath(path)
     while os.path.isdir(path):
         yield _identity(path)
@@ -116,8 +116,8 @@ def _open_parent(parent: bytes, undo: ExitStack) -> int:
     return fd
 
 
-def _claim_staging(parent_fd: int, name: bytes, destination: bytes, undo: ExitStack) -> int:
-    """Make the staging directory anew and lock it; what a killed commit left is removed first."""
+def _create_staging(parent_fd: int, name: bytes, destination: bytes, undo: ExitStack) -> int:
+    """Create and lock the staging directory; one that a killed commit has left is removed first."""
     staging = _STAGING + name
     if sysio.exists_at(parent_fd, staging):
         _refuse_running(parent_fd, staging, destination)
@@ -148,9 +148,10 @@ def _publish(parent_fd: int, name: bytes, destination: bytes) -> None:
 
 
 def copy_upper(overlay: Overlay, target: int, shown: bytes, progress: Progress | None = None) -> CopiedUpper:
-    """Copy the upper of an open overlay, while nothing changes it, into the open, empty directory `target`.
+    """Copy the upper of an open overlay into the empty directory behind the descriptor `target`.
 
-    The copy needs no work directory and no data of layers below. `shown` is what sentences call the target.
+    Nothing may change the overlay meanwhile. The copy needs no work directory and no data of layers below. `shown` is
+    the path of the target in messages. `progress` and errors are those of `commit_mounted`.
     """
     if overlay.read_only:
         raise UserError("there is no upper to commit: the mount is read-only")
@@ -166,7 +167,7 @@ def _fill(overlay: Overlay, destination: bytes, staging: int, progress: Progress
         for path, node in _missing_aliases(overlay, view, copier.linked):
             with _named(path):
                 copier.add_alias(path, node)
-        copier.finish()
+        copier.restore_times()
         return CopiedUpper(destination, copier.entries, copier.size)
     except OSError as error:
         place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, bytes) and error.filename else ""
@@ -178,7 +179,7 @@ def _fill(overlay: Overlay, destination: bytes, staging: int, progress: Progress
 
 @contextmanager
 def _named(path: bytes) -> Iterator[None]:
-    """Within this context an error is that of an entry of the upper."""
+    """Add the path of an entry of the upper to an OSError raised within the context."""
     try:
         yield
     except OSError as error:
@@ -213,7 +214,7 @@ def _is_alias(overlay: Overlay, node: File) -> bool:
 
 
 class _Copier:
-    """Copies an upper into a staging directory. `linked`: the first name given to each upper inode of several names."""
+    """Copies an upper into a staging directory. linked: the names copied so far of each upper inode with several."""
 
     def __init__(self, overlay: Overlay, view: Overlay, target: int, progress: Progress | None) -> None:
         self._upper = overlay.upper_root
@@ -230,8 +231,8 @@ class _Copier:
     # --- the upper -------------------------------------------------------------------------------------
 
     def copy_upper(self) -> None:
-        """Copy all that the upper holds, whiteouts and marks included."""
-        self._dress_directory(b"", self._upper, self._target)
+        """Copy everything in the upper, including whiteouts and overlay attributes."""
+        self._apply_directory_attributes(b"", self._upper, self._target)
         pending = [b""]
         while pending:
             pending.extend(self._copy_directory(pending.pop()))
@@ -245,7 +246,7 @@ class _Copier:
                 yield join(path, name)
 
     def _copy_entry(self, source: int, target: int, path: bytes, name: bytes) -> bool:
-        """Copy one entry; return whether it is a directory, whose entries are still to come."""
+        """Copy one entry; return whether it is a directory, whose entries are copied later."""
         pin = sysio.open_child(source, name, os.O_PATH)
         try:
             found = sysio.stat_at(pin, b"")
@@ -253,7 +254,7 @@ class _Copier:
                 sysio.mkdir_at(target, name, 0o700)
                 inside = sysio.open_child(target, name, os.O_PATH | os.O_DIRECTORY)
                 try:
-                    self._dress_directory(join(path, name), pin, inside)
+                    self._apply_directory_attributes(join(path, name), pin, inside)
                 finally:
                     sysio.close(inside)
                 return True
@@ -262,7 +263,7 @@ class _Copier:
         finally:
             sysio.close(pin)
 
-    def _dress_directory(self, path: bytes, pin: int, target: int) -> None:
+    def _apply_directory_attributes(self, path: bytes, pin: int, target: int) -> None:
         found = sysio.stat_at(pin, b"")
         self._copy_attributes(pin, found, target, b"", keep_redirect=True)
         self._directories.append((path, found))
@@ -304,7 +305,7 @@ class _Copier:
         self._count(found.st_size if kind == stat.S_IFREG else 0)
 
     def _open_data(self, pin: int, path: bytes) -> int:
-        """Open what a file of the upper reads as: itself, or the lower file of a metadata-only copy."""
+        """Open the data of a file of the upper: the file itself, or the lower file of a metadata-only copy."""
         if self._is_metadata_only(pin):
             node = self._node(path)
             if node.data is not None:
@@ -340,14 +341,14 @@ class _Copier:
             sysio.chmod_at(target, name, stat.S_IMODE(found.st_mode))
 
     def _value(self, pin: int, attribute: bytes) -> bytes:
-        # Of a chain of origins only the first says what number the file has had all along.
+        # In a chain of origins, only the first one identifies the file whose inode number has been shown all along.
         origin = self._overlay.lasting_origin(pin) if attribute in _ORIGINS else None
         return sysio.getxattr_at(pin, b"", attribute) if origin is None else origin
 
     # --- names that only the index joins -----------------------------------------------------------------
 
     def add_alias(self, path: bytes, node: File) -> None:
-        """Give the layer a name that shows an upper file only through the index."""
+        """Add a hard-link alias that shows an upper file only through the index."""
         directory, name = os.path.split(path)
         self._make_parents(directory)
         target = sysio.open_beneath(self._target, directory, os.O_PATH | os.O_DIRECTORY)
@@ -396,7 +397,7 @@ class _Copier:
                 sysio.close(target)
 
     def _copy_parent(self, target: int, path: bytes, name: bytes) -> None:
-        """Make a directory that only layers below have, without their marks: it leads to them as they are."""
+        """Create a directory that only layers below have, without overlay attributes: it merges with theirs."""
         node = self._view.resolve(path)
         assert isinstance(node, Dir)
         self._overlay.copy_directory(self._view, node, target, name)
@@ -405,14 +406,14 @@ class _Copier:
 
     # --- the end ---------------------------------------------------------------------------------------
 
-    def finish(self) -> None:
-        """Set the times of all directories, the deepest first: nothing is added to them any more."""
+    def restore_times(self) -> None:
+        """Set the times of all directories, the deepest first, once nothing is added to them any more."""
         for path, found in reversed(self._directories):
             fd = self._dirfds.get(self._target, path)
             sysio.utimens_at(fd, b"", found.st_atime_ns, found.st_mtime_ns)
 
     def close(self) -> None:
-        """Close the directories that are open."""
+        """Close all open directories."""
         self._dirfds.close()
 
     def _count(self, size: int) -> None:

@@ -1,4 +1,4 @@
-"""What a manifest says of one entry of a layer, and which of its attributes belong to the layer at all."""
+"""One entry of a manifest, and which extended attributes are part of a layer."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -13,14 +13,14 @@ _LOCAL = frozenset(
     {xattrs.prefix(mode) + suffix for mode in Mode for suffix in _LOCAL_SUFFIXES}
     | {b"security.selinux", b"security.evm", b"user.fuseoverlayfs.origin"}
 )
-_LOCAL_PREFIXES = (*xattrs.RESERVED_PREFIXES, b"trusted.SGI_ACL_")  # xfs lists ACLs a second time
+_LOCAL_PREFIXES = (*xattrs.RESERVED_PREFIXES, b"trusted.SGI_ACL_")  # XFS lists ACLs a second time
 FLAGS = {
     xattrs.prefix(mode) + suffix: suffix.decode() for mode in Mode for suffix in (xattrs.REDIRECT, xattrs.METACOPY)
 }
 
 
 class Type(Enum):
-    """What an entry is, in the letters of find(1); a whiteout is the device 0:0."""
+    """The type of an entry, as a letter of find(1); a whiteout is the character device 0:0."""
 
     FILE = "f"
     DIR = "d"
@@ -33,10 +33,11 @@ class Type(Enum):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One entry. `path` counts from the layer's root, which is ``b""``; `mode` is permission bits.
+    """One entry of a layer.
 
-    `size` in bytes, of regular files only; `link` is the first path of the same inode, for every other name of it;
-    `xxh3` is the xxh3-128 of the content in hex, for the first name of a regular file that holds its own data.
+    path: relative to the layer's root, which is ``b""``. mode: permission bits. size: bytes of a regular file, else 0.
+    link: the first path of the same inode, for each of its other names. xxh3: the xxh3-128 of the content in hex, for
+    the first name of a regular file that has its own data.
     """
 
     path: bytes
@@ -54,15 +55,15 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def is_portable(attribute: bytes) -> bool:
-    """Return whether an extended attribute is part of a layer wherever it lies."""
+    """Return whether an extended attribute is part of a layer, rather than of the place where it is stored."""
     return attribute not in _LOCAL and not attribute.startswith(_LOCAL_PREFIXES)
 
 
 def is_metadata_only(attributes: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Return whether attributes say that a file's data lies in a layer below."""
+    """Return whether a file with these attributes has its data in a layer below (metacopy)."""
     return any(FLAGS.get(name) == "metacopy" for name, _ in attributes)
 
 
 def order(path: bytes) -> bytes:
-    """Return the key by which paths sort as in a manifest: a directory, then what is in it, then its neighbours."""
+    """Return the sort key of a path in a manifest: a directory comes first, then its entries, then its siblings."""
     return path.replace(b"/", b"\0")

@@ -1,8 +1,8 @@
-"""Garbage: what nothing refers to, what nobody finished, what goes with its mount.
+"""Garbage collection: removes what nothing refers to, what was never finished, and ephemeral workspaces not mounted.
 
-Everything is decided and moved to the trash under the store's exclusive lock, by renames; deleting comes after it, so a
-large layer keeps nobody waiting. Whatever is locked is in use and stays. A dry run decides the same way, with the same
-locks, and moves nothing.
+Garbage is found and moved to the trash, by renames, under the store's exclusive lock; it is deleted afterwards, so that
+no process waits while a large layer is deleted. What is locked is in use and stays. A dry run decides the same way,
+with the same locks, and moves nothing.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from overlayfs.tree.layer import join
 
 
 class Garbage(NamedTuple):
-    """One thing that goes: `kind` is "layer", "workspace", "staging" or "trash"; `size` the bytes of its files."""
+    """One thing that is removed. kind: "layer", "workspace", "staging" or "trash". size: bytes of its files."""
 
     kind: str
     name: str
     size: int
 
 
-class Collector:
-    """Finds the garbage of one store and takes it away."""
+class GarbageCollector:
+    """Finds the garbage of one store and removes it."""
 
     def __init__(self, store_dir: StoreDirectory, layers: Layers, images: Images, workspaces: Workspaces) -> None:
         self._store_dir = store_dir
@@ -40,28 +40,32 @@ class Collector:
         self._workspaces = workspaces
 
     def collect(self, dry_run: bool) -> list[Garbage]:
-        """Return what goes, sorted, and let it go unless `dry_run`."""
+        """Return the garbage, sorted, and remove it unless `dry_run`.
+
+        Raises UserError if a record is damaged: it may refer to anything.
+        """
         sweep = _Sweep(self._store_dir, dry_run)
         with self._store_dir.lock_exclusively():
             for name in self._store_dir.names(layout.TRASH):
-                sweep.note("trash", layout.TRASH, name)
+                sweep.add("trash", layout.TRASH, name)
             self._sweep_workspaces(sweep)
-            for name in self._store_dir.names(layout.STAGING):  # files in it were left by the dead: we have the lock
-                sweep.take("staging", layout.STAGING, name)
+            for name in self._store_dir.names(layout.STAGING):  # files in it are left-overs: we hold the store's lock
+                sweep.collect("staging", layout.STAGING, name)
             self._sweep_layers(sweep)
-        told = sorted(
-            Garbage(each.kind, os.fsdecode(each.name), _size(self._store_dir, each.path)) for each in sweep.found
-        )
+        store_dir = self._store_dir
+        sizes = [_size(store_dir, each.path) for each in sweep.found]
+        names = [os.fsdecode(each.name) for each in sweep.found]
+        garbage = sorted(map(Garbage, [each.kind for each in sweep.found], names, sizes))
         if not dry_run:
             self._layers.tidy_indexes()
             self._store_dir.empty_trash()
-        return told
+        return garbage
 
     def drop_ephemeral(self) -> None:
-        """Take away the ephemeral workspaces whose mount is gone."""
+        """Remove the ephemeral workspaces whose mount is gone."""
         dropped = False
         for name in self._store_dir.names(layout.WORKSPACES):
-            with contextlib.suppress(UserError, OSError):  # damaged, gone meanwhile, or not to be had now
+            with contextlib.suppress(UserError, OSError):  # damaged, removed meanwhile, or not removable now
                 workspace = self._workspaces.read(name)
                 if workspace is not None and workspace.record.ephemeral:
                     dropped |= self._drop(workspace)
@@ -70,10 +74,10 @@ class Collector:
                 self._store_dir.empty_trash()
 
     def _drop(self, workspace: Workspace) -> bool:
-        hold = workspace.try_hold()
-        if hold is None:
+        lock = workspace.try_hold()
+        if lock is None:
             return False
-        with hold:
+        with lock:
             self._workspaces.discard(workspace.name)
         return True
 
@@ -83,21 +87,21 @@ class Collector:
         for name in self._store_dir.names(layout.WORKSPACES):
             workspace = self._workspaces.read(name)
             if workspace is None or workspace.record.ephemeral:
-                sweep.take("workspace", layout.WORKSPACES, name)
+                sweep.collect("workspace", layout.WORKSPACES, name)
 
     def _sweep_layers(self, sweep: "_Sweep") -> None:
-        referred = self._referred({each.name for each in sweep.found if each.kind == "workspace"})
+        referenced = self._referenced({each.name for each in sweep.found if each.kind == "workspace"})
         for name in self._store_dir.names(layout.LAYERS):
-            if os.fsdecode(name) not in referred:
-                sweep.take("layer", layout.LAYERS, name)
+            if os.fsdecode(name) not in referenced:
+                sweep.collect("layer", layout.LAYERS, name)
 
-    def _referred(self, going: set[bytes]) -> set[str]:
-        """Return the ids of all layers that an image, a workspace that stays, or an adoption refers to."""
+    def _referenced(self, collected: set[bytes]) -> set[str]:
+        """Return the ids of all layers that an image, an intent, or a workspace not in `collected` refers to."""
         found: set[str] = set()
-        for image in self._images.all():
+        for image in self._images():
             found.update(image.layers)
-        for workspace in self._workspaces.all():
-            if layout.file_name(workspace.name) not in going:
+        for workspace in self._workspaces():
+            if layout.file_name(workspace.name) not in collected:
                 found.update(workspace.record.layers)
         for intent in self._intents():
             found.update((intent.layer,) if intent.image is None else (intent.layer, *intent.image.layers))
@@ -113,47 +117,54 @@ class Collector:
 class _Found(NamedTuple):
     kind: str
     name: bytes
-    path: bytes  # from the store, where it lies now
+    path: bytes  # relative to the store; in the trash once it has been moved
 
 
 class _Sweep:
-    """Takes one thing after the other, each with its lock held for the moment of the rename."""
+    """Collects one thing after the other, each with its lock held during the rename."""
 
     def __init__(self, store_dir: StoreDirectory, dry_run: bool) -> None:
         self._store_dir = store_dir
         self._dry_run = dry_run
         self.found: list[_Found] = []
 
-    def note(self, kind: str, room: bytes, name: bytes) -> None:
-        """Count what needs no taking."""
-        self.found.append(_Found(kind, name, room + b"/" + name))
+    def add(self, kind: str, subdirectory: bytes, name: bytes) -> None:
+        """Add what is in the trash already."""
+        self.found.append(_Found(kind, name, subdirectory + b"/" + name))
 
-    def take(self, kind: str, room: bytes, name: bytes) -> None:
+    def collect(self, kind: str, subdirectory: bytes, name: bytes) -> None:
         """Move something to the trash unless it is in use."""
         try:
-            hold = locks.try_hold(self._store_dir.root, room + b"/" + name, shared=False)
+            lock = locks.try_hold(self._store_dir.root, subdirectory + b"/" + name, shared=False)
         except (FileNotFoundError, NotADirectoryError):
-            with contextlib.suppress(FileNotFoundError):  # its maker has discarded it meanwhile
-                self._move(kind, room, name)  # no lock: its maker died before making one
+            with contextlib.suppress(FileNotFoundError):  # discarded meanwhile by the process that made it
+                self._move(kind, subdirectory, name)  # no lock: that process was killed before creating one
             return
-        if hold is not None:
-            with hold:
-                self._move(kind, room, name)
+        if lock is not None:
+            with lock:
+                self._move(kind, subdirectory, name)
 
-    def _move(self, kind: str, room: bytes, name: bytes) -> None:
-        path = room + b"/" + name if self._dry_run else layout.TRASH + b"/" + self._store_dir.move_to_trash(room, name)
+    def _move(self, kind: str, subdirectory: bytes, name: bytes) -> None:
+        path = subdirectory + b"/" + name
+        if not self._dry_run:
+            path = layout.TRASH + b"/" + self._store_dir.move_to_trash(subdirectory, name)
         self.found.append(_Found(kind, name, path))
 
 
+# --- sizes -------------------------------------------------------------------------------------------------
+
+
 def _size(store_dir: StoreDirectory, path: bytes) -> int:
-    """Return the bytes of the regular files at and below a path, hard links once; what vanishes counts nothing."""
+    """Return the bytes of the regular files at and below a path, hard links once; what vanishes counts 0."""
     try:
         fd = store_dir.open(path, os.O_PATH)
     except FileNotFoundError:
         return 0
-    with locks.HeldLock(fd):
+    try:
         found = sysio.stat_at(fd, b"")
         return _size_below(fd) if stat.S_ISDIR(found.st_mode) else found.st_size
+    finally:
+        sysio.close(fd)
 
 
 def _size_below(root: int) -> int:
@@ -163,14 +174,19 @@ def _size_below(root: int) -> int:
     while pending:
         path = pending.pop()
         try:
-            with locks.HeldLock(sysio.open_beneath(root, path, os.O_PATH | os.O_DIRECTORY)) as directory:
-                for name, kind in sysio.list_dir(directory.fd):
-                    if kind == stat.S_IFDIR:
-                        pending.append(join(path, name))
-                    elif kind == stat.S_IFREG:
-                        total += _size_of(directory.fd, name, linked)
+            directory = sysio.open_beneath(root, path, os.O_PATH | os.O_DIRECTORY)
         except (FileNotFoundError, PermissionError):
             continue
+        try:
+            for name, kind in sysio.list_dir(directory):
+                if kind == stat.S_IFDIR:
+                    pending.append(join(path, name))
+                elif kind == stat.S_IFREG:
+                    total += _size_of(directory, name, linked)
+        except (FileNotFoundError, PermissionError):
+            continue
+        finally:
+            sysio.close(directory)
     return total
 
 

@@ -1,8 +1,8 @@
-"""Layers at rest: how one is staged, published or adopted, found and held.
+"""Layers at rest: how a layer is staged, published, found and held.
 
-A layer is there when both its record and its tree are. One that is staged gets its record last and appears by one
-rename; one that is adopted has its record first and is there when the tree is renamed into it. Who makes a layer holds
-its lock shared from birth, so that nothing takes it before something refers to it.
+A layer exists when both its record and its tree do. A staged layer gets its record last and appears by one rename; a
+committed directory has its record first, and the layer exists once the tree has been renamed into it. The process that
+makes a layer holds its lock shared from the beginning, so that gc does not remove it before something refers to it.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from overlayfs.store.records import LayerRecord
 from overlayfs.store.store_directory import StoreDirectory
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
-_PATIENCE = 10.0  # seconds that a reader waits for a repair to end
+_REPAIR_TIMEOUT = 10.0  # seconds that a reader waits for a repair to end
 
 
 class Summary(Protocol):
-    """What the store asks of a manifest (`overlayfs.store.manifest.Manifest` is one)."""
+    """What the store needs of a manifest (`overlayfs.store.manifest.Manifest` is one)."""
 
     @property
     def digest(self) -> str:
@@ -40,14 +40,14 @@ class Summary(Protocol):
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Which marks that count on layers below are in it: "redirect", "metacopy"."""
+        """The attributes in it that depend on layers below: "redirect", "metacopy"."""
 
     def write(self, fd: int) -> None:
         """Write the manifest to an open, empty file."""
 
 
 class Layer:
-    """One layer of the store and its record as it was when it was looked up."""
+    """One layer of the store, with its record as of the look-up."""
 
     def __init__(self, store_dir: StoreDirectory, record: LayerRecord) -> None:
         self._store_dir = store_dir
@@ -55,98 +55,119 @@ class Layer:
 
     @property
     def id(self) -> str:
-        """The 32 hex digits it has had since birth."""
+        """Its id, 32 hex digits, which never changes."""
         return self.record.id
 
     @property
     def path(self) -> bytes:
-        """Its directory, absolute."""
+        """The absolute path of its directory."""
         return os.path.join(self._store_dir.path, layer_path(self.id))
 
     @property
     def tree_path(self) -> bytes:
-        """The tree that a mount shows, absolute."""
+        """The absolute path of the tree that mounts use."""
         return os.path.join(self.path, layout.TREE)
 
     def tree_fd(self) -> int:
-        """Open the root of the tree; the caller closes it. FileNotFoundError when the layer is gone."""
+        """Open the root of the tree; the caller closes it. Raises FileNotFoundError if the layer is gone."""
         return self._store_dir.open(layer_path(self.id) + b"/" + layout.TREE)
 
     def manifest_fd(self) -> int:
-        """Open the manifest for reading; the caller closes it. FileNotFoundError while there is none."""
+        """Open the manifest for reading; the caller closes it. Raises FileNotFoundError if there is none."""
         return self._store_dir.open(layer_path(self.id) + b"/" + layout.MANIFEST, os.O_RDONLY)
 
     def hold(self) -> HeldLock:
-        """Keep the layer as it is until the hold is released: neither gc nor a repair touches it. UserError if gone."""
+        """Keep gc and repair from the layer until the lock is released; raises UserError if the layer is gone."""
         return self._hold(shared=True)
 
     def hold_exclusively(self) -> HeldLock:
-        """Be the only one who uses the layer, to repair it; UserError when somebody else does."""
+        """Hold the layer exclusively, to repair it; raises UserError if it is in use."""
         return self._hold(shared=False)
 
     def _hold(self, shared: bool) -> HeldLock:
+        wait = _REPAIR_TIMEOUT if shared else 0.0
         try:
-            hold = locks.try_hold(
-                self._store_dir.root, layer_path(self.id), shared=shared, wait=_PATIENCE if shared else 0.0
-            )
+            lock = locks.try_hold(self._store_dir.root, layer_path(self.id), shared=shared, wait=wait)
         except FileNotFoundError:
             raise UserError(f"layer {self.id} is not in the store any more") from None
-        if hold is None:
-            holder = "it is being repaired" if shared else "unmount what uses it first"
-            raise UserError(f"layer {self.id} is in use; {holder}")
-        return hold
+        if lock is None:
+            advice = "it is being repaired" if shared else "unmount what uses it first"
+            raise UserError(f"layer {self.id} is in use; {advice}")
+        return lock
 
 
 def layer_path(layer_id: str) -> bytes:
-    """Return where a layer lies, counted from the store."""
+    """Return the path of a layer's directory, relative to the store."""
     return layout.LAYERS + b"/" + layer_id.encode()
 
 
-def _index_places(record: LayerRecord) -> Iterator[tuple[bytes, bytes]]:
-    """Yield room and name of the index files of a layer."""
-    for room, digest in ((layout.DIGESTS, record.digest), (layout.DIFFS, record.diff_id)):
+def _index_files(record: LayerRecord) -> Iterator[tuple[bytes, bytes]]:
+    """Yield subdirectory and name of the index files that must name a layer."""
+    for subdirectory, digest in ((layout.DIGESTS, record.digest), (layout.DIFFS, record.diff_id)):
         name = layout.digest_file(digest) if digest is not None else None
         if name is not None:
-            yield room, name
+            yield subdirectory, name
 
 
 class Layers:
-    """All layers of a store. What is born or found by content here is kept from gc until `forget` or `close`."""
+    """All layers of a store; calling it yields them.
+
+    Layers that are made here, or found by their content, are protected from gc until `unprotect` or `close`.
+    """
 
     def __init__(self, store_dir: StoreDirectory) -> None:
         self.store_dir = store_dir
         self._protected: dict[str, HeldLock] = {}
 
+    # --- protecting from gc ----------------------------------------------------------------------------
+
     def close(self) -> None:
-        """Let go of all that is kept."""
+        """Release all protected layers."""
         for layer_id in tuple(self._protected):
             self.unprotect(layer_id)
 
-    def unprotect(self, layer_id: str) -> None:
-        """Let go of one layer: something refers to it now, or nothing ever will."""
-        hold = self._protected.pop(layer_id, None)
-        if hold is not None:
-            hold.release()
-
-    def protect(self, layer_id: str, hold: HeldLock) -> None:
-        """Keep a layer whose lock is held already."""
+    def protect(self, layer_id: str, lock: HeldLock) -> None:
+        """Protect a layer, whose lock is held already, from gc."""
         self.unprotect(layer_id)
-        self._protected[layer_id] = hold
+        self._protected[layer_id] = lock
+
+    def unprotect(self, layer_id: str) -> None:
+        """Release a layer: something refers to it now, or nothing ever will."""
+        lock = self._protected.pop(layer_id, None)
+        if lock is not None:
+            lock.release()
+
+    def _try_protect(self, layer: Layer) -> bool:
+        """Protect a layer; False if it is gone, or being repaired and therefore not valid yet."""
+        if layer.id in self._protected:
+            return True
+        try:
+            lock = locks.try_hold(self.store_dir.root, layer_path(layer.id), shared=True)
+        except FileNotFoundError:
+            return False
+        if lock is None:
+            return False
+        self.protect(layer.id, lock)
+        return True
 
     # --- finding ---------------------------------------------------------------------------------------
 
     def ids(self) -> Iterator[str]:
-        """Yield the ids of all directories in the layers' room, whole or not."""
+        """Yield the ids of all layer directories, complete or not."""
         return (name.decode() for name in self.store_dir.names(layout.LAYERS) if layout.is_id(os.fsdecode(name)))
 
-    def all(self) -> Iterator[Layer]:
-        """Yield every layer that is there, by id."""
+    def __call__(self) -> Iterator[Layer]:
+        """Yield every layer, by id."""
         return (layer for layer in map(self.get, self.ids()) if layer is not None)
 
+    def unfinished(self) -> Iterator[Layer]:
+        """Yield the layers that have no manifest yet."""
+        return (layer for layer in self() if layer.record.state == "hashing")
+
     def get(self, layer_id: str) -> Layer | None:
-        """Return the layer with a whole id, None if there is none."""
+        """Return the layer with a complete id, or None; raises UserError if its record is damaged."""
         if not layout.is_id(layer_id):
-            return None  # a record may say anything
+            return None  # ids come from records, which may be damaged
         path = layer_path(layer_id)
         try:
             document = self.store_dir.read(path, layout.RECORD)
@@ -154,141 +175,153 @@ class Layers:
             return None
         if not self.store_dir.exists(path + b"/" + layout.TREE):
             return None
-        return Layer(
-            self.store_dir, records.decode(document, LayerRecord, self.store_dir.display_path(path, layout.RECORD))
-        )
+        where = self.store_dir.display_path(path, layout.RECORD)
+        return Layer(self.store_dir, records.decode(document, LayerRecord, where))
 
     def find(self, given: str) -> Layer:
-        """Return the layer with an id or digest that begins so; UserError for none and for several."""
+        """Return the layer whose id or digest begins with `given`; raises UserError if there is not exactly one."""
         layer = self.get(given) if layout.is_id(given) else None
-        found = {layer.id: layer} if layer is not None else self._beginning(given.removeprefix("sha256:"))
+        found = {layer.id: layer} if layer is not None else self._by_prefix(given.removeprefix("sha256:"))
         if len(found) != 1:
             what = "is the start of several layer ids; write more of it" if found else "is no layer of this store"
             raise UserError(f"{given} {what}; `overlayfs layers` lists them")
         return next(iter(found.values()))
 
-    def _beginning(self, start: str) -> dict[str, Layer]:
-        if not start or not all(digit in "0123456789abcdef" for digit in start):
+    def _by_prefix(self, prefix: str) -> dict[str, Layer]:
+        if not prefix or not all(digit in "0123456789abcdef" for digit in prefix):
             return {}
-        by_id = (self.get(each) for each in self.ids() if each.startswith(start))
-        digests = (name.decode() for name in self.store_dir.names(layout.DIGESTS) if name.startswith(start.encode()))
+        by_id = (self.get(each) for each in self.ids() if each.startswith(prefix))
+        digests = (name.decode() for name in self.store_dir.names(layout.DIGESTS) if name.startswith(prefix.encode()))
         by_digest = (layer for each in digests for layer in self._indexed(layout.DIGESTS, f"sha256:{each}"))
         return {layer.id: layer for layer in (*by_id, *by_digest) if layer is not None}
 
-    def by_digest(self, digest: str, below: tuple[str, ...] | None = None) -> Layer | None:
-        """Return a layer with this content, kept from now on, or None; with `below`, one that counts on those."""
-        return self._first_kept(self._indexed(layout.DIGESTS, digest), below)
+    def of_tree(self, path: bytes) -> Layer:
+        """Return the layer whose tree is the directory `path`; raises UserError if it is no layer of this store."""
+        layer = self.get(os.fsdecode(os.path.basename(os.path.dirname(os.path.realpath(path)))))
+        if layer is None or not os.path.samefile(layer.tree_path, path):
+            raise UserError(f"{os.fsdecode(path)} is not a layer of the store; import it first, and mount the image")
+        return layer
+
+    def by_digest(self, digest: str) -> Layer | None:
+        """Return a layer with this content (``sha256:HEX`` of its manifest), protected from gc, or None."""
+        return self._first_protected(self._indexed(layout.DIGESTS, digest))
 
     def by_diff_id(self, diff_id: str) -> Layer | None:
-        """Return a layer that this canonical tar makes, kept from now on, or None."""
-        return self._first_kept(self._indexed(layout.DIFFS, diff_id), None)
+        """Return a layer whose canonical tar has this digest (``sha256:HEX``), protected from gc, or None."""
+        return self._first_protected(self._indexed(layout.DIFFS, diff_id))
 
-    def _indexed(self, room: bytes, digest: str) -> Iterator[Layer]:
-        """Ask an index, and each record whether it is right: an index may be old."""
-        for layer_id in self._index_lines(room, layout.digest_file(digest)):
-            layer = self.get(layer_id) if layout.is_id(layer_id) else None
+    def find_equal(self, digest: str | None, below: tuple[str, ...]) -> Layer | None:
+        """Return a layer with the same content over the same layers `below`, protected from gc, or None.
+
+        `below` counts because redirects and metadata-only copies are resolved in those layers.
+        """
+        if digest is None:
+            return None
+        return self._first_protected(
+            layer for layer in self._indexed(layout.DIGESTS, digest) if layer.record.below == below
+        )
+
+    def _first_protected(self, found: Iterator[Layer]) -> Layer | None:
+        return next((layer for layer in found if self._try_protect(layer)), None)
+
+    def size_of(self, layer_id: str) -> int:
+        """Return the bytes of a layer's files according to its record; 0 if it is gone or not hashed yet."""
+        layer = self.get(layer_id)
+        return 0 if layer is None else layer.record.size
+
+    # --- the indexes -----------------------------------------------------------------------------------
+
+    def _indexed(self, subdirectory: bytes, digest: str) -> Iterator[Layer]:
+        """Yield the layers that an index names and whose records agree: an index may be out of date."""
+        for layer_id in self.index_lines(subdirectory, digest):
+            layer = self.get(layer_id)
             if layer is not None and digest == (
-                layer.record.digest if room == layout.DIGESTS else layer.record.diff_id
+                layer.record.digest if subdirectory == layout.DIGESTS else layer.record.diff_id
             ):
                 yield layer
 
-    def _index_lines(self, room: bytes, name: bytes | None) -> list[str]:
+    def index_lines(self, subdirectory: bytes, digest: str) -> list[str]:
+        """Return the layer ids in the index file of a digest; none if there is no such file."""
+        name = layout.digest_file(digest)
+        return [] if name is None else self._read_index(subdirectory, name)
+
+    def _read_index(self, subdirectory: bytes, name: bytes) -> list[str]:
         try:
-            return [] if name is None else os.fsdecode(self.store_dir.read(room, name)).split()
+            return os.fsdecode(self.store_dir.read(subdirectory, name)).split()
         except FileNotFoundError:
             return []
 
-    def _first_kept(self, found: Iterator[Layer], below: tuple[str, ...] | None) -> Layer | None:
-        fitting = (layer for layer in found if below is None or layer.record.below == below)
-        return next((layer for layer in fitting if self._keep(layer)), None)
+    def _write_index(self, subdirectory: bytes, name: bytes, ids: list[str]) -> None:
+        self.store_dir.write(self.store_dir.subdirectories[subdirectory], name, "\n".join(ids).encode() + b"\n")
 
-    def _keep(self, layer: Layer) -> bool:
-        """Hold a layer from now on; False when it is gone, or under repair and so does not count yet."""
-        if layer.id in self._protected:
-            return True
-        try:
-            hold = locks.try_hold(self.store_dir.root, layer_path(layer.id), shared=True)
-        except FileNotFoundError:
-            return False
-        if hold is None:
-            return False
-        self.protect(layer.id, hold)
-        return True
+    def index(self, record: LayerRecord) -> None:
+        """Add a layer to the indexes, unless images use an equal one instead. `publishing` must be entered."""
+        if record.same_as is not None:
+            return
+        for subdirectory, name in _index_files(record):
+            others = [line for line in self._read_index(subdirectory, name) if line != record.id and self.get(line)]
+            self._write_index(subdirectory, name, [*others, record.id])
 
-    def unfinished(self) -> Iterator[Layer]:
-        """Yield the layers whose manifest is still to come."""
-        return (layer for layer in self.all() if layer.record.state == "hashing")
+    def tidy_indexes(self) -> None:
+        """Remove the layers that are gone from the indexes."""
+        with self.publishing():
+            existing = set(self.ids())
+            for subdirectory in (layout.DIGESTS, layout.DIFFS):
+                for name in self.store_dir.names(subdirectory):
+                    lines = self._read_index(subdirectory, name)
+                    remaining = [line for line in lines if line in existing]
+                    if not remaining:
+                        sysio.unlink_at(self.store_dir.subdirectories[subdirectory], name)
+                    elif remaining != lines:
+                        self._write_index(subdirectory, name, remaining)
 
-    # --- making ----------------------------------------------------------------------------------------
+    # --- making and changing ---------------------------------------------------------------------------
 
     def stage(self) -> "StagedLayer":
-        """Begin a layer in the staging place."""
+        """Begin a layer: fill its tree, then publish it."""
         return StagedLayer(self, layout.new_id())
 
     @contextlib.contextmanager
     def publishing(self) -> Iterator[None]:
-        """Be the only one who decides whether a layer is there already; nothing is taken away meanwhile."""
+        """Hold the store's lock shared and the indexes' exclusively: one process at a time looks for equal layers."""
         with self.store_dir.lock_shared(), locks.hold(self.store_dir.root, layout.DIGESTS, shared=False):
             yield
 
-    def equal(self, digest: str | None, below: tuple[str, ...]) -> Layer | None:
-        """Return the layer that stands for this content, kept; marks that count on layers below must mean the same."""
-        return None if digest is None else self.by_digest(digest, below)
-
     def write_record(self, record: LayerRecord) -> Layer:
-        """Enter a layer into the indexes and replace its record. The store's lock must be held.
+        """Add a layer to the indexes and replace its record. `publishing` must be entered.
 
-        The indexes come first: an entry that no record bears out is not believed, a layer without one is not found.
+        The indexes come first: an index line without a matching record is ignored, a layer in no index is not found.
         """
         self.index(record)
-        directory = self.store_dir.open(layer_path(record.id))
-        try:
+        with self._opened(record.id) as directory:
             self.store_dir.write(directory, layout.RECORD, records.encode(record))
-        finally:
-            sysio.close(directory)
         return Layer(self.store_dir, record)
 
     def write_manifest(self, layer_id: str, manifest: Summary) -> None:
-        """Put the manifest of a layer in place, durably."""
+        """Write the manifest of a layer, durably."""
+        with self._opened(layer_id) as directory:
+            write_manifest(directory, manifest)
+
+    @contextlib.contextmanager
+    def _opened(self, layer_id: str) -> Iterator[int]:
         directory = self.store_dir.open(layer_path(layer_id))
         try:
-            write_manifest(directory, manifest)
+            yield directory
         finally:
             sysio.close(directory)
 
-    def index(self, record: LayerRecord) -> None:
-        """Enter a layer into the indexes, unless another one stands for it."""
-        if record.same_as is not None:
-            return
-        for room, name in _index_places(record):
-            others = [line for line in self._index_lines(room, name) if line != record.id and self.get(line)]
-            self._write_index(room, name, [*others, record.id])
-
-    def tidy_indexes(self) -> None:
-        """Remove what the indexes say of layers that are gone."""
-        with self.publishing():
-            there = set(self.ids())
-            for room in (layout.DIGESTS, layout.DIFFS):
-                for name in self.store_dir.names(room):
-                    lines = self._index_lines(room, name)
-                    left = [line for line in lines if line in there]
-                    if not left:
-                        sysio.unlink_at(self.store_dir.subdirectories[room], name)
-                    elif left != lines:
-                        self._write_index(room, name, left)
-
-    def _write_index(self, room: bytes, name: bytes, ids: list[str]) -> None:
-        self.store_dir.write(self.store_dir.subdirectories[room], name, "\n".join(ids).encode() + b"\n")
-
     def note_diff_id(self, layer: Layer, diff_id: str) -> Layer:
-        """Remember the sha256 of a layer's canonical tar, which somebody has worked out."""
+        """Record the digest (``sha256:HEX``) of a layer's canonical tar, and return the layer."""
         with self.publishing():
             now = self.get(layer.id) or layer
             return self.write_record(msgspec.structs.replace(now.record, diff_id=diff_id))
 
 
 class StagedLayer:
-    """A layer in the making: fill the tree, then `publish`. A context; leaving it without publishing discards."""
+    """A layer that is being made: fill the tree, then `publish`.
+
+    A context manager: leaving it without publishing discards the layer. `tree_fd` is the open, empty tree.
+    """
 
     def __init__(self, layers: Layers, layer_id: str) -> None:
         self._layers = layers
@@ -296,35 +329,32 @@ class StagedLayer:
         self.id = layer_id
         self._name = layer_id.encode()
         self._published = False
-        with contextlib.ExitStack() as failing:
+        with contextlib.ExitStack() as undo:
             with self._store_dir.lock_shared():
                 sysio.mkdir_at(self._store_dir.subdirectories[layout.STAGING], self._name, 0o700)
                 self._directory = self._store_dir.open(layout.STAGING + b"/" + self._name)
-                failing.callback(sysio.close, self._directory)
-                self._hold = failing.enter_context(locks.create(self._directory, shared=True))
+                undo.callback(sysio.close, self._directory)
+                self._lock = undo.enter_context(locks.create(self._directory, shared=True))
             sysio.mkdir_at(self._directory, layout.TREE, 0o755)
             self.tree_fd = sysio.open_child(self._directory, layout.TREE, _DIRECTORY)
-            failing.pop_all()
+            undo.pop_all()
 
     @property
     def tree_path(self) -> bytes:
-        """The tree to fill, absolute."""
+        """The absolute path of the tree to fill."""
         return os.path.join(self._store_dir.path, layout.STAGING, self._name, layout.TREE)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        for fd in (self.tree_fd, self._directory):
+            sysio.close(fd)
         if not self._published:
-            with self._hold, contextlib.suppress(OSError):  # what cannot go now goes with the next gc
+            with self._lock, contextlib.suppress(OSError):  # what cannot be removed now is removed by the next gc
                 self._store_dir.move_to_trash(layout.STAGING, self._name)
             with contextlib.suppress(OSError):
                 self._store_dir.empty_trash()
-
-    def _close(self) -> None:
-        for fd in (self.tree_fd, self._directory):
-            sysio.close(fd)
 
     def publish(
         self,
@@ -337,11 +367,12 @@ class StagedLayer:
         below: tuple[str, ...] = (),
         created: str | None = None,
     ) -> Layer:
-        """Make the layer a part of the store, durably, and return it: an equal one instead where there is one.
+        """Add the layer to the store, durably, and return it, or an equal layer that was there before.
 
-        Without a manifest its state is "hashing" until `LayerStore.finish`. `flags` None means those of the manifest;
-        `below` are the layers that they count on, and is dropped where there are none. The layer is kept from gc until
-        the store is closed or an image names it.
+        Without a manifest its state is "hashing" until `LayerStore.complete_layer`. `flags` None means those of the
+        manifest. `below` are the ids of the layers that the flags depend on; it is dropped if there are none. `created`
+        is a time as `records.now` writes it; None means now. The layer is protected from gc until the store is closed
+        or an image names it.
         """
         if flags is None:
             flags = () if manifest is None else manifest.flags
@@ -360,35 +391,35 @@ class StagedLayer:
         )
         sysio.syncfs(self.tree_fd)
         with self._layers.publishing():
-            return self._same(record) or self._appear(record, manifest)
+            return self._find_equal(record) or self._publish_new(record, manifest)
 
-    def _same(self, record: LayerRecord) -> Layer | None:
-        same = self._layers.equal(record.digest, record.below)
+    def _find_equal(self, record: LayerRecord) -> Layer | None:
+        same = self._layers.find_equal(record.digest, record.below)
         if same is not None and record.diff_id is not None and same.record.diff_id is None:
             return self._layers.write_record(msgspec.structs.replace(same.record, diff_id=record.diff_id))
         return same
 
-    def _appear(self, record: LayerRecord, manifest: Summary | None) -> Layer:
+    def _publish_new(self, record: LayerRecord, manifest: Summary | None) -> Layer:
         if manifest is not None:
             write_manifest(self._directory, manifest)
         self._store_dir.write(self._directory, layout.RECORD, records.encode(record))
         self._layers.index(record)
-        rooms = self._store_dir.subdirectories
-        sysio.rename_at(rooms[layout.STAGING], self._name, rooms[layout.LAYERS], self._name)
+        subdirectories = self._store_dir.subdirectories
+        sysio.rename_at(subdirectories[layout.STAGING], self._name, subdirectories[layout.LAYERS], self._name)
         self._published = True
-        self._layers.protect(self.id, self._hold)
-        sysio.fsync(rooms[layout.LAYERS])
+        self._layers.protect(self.id, self._lock)
+        sysio.fsync(subdirectories[layout.LAYERS])
         return Layer(self._store_dir, record)
 
 
 def write_manifest(directory: int, manifest: Summary) -> None:
-    """Put a manifest into a layer's directory, durable; the record that speaks of it comes after."""
-    fresh = layout.MANIFEST + b".new"
-    fd = sysio.open_child(directory, fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    """Write a manifest to a layer's open directory, durably; the record that refers to it is written afterwards."""
+    temporary = layout.MANIFEST + b".new"
+    fd = sysio.open_child(directory, temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         manifest.write(fd)
         sysio.fsync(fd)
     finally:
         sysio.close(fd)
-    sysio.rename_at(directory, fresh, directory, layout.MANIFEST)
+    sysio.rename_at(directory, temporary, directory, layout.MANIFEST)
     sysio.fsync(directory)

@@ -1,11 +1,12 @@
-"""The manifest of a layer: every entry of its tree, what it is and, by hash, what is in it.
+"""The manifest of a layer: every entry of its tree, with its attributes and the hash of its content.
 
-The same layer gives the same bytes wherever it lies, so the sha256 of the bytes names the layer's content. Access and
-change times, inode numbers, the size of directories, and attributes that belong to a place are not part of
-it; nor is anything but the name of a whiteout device. docs/on-disk-format.md, "Manifest", has the format.
+The same layer has the same manifest wherever it is stored, so the sha256 of the manifest names the layer's content. Not
+part of it are access and change times, inode numbers, the size of directories, attributes that belong to the place
+(`entries.is_portable`), and everything but the name of a whiteout device. docs/on-disk-format.md, "Manifest", specifies
+the format.
 
-Entries stand in the order of a walk: a directory, then all that is in it, names sorted as bytes. The file is read and
-written one block at a time, so neither needs more memory for a larger layer.
+Entries are in the order of a walk: a directory, then its entries, names sorted as bytes. The file is read and written
+one block at a time, so memory does not grow with the layer.
 """
 
 import contextlib
@@ -27,17 +28,17 @@ from overlayfs.tree.staging import copy_data
 
 _HEADER = b"overlayfs manifest 1\n"
 _LENGTH = struct.Struct("<I")
-_ARRAY = struct.Struct(">BI")  # msgpack "array 32": always this form, so that there is one way to write a block
+_ARRAY = struct.Struct(">BI")  # msgpack "array 32": always this form, so that the encoding is unique
 _ARRAY_32 = 0xDD
 _BLOCK_ENTRIES = 512
 _BLOCK_BYTES = 256 * 1024
-_LONGEST_BLOCK = 64 << 20  # one entry with every attribute a file system can hold is far shorter
+_MAX_BLOCK = 64 << 20  # one entry with all attributes that a file system can store is far shorter
 _PIECE = 1 << 20
 _UNNAMED = os.O_RDWR | os.O_TMPFILE
 
 
 class _Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """An entry as it is written: name and depth stand for the path, which would repeat all names above."""
+    """An entry as it is written: depth and name instead of the path, which would repeat all names above."""
 
     depth: int
     name: bytes
@@ -56,7 +57,7 @@ class _Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Totals(NamedTuple):
-    """What a manifest sums up to; `size` and `flags` as `Manifest` has them."""
+    """The sums of a manifest; `size` and `flags` as in `Manifest`."""
 
     entries: int
     size: int
@@ -64,11 +65,11 @@ class Totals(NamedTuple):
 
 
 class DamagedError(UserError):
-    """A manifest that cannot be what was written."""
+    """The manifest is not what was written."""
 
 
 class Manifest:
-    """A manifest in an open file, which it owns. Several threads may read it at once."""
+    """A manifest in an open file, which it owns; a context manager. Several threads may read it at once."""
 
     def __init__(self, fd: int, where: str, totals: Totals | None = None) -> None:
         self._fd = fd
@@ -78,24 +79,25 @@ class Manifest:
 
     @classmethod
     def open(cls, fd: int, where: str = "the manifest") -> Self:
-        """Take over an open manifest file; `where` is its name in sentences."""
+        """Take over an open manifest file; `where` names it in messages."""
         return cls(fd, where)
 
     @classmethod
     def build(
         cls, tree: int, threads: int | None = None, progress: Progress | None = None, temp_dir: int | None = None
     ) -> Self:
-        """Read the layer behind the descriptor `tree` and return its manifest, kept in the directory `temp_dir`.
+        """Read the layer behind the descriptor `tree` and return its manifest, an unnamed file in `temp_dir`.
 
-        `progress` is told entries and bytes now and then. OSError, with the path, where the layer cannot be read or
-        changes meanwhile.
+        `temp_dir` is a directory's descriptor; None means the system's directory for temporary files.
+        `progress(entries, bytes)` is called periodically; `threads` None means as many as fit the machine. Raises
+        OSError, with the path, if the layer cannot be read or changes meanwhile.
         """
         with contextlib.closing(scan.scan(tree, threads, progress)) as scanning:
             return cls.of(map(scan.required, scanning), temp_dir)
 
     @classmethod
     def of(cls, entries: Iterable[Entry], temp_dir: int | None = None) -> Self:
-        """Write entries, which come in order, to an unnamed file in the directory `temp_dir` (None: the system's)."""
+        """Write entries, which must be in order, to an unnamed file in `temp_dir`, as in `build`."""
         fd = _unnamed(temp_dir)
         try:
             return cls(fd, "the manifest", _write(fd, entries))
@@ -104,7 +106,7 @@ class Manifest:
             raise
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         sysio.close(self._fd)
 
     def __enter__(self) -> Self:
@@ -115,7 +117,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """``sha256:HEX`` of all bytes."""
+        """``sha256:HEX`` of the file's bytes."""
         if self._digest is None:
             found = hashlib.sha256()
             for piece in self._pieces():
@@ -130,23 +132,23 @@ class Manifest:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Which of "metacopy" and "redirect" occur: they mean something only over the layers they were made on."""
+        """Which of "metacopy" and "redirect" occur: these are valid only over the layers they were made on."""
         return self.totals.flags
 
     @property
     def totals(self) -> Totals:
-        """The sums; a manifest that was opened is read once for them."""
+        """The sums; an opened manifest is read once to compute them."""
         if self._totals is None:
             self._totals = _sum(self.read())
         return self._totals
 
     @property
     def entries(self) -> "Entries":
-        """All entries, in order; each iteration begins at the first."""
+        """All entries, in order; each iteration starts at the first."""
         return Entries(self)
 
     def read(self) -> Iterator[Entry]:
-        """Yield all entries from the first; `DamagedError` where the file is not as it was written."""
+        """Yield all entries in order; raises `DamagedError` if the file is not what was written."""
         try:
             yield from _decode(self._blocks())
         except (msgspec.DecodeError, ValueError) as error:
@@ -164,11 +166,11 @@ class Manifest:
 
     def _blocks(self) -> Iterator[bytes]:
         if sysio.read_at(self._fd, 0, len(_HEADER)) != _HEADER:
-            raise ValueError("it does not begin as a manifest does")
+            raise ValueError("it does not begin like a manifest")
         offset = len(_HEADER)
         while head := sysio.read_at(self._fd, offset, _LENGTH.size):
             length = _LENGTH.unpack(head.ljust(_LENGTH.size, b"\xff"))[0]
-            block = sysio.read_at(self._fd, offset + _LENGTH.size, length) if length <= _LONGEST_BLOCK else b""
+            block = sysio.read_at(self._fd, offset + _LENGTH.size, length) if length <= _MAX_BLOCK else b""
             if len(block) != length:
                 raise ValueError("it is cut short")
             yield block
@@ -176,7 +178,7 @@ class Manifest:
 
 
 class Entries:
-    """The entries of a manifest, to be iterated and counted."""
+    """The entries of a manifest: iterable, with a length."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -190,7 +192,7 @@ class Entries:
 
 def _unnamed(temp_dir: int | None) -> int:
     if temp_dir is not None:
-        with contextlib.suppress(OSError):  # a file system without O_TMPFILE
+        with contextlib.suppress(OSError):  # the file system may not support O_TMPFILE
             return sysio.open_child(temp_dir, b"", _UNNAMED, 0o600)
     with tempfile.TemporaryFile() as stream:
         return os.dup(stream.fileno())
@@ -208,7 +210,7 @@ def _write(fd: int, entries: Iterable[Entry]) -> Totals:
 
 
 def _encode(entries: Iterable[Entry]) -> Iterator[bytes]:
-    """Yield blocks: length, then a msgpack array of rows, closed after so many rows or bytes."""
+    """Yield blocks: the length, then a msgpack array of rows. A block ends at a number of rows or of bytes."""
     encoder = msgspec.msgpack.Encoder()
     block = bytearray()
     count = 0
@@ -237,7 +239,7 @@ def _row(entry: Entry) -> _Row:
         entry.uid,
         entry.gid,
         entry.size,
-        *divmod(entry.mtime_ns, 1_000_000_000),  # nanoseconds alone would not fit into 64 bits after 2554
+        *divmod(entry.mtime_ns, 1_000_000_000),  # nanoseconds since 1970 do not fit into 64 bits after 2554
         entry.rdev,
         entry.target,
         entry.xattrs,
@@ -247,7 +249,7 @@ def _row(entry: Entry) -> _Row:
 
 
 class _Sum:
-    """Adds up what passes through."""
+    """Counts the entries that pass through."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -288,13 +290,13 @@ def _decode(blocks: Iterable[bytes]) -> Iterator[Entry]:
 
 
 def _check(row: _Row, above: list[bytes]) -> None:
-    """Cut `above` back to the directory that holds the row; ValueError for a row that no walk gives."""
+    """Cut `above` back to the directory of the row; raises ValueError if no walk would give this row."""
     if not 0 <= row.depth <= len(above) or (row.depth == 0 and above):
         raise ValueError("its entries are out of order")
     if row.depth == 0 and row.name:
         raise ValueError("its root has a name")
     if row.depth > 0 and (not row.name or b"/" in row.name or b"\0" in row.name or row.name in (b".", b"..")):
-        raise ValueError("it holds something that is not a name")
+        raise ValueError("it contains something that is not a name")
     if row.depth < len(above) and row.name <= above[row.depth][above[row.depth].rfind(b"/") + 1 :]:
         raise ValueError("its names are out of order")
     del above[row.depth :]

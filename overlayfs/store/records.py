@@ -1,7 +1,7 @@
-"""What the store writes down: one small JSON document per layer, image and workspace.
+"""Records of the store: one small JSON document per layer, image, workspace and intent.
 
-Values are frozen; a change is a new value that replaces the file in one step. Times are RFC 3339 in UTC. Members that
-a later version of this format adds are skipped by this one; a change that would mislead it gets another format number
+Records are frozen values; a change is a new value that replaces the file atomically. Times are RFC 3339 in UTC. Members
+added by later versions are ignored by this one; a change that would mislead it gets another format number
 (`layout.FORMAT`). Each document ends with the member "check", the xxh3-128 of the bytes before it.
 """
 
@@ -20,11 +20,12 @@ State = Literal["hashing", "complete"]
 
 
 class LayerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One layer. While `state` is "hashing" it is usable, but `digest`, `size` and `entries` are not known yet.
+    """One layer. While `state` is "hashing" it can be used, but `digest`, `size` and `entries` are not known yet.
 
     `digest` is ``sha256:HEX`` of the manifest, `diff_id` that of the canonical layer tar where known. `size` counts the
-    bytes of regular files, hard links once. `flags` may hold "redirect" and "metacopy": marks that mean something only
-    over the layers `below`, top first. `same_as` names the equal layer that images use instead of this one.
+    bytes of regular files, hard links once. `flags` may contain "redirect" and "metacopy": the layer has attributes
+    that are valid only over the layers `below`, top first. `same_as` is the id of the equal layer that images use
+    instead of this one.
     """
 
     id: str
@@ -42,7 +43,7 @@ class LayerRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of an image's making, as in the OCI image configuration; an `empty_layer` changed no file."""
+    """One step of an image's history, as in the OCI image configuration; an `empty_layer` step changed no file."""
 
     created: str = ""
     author: str = ""
@@ -52,9 +53,9 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A name for a stack: `layers` are ids, top first; `history` is oldest first, as OCI writes it.
+    """A name for a stack. `layers` are ids, top first; `history` is oldest first, as in the OCI image configuration.
 
-    `config` is the "config" object of the OCI image configuration, kept as it came.
+    `config` is the "config" object of the OCI image configuration, unchanged.
     """
 
     name: str
@@ -70,9 +71,9 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkspaceRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An upper kept for a mount of `image`, over `layers` (ids, top first) as they were when it was made.
+    """An upper for mounts of `image`, over `layers`: ids, top first, as of the creation and the commits since.
 
-    An `ephemeral` one goes with its mount.
+    An `ephemeral` workspace is removed with its mount.
     """
 
     name: str
@@ -83,9 +84,9 @@ class WorkspaceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Intent(msgspec.Struct, frozen=True, kw_only=True):
-    """What follows once a tree has become the tree of `layer`; whoever finds it finishes it.
+    """What must follow once a directory has become the tree of `layer`; `CommitTransactions.recover` completes it.
 
-    `workspace` gets a fresh upper over the longer stack, `image` is put.
+    `workspace` gets a new upper over the longer stack; `image` is put.
     """
 
     layer: str
@@ -97,15 +98,15 @@ AnyRecord = TypeVar("AnyRecord", LayerRecord, ImageRecord, WorkspaceRecord, Inte
 
 
 def encode(record: LayerRecord | ImageRecord | WorkspaceRecord | Intent) -> bytes:
-    """Return the document of a record, ready to be a file; its last member is the check of all that stands before."""
+    """Return the document of a record, one line with its checksum at the end."""
     return with_checksum(msgspec.json.encode(record))
 
 
 def decode(document: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
-    """Return the record in a document; UserError, which names `where`, for one that is damaged."""
+    """Return the record in a document; raises UserError, which names `where`, if it is damaged."""
     try:
         if not has_valid_checksum(document):
-            raise msgspec.DecodeError("its check does not fit")
+            raise msgspec.DecodeError("its checksum does not match")
         return msgspec.json.decode(document, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{where} is damaged: {str(error)[:200]}; restore it from a copy, or remove it") from None
@@ -115,7 +116,7 @@ _CHECK = b',"check":"'
 
 
 def with_checksum(document: bytes) -> bytes:
-    """Return a JSON object, which is not empty, as a line that ends with its check."""
+    """Return a JSON object, which must not be empty, as a line whose last member "check" is its checksum."""
     return _append_checksum(document.removesuffix(b"}"))
 
 
@@ -124,15 +125,15 @@ def _append_checksum(members: bytes) -> bytes:
 
 
 def has_valid_checksum(line: bytes) -> bool:
-    """Return whether not a bit of what `sealed` has returned is another one: what is left may be good JSON."""
+    """Return whether a line is what `with_checksum` has returned: a damaged document may still be valid JSON."""
     return line == _append_checksum(line.rpartition(_CHECK)[0])
 
 
 def now() -> str:
-    """Return the time as records hold it."""
+    """Return the current time in the form of the records."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def printable(text: str) -> str:
-    """Return text that a JSON document can hold: bytes of the command line that are not UTF-8 become U+FFFD."""
+    """Return text that JSON can hold: bytes of the command line that are not UTF-8 become U+FFFD."""
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,11 +1,11 @@
-"""Repair: what is damaged in a layer is put back as its manifest has it, from wherever the content still is.
+"""Repair: restores the damaged entries of a layer to what its manifest says, from any copy of their content.
 
-Owner, mode, times, attributes, targets and whiteouts stand in the manifest itself. Content comes from any file with
-the hash that is wanted: under another name in the same layer, in another layer, in another store, or in an image that
-is loaded from a registry for this. It is hashed again as it is put in place.
+Owner, mode, times, attributes, targets and whiteouts are in the manifest itself. Content comes from any file with the
+right hash: under another name in the same layer, in another layer, in another store, or in an image that is pulled from
+a registry for this. The copy is hashed before it is put in place.
 
-Each object is built aside, synced and renamed; a repair that is killed has done a part of its work, and verification
-finds what is left. Nobody else may use the layer meanwhile: it is locked exclusively.
+Each object is built in staging, synced and renamed. A killed repair has done part of its work, and verification finds
+the rest. The layer is locked exclusively meanwhile.
 """
 
 import contextlib
@@ -28,44 +28,45 @@ from overlayfs.store.verify import EXTRA, Problem
 from overlayfs.tree.staging import copy_data
 from overlayfs.tree.workdir import remove_tree
 
-_NEW = b"new"
+_NEW = b"new"  # the name of an object while it is built
 _KINDS = {
     Type.FIFO: stat.S_IFIFO, Type.SOCKET: stat.S_IFSOCK, Type.CHAR: stat.S_IFCHR, Type.BLOCK: stat.S_IFBLK,
     Type.WHITEOUT: stat.S_IFCHR,
 }  # fmt: skip
-_ENOUGH = 4  # places to try for one content
+_MAX_CANDIDATES = 4  # files to try for one content
 _PATH = os.O_PATH | os.O_DIRECTORY
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
 
 Load = Callable[[bytes, str], LayerStore]
-"""Makes a store in a directory that does not exist yet, with the image of a registry in it."""
+"""load(path, reference): creates a store in a new directory and pulls the image of a registry into it."""
 
-Told = Callable[[str], None]
-"""Told in a few words what is being done."""
+Report = Callable[[str], None]
+"""report(text): called with what is being done, in a few words."""
 
 
 class _Item(NamedTuple):
-    """One thing to be put right: the entry as it shall be, or for EXTRA as it is."""
+    """One difference to repair: the entry as it must be, or as it is if it is EXTRA."""
 
     kind: str
     entry: Entry
     differs: tuple[str, ...]
 
 
-class _Content(NamedTuple):
-    """A file that should have some content."""
+class _Candidate(NamedTuple):
+    """A file that has a wanted content according to its manifest."""
 
     layer: Layer
     path: bytes
 
 
-_Wanted = tuple[str, int]  # hash and size
+_Content = tuple[str, int]  # xxh3-128 in hex, size in bytes
 
 
-def repair(store: LayerStore, problems: tuple[Problem, ...], sources: tuple[LayerStore, ...], told: Told) -> None:
-    """Put right what can be in the layers that have problems; `sources` are stores to take content from, best first.
+def repair(store: LayerStore, problems: tuple[Problem, ...], sources: tuple[LayerStore, ...], report: Report) -> None:
+    """Repair what can be repaired in the layers with problems.
 
-    What stays wrong, verification tells again. UserError when a layer is in use.
+    `sources` are stores to take content from, best first. Verification finds what is still wrong. Raises UserError if
+    a damaged layer is in use.
     """
     layers = Layers(store.directory)
     for problem in problems:
@@ -76,10 +77,10 @@ def repair(store: LayerStore, problems: tuple[Problem, ...], sources: tuple[Laye
         if verify.RECORD in kinds and not _restore_record(layers, layer_id):
             continue
         if verify.REMOTE in kinds:
-            _forget_registries(layers, layer_id)
+            _remove_blob_info_cache(layers, layer_id)
         layer = layers.get(layer_id)
         if layer is not None:
-            told(f"repairing layer {layer_id[:12]}")
+            report(f"repairing layer {layer_id[:12]}")
             _LayerRepair(store, layer, sources).run()
             with layers.publishing():
                 layers.index(layer.record)
@@ -89,9 +90,9 @@ def repair(store: LayerStore, problems: tuple[Problem, ...], sources: tuple[Laye
 
 
 def _restore_record(layers: Layers, layer_id: str) -> bool:
-    """Write the record of a layer anew from what else tells of it; False when nothing vouches for its manifest.
+    """Write a new record for a layer from its manifest; False if no index confirms the manifest's digest.
 
-    Author, message and time of making are lost; the time of the manifest stands for the latter.
+    Author and message are lost; the time of creation becomes the manifest's modification time.
     """
     try:
         fd = layers.store_dir.open(layer_path(layer_id) + b"/" + layout.MANIFEST, os.O_RDONLY)
@@ -99,7 +100,7 @@ def _restore_record(layers: Layers, layer_id: str) -> bool:
         return False
     changed = sysio.stat_at(fd, b"").st_mtime
     with Manifest.open(fd) as manifest:
-        if layer_id not in _index_lines(layers, manifest.digest):
+        if layer_id not in layers.index_lines(layout.DIGESTS, manifest.digest):
             return False
         record = LayerRecord(
             id=layer_id,
@@ -118,16 +119,16 @@ def _restore_record(layers: Layers, layer_id: str) -> bool:
 
 
 def _restore_image(store: LayerStore, path: bytes, sources: tuple[LayerStore, ...]) -> None:
-    """Take the record of an image from a store that has one of the same name, made of layers that are here."""
+    """Copy the record of an image from a store with an image of this name, if its layers are here."""
     for source in sources:
         with contextlib.suppress(FileNotFoundError, UserError):
             if path.startswith(layout.IMAGES + b"/"):
-                store.put_image(records.decode(source.directory.read(path), ImageRecord, ""))
+                store.images.put(records.decode(source.directory.read(path), ImageRecord, ""))
                 return
 
 
-def _forget_registries(layers: Layers, layer_id: str) -> None:
-    """Remove what is remembered of registries: it is found out again."""
+def _remove_blob_info_cache(layers: Layers, layer_id: str) -> None:
+    """Remove the damaged cache of what registries have; it is filled again by use."""
     directory = layers.store_dir.open(layer_path(layer_id))
     try:
         sysio.unlink_at(directory, layout.REMOTE)
@@ -135,24 +136,16 @@ def _forget_registries(layers: Layers, layer_id: str) -> None:
         sysio.close(directory)
 
 
-def _index_lines(layers: Layers, digest: str) -> list[str]:
-    name = layout.digest_file(digest)
-    try:
-        return [] if name is None else os.fsdecode(layers.store_dir.read(layout.DIGESTS, name)).split()
-    except FileNotFoundError:
-        return []
-
-
 def _below(layers: Layers, layer_id: str) -> tuple[str, ...]:
-    """Return the layers that an image has under this one."""
-    for name in verify.image_records(layers.store_dir):
-        if layer_id in name.layers:
-            return name.layers[name.layers.index(layer_id) + 1 :]
+    """Return the ids of the layers below this one in any image that has it."""
+    for image in verify.image_records(layers.store_dir):
+        if layer_id in image.layers:
+            return image.layers[image.layers.index(layer_id) + 1 :]
     return ()
 
 
 def _find_manifest(layer: Layer, tree: int, sources: tuple[LayerStore, ...]) -> Manifest | None:
-    """Return the layer's manifest: its own, one made from the tree, or a copy elsewhere; by its digest it is right."""
+    """Return a manifest with the digest of the record: the layer's own, one made from the tree, or a copy elsewhere."""
     digest = layer.record.digest
     for candidate in _manifests(layer, tree, sources):
         if candidate.digest == digest:
@@ -167,7 +160,7 @@ def _manifests(layer: Layer, tree: int, sources: tuple[LayerStore, ...]) -> Iter
     with contextlib.suppress(OSError):
         yield Manifest.build(tree)
     for source in sources:
-        other = source.by_digest(layer.record.digest or "")
+        other = source.layers.by_digest(layer.record.digest or "")
         if other is not None and other.path != layer.path:
             with contextlib.suppress(FileNotFoundError):
                 yield Manifest.open(other.manifest_fd())
@@ -177,29 +170,29 @@ def _manifests(layer: Layer, tree: int, sources: tuple[LayerStore, ...]) -> Iter
 
 
 class _LayerRepair:
-    """The repair of one layer."""
+    """Repairs one layer."""
 
     def __init__(self, store: LayerStore, layer: Layer, sources: tuple[LayerStore, ...]) -> None:
         self._store = store
         self._layer = layer
         self._sources = (*sources, store)
-        self._touched: set[bytes] = set()  # directories whose times must be put back
+        self._touched: set[bytes] = set()  # directories whose times must be restored
 
     def run(self) -> None:
-        """Put right all that can be."""
-        with ExitStack() as held:
-            held.enter_context(self._layer.hold_exclusively())
-            self._tree = self._opened(self._layer.tree_path, held)
-            self._home = self._opened(self._layer.path, held)
-            # What a killed repair leaves in the staging place is garbage like a layer that nobody finished.
-            self._aside = held.enter_context(self._store.new_layer()).tree_fd
+        """Repair what can be repaired."""
+        with ExitStack() as closing:
+            closing.enter_context(self._layer.hold_exclusively())
+            self._tree = self._opened(self._layer.tree_path, closing)
+            self._layer_dir = self._opened(self._layer.path, closing)
+            # gc removes what a killed repair leaves in staging, like any unfinished layer.
+            self._staging = closing.enter_context(self._store.layers.stage()).tree_fd
             manifest = _find_manifest(self._layer, self._tree, self._sources)
             if manifest is None:
                 return
-            held.enter_context(manifest)
+            closing.enter_context(manifest)
             if not self._has_manifest():
-                write_manifest(self._home, manifest)
-            self._put_right(manifest)
+                write_manifest(self._layer_dir, manifest)
+            self._restore_entries(manifest)
 
     def _has_manifest(self) -> bool:
         try:
@@ -214,7 +207,7 @@ class _LayerRepair:
         held.callback(sysio.close, fd)
         return fd
 
-    def _put_right(self, manifest: Manifest) -> None:
+    def _restore_entries(self, manifest: Manifest) -> None:
         with contextlib.closing(scan.scan(self._tree)) as scanning:
             items = [_Item(*each) for each in verify.compare(manifest, scanning)]
         if not items:
@@ -229,27 +222,27 @@ class _LayerRepair:
         self._restore_times(manifest)
         sysio.syncfs(self._tree)
 
-    # --- where content is ------------------------------------------------------------------------------
+    # --- finding content ------------------------------------------------------------------------------
 
-    def _contents(self, items: list[_Item]) -> dict[_Wanted, list[_Content]]:
-        """Return where the content of what must be made again may be found."""
-        found: dict[_Wanted, list[_Content]] = {}
+    def _contents(self, items: list[_Item]) -> dict[_Content, list[_Candidate]]:
+        """Return the candidates for the content of the files that must be made again."""
+        found: dict[_Content, list[_Candidate]] = {}
         for item in items:
             wanted = _wanted(item.entry)
             if wanted is not None and item.kind != EXTRA and not _only_attributes(item):
                 found[wanted] = self._own_names(item.entry, items)
         if found:
             for layer in self._layers():
-                _look_into(layer, found)
+                _add_candidates(layer, found)
         return found
 
-    def _own_names(self, entry: Entry, items: list[_Item]) -> list[_Content]:
-        """Return the other names of a file in the same layer: if they are parted from it, one may be whole."""
+    def _own_names(self, entry: Entry, items: list[_Item]) -> list[_Candidate]:
+        """Return the other names of a file in the same layer: if the link is broken, one of them may be intact."""
         names = (item.entry.path for item in items if item.entry.link == entry.path and item.kind != EXTRA)
-        return [_Content(self._layer, name) for name in names]
+        return [_Candidate(self._layer, name) for name in names]
 
     def _layers(self) -> Iterator[Layer]:
-        """Yield every layer that content may be taken from, each content once."""
+        """Yield every layer that content may be taken from, once."""
         seen = set()
         for source in self._sources:
             for layer in source.layers():
@@ -261,21 +254,24 @@ class _LayerRepair:
 
     def _remove(self, path: bytes) -> None:
         directory, name = os.path.split(path)
-        with contextlib.suppress(FileNotFoundError), self._directory(directory) as dirfd:  # gone with what held it
+        with contextlib.suppress(FileNotFoundError), self._directory(directory) as dirfd:  # removed with its directory
             remove_tree(dirfd, name)
             self._touched.add(directory)
 
-    def _restore(self, item: _Item, contents: dict[_Wanted, list[_Content]]) -> None:
+    def _restore(self, item: _Item, contents: dict[_Content, list[_Candidate]]) -> None:
         entry = item.entry
         directory, name = os.path.split(entry.path)
         if entry.type is Type.DIR and self._is_directory(entry.path):
             with self._directory(entry.path) as dirfd:
-                _dress(dirfd, b"", entry)
+                _apply_attributes(dirfd, b"", entry)
             self._touched.add(entry.path)
             return
-        with contextlib.suppress(FileNotFoundError), self._directory(directory) as dirfd:  # it could not be made itself
+        with (
+            contextlib.suppress(FileNotFoundError),
+            self._directory(directory) as dirfd,
+        ):  # its directory could not be restored
             if _only_attributes(item):
-                _dress(dirfd, name, entry)
+                _apply_attributes(dirfd, name, entry)
             elif self._link(entry) if entry.link is not None else self._build(entry, contents):
                 self._move(dirfd, name, entry)
 
@@ -295,74 +291,74 @@ class _LayerRepair:
             sysio.close(fd)
 
     def _link(self, entry: Entry) -> bool:
-        """Make one more name of a file aside; False when the file is not there."""
+        """Create a hard link to a file in staging; False if the file is not there."""
         directory, name = os.path.split(entry.link or b"")
         try:
             with self._directory(directory) as dirfd:
-                sysio.link_at(dirfd, name, self._aside, _NEW)
+                sysio.link_at(dirfd, name, self._staging, _NEW)
         except FileNotFoundError:
             return False
         return True
 
-    def _build(self, entry: Entry, contents: dict[_Wanted, list[_Content]]) -> bool:
-        """Make an object aside, complete; False when its content is nowhere."""
+    def _build(self, entry: Entry, contents: dict[_Content, list[_Candidate]]) -> bool:
+        """Build an object in staging, complete; False if its content is not found."""
         if entry.type is Type.FILE:
             if not self._build_file(entry, contents):
                 return False
         elif entry.type is Type.DIR:
-            sysio.mkdir_at(self._aside, _NEW, 0o700)
+            sysio.mkdir_at(self._staging, _NEW, 0o700)
         elif entry.type is Type.SYMLINK:
-            sysio.symlink_at(entry.target or b"", self._aside, _NEW)
+            sysio.symlink_at(entry.target or b"", self._staging, _NEW)
         else:
-            sysio.mknod_at(self._aside, _NEW, _KINDS[entry.type] | entry.mode, entry.rdev)
+            sysio.mknod_at(self._staging, _NEW, _KINDS[entry.type] | entry.mode, entry.rdev)
         if entry.type is not Type.WHITEOUT:
-            _dress(self._aside, _NEW, entry)
+            _apply_attributes(self._staging, _NEW, entry)
         return True
 
-    def _build_file(self, entry: Entry, contents: dict[_Wanted, list[_Content]]) -> bool:
+    def _build_file(self, entry: Entry, contents: dict[_Content, list[_Candidate]]) -> bool:
         wanted = _wanted(entry)
         if wanted is None:
-            _make(self._aside, lambda fd: sysio.truncate_fd(fd, entry.size))
+            _create_file(self._staging, lambda fd: sysio.truncate_fd(fd, entry.size))
             return True
-        return any(self._take(place, wanted) for place in contents.get(wanted, ()))
+        return any(self._copy(candidate, wanted) for candidate in contents.get(wanted, ()))
 
-    def _take(self, place: _Content, wanted: _Wanted) -> bool:
-        """Copy a file to `new` aside; False, and nothing is there, when it does not have the content that is wanted."""
+    def _copy(self, candidate: _Candidate, wanted: _Content) -> bool:
+        """Copy a file to staging; False, and no copy is left, if it does not have the wanted content."""
         try:
             with contextlib.ExitStack() as closing:
-                tree = self._opened(place.layer.tree_path, closing)
-                source = sysio.open_beneath(tree, place.path, _READ)
+                tree = self._opened(candidate.layer.tree_path, closing)
+                source = sysio.open_beneath(tree, candidate.path, _READ)
                 closing.callback(sysio.close, source)
                 if stat.S_ISREG(sysio.stat_at(source, b"").st_mode):
-                    _make(self._aside, lambda fd: copy_data(source, fd))
-            if _hash_of(self._aside, _NEW) == wanted:
+                    _create_file(self._staging, lambda fd: copy_data(source, fd))
+            if _hash_of(self._staging, _NEW) == wanted:
                 return True
-        except OSError:  # the next place may be better
+        except OSError:  # try the next candidate
             pass
-        remove_tree(self._aside, _NEW)
+        remove_tree(self._staging, _NEW)
         return False
 
     def _move(self, dirfd: int, name: bytes, entry: Entry) -> None:
-        """Put what was made aside in its place, durable before it is there."""
+        """Move an object from staging to its place; a file is synced first."""
         if entry.type is Type.FILE:
-            fd = sysio.open_child(self._aside, _NEW, _READ)
+            fd = sysio.open_child(self._staging, _NEW, _READ)
             try:
                 sysio.fsync(fd)
             finally:
                 sysio.close(fd)
         if entry.type is Type.DIR or self._is_directory(entry.path):
             remove_tree(dirfd, name)
-        sysio.rename_at(self._aside, _NEW, dirfd, name)
-        remove_tree(self._aside, _NEW)  # rename(2) leaves both names if they are one file already
+        sysio.rename_at(self._staging, _NEW, dirfd, name)
+        remove_tree(self._staging, _NEW)  # rename(2) leaves both names if they are the same file
         self._touched.add(os.path.dirname(entry.path))
         if entry.type is Type.DIR:
             self._touched.add(entry.path)
 
     def _restore_times(self, manifest: Manifest) -> None:
-        """Put back the times of the directories in which something was put right, the deepest first."""
+        """Restore the times of the directories that the repair has changed, the deepest first."""
         times = [(entry.path, entry.mtime_ns) for entry in manifest.entries if entry.path in self._touched]
         for path, mtime in reversed(times):
-            with contextlib.suppress(OSError), self._directory(path) as dirfd:  # what could not be made has no time
+            with contextlib.suppress(OSError), self._directory(path) as dirfd:  # it may not have been restored
                 sysio.utimens_at(dirfd, b"", None, mtime)
 
 
@@ -370,29 +366,29 @@ def _only_attributes(item: _Item) -> bool:
     return item.kind == verify.DAMAGED and all(each.startswith(verify.ATTRIBUTE_WORDS) for each in item.differs)
 
 
-def _wanted(entry: Entry) -> _Wanted | None:
-    """Return what identifies the content of a file; None for one without data of its own."""
+def _wanted(entry: Entry) -> _Content | None:
+    """Return hash and size of a file's content; None if it has no data of its own."""
     return None if entry.xxh3 is None or entry.size == 0 else (entry.xxh3, entry.size)
 
 
-def _look_into(layer: Layer, found: dict[_Wanted, list[_Content]]) -> None:
-    """Add the files of a layer that have some content which is looked for."""
+def _add_candidates(layer: Layer, found: dict[_Content, list[_Candidate]]) -> None:
+    """Add the files of a layer that have one of the contents in `found`."""
     with contextlib.suppress(FileNotFoundError, DamagedError), Manifest.open(layer.manifest_fd()) as manifest:
         for entry in manifest.entries:
             wanted = _wanted(entry)
-            if wanted in found and wanted is not None and len(found[wanted]) < _ENOUGH:
-                found[wanted].append(_Content(layer, entry.path))
+            if wanted in found and wanted is not None and len(found[wanted]) < _MAX_CANDIDATES:
+                found[wanted].append(_Candidate(layer, entry.path))
 
 
-def _make(aside: int, fill: Callable[[int], None]) -> None:
-    fd = sysio.open_child(aside, _NEW, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+def _create_file(staging: int, fill: Callable[[int], None]) -> None:
+    fd = sysio.open_child(staging, _NEW, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         fill(fd)
     finally:
         sysio.close(fd)
 
 
-def _hash_of(dirfd: int, name: bytes) -> _Wanted:
+def _hash_of(dirfd: int, name: bytes) -> _Content:
     fd = sysio.open_child(dirfd, name, _READ)
     try:
         return scan.hash_file(fd)
@@ -400,8 +396,8 @@ def _hash_of(dirfd: int, name: bytes) -> _Wanted:
         sysio.close(fd)
 
 
-def _dress(dirfd: int, name: bytes, entry: Entry) -> None:
-    """Give an object the owner, attributes, mode and time of an entry; marks that belong to the place stay."""
+def _apply_attributes(dirfd: int, name: bytes, entry: Entry) -> None:
+    """Give an object the owner, attributes, mode and time of an entry; attributes not part of a layer stay."""
     found = sysio.stat_at(dirfd, name)
     if (found.st_uid, found.st_gid) != (entry.uid, entry.gid):
         sysio.chown_at(dirfd, name, entry.uid, entry.gid)
@@ -409,24 +405,28 @@ def _dress(dirfd: int, name: bytes, entry: Entry) -> None:
     for attribute in sysio.listxattr_at(dirfd, name):
         if is_portable(attribute) and attribute not in wanted:
             sysio.removexattr_at(dirfd, name, attribute)
-    for attribute, value in wanted.items():  # after the owner: chown(2) takes capabilities away
+    for attribute, value in wanted.items():  # after the owner: chown(2) removes capabilities
         sysio.setxattr_at(dirfd, name, attribute, value)
     if entry.type is not Type.SYMLINK:
         sysio.chmod_at(dirfd, name, entry.mode)
     sysio.utimens_at(dirfd, name, None, entry.mtime_ns)
 
 
-# --- from outside ------------------------------------------------------------------------------------------
+# --- sources ------------------------------------------------------------------------------------------
 
 
-def source_stores(store: LayerStore, given: str, load: Load, told: Told, held: ExitStack) -> tuple[LayerStore, ...]:
-    """Return the stores, other than `store`, that `given` names: none for an image of its own, another store's
-    directory, or a registry's image, which `load` puts into a store that goes with `held`.
+def source_stores(
+    store: LayerStore, given: str, load: Load, report: Report, opened: ExitStack
+) -> tuple[LayerStore, ...]:
+    """Return the stores, other than `store`, to take content from; they are closed with `opened`.
+
+    `given` is an image of `store` (no other store is needed), the directory of another store, or an image of a
+    registry, which `load` puts into a temporary store.
     """
-    if store.find_image(given) is not None:
+    if store.images.get(given) is not None:
         return ()
     if os.path.isdir(os.path.join(os.fsencode(given), layout.LAYERS)):
-        return (held.enter_context(LayerStore(os.fsencode(given), create=False)),)
-    staged = held.enter_context(store.new_layer())
-    told(f"loading {given}")
-    return (held.enter_context(load(os.path.join(os.path.dirname(staged.tree_path), b"from"), given)),)
+        return (opened.enter_context(LayerStore(os.fsencode(given), create=False)),)
+    staged = opened.enter_context(store.layers.stage())
+    report(f"loading {given}")
+    return (opened.enter_context(load(os.path.join(os.path.dirname(staged.tree_path), b"from"), given)),)

@@ -1,8 +1,8 @@
-"""A layer read whole: its tree walked in order by one thread, attributes and content read by several.
+"""Scanning a layer: one thread walks the tree in order, several read attributes and content.
 
-A layer may hold anything: names of any bytes, links, FIFOs, devices, a tree deeper than the interpreter's stack. All is
-reached by descriptors, nothing is followed, and only regular files are opened. What cannot be read does not end the
-scan: the error comes with its path.
+A layer may contain anything: names of any bytes, links, FIFOs, devices, a tree deeper than the interpreter's stack. It
+is read through descriptors, no symbolic link is followed, and only regular files are opened. An error does not end the
+scan: it is yielded with its path.
 """
 
 import errno
@@ -23,15 +23,15 @@ from overlayfs.tree.dirfds import SPARE, DirFds
 from overlayfs.tree.layer import join
 
 Progress = Callable[[int, int], None]
-"""Told how many entries and bytes of content have been read so far."""
+"""progress(entries, bytes): called periodically with the number of entries and bytes of content done so far."""
 
 _BATCH_ENTRIES = 64
 _BATCH_BYTES = 4 << 20
-_AHEAD = 4  # batches that wait for each thread
-_BUFFER = 1 << 20  # xxhash releases the interpreter's lock for blocks of this size
+_AHEAD = 4  # batches queued for each thread
+_BUFFER = 1 << 20  # xxhash releases the GIL for blocks of this size
 _SMALL = 128 * 1024
 _ZEROS = memoryview(bytes(_BUFFER))
-_TICK = 0.1  # seconds between two calls of `progress` while one large file is read
+_PROGRESS_INTERVAL = 0.1  # seconds between two calls of `progress` while one large file is read
 _CHANGED = "changed while it was read"
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
 _TYPES = {
@@ -46,14 +46,14 @@ _TYPES = {
 
 
 class Scanned(NamedTuple):
-    """An entry as it was read; with an error, what the walk knew of it, its content and attributes left out."""
+    """An entry as it was read; with an error, only what the walk found out, without content and attributes."""
 
     entry: Entry
     error: OSError | None = None
 
 
 class _Found(NamedTuple):
-    """What the walk knows of an entry. `link`: the first path of the same inode, if this is another one."""
+    """What the walk found out about an entry. link: the first path of the same inode, if this is another one."""
 
     directory: bytes
     name: bytes
@@ -63,7 +63,7 @@ class _Found(NamedTuple):
 
 
 def required(scanned: Scanned) -> Entry:
-    """Return the entry; raises the error it came with, the path in it."""
+    """Return the entry; raises the OSError it came with, with its path."""
     error = scanned.error
     if error is not None:
         raise OSError(error.errno, error.strerror, scanned.entry.path) from error
@@ -71,10 +71,10 @@ def required(scanned: Scanned) -> Entry:
 
 
 def scan(root: int, threads: int | None = None, progress: Progress | None = None) -> Generator[Scanned, None, None]:
-    """Yield every entry below `root`, a directory's descriptor, in the order of a manifest, the root first.
+    """Yield every entry of the tree below the descriptor `root`, in the order of a manifest, the root first.
 
-    Memory does not grow with the tree, but for one listing per directory that is open in the walk and one path per
-    inode of several names. Closing the generator stops the threads, which use `root` until then.
+    Memory does not grow with the tree, except for one listing per level and one path per inode of several names.
+    Closing the generator stops the threads, which use `root` until then.
     """
     state = _State(progress)
     pool = ThreadPoolExecutor(threads or _usual_threads(), "scan")
@@ -93,12 +93,12 @@ def scan(root: int, threads: int | None = None, progress: Progress | None = None
 
 
 def _usual_threads() -> int:
-    # More than CPUs: while one reads from the disk, another hashes.
+    # More threads than CPUs: while one reads from the disk, another hashes.
     return max(4, min(16, os.cpu_count() or 1))
 
 
 class _State:
-    """What the threads share with the reader of the scan."""
+    """State shared by the threads and the consumer of the scan."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
@@ -108,13 +108,13 @@ class _State:
         self.stopped = False
 
     def add(self, size: int) -> None:
-        """Count bytes that have been read."""
+        """Count bytes that were read."""
         with self._lock:
             self._bytes += size
 
     def result(self, future: Future[list[Scanned]]) -> list[Scanned]:
-        """Wait for a batch, reporting meanwhile."""
-        while self._progress is not None and not wait((future,), _TICK).done:
+        """Wait for a batch, calling `progress` meanwhile."""
+        while self._progress is not None and not wait((future,), _PROGRESS_INTERVAL).done:
             self._progress(self._entries, self._bytes)
         found = future.result()
         self._entries += len(found)
@@ -127,7 +127,7 @@ class _State:
 
 
 class _Walk:
-    """The tree in order; one thread."""
+    """Walks the tree in order, in one thread."""
 
     def __init__(self, root: int) -> None:
         self._root = root
@@ -207,7 +207,7 @@ def _read_batch(root: int, batch: list[_Found], state: _State) -> list[Scanned]:
 
 
 class _Reader:
-    """Reads what the walk has found; one thread each. It keeps the directory of the last entry open."""
+    """Reads the entries that the walk has found, one reader per thread; keeps the last entry's directory open."""
 
     def __init__(self, root: int, state: _State) -> None:
         self._root = root
@@ -217,13 +217,13 @@ class _Reader:
         self._buffer = memoryview(bytearray(_SMALL))
 
     def close(self) -> None:
-        """Give the directory back."""
+        """Close the directory."""
         if self._dirfd != self._root:
             sysio.close(self._dirfd)
         self._dirfd, self._path = self._root, b""
 
     def read(self, found: _Found) -> Scanned:
-        """Return the entry, complete or with its error."""
+        """Return the entry, complete or with an error."""
         path = join(found.directory, found.name)
         if found.stat is None:
             return Scanned(Entry(path=path, type=Type.FILE), found.error)
@@ -304,20 +304,20 @@ def _xattrs(dirfd: int, name: bytes) -> tuple[tuple[bytes, bytes], ...]:
 def _open(dirfd: int, name: bytes) -> int:
     try:
         return sysio.open_child(dirfd, name, _READ | os.O_NOATIME)
-    except PermissionError:  # O_NOATIME is for the owner and root (open(2))
+    except PermissionError:  # open(2): only the owner and root may use O_NOATIME
         return sysio.open_child(dirfd, name, _READ)
 
 
 def hash_file(fd: int) -> tuple[str, int]:
-    """Return the xxh3-128 of an open file in hex, and how many bytes it has."""
+    """Return the xxh3-128 of an open file in hex, and its size in bytes."""
     return _hash_large(fd, memoryview(bytearray(_BUFFER)), _State(None))
 
 
 def _hash_content(fd: int, size: int, buffer: memoryview, state: _State) -> tuple[str, int]:
-    """Return the xxh3-128 of an open file in hex and how many bytes it has; `size` is how many are expected."""
+    """Return the xxh3-128 of an open file in hex and its size in bytes; `size` is the expected size."""
     if size >= len(buffer):
         return _hash_large(fd, memoryview(bytearray(_BUFFER)), state)
-    count = sysio.read_into(fd, buffer, 0)  # fewer than there is room for: that was the end of the file
+    count = sysio.read_into(fd, buffer, 0)  # less than the buffer: this is the end of the file
     state.add(count)
     return xxhash.xxh3_128_hexdigest(buffer[:count]), count
 
@@ -340,7 +340,7 @@ def _hash_large(fd: int, buffer: memoryview, state: _State) -> tuple[str, int]:
 
 
 def _add_zeros(hasher: xxhash.xxh3_128, count: int, state: _State) -> None:
-    """Take a hole in: reading it would make pages of zeros, which costs a hundred times as much."""
+    """Hash a hole without reading it: reading would fill pages with zeros, which costs a hundred times as much."""
     while count > 0 and not state.stopped:
         piece = min(count, len(_ZEROS))
         hasher.update(_ZEROS[:piece])

@@ -1,13 +1,13 @@
-"""Squash: the topmost layers of a stack become one that shows the same.
+"""Squash: replaces the topmost layers of a stack by one layer with the same effect.
 
-What the one layer must hold is read off two views, of the whole stack and of the layers that stay: where they differ
-it gets what the first shows, and whiteouts and opaque directories where the second shows more. So it never carries
-redirects or metadata-only copies, whiteouts only where they hide something, and it needs no other layer to be read.
+Two views are compared, of the whole stack and of the layers that remain: where they differ, the new layer gets what the
+first one shows, and whiteouts or opaque directories where the second one shows more. So the new layer never has
+redirects or metadata-only copies, it has whiteouts only where they hide something, and it can be read without others.
 """
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from overlayfs.store import layout
 from overlayfs.store.layers import StagedLayer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import History, ImageRecord, now
+from overlayfs.store.scan import Progress
 from overlayfs.store.store import LayerStore
 from overlayfs.tree import staging
 from overlayfs.tree.dirfds import SPARE, DirFds
@@ -33,19 +34,17 @@ from overlayfs.tree.upper import Upper
 from overlayfs.tree.workdir import WorkDir, remove_tree
 from overlayfs.union.plans import Remove
 
-Progress = Callable[[int, int], None]
-"""Told how many entries and bytes have been written so far."""
-
 _OPAQUE = {xattrs.OPAQUE: opaque.OPAQUE_VALUE}
 _WORK = b"work"
 _NO_MARKS: dict[bytes, bytes] = {}
 
 
 def squash(layers: tuple[bytes, ...], count: int, tree: bytes, work: bytes, progress: Progress | None = None) -> None:
-    """Fill the empty directory `tree` with what the first `count` of `layers` (directories, top first) add up to.
+    """Fill the empty directory `tree` with the effect of the first `count` of `layers` (directories, top first).
 
-    `work` is an empty directory on the same file system; it is left with what is of no use any more. The layers must
-    not change meanwhile. UserError for what cannot be read or written.
+    `work` is an empty directory on the same file system, to be removed by the caller afterwards. `progress(entries,
+    bytes)` is called periodically. The layers must not change meanwhile. Raises UserError if something cannot be read
+    or written.
     """
     with ExitStack() as closing:
         whole = Overlay(StackConfig(lower=layers))
@@ -65,7 +64,7 @@ def squash(layers: tuple[bytes, ...], count: int, tree: bytes, work: bytes, prog
 
 
 class _Writer:
-    """Makes copies of nodes in the new layer: built in the work directory, then moved to their place."""
+    """Copies nodes to the new layer: built in the work directory, then moved into place."""
 
     def __init__(self, tree: bytes, work: bytes, view: Overlay, progress: Progress | None, closing: ExitStack) -> None:
         directory = WorkDir.open(work)
@@ -75,7 +74,7 @@ class _Writer:
         closing.callback(sysio.close, root)
         dirfds = DirFds(2 * SPARE)
         closing.callback(dirfds.close)
-        # Without privilege owners are where the layers have them; nothing is synced one by one, publishing does that.
+        # Without privilege, owners are stored as the layers store them. Nothing is synced here: publishing does that.
         keeps = None if os.geteuid() == 0 else view.root.lower[0].layer.override
         self._upper = Upper(root, dirfds, find_features(directory, None), directory, True, keeps)
         self._view = view
@@ -86,7 +85,7 @@ class _Writer:
         self.names: dict[Key, int] = {}  # how many of them there are
 
     def apply_attributes_to_root(self, node: Dir) -> None:
-        """Give the root what the merged root has."""
+        """Give the root of the layer the attributes of the merged root."""
         source = _directory_source(node, _NO_MARKS)
         try:
             self._upper.set_owner(self._upper.root, b"", source.stat.st_uid, source.stat.st_gid)
@@ -96,13 +95,13 @@ class _Writer:
             source.close()
         self._count(0)
 
-    def add_directory(self, parent: bytes, name: bytes, node: Dir, cut: bool) -> None:
-        """Make a directory; `cut`: nothing of what lies below shows."""
-        self._add(parent, name, _directory_source(node, _OPAQUE if cut else _NO_MARKS))
+    def add_directory(self, parent: bytes, name: bytes, node: Dir, opaque: bool) -> None:
+        """Create a directory; `opaque`: it hides the directory below."""
+        self._add(parent, name, _directory_source(node, _OPAQUE if opaque else _NO_MARKS))
         self._count(0)
 
     def add_file(self, parent: bytes, name: bytes, node: File) -> None:
-        """Copy a file, or link it to the copy that was made under another name."""
+        """Copy a file, or link it to its copy under another name."""
         key = node.keys[0]
         first = self.linked.get(key)
         if first is not None:
@@ -125,17 +124,17 @@ class _Writer:
         sysio.rename_at(self._upper.work.fd, temporary, self._upper.dirfd(parent), name)
 
     def hide(self, parent: bytes, name: bytes) -> None:
-        """Put a whiteout under a name."""
+        """Create a whiteout."""
         self._upper.remove((parent, name), Remove.WHITEOUT, False)
         self._count(0)
 
     def has(self, path: bytes) -> bool:
-        """Return whether the new layer holds a path."""
+        """Return whether the new layer has a path."""
         directory, name = os.path.split(path)
         return sysio.exists_at(self._upper.dirfd(directory), name)
 
-    def settle(self, path: bytes, node: Dir) -> None:
-        """Give a directory its times, once nothing is added to it any more."""
+    def restore_times(self, path: bytes, node: Dir) -> None:
+        """Set the times of a directory, once nothing is added to it any more."""
         layer, place = node.lower[0]
         found = layer.stat(place, b"")
         sysio.utimens_at(self._upper.dirfd(path), b"", found.st_atime_ns, found.st_mtime_ns)
@@ -173,7 +172,7 @@ def _file_source(node: File) -> Source:
 
 
 class _Level(NamedTuple):
-    """A directory of the new layer that is being filled. `rest`: what the layers that stay show under its path."""
+    """A directory of the new layer being filled. rest: what the remaining layers show at its path."""
 
     path: bytes
     node: Dir
@@ -182,14 +181,14 @@ class _Level(NamedTuple):
 
 
 class _Squash:
-    """One walk through both views; `rest` is None when no layer stays."""
+    """Walks both views at once; `rest` is None if no layer remains."""
 
     def __init__(self, whole: Overlay, rest: Overlay | None, count: int, writer: _Writer) -> None:
         self._whole = whole
         self._rest = rest
         self._count = count
         self._writer = writer
-        self._moved: dict[Key, int] = {}  # link counts of files of layers that stay, copied as they show elsewhere
+        self._moved: dict[Key, int] = {}  # link counts of copied files of the remaining layers
 
     def run(self) -> None:
         """Fill the new layer."""
@@ -209,7 +208,7 @@ class _Squash:
             level = levels[-1]
             name = next(level.names, None)
             if name is None:
-                self._writer.settle(level.path, level.node)
+                self._writer.restore_times(level.path, level.node)
                 levels.pop()
                 continue
             below = self._add(level, name)
@@ -217,7 +216,7 @@ class _Squash:
                 levels.append(below)
 
     def _add(self, level: _Level, name: bytes) -> _Level | None:
-        """Add what the new layer needs under one name; return the directory that is to be filled next, if it is one."""
+        """Add what the new layer needs under one name; return the directory to fill next, if it is one."""
         node = _find(self._whole, level.node, name)
         other = None if self._rest is None or level.rest is None else _find(self._rest, level.rest, name)
         if node is None:
@@ -236,9 +235,9 @@ class _Squash:
         below = [part for part in node.lower if part.layer.index >= self._count]
         merged = isinstance(other, Dir) and bool(below) and self._is_same(below, other)
         if merged and len(below) == len(node.lower):
-            return None  # all of it is shown without the new layer
-        cut = isinstance(other, Dir) and not merged
-        self._writer.add_directory(level.path, name, node, cut)
+            return None  # the remaining layers show all of it
+        opaque = isinstance(other, Dir) and not merged
+        self._writer.add_directory(level.path, name, node, opaque)
         return self._level(join(level.path, name), node, other if merged and isinstance(other, Dir) else None)
 
     def _is_same(self, below: list[LowerDir], other: Dir) -> bool:
@@ -257,7 +256,7 @@ class _Squash:
             self._moved[node.keys[0]] = node.lower.layer.stat(node.lower.path, node.lower.name).st_nlink
 
     def _add_other_names(self) -> None:
-        """Copy the other names of a file that had to be copied from a layer that stays: they are one file."""
+        """Copy the other names of files that were copied from a remaining layer: they must stay one file."""
         missing = {key for key, count in self._moved.items() if count > self._writer.names.get(key, count)}
         if not missing:
             return
@@ -276,10 +275,10 @@ class _Squash:
         if not self._writer.has(join(path, name)):
             self._writer.add_file(path, name, node)
         for directory, found in reversed(above):
-            self._writer.settle(directory, found)
+            self._writer.restore_times(directory, found)
 
     def _make_parents(self, path: bytes) -> list[tuple[bytes, Dir]]:
-        """Make the directories above a name where the new layer lacks them; return all of them, the root first."""
+        """Create the missing directories above a name; return all of them, the root first."""
         node: Dir = self._whole.root
         above = [(b"", node)]
         for name in filter(None, path.split(b"/")):
@@ -287,7 +286,7 @@ class _Squash:
             child = self._whole.lookup(node, name)
             assert isinstance(child, Dir)
             if not self._writer.has(join(parent, name)):
-                self._writer.add_directory(parent, name, child, cut=False)
+                self._writer.add_directory(parent, name, child, opaque=False)
             node = child
             above.append((join(parent, name), node))
         return above
@@ -312,26 +311,26 @@ def _data(node: File) -> tuple[Key, bytes, bytes] | None:
 
 def squash_image(
     store: LayerStore, given: str, name: str, last: int | None = None, *, message: str = "", author: str = "",
-    progress: Progress | None = None, hashed: Progress | None = None,
+    progress: Progress | None = None, hash_progress: Progress | None = None,
 ) -> ImageRecord:  # fmt: skip
-    """Give the image `given` with its `last` topmost layers (None: all) made one the name `name`, and return it.
+    """Put an image `name`: the image `given` with its `last` topmost layers (None: all) made one. Return it.
 
-    `hashed` is told entries and bytes while the new layer is read for its manifest. UserError for an image that has
-    fewer layers; nothing is left behind then or when it is interrupted.
+    `progress(entries, bytes)` is called periodically while the layer is written, `hash_progress(entries, bytes)` while
+    it is hashed. Raises UserError if the image has fewer layers; nothing is left behind then, or on an interrupt.
     """
-    layout.image_name(name)  # before any work
-    image = store.image(given)
+    layout.image_name(name)  # an invalid name is refused before any work
+    image = store.images.find(given)
     count = len(image.layers) if last is None else last
     if not 1 <= count <= len(image.layers):
         raise UserError(f"{image.name} has {len(image.layers)} layers; squash between 1 and that many of them")
-    with ExitStack() as held, store.new_layer() as staged:
-        stack = tuple(store.layer(layer_id) for layer_id in image.layers)
+    with ExitStack() as holds, store.layers.stage() as staged:
+        stack = tuple(store.layers.find(layer_id) for layer_id in image.layers)
         for layer in stack:
-            held.enter_context(layer.hold())
+            holds.enter_context(layer.hold())
         _fill_staged(staged, tuple(layer.tree_path for layer in stack), count, progress)
-        with Manifest.build(staged.tree_fd, progress=hashed) as manifest:
+        with Manifest.build(staged.tree_fd, progress=hash_progress) as manifest:
             made = staged.publish(manifest=manifest, author=author, message=message)
-        return store.put_image(_squashed(image, name, count, made.id, message, author))
+        return store.images.put(_squashed(image, name, count, made.id, message, author))
 
 
 def _fill_staged(staged: StagedLayer, layers: tuple[bytes, ...], count: int, progress: Progress | None) -> None:
@@ -358,9 +357,9 @@ def _squashed(image: ImageRecord, name: str, count: int, layer_id: str, message:
 
 
 def _history(image: ImageRecord, count: int, message: str, author: str) -> tuple[History, ...]:
-    """Return the steps of an image, those whose layers were squashed without a layer now, and the squash itself."""
+    """Return the history of an image plus the squash; steps whose layers were squashed become empty-layer steps."""
     with_layer = [position for position, step in enumerate(image.history) if not step.empty_layer]
-    if len(with_layer) != len(image.layers):  # the history of another tool need not tell of every layer
+    if len(with_layer) != len(image.layers):  # other tools may omit steps
         return image.history
     gone = set(with_layer[len(with_layer) - count :])
     steps = (

@@ -1,4 +1,4 @@
-"""The directory of a store: opened once, reached by descriptors, its small files read and replaced whole."""
+"""The directory of a store: opened once, reached through descriptors; small files are read and replaced whole."""
 
 import contextlib
 import json
@@ -12,8 +12,7 @@ from overlayfs.store import layout, locks
 from overlayfs.tree.workdir import remove_tree
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
-_IN_AN_EMPTY_DISK = frozenset((b"lost+found",))
-_BLOCK = 1 << 20
+_IN_AN_EMPTY_FILE_SYSTEM = frozenset((b"lost+found",))
 
 
 class StoreDirectory:
@@ -24,13 +23,13 @@ class StoreDirectory:
         self.subdirectories: dict[bytes, int] = {}
         self.root = self._open_root(create)
         try:
-            self._open_rooms(create)
+            self._open_subdirectories(create)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """Close the descriptors."""
         for fd in (self.root, *self.subdirectories.values()):
             if fd >= 0:
                 sysio.close(fd)
@@ -38,7 +37,7 @@ class StoreDirectory:
         self.subdirectories = {}
 
     def display_path(self, *names: bytes) -> str:
-        """Return the path of something in the store, for a sentence."""
+        """Return the path of a file of the store for a message; `names` are joined."""
         return os.fsdecode(os.path.join(self.path, *names))
 
     # --- opening ---------------------------------------------------------------------------------------
@@ -55,18 +54,18 @@ class StoreDirectory:
                 f"cannot open the store {self.display_path()}: {error.strerror}; name another one with --store"
             ) from error
 
-    def _open_rooms(self, create: bool) -> None:
-        if not sysio.exists_at(self.root, layout.HEAD):
-            self._found(create)
+    def _open_subdirectories(self, create: bool) -> None:
+        if not sysio.exists_at(self.root, layout.FORMAT_FILE):
+            self._initialize(create)
         self._check_format()
         for name in layout.SUBDIRECTORIES:
             self.subdirectories[name] = sysio.open_child(self.root, name, _DIRECTORY)
 
-    def _found(self, create: bool) -> None:
-        """Make a new store in an empty directory; several processes may do so at once. The head comes last."""
-        ours = {*layout.SUBDIRECTORIES, layout.LOCK, layout.HEAD, *_IN_AN_EMPTY_DISK}
-        strange = sorted({name for name, _ in sysio.list_dir(self.root)} - ours)
-        if strange or not create:
+    def _initialize(self, create: bool) -> None:
+        """Make an empty directory a store; several processes may do so at once. The format file comes last."""
+        expected = {*layout.SUBDIRECTORIES, layout.LOCK, layout.FORMAT_FILE, *_IN_AN_EMPTY_FILE_SYSTEM}
+        unexpected = sorted({name for name, _ in sysio.list_dir(self.root)} - expected)
+        if unexpected or not create:
             raise UserError(f"{self.display_path()} is not a store; name an empty or a new directory with --store")
         sysio.chmod_at(self.root, b"", 0o700)
         for name in layout.SUBDIRECTORIES:
@@ -75,17 +74,17 @@ class StoreDirectory:
         sysio.close(sysio.open_child(self.root, layout.LOCK, os.O_RDONLY | os.O_CREAT, 0o600))
         self.subdirectories[layout.STAGING] = staging = sysio.open_child(self.root, layout.STAGING, _DIRECTORY)
         try:
-            self.write(self.root, layout.HEAD, layout.head())
+            self.write(self.root, layout.FORMAT_FILE, layout.format_document())
         finally:
             sysio.close(staging)
             del self.subdirectories[layout.STAGING]
 
     def _check_format(self) -> None:
         try:
-            number = json.loads(self.read(layout.HEAD))["format"]
+            number = json.loads(self.read(layout.FORMAT_FILE))["format"]
         except (ValueError, TypeError, KeyError):
             raise UserError(
-                f"{self.display_path(layout.HEAD)} is damaged: it does not say which format this store has"
+                f"{self.display_path(layout.FORMAT_FILE)} is damaged: it does not say which format this store has"
             ) from None
         if number != layout.FORMAT:
             raise UserError(
@@ -96,25 +95,25 @@ class StoreDirectory:
     # --- the store's lock ------------------------------------------------------------------------------
 
     def lock_shared(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the store's lock shared: nothing is taken away meanwhile."""
+        """Hold the store's lock shared within the context: no process removes anything meanwhile."""
         return locks.hold(self.root, layout.LOCK, shared=True)
 
     def lock_exclusively(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the store's lock exclusively: nobody adds a reference meanwhile."""
+        """Hold the store's lock exclusively within the context: no process adds a reference meanwhile."""
         return locks.hold(self.root, layout.LOCK, shared=False)
 
     # --- small files -----------------------------------------------------------------------------------
 
-    def names(self, room: bytes) -> list[bytes]:
-        """Return the names in one of the rooms, sorted."""
-        return sorted(name for name, _ in sysio.list_dir(self.subdirectories[room]))
+    def names(self, subdirectory: bytes) -> list[bytes]:
+        """Return the names in a subdirectory, sorted."""
+        return sorted(name for name, _ in sysio.list_dir(self.subdirectories[subdirectory]))
 
     def open(self, path: bytes, flags: int = _DIRECTORY) -> int:
-        """Open what lies at a path of the store, never following a link; a directory unless `flags` say otherwise."""
+        """Open a path of the store without following symbolic links; a directory unless `flags` say otherwise."""
         return sysio.open_beneath(self.root, path, flags | os.O_NOFOLLOW)
 
     def exists(self, path: bytes) -> bool:
-        """Return whether a path of the store exists, whatever it is."""
+        """Return whether a path of the store exists, of any type."""
         try:
             sysio.close(self.open(path, os.O_PATH))
         except FileNotFoundError:
@@ -132,17 +131,17 @@ class StoreDirectory:
             sysio.close(fd)
 
     def write(self, dirfd: int, name: bytes, data: bytes) -> None:
-        """Put a small file in place, whole and durable: written aside, synced, renamed, the directory synced.
+        """Write a small file atomically and durably: written in staging, synced, renamed, the directory synced.
 
-        The store's lock must be held, or nobody else may know the store yet: gc empties the staging place.
+        The store's lock must be held, because gc empties staging, or no other process may know the store yet.
         """
-        with self.written(data) as temporary:
+        with self._temporary_file(data) as temporary:
             sysio.rename_at(self.subdirectories[layout.STAGING], temporary, dirfd, name)
             sysio.fsync(dirfd)
 
     @contextlib.contextmanager
-    def written(self, data: bytes) -> Iterator[bytes]:
-        """Give the name in the staging place of a new durable file; if it is still there at the end it is removed."""
+    def _temporary_file(self, data: bytes) -> Iterator[bytes]:
+        """Give the name of a new, synced file in staging; it is removed at the end unless it was renamed."""
         staging = self.subdirectories[layout.STAGING]
         name = b"file-" + secrets.token_hex(8).encode()
         fd = sysio.open_child(staging, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -181,17 +180,17 @@ class StoreDirectory:
             sysio.close(directory)
         return lock
 
-    # --- taking away -----------------------------------------------------------------------------------
+    # --- removing -----------------------------------------------------------------------------------
 
-    def move_to_trash(self, room: bytes, name: bytes) -> bytes:
-        """Take something out of a room in one durable step; returns its name in the trash, where `empty` ends it."""
-        gone = name[:200] + b"-" + secrets.token_hex(8).encode()
-        sysio.rename_at(self.subdirectories[room], name, self.subdirectories[layout.TRASH], gone)
-        sysio.fsync(self.subdirectories[room])
-        return gone
+    def move_to_trash(self, subdirectory: bytes, name: bytes) -> bytes:
+        """Move an entry of a subdirectory to the trash, atomically and durably; return its name there."""
+        trashed = name[:200] + b"-" + secrets.token_hex(8).encode()
+        sysio.rename_at(self.subdirectories[subdirectory], name, self.subdirectories[layout.TRASH], trashed)
+        sysio.fsync(self.subdirectories[subdirectory])
+        return trashed
 
     def empty_trash(self) -> None:
-        """Delete what lies in the trash; what another process is deleting is left to it."""
+        """Delete the content of the trash, except what another process is deleting."""
         trash = self.subdirectories[layout.TRASH]
         for name in self.names(layout.TRASH):
             try:

@@ -1,12 +1,11 @@
-"""Verification: everything that is in a store against what was written down when it was made.
+"""Verification: compares everything in a store with what was recorded when it was made.
 
-Each part vouches for the next. A record carries its own check and holds the sha256 of the manifest; the manifest holds
-type, attributes and the xxh3-128 of the content of every entry. So a flipped bit is found wherever it is, and what
-differs has a path. A manifest that is damaged itself is made again from the tree: if it then has the digest that the
-record names, the tree is proved whole.
+A record has its own checksum and the sha256 of the manifest; the manifest has type, attributes and the xxh3-128 of the
+content of every entry. So a flipped bit is found wherever it is, and each difference has a path. A damaged manifest is
+made again from the tree: if the result has the digest in the record, the tree is intact.
 
-xxh3 finds accidents; against an adversary who can write to the store only the sha256 of a manifest counts that
-somebody else has kept.
+xxh3 detects accidental damage. Against an adversary who can write to the store, only the sha256 of a manifest that was
+kept elsewhere proves anything.
 """
 
 import contextlib
@@ -29,16 +28,16 @@ DAMAGED, MISSING, EXTRA, UNREADABLE = "damaged", "missing", "extra", "unreadable
 RECORD, MANIFEST, INDEX, REMOTE = "record", "manifest", "index", "remote"
 
 ATTRIBUTE_WORDS = ("mode ", "owner ", "modification time", "attribute ")
-"""How what differs begins when it can be put right without making the object again."""
+"""Beginnings of the differences that can be repaired without making the object again."""
 
 
 class Problem(NamedTuple):
-    """One thing that is not as it was written down.
+    """One thing that is not as recorded.
 
     kind: "damaged", "missing", "extra" or "unreadable" for the entry `path` of a layer's tree (``b""``: its root);
-    "manifest", "record" or "remote" for these files of a layer, "index" when its digest does not lead to it. For an
-    image or workspace "record", or "missing" for a layer that it names: `layer` is empty and `path` is the record's.
-    differs: what is not as it was, in words; empty where the kind says all.
+    "manifest", "record" or "remote" for these files of a layer, "index" if its digest does not lead to it. For an image
+    or workspace, whose record's path is `path` while `layer` is empty: "record", or "missing" for a layer it names.
+    differs: what is different, in words; empty if the kind says everything.
     """
 
     layer: str
@@ -48,7 +47,7 @@ class Problem(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What one verification read and found. `unfinished`: the layers that have no manifest to be held against yet."""
+    """The result of a verification. size: bytes read. unfinished: the layers that have no manifest yet."""
 
     layers: int
     entries: int
@@ -69,21 +68,21 @@ def image_records(store_dir: StoreDirectory) -> Iterator[ImageRecord]:
 
 
 def compare(manifest: Manifest, found: Iterator[Scanned]) -> Iterator[tuple[str, Entry, tuple[str, ...]]]:
-    """Yield (kind, entry, what differs) for every entry of a tree that is not as the manifest has it.
+    """Yield (kind, entry, differences) for every entry of a tree that differs from the manifest.
 
-    The entry is the manifest's, or the tree's for what is extra. `DamagedError` when the manifest cannot be read.
+    The entry is the manifest's, or the tree's if it is extra. Raises `DamagedError` if the manifest cannot be read.
     """
-    broken: set[bytes] = set()  # first names of files whose content is not as it was: their other names follow
-    blind = None  # a directory that cannot be listed: nothing is known of what is in it
+    broken: set[bytes] = set()  # first names of files whose content differs: it differs under their other names too
+    unlisted = None  # a directory that cannot be listed: its entries are not missing
     for expected, scanned in _pair(iter(manifest.entries), found):
         if scanned is None:
             assert expected is not None
-            if blind is None or not _is_in(expected.path, blind):
+            if unlisted is None or not _is_in(expected.path, unlisted):
                 yield MISSING, expected, ()
         elif expected is None:
             yield EXTRA, scanned.entry, ()
         elif scanned.error is not None:
-            blind = expected.path if expected.type is Type.DIR else blind
+            unlisted = expected.path if expected.type is Type.DIR else unlisted
             broken.add(expected.path)
             yield UNREADABLE, expected, (_reason(scanned.error),)
         else:
@@ -93,7 +92,7 @@ def compare(manifest: Manifest, found: Iterator[Scanned]) -> Iterator[tuple[str,
 
 
 def _pair(expected: Iterator[Entry], found: Iterator[Scanned]) -> Iterator[tuple[Entry | None, Scanned | None]]:
-    """Merge two streams in the order of manifests."""
+    """Merge two streams that are in the order of a manifest, by path."""
     left, right = next(expected, None), next(found, None)
     while left is not None or right is not None:
         if left is not None and right is not None and left.path == right.entry.path:
@@ -170,7 +169,7 @@ def _device(rdev: int) -> str:
 
 
 class LayerCheck:
-    """The verification of one layer, which the caller holds. `entries` and `size` count what has been read."""
+    """Verifies one layer, which the caller holds. `entries` and `size` (bytes) count what was read."""
 
     def __init__(self, layer: Layer, threads: int | None = None, progress: Progress | None = None) -> None:
         self._layer = layer
@@ -180,7 +179,7 @@ class LayerCheck:
         self.size = 0
 
     def run(self) -> Iterator[Problem]:
-        """Yield what is wrong with manifest and tree."""
+        """Yield the problems of manifest and tree."""
         tree = self._layer.tree_fd()
         try:
             with self._open_manifest() as manifest:
@@ -217,7 +216,7 @@ class LayerCheck:
             self._progress(entries, size)
 
     def _prove(self, tree: int) -> Iterator[Problem]:
-        """Without a manifest: the one made from the tree has the digest of the record, or something has changed."""
+        """Compare the record's digest with that of a manifest made from the tree, when the layer's own is damaged."""
         try:
             with (
                 self._scan(tree) as scanning,
@@ -238,21 +237,22 @@ NamedRecord = TypeVar("NamedRecord", ImageRecord, WorkspaceRecord)
 def verify(
     store_dir: StoreDirectory, ids: tuple[str, ...] | None, threads: int | None = None, progress: Progress | None = None
 ) -> Checked:
-    """Verify these layers, or with None the whole store: all layers, images and workspaces.
+    """Verify the layers `ids`, or with None the whole store: all layers, images and workspaces.
 
-    `progress` is told entries and bytes of all layers together. A layer that is being repaired is waited for.
+    `progress(entries, bytes)` is called periodically with the sums over all layers. Waits for a layer that is being
+    repaired.
     """
     layers = Layers(store_dir)
     check = _StoreCheck(layers, threads, progress)
     for layer_id in tuple(layers.ids()) if ids is None else ids:
         check.layer(layer_id, wanted=ids is not None)
     if ids is None:
-        check.names()
+        check.images_and_workspaces()
     return check.result()
 
 
 def recorded_size(store_dir: StoreDirectory, ids: tuple[str, ...] | None) -> int:
-    """Return how many bytes the files of these layers, with None of all, have, as far as their records can be read."""
+    """Return the bytes of the files of the layers `ids`, None: of all layers, as far as their records can be read."""
     layers, size = Layers(store_dir), 0
     for layer_id in layers.ids() if ids is None else ids:
         with contextlib.suppress(UserError):
@@ -262,7 +262,7 @@ def recorded_size(store_dir: StoreDirectory, ids: tuple[str, ...] | None) -> int
 
 
 class _StoreCheck:
-    """Adds up the verifications of many layers."""
+    """Verifies layers one after the other and adds up the results."""
 
     def __init__(self, layers: Layers, threads: int | None, progress: Progress | None) -> None:
         self._layers = layers
@@ -275,11 +275,11 @@ class _StoreCheck:
         self._size = 0
 
     def result(self) -> Checked:
-        """Return what was found so far."""
+        """Return the results so far."""
         return Checked(self._count, self._entries, self._size, tuple(self._unfinished), tuple(self._problems))
 
     def layer(self, layer_id: str, wanted: bool) -> None:
-        """Verify one layer; one that is not there is a problem only if it is `wanted`."""
+        """Verify one layer; a layer that is gone is a problem only if it is `wanted`."""
         try:
             layer = self._layers.get(layer_id)
         except UserError:
@@ -293,30 +293,30 @@ class _StoreCheck:
             self._problems.append(Problem(layer_id, b"", RECORD, ("it is another layer's",)))
             return
         with layer.hold():
-            self._held(layer)
+            self._verify(layer)
 
-    def _held(self, layer: Layer) -> None:
+    def _verify(self, layer: Layer) -> None:
         if layer.record.state == "hashing":
             self._unfinished.append(layer.id)
             return
-        check = LayerCheck(layer, self._threads, self._shift)
+        check = LayerCheck(layer, self._threads, self._report)
         try:
             self._problems.extend(check.run())
-        except DamagedError:  # its sha256 is right and it cannot be read: it was written so
+        except DamagedError:  # its sha256 is right: it was written like this
             self._problems.append(Problem(layer.id, b"", MANIFEST, ("content",)))
         if not self._is_indexed(layer.record):
             self._problems.append(Problem(layer.id, b"", INDEX))
-        if not self._remembers_right(layer):
+        if not self._has_valid_cache(layer):
             self._problems.append(Problem(layer.id, b"", REMOTE, ("content",)))
         self._count += 1
         self._entries += check.entries
         self._size += check.size
 
-    def _shift(self, entries: int, size: int) -> None:
+    def _report(self, entries: int, size: int) -> None:
         if self._progress is not None:
             self._progress(self._entries + entries, self._size + size)
 
-    def _remembers_right(self, layer: Layer) -> bool:
+    def _has_valid_cache(self, layer: Layer) -> bool:
         store_dir = self._layers.store_dir
         try:
             return records.has_valid_checksum(store_dir.read(layer_path(layer.id), layout.REMOTE))
@@ -324,37 +324,39 @@ class _StoreCheck:
             return True
 
     def _is_indexed(self, record: LayerRecord) -> bool:
-        """Return whether a layer is found by its content, unless another one stands for it."""
+        """Return whether the indexes lead to a layer; they need not if images use an equal one instead."""
         if record.same_as is not None:
             return True
         wanted = ((layout.DIGESTS, record.digest), (layout.DIFFS, record.diff_id))
-        return all(record.id in self._index(room, digest) for room, digest in wanted if digest is not None)
+        return all(
+            record.id in self._index(subdirectory, digest) for subdirectory, digest in wanted if digest is not None
+        )
 
-    def _index(self, room: bytes, digest: str) -> list[str]:
+    def _index(self, subdirectory: bytes, digest: str) -> list[str]:
         store_dir, name = self._layers.store_dir, layout.digest_file(digest)
         try:
-            *lines, end = [] if name is None else os.fsdecode(store_dir.read(room, name)).split("\n")
+            *lines, end = [] if name is None else os.fsdecode(store_dir.read(subdirectory, name)).split("\n")
         except (FileNotFoundError, ValueError):
             return []
         return [] if end else lines
 
     # --- images and workspaces -------------------------------------------------------------------------
 
-    def names(self) -> None:
-        """Verify that every image and workspace can be read and has its layers."""
+    def images_and_workspaces(self) -> None:
+        """Verify that every image and workspace can be read and that its layers are there."""
         store_dir = self._layers.store_dir
-        if store_dir.read(layout.HEAD) != layout.head():
-            self._problems.append(Problem("", layout.HEAD, RECORD, ("content",)))
+        if store_dir.read(layout.FORMAT_FILE) != layout.format_document():
+            self._problems.append(Problem("", layout.FORMAT_FILE, RECORD, ("content",)))
         for file in store_dir.names(layout.IMAGES):
-            self._named(layout.IMAGES + b"/" + file, ImageRecord)
+            self._verify_record(layout.IMAGES + b"/" + file, ImageRecord)
         for file in store_dir.names(layout.WORKSPACES):
-            self._named(layout.WORKSPACES + b"/" + file + b"/" + layout.RECORD, WorkspaceRecord)
+            self._verify_record(layout.WORKSPACES + b"/" + file + b"/" + layout.RECORD, WorkspaceRecord)
 
-    def _named(self, path: bytes, kind: type[NamedRecord]) -> None:
+    def _verify_record(self, path: bytes, kind: type[NamedRecord]) -> None:
         store_dir = self._layers.store_dir
         try:
             record = records.decode(store_dir.read(path), kind, store_dir.display_path(path))
-        except FileNotFoundError:  # it went meanwhile, or is still being made
+        except FileNotFoundError:  # removed meanwhile, or still being made
             return
         except UserError:
             self._problems.append(Problem("", path, RECORD, ("content",)))

@@ -67,7 +67,8 @@ class Workspace:
         return self._store_dir.open(workspace_path(self.name))
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
+    def opened(self) -> Iterator[int]:
+        """Give the descriptor of the directory within the context."""
         directory = self.open()
         try:
             yield directory
@@ -97,7 +98,7 @@ class Workspace:
 
     def prepare_next_upper(self, like: int) -> None:
         """Create the next upper, which looks like the open directory `like`, and its work directory, durably."""
-        with self._opened() as directory:
+        with self.opened() as directory:
             _create_upper_and_work(directory, layout.NEXT_UPPER, layout.NEXT_WORK, like)
 
     def rotate_upper(self, like: int) -> None:
@@ -105,7 +106,7 @@ class Workspace:
 
         Creates the next upper if it was not prepared. Idempotent.
         """
-        with self._opened() as directory:
+        with self.opened() as directory:
             if not sysio.exists_at(directory, layout.UPPER):
                 if not sysio.exists_at(directory, layout.NEXT_UPPER):
                     _create_upper_and_work(directory, layout.NEXT_UPPER, layout.NEXT_WORK, like)
@@ -117,7 +118,7 @@ class Workspace:
 
     def drop_next_upper(self) -> None:
         """Remove the next upper if it is not in use."""
-        with self._opened() as directory:
+        with self.opened() as directory:
             if sysio.exists_at(directory, layout.UPPER):  # else the next one is in use: the old one has become a layer
                 for name in (layout.NEXT_UPPER, layout.NEXT_WORK):
                     remove_tree(directory, name)
@@ -154,47 +155,50 @@ def _create_upper(dirfd: int, name: bytes, like: int) -> None:
 
 
 class Claim(NamedTuple):
-    """A workspace that is the caller's until `hold` is released.
+    """A workspace held by the caller until `lock` is released.
 
-    `new`: it was not there before. `behind`: the image stands for other layers by now than those it was begun on.
+    new: it did not exist before. behind: the image names other layers by now than those the workspace was begun on.
     """
 
     workspace: Workspace
-    hold: HeldLock
+    lock: HeldLock
     new: bool
     behind: bool = False
 
 
 def workspace_path(name: str) -> bytes:
-    """Return where a workspace lies, counted from the store."""
+    """Return the path of a workspace's directory, relative to the store."""
     return layout.WORKSPACES + b"/" + layout.file_name(name)
 
 
 class Workspaces:
-    """All workspaces of a store."""
+    """All workspaces of a store; calling it yields them."""
 
     def __init__(self, store_dir: StoreDirectory, layers: Layers, images: Images) -> None:
         self._store_dir = store_dir
         self._layers = layers
         self._images = images
 
-    def all(self) -> Iterator[Workspace]:
+    # --- finding ---------------------------------------------------------------------------------------
+
+    def __call__(self) -> Iterator[Workspace]:
         """Yield every workspace, by name."""
         found = map(self.read, self._store_dir.names(layout.WORKSPACES))
         return (workspace for workspace in found if workspace is not None)
 
     def get(self, name: str) -> Workspace | None:
-        """Return the workspace with a name, None if there is none, or can be none."""
+        """Return the workspace `name`, or None if there is none."""
         return self.read(layout.file_name(name)) if layout.is_workspace_name(name) else None
 
     def find(self, name: str) -> Workspace:
-        """Return the workspace with a name; UserError if there is none."""
+        """Return the workspace `name`; raises UserError if there is none."""
         workspace = self.get(name)
         if workspace is None:
             raise UserError(f"there is no workspace {name}; `overlayfs workspaces` lists them")
         return workspace
 
     def read(self, file: bytes) -> Workspace | None:
+        """Return the workspace in the directory `file`, or None if it has no record; raises UserError if damaged."""
         path = layout.WORKSPACES + b"/" + file + b"/" + layout.RECORD
         try:
             document = self._store_dir.read(path)
@@ -202,21 +206,32 @@ class Workspaces:
             return None
         return Workspace(self._store_dir, records.decode(document, WorkspaceRecord, self._store_dir.display_path(path)))
 
-    # --- making and resuming ---------------------------------------------------------------------------
+    # --- creating and resuming -------------------------------------------------------------------------
 
-    def claim(self, image: str, name: str | None, ephemeral: bool) -> Claim:
-        """Return a workspace for a mount of an image, new or resumed by its name.
+    def create(self, image: str, name: str | None = None) -> Workspace:
+        """Create a workspace of an image and return it, not locked; `name` None chooses one.
 
-        UserError when it is mounted, or belongs to another image.
+        Raises UserError if there is no such image, or a workspace of that name.
+        """
+        record = self._images.find(image)
+        claim = self._create_held(record, name or self._free_name(record.name), ephemeral=False)
+        claim.lock.release()
+        return claim.workspace
+
+    def claim(self, image: str, name: str | None = None, ephemeral: bool = False) -> Claim:
+        """Return a workspace of an image, held by the caller: a new one, or the existing workspace `name`.
+
+        An `ephemeral` one is removed as soon as its lock is free. Raises UserError if the workspace belongs to another
+        image, WorkspaceInUseError if it is mounted.
         """
         record = self._images.find(image)
         known = self.get(layout.workspace_name(name)) if name is not None else None
         if known is None:
-            return self.create(record, name or self.free_name(record.name), ephemeral)
+            return self._create_held(record, name or self._free_name(record.name), ephemeral)
         lock = known.hold()
         try:
             workspace = self._resumed(known.name, record, ephemeral)
-            return Claim(workspace, lock, new=False, behind=not self._lies_on(workspace, record))
+            return Claim(workspace, lock, new=False, behind=not self._is_based_on(workspace, record))
         except BaseException:
             lock.release()
             raise
@@ -225,27 +240,26 @@ class Workspaces:
         workspace = self.find(name)
         if ephemeral:
             raise UserError(f"workspace {name} is kept; leave --ephemeral out to resume it, or name another one")
-        if workspace.record.image != image.name and not self._lies_on(workspace, image):
+        if workspace.record.image != image.name and not self._is_based_on(workspace, image):
             raise UserError(
                 f"workspace {name} belongs to {workspace.record.image}, not to {image.name}; "
                 "mount that image, or name another workspace"
             )
         return workspace
 
-    def _lies_on(self, workspace: Workspace, image: ImageRecord) -> bool:
+    def _is_based_on(self, workspace: Workspace, image: ImageRecord) -> bool:
         """Return whether the layers of an image are the lowest ones of a workspace, or equal to those."""
         lowest = workspace.record.layers[-len(image.layers) :]
         return tuple(map(self._images.canonical_id, lowest)) == image.layers
 
-    def free_name(self, image: str) -> str:
-        """Return a name for a workspace of an image that no other has."""
+    def _free_name(self, image: str) -> str:
+        """Return an unused workspace name that begins like the image's name."""
         stem = image.rpartition(":")[0].rpartition("/")[2][:100]
         while self.get(name := f"{stem}-{secrets.token_hex(3)}") is not None:
             pass
         return name
 
-    def create(self, image: ImageRecord, name: str, ephemeral: bool) -> Claim:
-        """Make a workspace and hold it; UserError when there is one of that name."""
+    def _create_held(self, image: ImageRecord, name: str, ephemeral: bool) -> Claim:
         record = WorkspaceRecord(
             name=layout.workspace_name(name),
             image=image.name,
@@ -261,16 +275,6 @@ class Workspaces:
                 sysio.close(like)
         return Claim(Workspace(self._store_dir, record), lock, new=True)
 
-    def _publish(self, record: WorkspaceRecord, like: int) -> HeldLock:
-        def fill(directory: int) -> None:
-            _create_upper_and_work(directory, layout.UPPER, layout.WORK, like)
-            self._store_dir.write(directory, layout.RECORD, records.encode(record))
-
-        try:
-            return self._store_dir.create_locked(layout.WORKSPACES, layout.file_name(record.name), fill, shared=False)
-        except FileExistsError:
-            raise UserError(f"there is a workspace {record.name} already; name another one") from None
-
     def _topmost_layer(self, image: ImageRecord) -> Layer:
         """Return the topmost layer of an image; raises UserError if one of its layers is missing."""
         layers = [self._layers.get(layer_id) for layer_id in image.layers]
@@ -281,31 +285,42 @@ class Workspaces:
             raise UserError(f"image {image.name} has no layer; import something into it first")
         return layers[0]
 
-    # --- changing --------------------------------------------------------------------------------------
-
-    def write(self, record: WorkspaceRecord) -> Workspace:
-        """Replace the record of a workspace. The store's lock must be held."""
-        workspace = Workspace(self._store_dir, record)
-        directory = workspace.open()
-        try:
+    def _publish(self, record: WorkspaceRecord, like: int) -> HeldLock:
+        def fill(directory: int) -> None:
+            _create_upper_and_work(directory, layout.UPPER, layout.WORK, like)
             self._store_dir.write(directory, layout.RECORD, records.encode(record))
-        finally:
-            sysio.close(directory)
-        return workspace
 
-    def add_layer(self, name: str, layer_id: str, image: str | None) -> Workspace:
-        """Put a layer on top of a workspace's stack, if it is not there yet. The store's lock must be held."""
-        record = self.find(name).record
+        try:
+            return self._store_dir.create_locked(layout.WORKSPACES, layout.file_name(record.name), fill, shared=False)
+        except FileExistsError:
+            raise UserError(f"there is a workspace {record.name} already; name another one") from None
+
+    # --- changing and removing -------------------------------------------------------------------------
+
+    def add_layer(self, name: str, layer_id: str, image: str | None) -> None:
+        """Put a layer on top of a workspace's stack and, unless None, note its new image. Idempotent.
+
+        The store's lock must be held.
+        """
+        workspace = self.find(name)
+        record = workspace.record
         layers = record.layers if layer_id in record.layers else (layer_id, *record.layers)
-        return self.write(msgspec.structs.replace(record, layers=layers, image=image or record.image))
+        changed = msgspec.structs.replace(record, layers=layers, image=image or record.image)
+        with workspace.opened() as directory:
+            self._store_dir.write(directory, layout.RECORD, records.encode(changed))
 
     def remove(self, name: str) -> None:
-        """Take a workspace away with all that was changed in it; UserError while it is mounted."""
-        with self.find(name).hold():
+        """Remove a workspace with all its changes; raises WorkspaceInUseError while it is mounted."""
+        with self.find(layout.workspace_name(name)).hold():
             self.discard(name)
         self._store_dir.empty_trash()
 
+    def remove_held(self, name: str) -> None:
+        """Remove a workspace whose lock the caller holds."""
+        self.discard(name)
+        self._store_dir.empty_trash()
+
     def discard(self, name: str) -> None:
-        """Take away a workspace whose lock is held; what was in it is deleted by `Place.empty_trash`."""
+        """Move a workspace whose lock is held to the trash; `StoreDirectory.empty_trash` deletes it."""
         with self._store_dir.lock_exclusively():
             self._store_dir.move_to_trash(layout.WORKSPACES, layout.file_name(name))

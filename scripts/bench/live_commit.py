@@ -136,7 +136,7 @@ def _commit_ours(place: Path, change: Path) -> Figures:
             found = _timed(writers, lambda: layers.append(_commit(point, "-t", "site:2")["layer"]))
             start = time.monotonic()
             with LayerStore(os.fsencode(place / "store")) as store:
-                wait_for(lambda: store.layer(layers[0]).record.state == "complete", 600)
+                wait_for(lambda: store.layers.find(layers[0]).record.state == "complete", 600)
             found["hashed s"] = found["usable s"] + time.monotonic() - start
     return found
 
@@ -153,7 +153,7 @@ def _image_mount(place: Path, image: str = "site:1") -> Iterator[Path]:
         point.mkdir()
         with LayerStore(os.fsencode(store)) as opened:
             layer = opened.commit_directory(os.fsencode(_base(place)))
-            opened.put_image(ImageRecord(name="site:1", layers=(layer.id,), created=now()))
+            opened.images.put(ImageRecord(name="site:1", layers=(layer.id,), created=now()))
     run(program("overlayfs"), "mount", image, point, "--name", "w", "--store", store)
     try:
         yield point

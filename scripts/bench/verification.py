@@ -57,7 +57,7 @@ def measure(place: Path, sizes: list[int], rounds: int, threads: int | None) -> 
     """Return MiB/s of each reader, warm and cold, and the ratios of the verification to the others."""
     place.mkdir()
     with LayerStore(os.fsencode(place / "store")) as store:
-        with store.new_layer() as staged:
+        with store.layers.stage() as staged:
             _fill(Path(os.fsdecode(staged.tree_path)), sizes)
             with Manifest.build(staged.tree_fd) as manifest:
                 layer = staged.publish(manifest=manifest)

@@ -54,7 +54,9 @@ def test_there_and_back(overlayfs: Run, store: Path, server: str) -> None:
     assert overlayfs("pull", reference, "--plain-http", "-t", "mine", "-q") == Ended(0, f"{digest}\n", "")
     assert overlayfs("push", "mine", f"{server}/mine", "--plain-http", "-q") == Ended(0, f"{digest}\n", "")
     with LayerStore(os.fsencode(store)) as opened:
-        assert opened.image("mine").layers == opened.image(reference).layers == opened.image("it").layers
+        assert (
+            opened.images.find("mine").layers == opened.images.find(reference).layers == opened.images.find("it").layers
+        )
 
 
 def test_json(overlayfs: Run, store: Path, server: str) -> None:
@@ -64,7 +66,7 @@ def test_json(overlayfs: Run, store: Path, server: str) -> None:
     pulled = json.loads(overlayfs("pull", f"{server}/json:v1", "--plain-http", "--json").out)
     assert (pulled["image"], pulled["digest"]) == (f"{server}/json:v1", pushed["digest"])
     with LayerStore(os.fsencode(store)) as opened:
-        assert [layer["layer"] for layer in pulled["layers"]] == list(opened.image("it").layers)
+        assert [layer["layer"] for layer in pulled["layers"]] == list(opened.images.find("it").layers)
     assert {layer["downloaded"] for layer in pulled["layers"]} == {False}
 
 

@@ -245,13 +245,13 @@ def test_a_workspace_becomes_an_image(site: Path) -> None:
 
 def test_hard_links_stay_linked_through_a_commit(shop: Path) -> None:
     """The index, which joins names that were never lifted, is not part of a layer."""
-    with LayerStore(os.fsencode(shop / "store")) as store, store.new_layer() as staged:
+    with LayerStore(os.fsencode(shop / "store")) as store, store.layers.stage() as staged:
         tree = Path(os.fsdecode(staged.tree_path))
         (tree / "d").mkdir()
         (tree / "one").write_text("data")
         os.link(tree / "one", tree / "d/two")
         layer = staged.publish(manifest=None)
-        store.put_image(ImageRecord(name="pair", layers=(layer.id,), created=now()))
+        store.images.put(ImageRecord(name="pair", layers=(layer.id,), created=now()))
     done(shop, "mount", "pair", "m", "--name", "draft")
     with (shop / "m/one").open("a") as file:
         file.write(" more")
@@ -289,7 +289,7 @@ def test_own_and_shared_bytes(shop: Path) -> None:
         base = add_layer(store, {"a": "12345"})
         for name, text in (("one", "1"), ("two", "22")):
             top = add_layer(store, {"b": text})
-            store.put_image(ImageRecord(name=name, layers=(top.id, base.id), created=now()))
+            store.images.put(ImageRecord(name=name, layers=(top.id, base.id), created=now()))
         alone = add_layer(store, {"c": "333"}, message="not used\nby anything")
     found = {each["name"]: each for each in answer(shop, "images")["images"]}
     assert [found["two:latest"][key] for key in ("size", "own", "shared")] == [7, 2, 5]

@@ -37,7 +37,8 @@ def state(store: LayerStore) -> State:
 def _stack(store: LayerStore, name: str) -> list[Tree]:
     """Return the trees of a workspace, its upper first."""
     return [
-        _tree(path) for path in (store.workspace(name).upper_path, *(each.tree_path for each in store.stack_of(name)))
+        _tree(path)
+        for path in (store.workspaces.find(name).upper_path, *(each.tree_path for each in store.stack_of(name)))
     ]
 
 
@@ -46,10 +47,10 @@ def prepare(base: Path) -> None:
     with LayerStore(os.fsencode(base)) as store:
         add_image(store, "site:1", {"a": "1"}, {"b": "2"})
         add_image(store, "other", {"c": "3"})
-        fill(store.new_workspace("site:1", "mine").upper_path, {"new": "mine"})
+        fill(store.workspaces.create("site:1", "mine").upper_path, {"new": "mine"})
         add_layer(store, {"d": "nobody's"})
         unhashed = add_layer(store, {"a": "1"}, hashed=False)
-        store.put_image(ImageRecord(name="late", layers=(unhashed.id,), created=now()))
+        store.images.put(ImageRecord(name="late", layers=(unhashed.id,), created=now()))
     (base / "staging" / "left").mkdir()
     (base / "trash" / "left").write_text("")
 
@@ -59,7 +60,7 @@ def publish(store: LayerStore) -> None:
 
 
 def tag(store: LayerStore) -> None:
-    store.tag("other", "site:1")
+    store.images.tag("other", "site:1")
 
 
 def commit(store: LayerStore) -> None:
@@ -75,20 +76,20 @@ def commit_unnamed(store: LayerStore) -> None:
 
 
 def hash_late(store: LayerStore) -> None:
-    for layer in list(store.unfinished()):
+    for layer in list(store.layers.unfinished()):
         finish(store, layer)
 
 
 def make_workspace(store: LayerStore) -> None:
-    store.new_workspace("site:1", "second")
+    store.workspaces.create("site:1", "second")
 
 
 def remove_workspace(store: LayerStore) -> None:
-    store.remove_workspace("mine")
+    store.workspaces.remove("mine")
 
 
 def remove_image(store: LayerStore) -> None:
-    store.remove_image("other")
+    store.images.remove("other")
 
 
 def collect(store: LayerStore) -> None:
@@ -145,6 +146,6 @@ def check_clean(store: LayerStore, base: Path, where: str) -> None:
     named |= {layer for workspace in store.workspaces() for layer in workspace.record.layers}
     assert set(os.listdir(base / "layers")) == named, where
     for layer in store.layers():
-        assert layer.record.digest is None or store.by_digest(layer.record.digest) is not None, where
+        assert layer.record.digest is None or store.layers.by_digest(layer.record.digest) is not None, where
     for workspace in store.workspaces():
         assert sorted(os.listdir(os.fsdecode(workspace.path))) == ["lock", "record", "upper", "work"], where

@@ -136,9 +136,9 @@ def _check_after(site: Site, tree: View, where: str) -> None:
 def _check_records(site: Site, tree: View, where: str) -> None:
     """The layer, the workspace and the image are all there, or none of them is."""
     with site.open() as store:
-        layers = store.workspace(NAME).record.layers
-        base = store.image(IMAGE).layers
-        committed = store.find_image(NEW)
+        layers = store.workspaces.find(NAME).record.layers
+        base = store.images.find(IMAGE).layers
+        committed = store.images.get(NEW)
         assert [layer.id for layer in store.layers()] == sorted(layers), where
     if committed is None:
         assert layers == base, where

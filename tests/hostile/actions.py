@@ -117,7 +117,7 @@ def place(store: bytes, trees: Sequence[bytes], name: str, hashed: bool) -> bool
             below = tuple(layer.id for layer in reversed(layers))
             layers.append(opened.commit_directory(tree, NewLayer(flags=("redirect", "metacopy"), below=below)))
         ids = tuple(layer.id for layer in reversed(layers))
-        opened.put_image(ImageRecord(name=name, layers=ids, created=now()))
+        opened.images.put(ImageRecord(name=name, layers=ids, created=now()))
         if hashed:
             for layer in layers:
                 hashing.hash_layer(opened, layer)

@@ -20,7 +20,7 @@ def adopt_image(store: Path, name: str, *layers: Path) -> None:
     """Make directories, top first, an image of a store."""
     with LayerStore(os.fsencode(store)) as opened:
         ids = tuple(opened.commit_directory(os.fsencode(layer)).id for layer in layers)
-        opened.put_image(ImageRecord(name=name, layers=ids, created=now()))
+        opened.images.put(ImageRecord(name=name, layers=ids, created=now()))
 
 
 class ImageMount:

@@ -118,7 +118,7 @@ def _commit_of_a_workspace(scene: Scene) -> str:
 def _removal_of_a_workspace(scene: Scene) -> str:
     wanted = scene.image()
     with scene.mounted("", **wanted), Store(wanted["store"]) as store:
-        return scene.refusal(lambda: store.remove_workspace("draft"))
+        return scene.refusal(lambda: store.workspaces.remove("draft"))
 
 
 def _upper_of_a_workspace(scene: Scene) -> str:

@@ -252,7 +252,7 @@ def test_what_the_commands_tell(image: ImageMount) -> None:
     assert mount["image"] == "site:2"
     assert len(mount["lower"]) == 2
     with LayerStore(os.fsencode(image.store)) as store:
-        record = store.layer(told["layer"]).record
+        record = store.layers.find(told["layer"]).record
     assert (record.message, record.author, record.state) == ("words", "me", "complete")
     image.unmount()
 
@@ -263,12 +263,12 @@ def test_usable_before_it_is_hashed(image: ImageMount) -> None:
     client = control.Client.at(os.fsencode(image.point))
     layer = client.commit_image(CommitImage(image="site:2")).layer
     with LayerStore(os.fsencode(image.store)) as store:
-        assert store.image("site:2").layers[0] == layer
+        assert store.images.find("site:2").layers[0] == layer
     assert (image.tree({"layer": layer}) / "new").read_bytes() == b"new"
     until(lambda: client.hashing(layer).state == "done")
     processes.reap_since(before)
     with LayerStore(os.fsencode(image.store)) as store:
-        assert store.layer(layer).record.digest is not None
+        assert store.layers.find(layer).record.digest is not None
     image.unmount()
 
 
@@ -309,9 +309,9 @@ def test_a_mount_over_layers_by_their_paths(made: ImageMount, mount: Mount) -> N
     assert (mount.stack.upper / "new").exists()
     mount.unmount()
     with LayerStore(os.fsencode(made.store)) as store:
-        image = store.image("site:2")
+        image = store.images.find("site:2")
         assert image.layers[0] == done.stdout.strip()
-        assert store.layer(image.layers[0]).record.state == "complete"
+        assert store.layers.find(image.layers[0]).record.state == "complete"
         assert [each.kind for each in store.gc()] == []
     made.start("site:2")
     assert shown_by(made.point) == shown

@@ -53,7 +53,7 @@ HISTORY = (
 
 def add(store: LayerStore, tree: Tree | Dir) -> Layer:
     """Publish a layer."""
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         build(Path(os.fsdecode(staged.tree_path)), tree)
         with Manifest.build(staged.tree_fd) as manifest:
             return staged.publish(manifest=manifest)
@@ -62,7 +62,7 @@ def add(store: LayerStore, tree: Tree | Dir) -> Layer:
 def add_image(store: LayerStore, name: str = "sample:1", *trees: Tree | Dir) -> ImageRecord:
     """Make an image of layers, the top one last; of BASE and TOP if none are given."""
     layers = [add(store, tree) for tree in trees or (BASE, TOP)]
-    return store.put_image(
+    return store.images.put(
         ImageRecord(
             name=name,
             layers=tuple(layer.id for layer in reversed(layers)),
@@ -86,17 +86,17 @@ def add_marked_image(store: LayerStore, place: Path, name: str) -> ImageRecord:
     overlay.unlink(overlay.resolve(b"other/moved/sub"), b"g")
     overlay.set_attributes(overlay.resolve(b"big"), Changes(mode=0o4711), Caller(0, 0))
     overlay.close()
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         subprocess.run(["cp", "-aT", place / "upper", os.fsdecode(staged.tree_path)], check=True)
         with Manifest.build(staged.tree_fd) as manifest:
             assert set(manifest.flags) == {"redirect", "metacopy"}
             top = staged.publish(manifest=manifest, flags=manifest.flags, below=(base.id,))
-    return store.put_image(ImageRecord(name=name, layers=(top.id, base.id), created="2020-01-01T00:00:00Z"))
+    return store.images.put(ImageRecord(name=name, layers=(top.id, base.id), created="2020-01-01T00:00:00Z"))
 
 
 def view(store: LayerStore, name: str) -> Dump:
     """What an image shows."""
-    stack = tuple(store.layer(each).tree_path for each in store.image(name).layers)
+    stack = tuple(store.layers.find(each).tree_path for each in store.images.find(name).layers)
     overlay = Overlay(StackConfig(lower=stack))
     try:
         return dump(FsRaw(overlay))

@@ -69,7 +69,7 @@ def test_images_that_skopeo_compresses(
 def test_our_layers_under_the_kernels_overlayfs(peers: Engines, store: LayerStore, place: Path, shown: Dump) -> None:
     peers.run("podman", "save", "-q", "--format", "oci-archive", "-o", place / "saved", "localhost/two:1")
     made = import_image(store, os.fsencode(place / "saved"), "two")
-    lower = ":".join(os.fsdecode(store.layer(each).tree_path) for each in made.layers)
+    lower = ":".join(os.fsdecode(store.layers.find(each).tree_path) for each in made.layers)
     (place / "mnt").mkdir()
     syscalls.mount(b"overlay", os.fsencode(place / "mnt"), b"overlay", 1, os.fsencode(f"lowerdir={lower}"))
     try:
@@ -138,7 +138,7 @@ def test_what_umoci_repacks(peers: Engines, store: LayerStore, place: Path) -> N
     peers.run("umoci", "repack", "--image", f"{place}/out:2", place / "bundle")
     made = import_image(store, os.fsencode(place / "out:2"), "again")
     assert len(made.layers) == 3
-    assert made.layers[1:] == store.image("localhost/sample:1").layers
+    assert made.layers[1:] == store.images.find("localhost/sample:1").layers
     # It rounds times, and invents one for a directory that it writes only because of what is in it.
     found, expected = plain(samples.view(store, "again")), plain(archives.picture(rootfs))
     same(*({path: entry._replace(mtime_ns=0) for path, entry in tree.items()} for tree in (found, expected)))
@@ -150,10 +150,10 @@ def test_skopeo_hands_on_what_we_export(peers: Engines, store: LayerStore, place
     source = f"{kind.value}:{place}/out" + (":1" if kind is Format.OCI else "")
     for target in (f"oci:{place}/layout:x", f"docker-archive:{place}/archive:x:1", f"oci-archive:{place}/oci:x"):
         peers.skopeo(source, target)
-    layers = store.image("localhost/sample:1").layers
+    layers = store.images.find("localhost/sample:1").layers
     for name in ("layout", "archive", "oci"):
         assert import_image(store, os.fsencode(place / name), "back").layers == layers
-    assert store.image("back").history == store.image("localhost/sample:1").history
+    assert store.images.find("back").history == store.images.find("localhost/sample:1").history
 
 
 def test_a_round_trip_through_podman(peers: Engines, store: LayerStore, place: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_round_trip_through_podman(peers: Engines, store: LayerStore, place: P
     finally:
         peers.run("podman", "rmi", "-f", "localhost/sample:1")
     got = import_image(store, os.fsencode(place / "back"), "back")
-    assert got.config == store.image("localhost/sample:1").config
+    assert got.config == store.images.find("localhost/sample:1").config
     same(like_podman(samples.view(store, "back")), like_podman(expected))
 
 

@@ -87,7 +87,7 @@ def test_an_import(place: Path, code: int) -> None:
             assert len(found["layers"]) == len(found["images"]) <= 1
             if found["images"]:
                 assert set(samples.view(store, "x")) == {b"", b"d", b"d/f", b"e"}
-                store.remove_image("x")
+                store.images.remove("x")
             store.gc()
 
     act()

@@ -75,11 +75,11 @@ def test_layers_and_configuration_come_back(
     assert got.name == "other:2"
     assert alike(got, made)
     assert got.annotations == (made.annotations if kind is not Format.DOCKER_ARCHIVE else {})
-    assert [other.layer(each).record.digest for each in got.layers] == [
-        store.layer(each).record.digest for each in made.layers
+    assert [other.layers.find(each).record.digest for each in got.layers] == [
+        store.layers.find(each).record.digest for each in made.layers
     ]
     same(samples.view(store, "sample:1"), samples.view(other, "other:2"))
-    assert [other.layer(each).record.message for each in got.layers] == ["top", "ADD base"]
+    assert [other.layers.find(each).record.message for each in got.layers] == ["top", "ADD base"]
 
 
 @pytest.mark.parametrize("kind", [Format.TAR, Format.DIRECTORY])
@@ -155,8 +155,8 @@ def test_the_canonical_digest_is_remembered(store: LayerStore) -> None:
     layer = samples.add(store, samples.BASE)
     assert layer.record.diff_id is None
     blob = write_blob(store, layer, lambda piece: None)
-    assert store.layer(layer.id).record.diff_id == blob.diff_id
-    found = store.by_diff_id(blob.diff_id)
+    assert store.layers.find(layer.id).record.diff_id == blob.diff_id
+    found = store.layers.by_diff_id(blob.diff_id)
     assert found is not None
     assert found.id == layer.id
 
@@ -164,7 +164,7 @@ def test_the_canonical_digest_is_remembered(store: LayerStore) -> None:
 def test_layers_with_marks_are_exported_over_their_stack(store: LayerStore, other: LayerStore, place: Path) -> None:
     samples.add_marked_image(store, place, "sample:1")
     got = import_image(other, export(store, place / "out", Format.OCI), "other")
-    assert other.layer(got.layers[0]).record.flags == ()
+    assert other.layers.find(got.layers[0]).record.flags == ()
     same(samples.view(other, "other"), samples.view(store, "sample:1"))
 
 
@@ -178,7 +178,10 @@ def test_a_directory_is_what_a_mount_of_it_shows(store: LayerStore, place: Path)
     got = import_image(store, os.fsencode(source), "dir", ImportOptions(message="m", author="me"))
     assert (got.architecture, got.os, len(got.layers)) == (platforms.host().architecture, "linux", 1)
     assert [step.created_by for step in got.history] == [f"import {source}"]
-    assert (store.layer(got.layers[0]).record.message, store.layer(got.layers[0]).record.author) == ("m", "me")
+    assert (store.layers.find(got.layers[0]).record.message, store.layers.find(got.layers[0]).record.author) == (
+        "m",
+        "me",
+    )
     found, expected = samples.view(store, "dir"), archives.picture(source)
     assert found[b""]._replace(mtime_ns=0) == expected[b""]
     same(
@@ -219,7 +222,7 @@ def test_a_root_that_cuts_off_what_lies_below_begins_the_image(
 def test_history_says_that_hidden_layers_are_empty(store: LayerStore, other: LayerStore, place: Path) -> None:
     made = samples.add_image(store)
     layers = (samples.add(store, Dir({"b": b"2"}, opaque="trusted")).id, made.layers[1])
-    store.put_image(msgspec.structs.replace(made, layers=layers))
+    store.images.put(msgspec.structs.replace(made, layers=layers))
     got = import_image(other, export(store, place / "out", Format.OCI), "other:1")
     assert [step.empty_layer for step in got.history] == [True, True, False]
     export_image(other, "other:1", os.fsencode(place / "again"), ExportOptions(Format.OCI))

@@ -166,7 +166,7 @@ def test_a_commit_with_renames_is_pulled_by_podman(
         done = process("overlayfs", "commit", str(point), "-t", "changed:1", "--wait")
         assert done.code == 0, done.err
         expected = archives.picture(point)
-    assert store.layer(store.image("changed:1").layers[0]).record.flags
+    assert store.layers.find(store.images.find("changed:1").layers[0]).record.flags
     same(filled(samples.view(store, "changed:1")), filled(expected))
     reference = f"{server}/changed:1"
     store.push("changed:1", reference, plain_http=True)

@@ -43,7 +43,7 @@ def test_the_same_image_has_the_same_digest_everywhere(server: str, sides: Calla
     for name in ("one", "two"):
         side = sides(name)
         record = add_image(side.store, "it", BASE, TOP)
-        side.store.put_image(type(record)(name="it", layers=record.layers, created="2026-01-01T00:00:00Z"))
+        side.store.images.put(type(record)(name="it", layers=record.layers, created="2026-01-01T00:00:00Z"))
         digests.add(side.push("it", f"{server}/{name}/same").digest)
     assert len(digests) == 1
 
@@ -53,7 +53,7 @@ def test_an_image_without_layers(server: str, sides: Callable[[str], Side], away
     add_image(side.store, "it")
     side.push("it", f"{server}/empty/it")
     assert away.pull(f"{server}/empty/it").layers == ()
-    assert away.store.image("it").layers == ()
+    assert away.store.images.find("it").layers == ()
 
 
 def test_a_layer_that_comes_twice_goes_once(server: str, sides: Callable[[str], Side], away: Side) -> None:
@@ -134,14 +134,14 @@ def test_an_unchanged_image_keeps_its_manifest(server: str, away: Side) -> None:
     assert pulled.digest == digest and pulled.image.config["Labels"] == {"l": "m"}
     pushed = away.push("it", f"{server}/docker/y")
     assert (pushed.digest, pushed.same) == (digest, True)
-    away.store.tag("it", "other:name")
+    away.store.images.tag("it", "other:name")
     assert away.push("other:name", f"{server}/docker/z").digest == digest
 
 
 def test_a_changed_image_gets_another_manifest(server: str, away: Side) -> None:
     digest = foreign(server, "docker/changed")
     record = away.pull(f"{server}/docker/changed").image
-    away.store.put_image(type(record)(name="it", layers=record.layers, created=record.created, config={"Env": []}))
+    away.store.images.put(type(record)(name="it", layers=record.layers, created=record.created, config={"Env": []}))
     pushed = away.push("it", f"{server}/docker/changed:2")
     assert pushed.digest != digest and pushed.same is None
     assert [layer.how for layer in pushed.layers] == ["present"]
@@ -156,7 +156,7 @@ def test_where_the_blobs_are_missing_the_manifest_is_our_own(server: str, away: 
         again = here.pull(f"{other}/docker/moved", "moved")
     assert again.digest == pushed.digest
     assert here.files("moved") == [{"etc/motd": "hello\n"}] == away.files()
-    assert here.store.image("moved").config == away.store.image("it").config
+    assert here.store.images.find("moved").config == away.store.images.find("it").config
 
 
 def put_index(host: str, repository: str, manifests: list[tuple[str, str, str]], tag: str = "latest") -> None:

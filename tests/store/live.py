@@ -54,7 +54,7 @@ class Idle(Engine):
 class Unhashed:
     """A hashing that never ends."""
 
-    def look(self) -> HashingStatus:
+    def poll(self) -> HashingStatus:
         """Nothing is known."""
         return HashingStatus("hashing")
 
@@ -63,7 +63,7 @@ class Used:
     """A workspace that is in use: its overlay, and commits of it."""
 
     def __init__(self, store: LayerStore, workspace: Workspace, lock: int) -> None:
-        lower = tuple(layer.tree_path for layer in store.stack_of_workspace(workspace))
+        lower = tuple(layer.tree_path for layer in store.present(workspace.record.layers))
         self.overlay = Overlay(
             StackConfig(lower=lower, upper=workspace.upper_path, work=workspace.work_path, lock_wait=0.0)
         )
@@ -97,7 +97,7 @@ class Site:
         with self.open() as store:
             adopted = [store.commit_directory(os.fsencode(layer)) for layer in layers]
             ids = tuple(layer.id for layer in adopted)
-            store.put_image(ImageRecord(name=IMAGE, layers=ids, created=now()))
+            store.images.put(ImageRecord(name=IMAGE, layers=ids, created=now()))
 
     def open(self) -> LayerStore:
         """Open the store, which finishes what was left unfinished."""
@@ -108,9 +108,9 @@ class Site:
         """Use the workspace, which is made the first time; at the end all is let go."""
         with ExitStack() as stack:
             store = stack.enter_context(self.open())
-            claim = store.claim_workspace(image, NAME)
-            stack.enter_context(claim.hold)
-            used = Used(store, claim.workspace, claim.hold.fd)
+            claim = store.workspaces.claim(image, NAME)
+            stack.enter_context(claim.lock)
+            used = Used(store, claim.workspace, claim.lock.fd)
             stack.callback(used.commits.close)
             stack.callback(used.overlay.close)
             yield used
@@ -118,7 +118,7 @@ class Site:
     def layers(self) -> tuple[str, ...]:
         """Return the stack of the workspace as its record has it."""
         with self.open() as store:
-            return store.workspace(NAME).record.layers
+            return store.workspaces.find(NAME).record.layers
 
     @contextmanager
     def image_view(self, image: str) -> Iterator[Overlay]:

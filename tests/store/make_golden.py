@@ -24,12 +24,12 @@ ROOT = Caller(0, 0)
 def make(base: Path) -> None:
     """Make a store with two images of two layers, marks of each kind in the upper one, and a changed workspace."""
     with LayerStore(os.fsencode(base)) as store:
-        with store.new_layer() as staged:
+        with store.layers.stage() as staged:
             _base(Path(os.fsdecode(staged.tree_path)))
             with Manifest.build(staged.tree_fd) as manifest:
                 layer = staged.publish(manifest=manifest, author="ann", message="base")
         config = {"Env": ["LANG=C"], "Cmd": ["/bin/true"]}
-        store.put_image(
+        store.images.put(
             ImageRecord(
                 name="site:1", layers=(layer.id,), created=now(), author="ann", architecture="amd64", config=config
             )
@@ -56,8 +56,8 @@ def _base(tree: Path) -> None:
 
 
 def _change(store: LayerStore, name: str, change: object) -> None:
-    workspace = store.find_workspace(name) or store.new_workspace("site:1", name)
-    lower = tuple(layer.tree_path for layer in store.stack_of_workspace(workspace))
+    workspace = store.workspaces.get(name) or store.workspaces.create("site:1", name)
+    lower = tuple(layer.tree_path for layer in store.present(workspace.record.layers))
     overlay = Overlay(StackConfig(lower=lower, upper=workspace.upper_path, work=workspace.work_path))
     assert callable(change)
     try:

@@ -29,7 +29,7 @@ def fill(tree: bytes, files: Mapping[str, str]) -> None:
 
 def add_layer(store: LayerStore, files: Mapping[str, str], hashed: bool = True, **words: Any) -> Layer:
     """Publish a layer of some files."""
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         fill(staged.tree_path, files)
         if not hashed:
             return staged.publish(manifest=None, **words)
@@ -40,7 +40,7 @@ def add_layer(store: LayerStore, files: Mapping[str, str], hashed: bool = True, 
 def add_image(store: LayerStore, name: str, *contents: Mapping[str, str]) -> ImageRecord:
     """Make an image of layers, the last one on top."""
     layers = [add_layer(store, files) for files in contents]
-    return store.put_image(ImageRecord(name=name, layers=tuple(layer.id for layer in reversed(layers)), created=now()))
+    return store.images.put(ImageRecord(name=name, layers=tuple(layer.id for layer in reversed(layers)), created=now()))
 
 
 def finish(store: LayerStore, layer: Layer) -> Layer:

@@ -260,9 +260,9 @@ def test_images_and_workspaces(place: Path) -> None:
     with Store(os.fsencode(place / "store")) as store:
         base = add_image(store, "base", {"a": "1", "d/b": "2"})
         top = add_layer(store, {"a": "changed"})
-        store.put_image(base.__class__(name="site", layers=(top.id, *base.layers), created=base.created))
-        store.new_workspace("site", "w")
-        upper = store.workspace("w").upper_path
+        store.images.put(base.__class__(name="site", layers=(top.id, *base.layers), created=base.created))
+        store.workspaces.create("site", "w")
+        upper = store.workspaces.find("w").upper_path
         fill(upper, {"new": "3"})
         assert [(each.kind, each.path) for each in store.diff(None, "site")] == [("C", b"a")]
         assert [(each.kind, each.path) for each in store.diff("base", "site")] == [("C", b"a")]

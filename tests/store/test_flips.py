@@ -30,8 +30,8 @@ def fill(base: Path) -> None:
     with Store(os.fsencode(base)) as store:
         low = put(store, "site", TREE)
         put(store, "other", {"file": b"another" * 5_000, "d": {"e": b"e"}}, low.id)
-        store.new_workspace("site", "draft")
-        store.note_diff_id(low, DIFF_ID)
+        store.workspaces.create("site", "draft")
+        store.layers.note_diff_id(low, DIFF_ID)
         blob_info_cache.note_blob(
             store, low.id, Descriptor("application/octet-stream", DIFF_ID, 5), DIFF_ID, "host/repository"
         )

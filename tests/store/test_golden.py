@@ -50,7 +50,7 @@ def test_its_records_say_what_they_said(golden: Path) -> None:
         assert (top.record.message, top.record.flags, top.record.below) == (
             "second", ("metacopy", "redirect"), one.layers,
         )  # fmt: skip
-        assert [layer.id for layer in store.layers() if store.by_digest(layer.record.digest or "") is None] == []
+        assert [layer.id for layer in store.layers() if store.layers.by_digest(layer.record.digest or "") is None] == []
         (workspace,) = store.workspaces()
         assert (workspace.name, workspace.record.image, workspace.record.layers) == ("draft", "site:2", two.layers)
         assert store.gc() == []

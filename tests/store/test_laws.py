@@ -173,7 +173,7 @@ def _digest(path: Path) -> str:
 @given(seed=seeds, data=st.data())
 def test_every_flipped_bit_is_found(place: Path, seed: int, data: st.DataObject) -> None:
     with scratch(place) as here, LayerStore(os.fsencode(here / "store")) as store:
-        with store.new_layer() as staged:
+        with store.layers.stage() as staged:
             build(Path(os.fsdecode(staged.tree_path)), {**Generator(seed).layer(), "some": b"content"})
             with Manifest.build(staged.tree_fd) as manifest:
                 staged.publish(manifest=manifest)
@@ -204,7 +204,7 @@ def stored(store: Store, layers: list[Path], name: str) -> ImageRecord:
                 ids = (store.complete_layer(adopted, manifest).id, *ids)
         finally:
             os.close(fd)
-    return store.put_image(ImageRecord(name=name, layers=ids, created=now()))
+    return store.images.put(ImageRecord(name=name, layers=ids, created=now()))
 
 
 def carried(tree: Dump) -> Dump:
@@ -228,8 +228,8 @@ def test_an_exported_image_comes_back(place: Path, seed: int, generations: int, 
         with Store(os.fsencode(here / "other")) as other:
             back = other.import_image(os.fsencode(here / "archive"), "back")
             assert not verify(other.directory, None, threads=2).problems
-            paths = [Path(os.fsdecode(other.layer(each).tree_path)) for each in back.layers]
+            paths = [Path(os.fsdecode(other.layers.find(each).tree_path)) for each in back.layers]
             same(shown(life.stack, paths), carried(expected))
             store.squash("it", "small")
-            small = [Path(os.fsdecode(store.layer(each).tree_path)) for each in store.image("small").layers]
+            small = [Path(os.fsdecode(store.layers.find(each).tree_path)) for each in store.images.find("small").layers]
             same(shown(life.stack, small), expected)

@@ -23,7 +23,7 @@ def test_a_new_store_is_private_and_says_its_format(store: LayerStore, place: Pa
 def test_opening_again(store: LayerStore, place: Path) -> None:
     layer = add_layer(store, {"a": "1"}, author="me", message="first")
     with open_store(place, create=False) as other:
-        found = other.layer(layer.id)
+        found = other.layers.find(layer.id)
         assert found.record == layer.record
         assert (found.record.author, found.record.message, found.record.size) == ("me", "first", 1)
         assert Path(os.fsdecode(found.tree_path), "a").read_text() == "1"
@@ -57,7 +57,7 @@ def test_no_store(place: Path) -> None:
 
 def test_leaving_without_publishing_discards(store: LayerStore, place: Path) -> None:
     before = there(place)
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         fill(staged.tree_path, {"a": "1"})
         assert there(place) != before
     assert there(place) == before
@@ -65,21 +65,21 @@ def test_leaving_without_publishing_discards(store: LayerStore, place: Path) -> 
 
 def test_an_id_is_found_by_its_start(store: LayerStore) -> None:
     one, two = add_layer(store, {"a": "1"}), add_layer(store, {"a": "2"})
-    assert store.layer(one.id[:12]).id == one.id
+    assert store.layers.find(one.id[:12]).id == one.id
     assert one.record.digest is not None
-    assert store.layer(one.record.digest).id == one.id
-    assert store.layer(one.record.digest[:20]).id == one.id
+    assert store.layers.find(one.record.digest).id == one.id
+    assert store.layers.find(one.record.digest[:20]).id == one.id
     with pytest.raises(UserError, match="is no layer"):
-        store.layer("no hex")
+        store.layers.find("no hex")
     with pytest.raises(UserError, match="is no layer"):
-        store.layer("0" * 32)
+        store.layers.find("0" * 32)
     with pytest.raises(UserError, match="is no layer"):
-        store.layer("")
+        store.layers.find("")
     many = [add_layer(store, {"a": str(number)}) for number in range(3, 30)]
     starts = [layer.id[0] for layer in (one, two, *many)]
     shared = next(start for start in starts if starts.count(start) > 1)
     with pytest.raises(UserError, match="several"):
-        store.layer(shared)
+        store.layers.find(shared)
 
 
 def test_equal_layers_are_stored_once(store: LayerStore, place: Path) -> None:
@@ -89,7 +89,7 @@ def test_equal_layers_are_stored_once(store: LayerStore, place: Path) -> None:
     assert again.record.message == "first"
     assert again.record.diff_id == "sha256:" + "a" * 64
     assert there(place)["layers"] == [one.id]
-    found = store.by_diff_id("sha256:" + "a" * 64)
+    found = store.layers.by_diff_id("sha256:" + "a" * 64)
     assert found is not None
     assert found.id == one.id
 
@@ -100,12 +100,12 @@ def test_an_index_is_not_believed(store: LayerStore, place: Path) -> None:
     assert two.record.digest is not None
     index = place / "store" / "digests" / one.record.digest.removeprefix("sha256:")
     index.write_text(two.id)
-    assert store.by_digest(one.record.digest) is None
+    assert store.layers.by_digest(one.record.digest) is None
     index.write_text("../../etc")
-    assert store.by_digest(one.record.digest) is None
+    assert store.layers.by_digest(one.record.digest) is None
     index.unlink()
-    assert store.by_digest(one.record.digest) is None
-    assert store.by_digest("sha256:../../x") is None
+    assert store.layers.by_digest(one.record.digest) is None
+    assert store.layers.by_digest("sha256:../../x") is None
 
 
 def test_what_is_not_whole_is_not_there(store: LayerStore, place: Path) -> None:
@@ -121,18 +121,18 @@ def test_a_damaged_record_is_named(store: LayerStore, place: Path) -> None:
     record = place / "store" / "layers" / one.id / "record"
     record.write_text('{"id": 1}')
     with pytest.raises(UserError, match=f"{record} is damaged: .*restore it"):
-        store.layer(one.id)
+        store.layers.find(one.id)
 
 
 def test_hashing_ends_in_a_complete_layer(store: LayerStore, place: Path) -> None:
     layer = add_layer(store, {"a": "12345"}, hashed=False)
     assert (layer.record.state, layer.record.digest) == ("hashing", None)
-    assert [each.id for each in store.unfinished()] == [layer.id]
+    assert [each.id for each in store.layers.unfinished()] == [layer.id]
     assert store.stack_of(layer.id)[0].id == layer.id
     done = finish(store, layer)
     assert (done.id, done.record.state, done.record.size, done.record.entries) == (layer.id, "complete", 5, 2)
-    assert list(store.unfinished()) == []
-    assert store.by_digest(done.record.digest or "") is not None
+    assert list(store.layers.unfinished()) == []
+    assert store.layers.by_digest(done.record.digest or "") is not None
     with Manifest.open(done.manifest_fd()) as manifest:
         assert manifest.digest == done.record.digest
 
@@ -141,12 +141,12 @@ def test_hashing_finds_an_equal_layer(store: LayerStore) -> None:
     """Images name the layer that was there first; the new one is garbage as soon as nobody uses it."""
     first = add_layer(store, {"a": "1"})
     second = add_layer(store, {"a": "1"}, hashed=False)
-    image = store.put_image(ImageRecord(name="two", layers=(second.id, first.id), created=now()))
+    image = store.images.put(ImageRecord(name="two", layers=(second.id, first.id), created=now()))
     assert image.layers == (second.id, first.id)
     assert finish(store, second).id == first.id
-    assert store.image("two").layers == (first.id, first.id)
-    assert store.layer(second.id).record.same_as == first.id
-    assert store.put_image(ImageRecord(name="late", layers=(second.id,), created=now())).layers == (first.id,)
+    assert store.images.find("two").layers == (first.id, first.id)
+    assert store.layers.find(second.id).record.same_as == first.id
+    assert store.images.put(ImageRecord(name="late", layers=(second.id,), created=now())).layers == (first.id,)
     assert [each.name for each in store.gc()] == [second.id]
 
 
@@ -155,7 +155,7 @@ def test_marks_that_count_on_layers_below_make_a_layer_different(store: LayerSto
     base, other = add_layer(store, {"a": "1"}), add_layer(store, {"a": "2"})
     made = []
     for below in ((base.id,), (other.id,), (base.id,)):
-        with store.new_layer() as staged:
+        with store.layers.stage() as staged:
             fill(staged.tree_path, {"b": "1"})
             with Manifest.build(staged.tree_fd) as manifest:
                 made.append(staged.publish(manifest=manifest, flags=("redirect",), below=below))
@@ -168,7 +168,7 @@ def test_a_held_layer_stays(store: LayerStore, place: Path) -> None:
     with open_store(place) as other:
         assert other.gc() == []
         store.close()
-        with other.layer(layer.id).hold():
+        with other.layers.find(layer.id).hold():
             assert other.gc() == []
         assert [(each.kind, each.name) for each in other.gc()] == [("layer", layer.id)]
         gone = type(layer)(other.directory, layer.record)
@@ -177,7 +177,7 @@ def test_a_held_layer_stays(store: LayerStore, place: Path) -> None:
 
 
 def test_what_is_being_made_stays(store: LayerStore, place: Path) -> None:
-    with store.new_layer() as staged, open_store(place) as other:
+    with store.layers.stage() as staged, open_store(place) as other:
         fill(staged.tree_path, {"a": "1"})
         assert other.gc(dry_run=True) == other.gc() == []
         layer = staged.publish(manifest=None)
@@ -189,28 +189,28 @@ def test_a_repair_is_alone(store: LayerStore) -> None:
     layer = add_layer(store, {"a": "1"})
     with pytest.raises(UserError, match="is in use"):
         layer.hold_exclusively()
-    store.put_image(ImageRecord(name="one", layers=(layer.id,), created=now()))
+    store.images.put(ImageRecord(name="one", layers=(layer.id,), created=now()))
     with layer.hold_exclusively():
-        assert store.by_digest(layer.record.digest or "") is None
+        assert store.layers.by_digest(layer.record.digest or "") is None
     with layer.hold(), layer.hold():
         pass
 
 
 def test_an_image_names_layers_that_are_there(store: LayerStore) -> None:
     with pytest.raises(UserError, match="is not in the store, so site:latest cannot be made of it"):
-        store.put_image(ImageRecord(name="site", layers=("0" * 32,), created=now()))
+        store.images.put(ImageRecord(name="site", layers=("0" * 32,), created=now()))
     assert list(store.images()) == []
 
 
 def test_images_are_put_tagged_and_removed(store: LayerStore) -> None:
     one = add_image(store, "site", {"a": "1"})
     assert one.name == "site:latest"
-    assert store.tag("site", "registry.example:5000/team/site:v2").layers == one.layers
+    assert store.images.tag("site", "registry.example:5000/team/site:v2").layers == one.layers
     assert [image.name for image in store.images()] == ["registry.example:5000/team/site:v2", "site:latest"]
-    store.remove_image("site")
+    store.images.remove("site")
     with pytest.raises(UserError, match="there is no image site:latest"):
-        store.image("site")
-    assert store.image("registry.example:5000/team/site:v2").config == {}
+        store.images.find("site")
+    assert store.images.find("registry.example:5000/team/site:v2").config == {}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_images_are_put_tagged_and_removed(store: LayerStore) -> None:
 )
 def test_names_that_no_image_has(store: LayerStore, name: str) -> None:
     with pytest.raises(UserError, match="image name"):
-        store.image(name)
+        store.images.find(name)
 
 
 def test_everything_of_an_image_is_kept(store: LayerStore) -> None:
@@ -227,8 +227,8 @@ def test_everything_of_an_image_is_kept(store: LayerStore) -> None:
     record = ImageRecord(
         name="full:1", layers=(layer.id,), created=now(), architecture="amd64", config=config, annotations={"k": "v"}
     )
-    assert store.put_image(record) == record
-    assert store.image("full:1") == record
+    assert store.images.put(record) == record
+    assert store.images.find("full:1") == record
 
 
 def test_ten_thousand_layers_are_not_looked_at(store: LayerStore, place: Path) -> None:
@@ -243,7 +243,7 @@ def test_ten_thousand_layers_are_not_looked_at(store: LayerStore, place: Path) -
         room.rmdir()
         (place / "aside").rename(room)
     with open_store(place) as opened:
-        assert opened.layer(layer.id).id == layer.id
+        assert opened.layers.find(layer.id).id == layer.id
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,12 @@ def test_stack_image_and_record(site: Site) -> None:
         assert used.unhashed == [made.layer]
         assert view(used.overlay) == shown
         with site.open() as store:
-            layer, image = store.layer(made.layer), store.image("site:2")
+            layer, image = store.layers.find(made.layer), store.images.find("site:2")
             assert (layer.record.state, layer.record.message) == ("hashing", "first")
-            assert layer.record.below == store.image(IMAGE).layers
-            assert image.layers == (made.layer, *store.image(IMAGE).layers)
+            assert layer.record.below == store.images.find(IMAGE).layers
+            assert image.layers == (made.layer, *store.images.find(IMAGE).layers)
             assert image.history[-1].comment == "first"
-            assert store.workspace(NAME).record.layers == image.layers
+            assert store.workspaces.find(NAME).record.layers == image.layers
     with site.image_view("site:2") as overlay:
         assert view(overlay) == shown
     assert os.listdir(site.place / "store" / "workspaces" / NAME / "upper") == []
@@ -431,14 +431,14 @@ def test_what_was_left_unhashed_is_hashed_once(site: Site) -> None:
         make(used.overlay, "new", b"new")
         layer = used.commit().layer
     with site.open() as store:
-        assert layer in [each.id for each in store.unfinished()]
-        tree = store.layer(layer).tree_fd()
+        assert layer in [each.id for each in store.layers.unfinished()]
+        tree = store.layers.find(layer).tree_fd()
         sysio.try_lock(tree)  # as the process does that is at it
-        assert hashing.hash_layer(store, store.layer(layer)) is None
+        assert hashing.hash_layer(store, store.layers.find(layer)) is None
         os.close(tree)
         hashing.hash_unfinished(store)
-        assert list(store.unfinished()) == []
-        assert store.layer(layer).record.digest is not None
+        assert list(store.layers.unfinished()) == []
+        assert store.layers.find(layer).record.digest is not None
 
 
 def test_a_descriptor_tells_how_it_was_opened(place: Path) -> None:

@@ -36,11 +36,11 @@ TREE: Tree = {
 
 
 def put(store: Store, name: str, tree: Tree | Dir, *below: str) -> Layer:
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         build(Path(os.fsdecode(staged.tree_path)), tree)
         with Manifest.build(staged.tree_fd) as manifest:
             layer = staged.publish(manifest=manifest)
-    store.put_image(ImageRecord(name=name, layers=(layer.id, *below), created=now()))
+    store.images.put(ImageRecord(name=name, layers=(layer.id, *below), created=now()))
     return layer
 
 
@@ -168,7 +168,7 @@ def test_from_another_layer_under_another_name(store: Store) -> None:
 def test_a_damaged_copy_is_not_taken(store: Store, other: Store) -> None:
     layer = put(store, "site", TREE)
     flip(at(layer, "big"))
-    wrong = other.layer(other.image("site").layers[0])
+    wrong = other.layers.find(other.images.find("site").layers[0])
     flip(at(wrong, "big"))
     content = at(layer, "big").read_bytes()
     _, after = store.repair(source=os.fsdecode(other.path))

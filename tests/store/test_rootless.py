@@ -54,7 +54,7 @@ def home(place: Path) -> Path:
 def _site(home: Path, name: str = "store") -> Store:
     store = Store(os.fsencode(home / name))
     stack = [store.import_image(os.fsencode(home / f"{name}.tar"), name).layers[0] for name in ("top", "base")]
-    store.put_image(ImageRecord(name="site", layers=tuple(stack), created=now()))
+    store.images.put(ImageRecord(name="site", layers=tuple(stack), created=now()))
     return store
 
 
@@ -77,7 +77,7 @@ def _repair(home: Path) -> tuple[list[bytes], list[object], bool]:
     with _site(home) as store:
         before = samples.view(store, "site")
         _site(home, "copy").close()
-        tree = Path(os.fsdecode(store.layer(store.image("base").layers[0]).tree_path))
+        tree = Path(os.fsdecode(store.layers.find(store.images.find("base").layers[0]).tree_path))
         (tree / "d" / "f").unlink()
         (tree / "closed").write_bytes(b"Secret")
         os.removexattr(tree / "null", "user.containers.override_stat")

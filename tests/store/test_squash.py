@@ -189,12 +189,12 @@ def test_an_image(store: LayerStore) -> None:
         store, "site", "small", 2, message="why", author="me", progress=lambda *numbers: told.append(numbers)
     )
     assert made.name == "small:latest" and made.layers[1:] == image.layers[2:] and len(made.layers) == 2
-    layer = store.layer(made.layers[0])
+    layer = store.layers.find(made.layers[0])
     assert sorted(os.listdir(layer.tree_path)) == [b"b", b"c"]
     assert (layer.record.message, layer.record.author, layer.record.flags) == ("why", "me", ())
     assert layer.record.state == "complete" and os.listdir(layer.path).count(b"work") == 0
     assert told[-1][1] == 2
-    assert store.image("site") == image
+    assert store.images.find("site") == image
     assert not verify(store.directory, None).problems
 
 
@@ -207,7 +207,7 @@ def test_equal_layers_are_stored_once(store: LayerStore) -> None:
 def test_history(store: LayerStore) -> None:
     image = add_image(store, "site", {"a": "1"}, {"b": "2"}, {"c": "3"})
     steps = tuple(History(created_by=name, empty_layer=name == "env") for name in ("a", "b", "env", "c"))
-    store.put_image(msgspec.structs.replace(image, history=steps, config={"Env": ["A=b"]}))
+    store.images.put(msgspec.structs.replace(image, history=steps, config={"Env": ["A=b"]}))
     made = squash_image(store, "site", "small", 2)
     assert made.config == {"Env": ["A=b"]}
     assert [(step.created_by, step.empty_layer) for step in made.history] == [
@@ -238,7 +238,7 @@ def test_interrupted(store: LayerStore, place: Path, when: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         squash_image(
             store, "site", "small", progress=stop if when == "copying" else None,
-            hashed=stop if when == "hashing" else None,
+            hash_progress=stop if when == "hashing" else None,
         )  # fmt: skip
     assert [image.name for image in store.images()] == ["site:latest"]
     assert not os.listdir(place / "store" / "staging") and not os.listdir(place / "store" / "trash")

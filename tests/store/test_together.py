@@ -77,7 +77,7 @@ class Player:
     def commit(self) -> None:
         """Make a workspace, change it, commit it, look whether everything is there, and remove it."""
         name = f"w{self.number}-{self.random.randrange(1 << 30)}"
-        workspace = self.store.new_workspace(self.random.choice(IMAGES), name)
+        workspace = self.store.workspaces.create(self.random.choice(IMAGES), name)
         text = f"{name} was here"
         fill(workspace.upper_path, {"committed": text})
         layer = commit.commit_workspace(self.store, name, CommitRequest(image=self.random.choice(IMAGES)))
@@ -85,7 +85,7 @@ class Player:
         assert (Path(os.fsdecode(layer.tree_path)) / "committed").read_text() == text
         assert self.store.stack_of(name)[0].id == layer.id
         if self.random.random() < 0.8:
-            self.store.remove_workspace(name)
+            self.store.workspaces.remove(name)
 
     def read(self) -> None:
         """Hold the layers of an image: each of them stays whole meanwhile."""
@@ -97,10 +97,10 @@ class Player:
                 assert sorted(os.listdir(layer.tree_path)) == before
 
     def tag(self) -> None:
-        self.store.tag(self.random.choice(IMAGES), self.random.choice(IMAGES))
+        self.store.images.tag(self.random.choice(IMAGES), self.random.choice(IMAGES))
 
     def remove(self) -> None:
-        self.store.remove_image(self.random.choice(IMAGES))
+        self.store.images.remove(self.random.choice(IMAGES))
 
     def collect(self) -> None:
         self.store.gc()
@@ -197,7 +197,7 @@ def test_eight_processes(shop: Path) -> None:
 
 def _check(store: LayerStore, base: Path) -> None:
     """Everything that is named is there and whole; everything else goes."""
-    for layer in list(store.unfinished()):
+    for layer in list(store.layers.unfinished()):
         commit.hash_layer(store, layer)  # whoever made it was killed before
     dry = store.gc(dry_run=True)
     assert store.gc() == dry

@@ -29,7 +29,7 @@ TREE: Tree = {
 
 
 def built(store: LayerStore, tree: Tree | Dir) -> Layer:
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         build(Path(os.fsdecode(staged.tree_path)), tree)
         with Manifest.build(staged.tree_fd) as manifest:
             return staged.publish(manifest=manifest)
@@ -154,7 +154,7 @@ def test_everything_below_a_missing_directory_is_named(store: LayerStore) -> Non
 
 def test_every_bit_of_every_file_counts(store: LayerStore, place: Path) -> None:
     add_image(store, "site:1", {"f": "text"})
-    store.new_workspace("site:1", "w")
+    store.workspaces.create("site:1", "w")
     files = [path for path in (place / "store").rglob("*") if path.is_file() and path.name != "lock"]
     kinds = {path.name for path in files}
     assert {"f", "manifest", "record", "site:1"} < kinds
@@ -194,7 +194,7 @@ def test_a_layer_that_is_not_hashed_yet(store: LayerStore) -> None:
 
 def test_a_missing_layer_is_named_with_its_image(store: LayerStore) -> None:
     image = add_image(store, "site", {"f": "x"})
-    layer = store.layer(image.layers[0])
+    layer = store.layers.find(image.layers[0])
     shutil.rmtree(layer.path)
     assert check(store).problems == (Problem("", b"images/site:latest", "missing", (f"layer {layer.id}",)),)
     assert check(store, layer.id).problems == (Problem(layer.id, b"", "missing"),)
@@ -215,7 +215,7 @@ def test_only_what_is_asked_for(store: LayerStore) -> None:
 
 
 def test_names_of_any_bytes(store: LayerStore) -> None:
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         for name in (b"\xff", b"new\nline", b"a-b", b"a"):
             os.mkdir(os.path.join(staged.tree_path, name))
         (Path(os.fsdecode(staged.tree_path)) / "a" / "x").touch()
@@ -230,6 +230,6 @@ def test_names_of_any_bytes(store: LayerStore) -> None:
 
 def test_a_store_that_says_who_is_missing(store: LayerStore) -> None:
     record = ImageRecord(name="x", layers=(add_layer(store, {"f": "x"}).id,), created=now())
-    store.put_image(record)
-    store.remove_image("x")
+    store.images.put(record)
+    store.images.remove("x")
     assert not check(store).problems

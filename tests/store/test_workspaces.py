@@ -19,30 +19,30 @@ root = pytest.mark.root
 
 def test_a_workspace_is_made_kept_and_removed(store: LayerStore, place: Path) -> None:
     image = add_image(store, "site", {"a": "1"}, {"b": "2"})
-    made = store.new_workspace("site", "mine")
+    made = store.workspaces.create("site", "mine")
     assert (made.record.image, made.record.layers, made.record.ephemeral) == ("site:latest", image.layers, False)
     with open_store(place) as other:
         assert [each.record for each in other.workspaces()] == [made.record]
         assert [layer.id for layer in other.stack_of("mine")] == list(image.layers)
         with pytest.raises(UserError, match="there is a workspace mine already"):
-            other.new_workspace("site", "mine")
-        other.remove_workspace("mine")
+            other.workspaces.create("site", "mine")
+        other.workspaces.remove("mine")
         with pytest.raises(UserError, match="there is no workspace mine"):
-            store.workspace("mine")
+            store.workspaces.find("mine")
     assert there(place)["workspaces"] == there(place)["trash"] == []
 
 
 @root
 def test_a_fresh_upper_looks_like_the_top_of_its_image(store: LayerStore) -> None:
-    with store.new_layer() as staged:
+    with store.layers.stage() as staged:
         os.chown(staged.tree_fd, 5, 6)
         os.chmod(staged.tree_fd, 0o1751)
         os.setxattr(staged.tree_fd, "user.kept", b"value")
         os.setxattr(staged.tree_fd, "trusted.overlay.opaque", b"y")
         os.utime(staged.tree_fd, ns=(1, 2))
         layer = staged.publish(manifest=None)
-    store.put_image(ImageRecord(name="site", layers=(layer.id,), created=now()))
-    upper = store.new_workspace("site", "mine").upper_path
+    store.images.put(ImageRecord(name="site", layers=(layer.id,), created=now()))
+    upper = store.workspaces.create("site", "mine").upper_path
     found = os.stat(upper)
     assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid, found.st_mtime_ns) == (0o1751, 5, 6, 2)
     assert os.listxattr(upper) == ["user.kept"]
@@ -51,30 +51,30 @@ def test_a_fresh_upper_looks_like_the_top_of_its_image(store: LayerStore) -> Non
 def test_a_claimed_workspace_is_the_claimers(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"a": "1"})
     add_image(store, "other", {"a": "2"})
-    workspace, hold, *_ = store.claim_workspace("site", "mine")
+    workspace, hold, *_ = store.workspaces.claim("site", "mine")
     with open_store(place) as other:
         with hold:
-            other.workspace("mine")
-            assert other.workspace("mine").try_hold() is None
+            other.workspaces.find("mine")
+            assert other.workspaces.find("mine").try_hold() is None
             assert other.gc() == []
-        again, held, new, _ = other.claim_workspace("site", "mine")
+        again, held, new, _ = other.workspaces.claim("site", "mine")
         assert again.record == workspace.record
         held.release()
         assert not new
         with pytest.raises(UserError, match="belongs to site:latest, not to other:latest"):
-            other.claim_workspace("other", "mine")
+            other.workspaces.claim("other", "mine")
         with pytest.raises(UserError, match="leave --ephemeral out"):
-            other.claim_workspace("site", "mine", ephemeral=True)
+            other.workspaces.claim("site", "mine", ephemeral=True)
         with pytest.raises(UserError, match="there is no image nothing:latest"):
-            other.claim_workspace("nothing", "mine")
+            other.workspaces.claim("nothing", "mine")
         with pytest.raises(UserError, match="is not a workspace name"):
-            other.claim_workspace("site", "../mine")
+            other.workspaces.claim("site", "../mine")
 
 
 def test_a_name_is_made(store: LayerStore) -> None:
     add_image(store, "registry.example/team/site:v1", {"a": "1"})
-    one, first, *_ = store.claim_workspace("registry.example/team/site:v1")
-    two, second, *_ = store.claim_workspace("registry.example/team/site:v1")
+    one, first, *_ = store.workspaces.claim("registry.example/team/site:v1")
+    two, second, *_ = store.workspaces.claim("registry.example/team/site:v1")
     with first, second:
         assert one.name.startswith("site-")
         assert one.name != two.name
@@ -82,7 +82,7 @@ def test_a_name_is_made(store: LayerStore) -> None:
 
 def test_an_ephemeral_one_goes_when_nobody_holds_it(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"a": "1"})
-    workspace, hold, *_ = store.claim_workspace("site", ephemeral=True)
+    workspace, hold, *_ = store.workspaces.claim("site", ephemeral=True)
     with hold, open_store(place) as other:
         assert other.gc(dry_run=True) == []
         assert [each.name for each in other.workspaces()] == [workspace.name]
@@ -94,7 +94,7 @@ def test_an_ephemeral_one_goes_when_nobody_holds_it(store: LayerStore, place: Pa
 
 def test_adopting_moves_the_tree_and_renews_the_workspace(store: LayerStore, place: Path) -> None:
     image = add_image(store, "site", {"a": "1"})
-    workspace = store.new_workspace("site", "mine")
+    workspace = store.workspaces.create("site", "mine")
     fill(workspace.upper_path, {"b": "22"})
     before = os.stat(workspace.upper_path)
     record = ImageRecord(name="site:2", layers=image.layers, created=now())
@@ -104,8 +104,10 @@ def test_adopting_moves_the_tree_and_renews_the_workspace(store: LayerStore, pla
     )
     assert os.stat(layer.tree_path).st_ino == before.st_ino
     assert Path(os.fsdecode(layer.tree_path), "b").read_text() == "22"
-    assert store.workspace("mine").record.layers == store.image("site:2").layers == (layer.id, *image.layers)
-    assert store.workspace("mine").record.image == "site:2"
+    assert (
+        store.workspaces.find("mine").record.layers == store.images.find("site:2").layers == (layer.id, *image.layers)
+    )
+    assert store.workspaces.find("mine").record.image == "site:2"
     assert os.listdir(workspace.upper_path) == []
     assert sorted(os.listdir(os.fsdecode(workspace.path))) == ["lock", "record", "upper", "work"]
     assert there(place)["intents"] == []
@@ -116,22 +118,22 @@ def test_adopting_moves_the_tree_and_renews_the_workspace(store: LayerStore, pla
 def test_an_equal_layer_leaves_no_workspace_behind(store: LayerStore, place: Path) -> None:
     """Images name the layer that was there first, the workspace goes on with its own: the stack is the same."""
     image = add_image(store, "site", {"a": "1"})
-    workspace = store.new_workspace("site", "mine")
+    workspace = store.workspaces.create("site", "mine")
     twin = add_layer(store, {"b": "2"})
-    store.put_image(ImageRecord(name="twin", layers=(twin.id, *image.layers), created=now()))
+    store.images.put(ImageRecord(name="twin", layers=(twin.id, *image.layers), created=now()))
     fill(workspace.upper_path, {"b": "2"})
     record = ImageRecord(name="site:2", layers=image.layers, created=now())
     layer = store.commit_directory(workspace.upper_path, NewLayer(workspace="mine", image=record, below=image.layers))
     assert finish(store, layer).id == twin.id
-    assert store.image("site:2").layers == (twin.id, *image.layers)
-    assert store.workspace("mine").record.layers == (layer.id, *image.layers)
+    assert store.images.find("site:2").layers == (twin.id, *image.layers)
+    assert store.workspaces.find("mine").record.layers == (layer.id, *image.layers)
     for name, behind in (("site:2", False), ("twin", False), ("site", False)):
-        claim = store.claim_workspace(name, "mine")
+        claim = store.workspaces.claim(name, "mine")
         assert claim.behind is behind
-        claim.hold.release()
+        claim.lock.release()
     add_image(store, "site:2", {"a": "other"})
-    claim = store.claim_workspace("site:2", "mine")
-    with claim.hold:
+    claim = store.workspaces.claim("site:2", "mine")
+    with claim.lock:
         assert claim.behind
 
 
@@ -139,7 +141,7 @@ def test_adopting_from_elsewhere(store: LayerStore, place: Path) -> None:
     fill(os.fsencode(place / "tree"), {"b": "2"})
     layer = store.commit_directory(os.fsencode(place / "tree"), NewLayer(message="alone"))
     assert not (place / "tree").exists()
-    assert store.layer(layer.id).record.message == "alone"
+    assert store.layers.find(layer.id).record.message == "alone"
 
 
 @root
@@ -155,12 +157,12 @@ def test_another_file_system_is_refused(store: LayerStore, place: Path) -> None:
 
 def test_what_was_prepared_and_not_taken_is_undone(store: LayerStore, place: Path) -> None:
     image = add_image(store, "site", {"a": "1"})
-    workspace = store.new_workspace("site", "mine")
+    workspace = store.workspaces.create("site", "mine")
     fill(workspace.upper_path, {"b": "2"})
     like = os.open(workspace.upper_path, os.O_RDONLY)
     before = there(place)
     record = ImageRecord(name="site:2", layers=image.layers, created=now())
-    with store.begin_commit(NewLayer(workspace="mine", image=record), like) as transaction:
+    with store.transactions.prepare(NewLayer(workspace="mine", image=record), like) as transaction:
         assert os.path.isdir(transaction.next_upper)
         assert os.path.isdir(transaction.next_work)
         assert [layer.id for layer in store.layers()] == list(image.layers)
@@ -174,10 +176,10 @@ def test_what_was_prepared_and_not_taken_is_undone(store: LayerStore, place: Pat
 def test_an_upper_in_use_is_not_what_a_dead_commit_prepared(store: LayerStore, place: Path) -> None:
     """Two commits, the first given up where it could not be undone, the second not settled: the next upper is live."""
     add_image(store, "site", {"a": "1"})
-    workspace = store.new_workspace("site", "mine")
+    workspace = store.workspaces.create("site", "mine")
     like, directory = os.open(workspace.upper_path, os.O_RDONLY), os.open(workspace.path, os.O_RDONLY)
-    store.begin_commit(NewLayer(workspace="mine"), like).release()
-    second = store.begin_commit(NewLayer(workspace="mine"), like)
+    store.transactions.prepare(NewLayer(workspace="mine"), like).release()
+    second = store.transactions.prepare(NewLayer(workspace="mine"), like)
     second.commit(directory, b"upper")
     fill(second.next_upper, {"written": "since"})
     second.release()
@@ -192,7 +194,7 @@ def test_an_image_of_missing_layers_begins_nothing(store: LayerStore, place: Pat
     before = there(place)
     record = ImageRecord(name="site:2", layers=("0" * 32,), created=now())
     with pytest.raises(UserError, match="is not in the store"):
-        store.begin_commit(NewLayer(image=record))
+        store.transactions.prepare(NewLayer(image=record))
     assert there(place) == before
 
 
@@ -200,9 +202,9 @@ def test_garbage(store: LayerStore, place: Path) -> None:
     """Whatever a dry run names goes, and nothing else; what is referred to stays."""
     kept = add_image(store, "site", {"a": "1"})
     used = add_layer(store, {"a": "used by a workspace"})
-    store.put_image(ImageRecord(name="old", layers=(used.id,), created=now()))
-    store.new_workspace("old", "mine")
-    store.remove_image("old")
+    store.images.put(ImageRecord(name="old", layers=(used.id,), created=now()))
+    store.workspaces.create("old", "mine")
+    store.images.remove("old")
     lost = add_layer(store, {"a": "12345", "b": "678"})
     store.close()
     base = place / "store"
@@ -229,6 +231,6 @@ def test_garbage(store: LayerStore, place: Path) -> None:
         assert other.gc() == told
         assert other.gc() == []
         assert sorted(layer.id for layer in other.layers()) == sorted((*kept.layers, used.id))
-        assert other.by_digest(lost.record.digest or "") is None
+        assert other.layers.by_digest(lost.record.digest or "") is None
     assert there(place)["staging"] == there(place)["trash"] == []
     assert len(there(place)["digests"]) == 2

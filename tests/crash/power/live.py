@@ -122,9 +122,9 @@ class LiveCommit:
         return []
 
     def _check(self, store: Store, durable: int, done: bool) -> None:
-        committed = store.find_image(NEW)
-        layers = store.workspace(WORKSPACE).record.layers
-        base = store.image(IMAGE).layers
+        committed = store.images.get(NEW)
+        layers = store.workspaces.find(WORKSPACE).record.layers
+        base = store.images.find(IMAGE).layers
         assert layers == (base if committed is None else committed.layers)
         assert committed is not None or not done, "the commit is undone"
         assert sorted(layers) == [layer.id for layer in store.layers()]
@@ -151,8 +151,8 @@ def _is_of(log: bytes, written: bytes) -> bool:
 
 
 def _shown(store: LayerStore) -> View:
-    workspace = store.workspace(WORKSPACE)
-    lower = tuple(layer.tree_path for layer in store.stack_of_workspace(workspace))
+    workspace = store.workspaces.find(WORKSPACE)
+    lower = tuple(layer.tree_path for layer in store.present(workspace.record.layers))
     overlay = Overlay(StackConfig(lower=lower, upper=workspace.upper_path, work=workspace.work_path))
     try:
         return view(overlay)

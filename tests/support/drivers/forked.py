@@ -83,7 +83,7 @@ class ForkedImage(ForkedMount):
         self.store = os.fsencode(stack.base / "store")
         with LayerStore(self.store) as store:
             ids = tuple(store.commit_directory(os.fsencode(layer)).id for layer in stack.lower)
-            store.put_image(ImageRecord(name=IMAGE, layers=ids, created=now()))
+            store.images.put(ImageRecord(name=IMAGE, layers=ids, created=now()))
             stack.lower = [Path(os.fsdecode(layer.tree_path)) for layer in store.stack_of(IMAGE)]
         stack.freeze_layers()
         super().__init__(stack, options)
