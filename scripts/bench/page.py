@@ -38,8 +38,8 @@ def text(report: Report, pictures: Sequence[Path], page: Path | None) -> str:
 
 def _parts(report: Report, pictures: Sequence[Path], page: Path | None) -> Iterator[str]:
     yield machine(report)
-    yield "### What we want to reach"
-    yield "Our figure divided by theirs. The best peer is the quickest of the other FUSE overlays in the same run."
+    yield "### Targets"
+    yield "Our figure divided by theirs. The best peer is the fastest of the other FUSE overlays in the same run."
     yield table.markdown(*targets(report))
     for picture in pictures:
         place = picture.relative_to(page.parent) if page else picture
@@ -48,7 +48,7 @@ def _parts(report: Report, pictures: Sequence[Path], page: Path | None) -> Itera
         yield f"### {group.capitalize()}, on {filesystem}"
         yield table.markdown(*table.table(report, filesystem, group))
     if failed := table.failures(report):
-        yield "### Who did something else"
+        yield "### Failures"
         yield "\n".join(f"- {sentence}" for sentence in dict.fromkeys(failed))
 
 
@@ -58,7 +58,7 @@ def machine(report: Report) -> str:
     size = ", small trees (--quick)" if report.settings["quick"] else ""
     waits = ", ".join(f"{kind} {value} %" for kind, value in load["pressure"].items() if value is not None)
     versions = "; ".join(f"{each['name']}: {each['version']}" for each in report.contenders if each["version"])
-    left_out = "; ".join(f"{each['name']} ({each['reason']})" for each in report.missing) or "nobody"
+    left_out = "; ".join(f"{each['name']} ({each['reason']})" for each in report.missing) or "none"
     return (
         f"Measured {report.when} at commit `{report.commit}`: {about['system']}, Linux {about['kernel']},"
         f" {about['cores']} cores ({about['cpu']}{', virtual' * about['virtual']}), {about['memory_mib']} MiB;"
