@@ -11,8 +11,7 @@ import click
 
 from overlayfs.errors import UsageError, UserError
 from overlayfs_cli import output, progress
-from overlayfs_cli.benchmark import contenders as who
-from overlayfs_cli.benchmark import copyup, copyup_report
+from overlayfs_cli.benchmark import contenders, copyup, copyup_report
 from overlayfs_cli.benchmark.contenders import Contender, Missing
 from overlayfs_cli.command import command
 
@@ -20,7 +19,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def size(given: str) -> int:
-    """Return bytes from `100M` and the like."""
+    """Return a number of bytes from text such as `100M`; UsageError if it is none."""
     found = re.fullmatch(r"(\d+)([KMG]?)(?:iB|B)?", given.strip(), re.IGNORECASE)
     if not found:
         raise UsageError(f"{given!r} is no size; write it like 4K, 100M or 1G")
@@ -28,9 +27,9 @@ def size(given: str) -> int:
 
 
 def peer(given: str) -> Contender:
-    """Return the contender that NAME=COMMAND describes."""
+    """Return the contender that NAME=COMMAND describes; UsageError if it describes none."""
     try:
-        return who.named_peer(given)
+        return contenders.named_peer(given)
     except ValueError as error:
         raise UsageError(f"--peer: {error}") from None
 
@@ -63,8 +62,8 @@ def bench(
 ) -> None:
     """Change files of a layer for the first time, in our mount and in those of its peers, and show what that costs.
 
-    Takes part who is installed: kernel overlayfs (as root), fuse-overlayfs, unionfs-fuse, and every --peer, whose
-    COMMAND has LOWER, UPPER, WORK and MOUNTPOINT in it. DIR is left as it was.
+    The peers are those that are installed of kernel overlayfs (as root), fuse-overlayfs and unionfs-fuse, and every
+    --peer, whose COMMAND has LOWER, UPPER, WORK and MOUNTPOINT in it. DIR is left as it was.
     """
     if plot is not None:
         from overlayfs_cli.benchmark import copyup_plot
@@ -97,10 +96,10 @@ def _need_space(place: Path, needed: int) -> None:
 
 
 def _contenders(peers: Sequence[Contender], place: Path) -> tuple[list[Contender], list[Missing]]:
-    """Return who takes part and who does not; UserError if we do not, since nothing is left to be learnt then."""
-    known = [each for each in who.peers() if each.copies_up]
-    able, missing = who.present([who.plain(), *known, *peers, who.ours(who.OURS)], place)
-    if hindered := next((each for each in missing if each.name == who.OURS), None):
+    """Return the contenders that can be mounted, and the missing ones; UserError if our own mount is one of those."""
+    known = [each for each in contenders.peers() if each.copies_up]
+    able, missing = contenders.present([contenders.plain(), *known, *peers, contenders.ours(contenders.OURS)], place)
+    if hindered := next((each for each in missing if each.name == contenders.OURS), None):
         raise UserError(f"our own mount does not work in {place.parent}: {hindered.reason.removeprefix('overlayfs: ')}")
     return able, missing
 

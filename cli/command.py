@@ -1,4 +1,4 @@
-"""What every command has: a line for the list of commands and an example under its own help."""
+"""The decorator of every command: its line in the list of commands, and examples at the end of its help."""
 
 import textwrap
 from collections.abc import Callable
@@ -13,5 +13,5 @@ def command(summary: str, example: str) -> Callable[[Callable[..., Any]], click.
 
 
 def example_block(example: str) -> str:
-    """Return command lines as the end of a help text; the backspace keeps click from filling them into a paragraph."""
+    """Return command lines as the end of a help text; `\\b` keeps click from rewrapping them."""
     return "\b\nExample:\n" + textwrap.indent(textwrap.dedent(example).strip(), "  ")

@@ -25,14 +25,14 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are named: `overlayfs mount` must not pay for the others."""
+    """A group whose commands are imported on use, so that `overlayfs mount` does not wait for the others' imports."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one command; its module and its function are named after it, a keyword with an underscore behind."""
+        """Import one command. Module and function have its name, with an underscore if it is a keyword of Python."""
         if cmd_name not in COMMANDS:
             return None
         name = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
@@ -64,7 +64,7 @@ def main() -> int:
         completion.register()
     try:
         code = cli.main(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, standalone_mode=False)
-    except click.Abort:  # click's word for Ctrl-C, after it has ended the line
+    except click.Abort:  # Ctrl-C; click has ended the line
         return INTERRUPTED
     except Exception as error:
         return _failed(error)
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def _failed(error: Exception) -> int:
-    """Say what went wrong in one sentence; return the exit code that belongs to it."""
+    """Print one sentence about a failure; return its exit code."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return 2
@@ -101,7 +101,7 @@ def _path_of(error: OSError) -> str:
 
 
 def _usage_sentence(error: click.ClickException) -> str:
-    """Return click's message in the form of our own: no capital, no full stop, where to read on."""
+    """Return click's message in the form of ours: lower case, no full stop, and which help to read."""
     message = error.format_message().replace("\n", " ").rstrip(".")
     context = error.ctx if isinstance(error, click.UsageError) else None
     command = context.command_path if context else PROGRAM

@@ -1,4 +1,4 @@
-"""How results look: paths, tables and JSON. Plain text everywhere, so that NO_COLOR has nothing to turn off."""
+"""Printing of results: paths, tables and JSON. The output is never coloured, so NO_COLOR needs no code."""
 
 import json
 import os

@@ -42,7 +42,7 @@ def opened(given: bytes | None, create: bool = False) -> "Store":
 
 
 def author() -> str:
-    """Return who makes a layer or an image: the login name of the user, or his number."""
+    """Return the author of a new layer or image: the login name of the user, or their uid if they have none."""
     import pwd
 
     try:

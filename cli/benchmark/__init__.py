@@ -1,1 +1,1 @@
-"""Measuring beside the peers: who takes part, and what copy-up costs. For `overlayfs bench` and scripts/bench."""
+"""Comparing with other union file systems: how they are mounted, and what copy-up costs; also for scripts/bench."""

@@ -1,4 +1,4 @@
-"""Who takes part in a measurement, how each of them is mounted, and who is missing.
+"""The contenders of a measurement: how each of them is mounted, and why some are missing.
 
 A contender is a command line with words to fill in: LOWER (layers, top first, joined by colons), BRANCHES (the same
 for programs that take the upper in one list), UPPER, WORK and MOUNTPOINT. Layers are named relative to their common
@@ -62,7 +62,7 @@ def _filled(word: str, values: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Contender:
-    """One who takes part. `copies_up` is false for a program that cannot change or hide what a layer holds."""
+    """One file system to measure. `copies_up` is false for a program that cannot change or hide files of a layer."""
 
     name: str
     command: tuple[str, ...]  # empty: the plain directory
@@ -78,7 +78,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Missing:
-    """One who does not take part, and why."""
+    """A contender that cannot be measured here, and why."""
 
     name: str
     reason: str
@@ -97,7 +97,7 @@ def ours(name: str, options: str = "") -> Contender:
 
 
 def own_variants() -> list[Contender]:
-    """Return our engines and their modes of reaching data; "ours" is what a user gets who asks for nothing."""
+    """Return our engines and their ways to pass data; "ours" is the default."""
     return [
         ours(OURS),
         ours("ours io=passthrough", "engine=kernel,io=passthrough"),
@@ -107,7 +107,7 @@ def own_variants() -> list[Contender]:
 
 
 def peers() -> list[Contender]:
-    """Return the others that this benchmark knows how to mount."""
+    """Return the other file systems that this benchmark can mount."""
     shared = ("-o", "allow_other") if os.geteuid() == 0 else ()
     stack = "lowerdir=LOWER,upperdir=UPPER,workdir=WORK"
     return [
@@ -146,7 +146,7 @@ def plain() -> Contender:
 
 
 def present(wanted: Iterable[Contender], place: Path) -> tuple[list[Contender], list[Missing]]:
-    """Return who can take part on the file system of `place`, found out by one small mount each, and who cannot."""
+    """Return the contenders that work on the file system of `place`, and the others; each is tried by a small mount."""
     here: list[Contender] = []
     missing: list[Missing] = []
     for contender in wanted:
@@ -179,7 +179,7 @@ def _hindrance(contender: Contender, place: Path) -> str:
 
 @dataclass
 class Mounted:
-    """A contender while it is mounted: where, over what, and who serves it (None: the kernel)."""
+    """A mounted contender. `pid` is the process that serves it, None if the kernel does."""
 
     root: Path
     upper: Path
@@ -263,7 +263,7 @@ def clear(point: Path) -> None:
 
 
 def is_dead(point: Path) -> bool:
-    """Return whether a mount is there that nobody serves any more."""
+    """Return whether the process that served a mount has ended."""
     try:
         os.stat(point)
     except OSError as error:

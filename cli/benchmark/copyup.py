@@ -1,9 +1,9 @@
-"""What copy-up costs: the first change to a file that lies in a layer, measured file by file.
+"""What copy-up costs: the first change to a file of a layer, measured file by file.
 
 Every round mounts each contender with a fresh upper, in another order each time, and makes every change once to files
-of its own, so nobody profits from what was copied before. The layer is warm: its content is in the page cache. Each
-change is checked afterwards, in the mount and in the layer, which must be as it was; a contender that does something
-else has failed at that case and gets no figure.
+of its own, so that no change finds a file copied by another one. The layer is warm: its content is in the page cache.
+Each change is checked afterwards, in the mount and in the layer, which must be as it was; a contender that does
+something else has failed at that case and gets no figure.
 """
 
 import os
@@ -16,18 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from overlayfs_cli.benchmark import contenders as who
+from overlayfs_cli.benchmark import contenders
 from overlayfs_cli.benchmark.contenders import Contender, Mounted, RefusedError
 
 BLOCK = 4096  # bytes of a first write, and of an append
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 SIZES = (0, 4 * KIB, MIB, 100 * MIB, GIB)
-DEEP = 20  # directories above a file that lies deep
+DEEP = 20  # directories above the file in the case "deep"
 SPARSE_DATA = MIB  # bytes of data in the middle of a file that is otherwise a hole
 OLD = 1_600_000_000  # seconds; the times of all files of the layer
 LAYER = "layer"
 
-Tell = Callable[[str], None]
+ShowProgress = Callable[[str], None]
 Make = Callable[[Path, int], None]  # the file of a case, and its size
 
 
@@ -220,22 +220,27 @@ def fill(base: Path, wanted: Sequence[Case]) -> None:
 
 
 def sync(place: Path) -> None:
-    """Write out what is dirty on a file system, so that nobody waits for what others wrote."""
+    """Write out dirty pages of a file system, so that no measurement waits for what an earlier one wrote."""
     subprocess.run(["sync", "-f", str(place)], check=True)
 
 
 def measure(
-    able: Sequence[Contender], wanted: Sequence[Case], base: Path, rounds: int, tell: Tell, exclusive: bool = False
+    able: Sequence[Contender],
+    wanted: Sequence[Case],
+    base: Path,
+    rounds: int,
+    show: ShowProgress,
+    exclusive: bool = False,
 ) -> list[Cost]:
     """Return the costs, by case and then by contender. The layer must have been filled.
 
-    `exclusive`: the file system is ours alone, so that what is stored is seen in its free space, which is exact
-    where blocks are shared (clones); otherwise the blocks of the files are counted.
+    `exclusive`: no other program writes to the file system, so the change of its free space is what was stored, which
+    is exact where blocks are shared (clones); otherwise the blocks of the files are counted.
     """
     costs = {(case, each.name): Cost(case, each.name) for case in wanted for each in able}
     for turn in range(rounds):
         for contender in [*able[turn % len(able) :], *able[: turn % len(able)]]:
-            tell(f"round {turn + 1} of {rounds}: {contender.name}")
+            show(f"round {turn + 1} of {rounds}: {contender.name}")
             try:
                 with _tree(contender, base) as mount:
                     for case in wanted:
@@ -254,8 +259,8 @@ def _fail(costs: Iterable[Cost], contender: Contender, reason: str) -> None:
 @contextmanager
 def _tree(contender: Contender, base: Path) -> Iterator[Mounted]:
     """Give a fresh mount, or a fresh copy of the layer in a plain directory."""
-    if contender.kind != who.PLAIN:
-        with who.mounted(contender, base, (LAYER,)) as mount:
+    if contender.kind != contenders.PLAIN:
+        with contenders.mounted(contender, base, (LAYER,)) as mount:
             sync(base)
             yield mount
         return

@@ -1,4 +1,4 @@
-"""What the costs of copy-up look like: a table that a person reads, a document that a program reads, a picture."""
+"""The costs of copy-up as tables for a terminal and as a document for programs."""
 
 import statistics
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def _case_document(cost: Cost) -> dict[str, Any]:
 
 
 def _distribution(values: Sequence[float]) -> dict[str, float]:
-    """Return what of many times tells most: the usual one, the one of twenty that is slower, the extremes."""
+    """Return the minimum, the median, the 95th percentile and the maximum."""
     ordered = sorted(values)
     found = {
         "least": ordered[0],
@@ -60,7 +60,7 @@ def _distribution(values: Sequence[float]) -> dict[str, float]:
 
 
 def heading(place: Path) -> str:
-    """Return the lines that say what is measured, and where."""
+    """Return the lines above the tables: what is measured, and on which machine."""
     about = machine.describe()
     where = f"{machine.filesystem(place)}, kernel {about['kernel']}, {about['cores']} cores"
     return (
@@ -104,7 +104,7 @@ def failures(costs: Sequence[Cost]) -> list[str]:
 
 
 def contender_names(costs: Sequence[Cost]) -> list[str]:
-    """Return who was measured, in order."""
+    """Return the names of the contenders that were measured, in order."""
     return list(dict.fromkeys(cost.contender for cost in costs))
 
 

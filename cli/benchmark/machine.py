@@ -12,7 +12,7 @@ from overlayfs_cli.benchmark.contenders import Contender
 
 
 def describe() -> dict[str, Any]:
-    """Return what decides the times: kernel, processor, cores, memory, and what /var/tmp lies on."""
+    """Return what the times depend on: kernel, processor, cores, memory, Python, libfuse and distribution."""
     return {
         "kernel": platform.release(),
         "cpu": _field("/proc/cpuinfo", "model name"),
@@ -56,7 +56,7 @@ def warning() -> str:
 
 
 def version(contender: Contender) -> str:
-    """Return what a contender says of its version, in one line."""
+    """Return the line in which a contender prints its version; empty if it has none."""
     helper = contender.command[0] if contender.command else ""
     if not helper or helper == "mount":
         return ""
@@ -86,6 +86,6 @@ def now() -> str:
 
 
 def filesystem(place: Path) -> str:
-    """Return the type of the file system that a directory lies on."""
+    """Return the type of the file system of a directory."""
     words = ("findmnt", "-n", "-o", "FSTYPE", "-T", str(place))
     return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

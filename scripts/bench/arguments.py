@@ -10,7 +10,7 @@ from types import FrameType
 
 from bench import acceptance, archives, catalogue, complete, live_commit, results, runner, site, verification
 from bench.setting import amounts, keep, new_report, runs, tell
-from overlayfs_cli.benchmark import contenders as who
+from overlayfs_cli.benchmark import contenders
 from overlayfs_cli.benchmark.contenders import Contender
 
 DESCRIPTION = "Measure our mount beside a plain directory, kernel overlayfs and other FUSE overlays."
@@ -74,7 +74,7 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
 
 def _peer(text: str) -> Contender:
     try:
-        return who.named_peer(text)
+        return contenders.named_peer(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -96,15 +96,17 @@ def show_acceptance(given: argparse.Namespace) -> int:
     if not targets:
         print(f"scripts/bench: no target has {' or '.join(given.words)} in its name", file=sys.stderr)
         return 2
-    everybody = [who.ours(who.OURS, given.ours), *who.peers(), *given.peer]
+    everybody = [contenders.ours(contenders.OURS, given.ours), *contenders.peers(), *given.peer]
     wanted = [each for each in everybody if each.name not in (*given.without, "mergerfs")]
     with tempfile.TemporaryDirectory(dir=given.place, prefix="overlayfs-bench.") as place:
-        able, missing = who.present(wanted, Path(place))
+        able, missing = contenders.present(wanted, Path(place))
     report = new_report(given, able, missing)
     _print_row(acceptance.HEADINGS)
     for kind in given.fs or ("ext4", "tmpfs"):
         _accept(given, kind, targets, able, report)
-    missed = [r for kind in given.fs or ("ext4", "tmpfs") for r in acceptance.rows(report, targets, kind, who.OURS)]
+    missed = [
+        r for kind in given.fs or ("ext4", "tmpfs") for r in acceptance.rows(report, targets, kind, contenders.OURS)
+    ]
     return int(any(line[5] != "met" for line in missed))
 
 
@@ -127,7 +129,7 @@ def _accept(
                 if target not in shown and done.issuperset(target.workloads):
                     shown.add(target)
                     tell("")
-                    _print_row(acceptance.row(report, target, place.kind, who.OURS))
+                    _print_row(acceptance.row(report, target, place.kind, contenders.OURS))
 
 
 def _print_row(cells: Sequence[str]) -> None:

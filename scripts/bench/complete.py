@@ -9,7 +9,7 @@ from pathlib import Path
 from bench import catalogue, page, results, runner, special, table
 from bench.setting import amounts, keep, new_report, runs, tell
 from bench.site import Site, site
-from overlayfs_cli.benchmark import contenders as who
+from overlayfs_cli.benchmark import contenders
 from overlayfs_cli.benchmark.contenders import Contender
 
 
@@ -19,9 +19,9 @@ def show_run(given: argparse.Namespace) -> int:
     if not workloads and not any(catalogue.specials(given.words, kind) for kind in ("ext4", "tmpfs", "xfs", "btrfs")):
         print(f"scripts/bench: nothing is called {' or '.join(given.words)}; see 'list'", file=sys.stderr)
         return 2
-    everybody = [who.plain(), *who.peers(), *given.peer, *who.own_variants()]
+    everybody = [contenders.plain(), *contenders.peers(), *given.peer, *contenders.own_variants()]
     with tempfile.TemporaryDirectory(dir=given.place, prefix="overlayfs-bench.") as place:
-        able, missing = who.present([each for each in everybody if each.name not in given.without], Path(place))
+        able, missing = contenders.present([each for each in everybody if each.name not in given.without], Path(place))
     report = new_report(given, able, missing)
     for kind in given.fs or ("ext4", "tmpfs"):
         with site(kind, 24, given.place, amounts(given)) as place_of:
@@ -35,7 +35,7 @@ def _measure_all(given: argparse.Namespace, place: Site, able: Sequence[Contende
         report.results += found
         _show(report, found)
         if each.measure is special.start_up and not report.anatomy:
-            report.anatomy = special.anatomy(place, next(c for c in able if c.name == who.OURS))
+            report.anatomy = special.anatomy(place, next(c for c in able if c.name == contenders.OURS))
         keep(given, report)
     for workload in catalogue.chosen(given.words):
         if place.kind in ("ext4", "tmpfs") or given.words:
@@ -62,7 +62,7 @@ def _keep(given: argparse.Namespace, report: results.Report) -> int:
         from bench import plots
 
         print(*plots.draw(report, given.plots), sep="\n", file=sys.stderr)
-    return int(any(r.failed and r.kind == who.OURS for r in report.results))
+    return int(any(r.failed and r.kind == contenders.OURS for r in report.results))
 
 
 def show_report(given: argparse.Namespace) -> int:

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from bench import results, sizes
-from overlayfs_cli.benchmark import contenders as who
-from overlayfs_cli.benchmark import machine
+from overlayfs_cli.benchmark import contenders, machine
 from overlayfs_cli.benchmark.contenders import Contender
 
 
@@ -17,7 +16,9 @@ def tell(line: str) -> None:
         sys.stderr.flush()
 
 
-def new_report(given: argparse.Namespace, able: Sequence[Contender], missing: Sequence[who.Missing]) -> results.Report:
+def new_report(
+    given: argparse.Namespace, able: Sequence[Contender], missing: Sequence[contenders.Missing]
+) -> results.Report:
     """Return a report without results."""
     for each in missing:
         print(f"left out: {each.name}: {each.reason}", file=sys.stderr)

@@ -15,8 +15,7 @@ from bench.results import Result, Run
 from bench.runner import FAILURES, Progress, rotated
 from bench.site import Site, drop_caches
 from bench.workload import seconds_of
-from overlayfs_cli.benchmark import contenders as who
-from overlayfs_cli.benchmark import copyup, copyup_report
+from overlayfs_cli.benchmark import contenders, copyup, copyup_report
 from overlayfs_cli.benchmark.contenders import OURS, PLAIN, Contender, Stack
 
 STARTS = 20  # of each contender; a start is short, and the machine is not
@@ -81,13 +80,13 @@ def _start_once(site: Site, name: str, each: Contender, ready: Result, first: Re
 def _started(each: Contender, stack: Stack) -> tuple[float, float]:
     """Return the seconds until the command has returned, and until a file of the lowest layer was seen."""
     begun = time.perf_counter()
-    who.start(each, stack)
+    contenders.start(each, stack)
     ready = time.perf_counter() - begun
     try:
         os.stat(stack.point / "shared/00000")
         answered = time.perf_counter() - begun
     finally:
-        who.unmount(stack.point, who.server(stack.point) if each.is_fuse else None)
+        contenders.unmount(stack.point, contenders.server(stack.point) if each.is_fuse else None)
     return ready, answered
 
 
@@ -129,7 +128,7 @@ def as_engines_call(each: Contender) -> Contender:
     if each.kind != OURS:
         return each
     options = each.command[each.command.index("-o") + 1]
-    return replace(each, command=(who.program("overlayfs-mount"), "-o", options, "MOUNTPOINT"))
+    return replace(each, command=(contenders.program("overlayfs-mount"), "-o", options, "MOUNTPOINT"))
 
 
 def _import_time(statement: str) -> float:
@@ -142,7 +141,7 @@ def _own_modules(each: Contender, stack: Stack) -> list[str]:
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
     words = stack.words(each.command)
     done = subprocess.run(words, cwd=stack.base, env=environment, capture_output=True, text=True, check=True)
-    who.unmount(stack.point, who.server(stack.point))
+    contenders.unmount(stack.point, contenders.server(stack.point))
     names = (line.rpartition("|")[2].strip() for line in done.stderr.splitlines())
     return sorted({name for name in names if name.startswith("overlayfs")})
 
@@ -166,7 +165,7 @@ def _memory_of(site: Site, each: Contender) -> list[Result]:
     steps = ("memory at the start", f"memory with {nodes}", f"memory after {nodes} were forgotten")
     kept = [result(step, "scale", site, each, "MiB") for step in steps]
     try:
-        with fresh_stack(site, "nodes") as stack, who.over(each, stack) as mount:
+        with fresh_stack(site, "nodes") as stack, contenders.over(each, stack) as mount:
             assert mount.pid is not None
             kept[0].runs.append(Run(_rss(mount.pid)))
             _walk(mount.root, site.sizes.nodes)

@@ -1,4 +1,4 @@
-"""`overlayfs bugreport`: what it tells of a mount, and that no name and no content is in it."""
+"""`overlayfs bugreport`: its facts about a mount, and that no name and no content is in it."""
 
 import os
 import re
@@ -19,7 +19,7 @@ HOST = f"{SECRET}-host"
 
 @pytest.fixture
 def shop(place: Path) -> Iterator[Path]:
-    """A directory whose name and content would tell something."""
+    """Directories and a file whose names and contents can be recognized in a report."""
     requirements.need_root()
     before = processes.children()
     shop = place / f"{SECRET} dir"

@@ -1,4 +1,4 @@
-"""What users are told: help texts, the reference, the README, the packaging."""
+"""Help texts, the reference, the README and the packaging agree with the program."""
 
 import re
 import subprocess

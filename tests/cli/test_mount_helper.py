@@ -152,7 +152,7 @@ def test_version_and_help(overlayfs_mount: Run) -> None:
 
 def test_a_closed_standard_error_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
-    mount_helper.complain("nobody hears this")
+    mount_helper.complain("not shown anywhere")
 
 
 def test_another_namespace_is_entered_by_nsenter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,7 +335,7 @@ def test_layers_are_named_by_the_start_of_their_ids(site: Path) -> None:
 
 
 def test_the_default_store(overlayfs: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a store that somebody named, an empty one is as good as none."""
+    """The default store, unlike one that is named, may be missing: it counts as empty."""
     monkeypatch.delenv("OVERLAYFS_STORE", raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(place))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

@@ -57,7 +57,7 @@ def _fill_middle(middle: Path, low: Path) -> None:
     victim = next(name for name in sorted(os.listdir(low / "tree/0")) if (low / "tree/0" / name).is_file())
     os.mknod(tree / victim, stat.S_IFCHR, os.makedev(0, 0))
     (middle / "etc").mkdir()
-    (middle / "etc/hidden").write_text("nobody sees this\n")
+    (middle / "etc/hidden").write_text("hidden by a layer above\n")
     for number in range(50):
         (middle / f"etc/m{number}").write_text("x" * number)
 
@@ -103,7 +103,7 @@ def change(point: Path) -> None:
 
 
 def picture(path: Path, holes: bool = False) -> Dump:
-    """What must be equal; holes are known on a disk only, and link counts of directories to nobody."""
+    """What must be equal; holes are known on a disk only, and link counts of directories nowhere."""
     raw = PosixRaw(os.fsencode(path))
     try:
         return {name: entry._replace(sparse=holes and entry.sparse) for name, entry in dump(raw).items()}

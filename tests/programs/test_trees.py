@@ -14,7 +14,7 @@ from tests.support.requirements import need_program
 
 
 def picture(path: Path, times_before: int | None = None) -> Dump:
-    """Everything that a copy must keep; a hole counts only by what reads from it, since FUSE tells programs of none."""
+    """Everything that a copy must keep; holes count as zeros, since FUSE does not report them."""
     raw = PosixRaw(os.fsencode(path))
     try:
         found = dump(raw, times_before=times_before)
@@ -135,7 +135,7 @@ GIT = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
 
 
 def git(where: Path, *words: str | Path) -> str:
-    """Run git as somebody, free of this machine's settings."""
+    """Run git with an author of its own, free of this machine's settings."""
     who = (
         "-c",
         "user.name=Some Body",
