@@ -13,7 +13,7 @@ _COMPRESSIONS = ("gzip", "zstd", "none")
 
 
 @command(
-    "Write an image as a layout, an archive, a single tar or a directory.",
+    "Write an image as a layout, an archive, one tar or a directory.",
     """
     overlayfs export site:v1 -o site.tar                    # an oci-archive, for podman load and skopeo
     overlayfs export site:v1 -o layout/                     # an OCI layout

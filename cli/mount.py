@@ -26,9 +26,7 @@ from overlayfs_cli.main import complain
 )
 @click.argument("places", metavar="[IMAGE] MNT", nargs=-1, required=True, type=arguments.image_or_directory)
 @click.option("-o", "options", metavar="OPTS", multiple=True, type=arguments.text, help="Options, as for mount(8).")
-@click.option(
-    "--lower", metavar="DIR", multiple=True, type=arguments.path, help="A lower layer; the first is the top."
-)
+@click.option("--lower", metavar="DIR", multiple=True, type=arguments.path, help="A lower layer; the first is the top.")
 @click.option("--upper", metavar="DIR", type=arguments.path, help="Where changes go; if left out, nothing can change.")
 @click.option(
     "--work", metavar="DIR", type=arguments.path, help="Scratch directory on the upper's file system [UPPER.work]."

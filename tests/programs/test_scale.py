@@ -19,7 +19,5 @@ def test_many_layers_and_a_big_directory() -> None:
     steps = {row["step"]: row for row in found["steps"]}
     assert steps["mount 500 layers"]["cpu"] < 5
     assert steps["list 3000 files"]["requests"] < 100
-    assert steps["look up 3000 files"]["requests"] <= 3100, (
-        "were caches dropped? the listing had the attributes"
-    )
+    assert steps["look up 3000 files"]["requests"] <= 3100, "were caches dropped? the listing had the attributes"
     assert found["memory"]["mib_per_100000_nodes"] < 400
