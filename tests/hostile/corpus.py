@@ -92,16 +92,16 @@ def _dots(at: Outside) -> Iterator[Form]:
 @entry(5, "the root itself: a link in its place, or a directory")
 def _root(at: Outside) -> Iterator[Form]:
     yield from each_refused(
-        "place of the root", dot=symlink(b".", at.canary), slash=symlink(b"/", at.canary), nothing=symlink(b"", b"/")
+        "replace the root", dot=symlink(b".", at.canary), slash=symlink(b"/", at.canary), nothing=symlink(b"", b"/")
     )
-    yield archive("file", file(b"./", b"x"), refused="place of the root")
+    yield archive("file", file(b"./", b"x"), refused="replace the root")
     yield taken("directory", directory(b"./", mode=0o1777), directory(b"/", uid=7), file(b"./f", b"f"))
     yield Stack((lambda root: root.chmod(0o1777), files(f=b"f")), shows={"f": b"f"})
 
 
 @entry(6, "an empty name")
 def _empty_name(at: Outside) -> Iterator[Form]:
-    yield from each_refused("place of the root", file=file(b""), directory=directory(b""), link=hardlink(b"", b"x"))
+    yield from each_refused("replace the root", file=file(b""), directory=directory(b""), link=hardlink(b"", b"x"))
     yield redirected(b"")
 
 
@@ -242,7 +242,7 @@ def _hard_above(at: Outside) -> Iterator[Form]:
 
 @entry(18, "an absolute hard link")
 def _hard_absolute(at: Outside) -> Iterator[Form]:
-    yield archive("absolute", hardlink(b"a", at.canary + b"/etc/shadow"), refused="does not stand before")
+    yield archive("absolute", hardlink(b"a", at.canary + b"/etc/shadow"), refused="does not come before")
     yield Stack((_member("a", at.canary + b"/bin/su"), _member("b", at.canary + b"/etc/shadow")), reaches=True)
 
 
@@ -261,7 +261,7 @@ def _hard_to_link(at: Outside) -> Iterator[Form]:
 @entry(20, "a hard link through a linked directory")
 def _hard_through(at: Outside) -> Iterator[Form]:
     link = symlink(b"s", at.canary)
-    yield archive("from", link, hardlink(b"a", b"s/etc/shadow"), refused="does not stand before")
+    yield archive("from", link, hardlink(b"a", b"s/etc/shadow"), refused="does not come before")
     yield archive("to", link, file(b"f"), hardlink(b"s/etc/a", b"f"), refused="leads through s")
     top = files(s__etc__one=b"1")
 
@@ -286,16 +286,16 @@ def _without_data(target: bytes) -> Callable[[Path], None]:
 
 @entry(21, "a hard link to what is missing, or comes later")
 def _hard_to_nothing(at: Outside) -> Iterator[Form]:
-    yield archive("missing", hardlink(b"a", b"b"), refused="does not stand before")
-    yield archive("later", hardlink(b"a", b"b"), file(b"b"), refused="does not stand before")
-    yield archive("itself", hardlink(b"a", b"a"), refused="does not stand before")
+    yield archive("missing", hardlink(b"a", b"b"), refused="does not come before")
+    yield archive("later", hardlink(b"a", b"b"), file(b"b"), refused="does not come before")
+    yield archive("itself", hardlink(b"a", b"a"), refused="does not come before")
     yield Stack((_without_data(b"/no/such"), files(t__f=b"below")), thin=True)
 
 
 @entry(22, "a hard link to a deletion")
 def _hard_to_deletion(at: Outside) -> Iterator[Form]:
-    yield archive("deletion", file(b".wh.b"), hardlink(b"a", b"b"), refused="does not stand before")
-    yield archive("mark", file(b".wh.b"), hardlink(b"a", b".wh.b"), refused="does not stand before")
+    yield archive("deletion", file(b".wh.b"), hardlink(b"a", b"b"), refused="does not come before")
+    yield archive("mark", file(b".wh.b"), hardlink(b"a", b".wh.b"), refused="does not come before")
 
     def build(root: Path) -> None:
         whiteout(root / "a")
@@ -352,14 +352,14 @@ def _with_below(*names: str, **shows: bytes | None) -> Stack:
 
 @entry(26, ".wh. alone")
 def _bare(at: Outside) -> Iterator[Form]:
-    yield archive("bare", file(b".wh."), refused="deletes no name")
-    yield archive("below", file(b".wh./x"), refused="means a deletion")
+    yield archive("bare", file(b".wh."), refused="whiteout without a name")
+    yield archive("below", file(b".wh./x"), refused="inside a whiteout")
     yield _with_below(".wh.")
 
 
 @entry(27, ".wh.. and .wh...")
 def _dotted(at: Outside) -> Iterator[Form]:
-    yield from each_refused("deletes no name", here=file(b".wh.."), above=file(b".wh..."), deeper=file(b"d/.wh..."))
+    yield from each_refused("whiteout without a name", here=file(b".wh.."), above=file(b".wh..."), deeper=file(b"d/.wh..."))
     yield _with_below(".wh..", ".wh...")
 
 
@@ -390,7 +390,7 @@ def _odd_deletions(at: Outside) -> Iterator[Form]:
     yield taken(
         "all", directory(b".wh.a"), symlink(b".wh.b", at.canary), file(b".wh.c", b"content"), header(b".wh.d", b"6")
     )
-    yield archive("in a directory", directory(b".wh.a"), file(b".wh.a/x"), refused="means a deletion")
+    yield archive("in a directory", directory(b".wh.a"), file(b".wh.a/x"), refused="inside a whiteout")
 
     def build(root: Path) -> None:
         put(root, {".wh.a/x": b"x", ".wh.c": b"content"})
@@ -418,7 +418,7 @@ def _deletion_through(at: Outside) -> Iterator[Form]:
 
 @entry(33, "a device 0:0")
 def _device(at: Outside) -> Iterator[Form]:
-    yield archive("character", device(b"x", 0, 0), refused="means a deletion")
+    yield archive("character", device(b"x", 0, 0), refused="is a whiteout")
     yield taken("block", device(b"x", 0, 0, b"4"))
 
     def build(root: Path) -> None:
@@ -628,9 +628,9 @@ def _sparse(size: bytes, numbers: bytes, data: bytes = b"aaaa") -> bytes:
 def _holes(at: Outside) -> Iterator[Form]:
     most = b"9223372036854775807"
     yield archive("8 EiB", _sparse(most, b"0,2,9223372036854775805,2"), refused="")
-    yield archive("as large as can be", _sparse(b"17592186040320", b"0,4"), refused="come to")
+    yield archive("as large as can be", _sparse(b"17592186040320", b"0,4"), refused="with their holes")
     several = (_sparse(b"1099511627776", b"0,4") + file(b"f%d" % number) for number in range(30))
-    yield archive("many of them", *several, refused="come to")
+    yield archive("many of them", *several, refused="with their holes")
     for name, numbers in (("overlap", b"0,3,2,1"), ("backwards", b"8,2,0,2"), ("negative", b"0,-4"), ("odd", b"0,2,4")):
         yield archive(name, _sparse(b"100", numbers), refused="map")
     yield archive("past the end", _sparse(b"10", b"8,4"), refused="map")
