@@ -1,1 +1,1 @@
-"""Our mount measured beside its peers. `python scripts/bench --help` says how to run it."""
+"""Benchmarks of our mount and its peers; see `python scripts/bench --help`."""

@@ -1,7 +1,7 @@
-"""`python scripts/bench`: measure our mount beside its peers. Needs root, and some minutes.
+"""`python scripts/bench`: measure our mount and its peers. Needs root; takes minutes to an hour.
 
 python scripts/bench run [GROUP|WORKLOAD...]         everything, or a part; table, --json, --plots
-python scripts/bench acceptance [WORKLOAD...]        the ratios that we want to reach, met or not
+python scripts/bench acceptance [WORKLOAD...]        the target ratios, met or missed
 python scripts/bench list                            groups and workloads
 python scripts/bench report JSON...                  tables and pictures from earlier runs
 python scripts/bench archives                        import and export beside tar and umoci

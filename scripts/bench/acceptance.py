@@ -1,4 +1,4 @@
-"""The figures that we want to reach: one ratio each, measured against whom it is meant, and met or not."""
+"""The performance targets: the ratio of our figure to that of another contender, met or missed."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ BEST_PEER = "best peer"
 
 @dataclass(frozen=True)
 class Target:
-    """Our figure for `workload` divided by that of `against`; `most` is what it may be.
+    """Our figure for `workload` divided by that of `against` must be at most `most`, or at least `least`.
 
-    `against` is BEST_PEER, KERNEL, or the name of another workload, with which we are compared ourselves; there
-    `least` may stand instead: so many times as much must be done.
+    `against` is BEST_PEER, KERNEL, or the name of another workload, whose figure of our own mount is compared; `least`
+    is for workloads of which more is better.
     """
 
     workload: str
@@ -26,16 +26,16 @@ class Target:
 
     @property
     def shown(self) -> str:
-        """The target in words."""
+        """The target, for a table."""
         return f"<= {self.most}" if self.most else f">= {self.least}"
 
     def is_met(self, figure: float) -> bool:
-        """Return whether a figure reaches the target."""
+        """Return whether a figure meets the target."""
         return figure <= self.most if self.most else figure >= self.least
 
     @property
     def workloads(self) -> tuple[str, ...]:
-        """The workloads that have to be measured for it."""
+        """The workloads that must be measured for the target."""
         return (self.workload,) if self.against in (BEST_PEER, KERNEL) else (self.workload, self.against)
 
 
@@ -89,7 +89,7 @@ def _kinds(target: Target) -> set[str]:
 
 
 def rows(report: Report, targets: Sequence[Target], filesystem: str, own: str) -> Iterator[tuple[str, ...]]:
-    """Give the lines of the table for one file system; `own` is the contender of ours that counts."""
+    """Yield the lines of the table for one file system; `own` is the name of our contender."""
     for target in targets:
         yield row(report, target, filesystem, own)
 
@@ -106,11 +106,11 @@ def row(report: Report, target: Target, filesystem: str, own: str) -> tuple[str,
     figure = mine.median / theirs.median
     verdict = "met" if target.is_met(figure) else "MISSED"
     requests = str(sum(mine.requests.values())) if mine.requests else "-"
-    return (*head, f"{figure:.2f}", verdict, value(mine), value(theirs), requests, strangers(mine, theirs))
+    return (*head, f"{figure:.2f}", verdict, value(mine), value(theirs), requests, other_processes(mine, theirs))
 
 
 def opponent(report: Report, target: Target, filesystem: str, own: str) -> Result | None:
-    """Return the result that we are compared with: for the best peer the quickest of all peers."""
+    """Return the result to compare with; for the best peer that of the fastest peer."""
     if target.against == KERNEL:
         return report.find(filesystem, target.workload, KERNEL)
     if target.against != BEST_PEER:
@@ -126,7 +126,7 @@ def value(result: Result) -> str:
     return f"{median:.3f} s" if result.unit == "s" else f"{median:.1f} {result.unit}"
 
 
-def strangers(*results: Result) -> str:
-    """Return how much of a CPU others used at worst while these were measured, if that was enough to be felt."""
+def other_processes(*results: Result) -> str:
+    """Return how many runs other processes disturbed and their median CPU seconds, or an empty string."""
     shares = [run.foreign for result in results for run in result.runs if run.disturbed]
     return f"{len(shares)} runs disturbed, {statistics.median(shares):.2f} s" if shares else ""

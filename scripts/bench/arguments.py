@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from bench import acceptance, archives, catalogue, complete, live_commit, results, runner, site, verification
-from bench.setting import amounts, keep, new_report, runs, tell
+from bench.setting import amounts, keep, new_report, progress, runs
 from overlayfs_cli.benchmark import contenders
 from overlayfs_cli.benchmark.contenders import Contender
 
@@ -17,9 +17,9 @@ DESCRIPTION = "Measure our mount beside a plain directory, kernel overlayfs and 
 
 
 def main() -> int:
-    """Do what the command line says; return the exit code."""
+    """Run the command of the command line; return the exit code."""
     given = parser().parse_args()
-    signal.signal(signal.SIGTERM, _leave)  # nothing stays mounted, whoever ends us
+    signal.signal(signal.SIGTERM, _leave)  # unmount when we are terminated, too
     code: int = given.act(given)
     return code
 
@@ -29,12 +29,12 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser; every command has the function that does it as `act`."""
+    """Return the parser; each command sets its function as `act`."""
     whole = argparse.ArgumentParser(prog="scripts/bench", description=DESCRIPTION)
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="name groups and workloads")
     listing.set_defaults(act=show_list)
-    wanted = commands.add_parser("acceptance", help="only the ratios that we want to reach: target, figure, met or not")
+    wanted = commands.add_parser("acceptance", help="only the target ratios: target, figure, met or missed")
     _add_shared(wanted)
     wanted.add_argument("--ours", default="", metavar="OPTIONS", help="mount options of our own mount, as for -o")
     wanted.set_defaults(act=show_acceptance)
@@ -64,9 +64,9 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
     add("--fs", action="append", metavar="KIND", help=f"{', '.join(site.KINDS)}, or a directory (ext4 and tmpfs)")
     add("--runs", type=int, default=0, metavar="N", help="counted runs of each (5; with --quick 3)")
     add("--quick", action="store_true", help="small trees and files")
-    add("--again", type=int, default=3, metavar="N", help="try a run that others disturbed so many times (3)")
-    add("--peer", action="append", default=[], type=_peer, metavar="NAME=COMMAND", help="one more to compare with; "
-        "the command has LOWER, UPPER, WORK and MOUNTPOINT in it, and runs where the names of LOWER hold")  # fmt: skip
+    add("--again", type=int, default=3, metavar="N", help="attempts for a run that other processes disturb (3)")
+    add("--peer", action="append", default=[], type=_peer, metavar="NAME=COMMAND", help="another contender; "
+        "its command contains LOWER, UPPER, WORK and MOUNTPOINT and runs in the directory of the layers")  # fmt: skip
     add("--without", action="append", default=[], metavar="NAME", help="leave a contender out")
     add("--place", type=Path, default=Path("/var/tmp"), metavar="DIR", help="where images are made (/var/tmp)")
     add("--json", type=Path, metavar="FILE", help="write every single figure")
@@ -96,8 +96,8 @@ def show_acceptance(given: argparse.Namespace) -> int:
     if not targets:
         print(f"scripts/bench: no target has {' or '.join(given.words)} in its name", file=sys.stderr)
         return 2
-    everybody = [contenders.ours(contenders.OURS, given.ours), *contenders.peers(), *given.peer]
-    wanted = [each for each in everybody if each.name not in (*given.without, "mergerfs")]
+    candidates = [contenders.ours(contenders.OURS, given.ours), *contenders.peers(), *given.peer]
+    wanted = [each for each in candidates if each.name not in (*given.without, "mergerfs")]
     with tempfile.TemporaryDirectory(dir=given.place, prefix="overlayfs-bench.") as place:
         able, missing = contenders.present(wanted, Path(place))
     report = new_report(given, able, missing)
@@ -122,13 +122,13 @@ def _accept(
         done = set()
         for name, kinds in acceptance.needed(targets).items():
             those = [each for each in able if each.kind in kinds]
-            report.results += runner.measure(catalogue.named(name), those, place, runs(given), given.again, tell)
+            report.results += runner.measure(catalogue.named(name), those, place, runs(given), given.again, progress)
             keep(given, report)
             done.add(name)
             for target in targets:
                 if target not in shown and done.issuperset(target.workloads):
                     shown.add(target)
-                    tell("")
+                    progress("")
                     _print_row(acceptance.row(report, target, place.kind, contenders.OURS))
 
 

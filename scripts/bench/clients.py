@@ -1,4 +1,4 @@
-"""Several clients at once: the same mix of calls in as many processes, each in a directory of its own."""
+"""Several clients at once: the same mix of calls in several processes, each in its own directory."""
 
 import os
 import time
@@ -22,7 +22,7 @@ def client(place: Path, readable: list[str]) -> None:
         expect(os.stat(path).st_size == len(data), "a new file has the wrong size")
         with open(readable[turn % len(readable)], "rb", buffering=0) as file:
             file.read()
-        expect(not os.path.exists(place / f"absent{turn}"), "a name is there that nobody made")
+        expect(not os.path.exists(place / f"absent{turn}"), "a name exists that no client made")
         os.rename(path, place / "renamed")
         os.unlink(place / "renamed")
 
@@ -50,7 +50,7 @@ def _client_process(place: Path, readable: list[str], waiting: int, gate: int) -
         return child
     code = 1
     try:
-        os.close(gate)  # the last end that is open must be the parent's: its closing is the signal to begin
+        os.close(gate)  # only the parent's end stays open: closing it is the signal to begin
         os.read(waiting, 1)
         client(place, readable)
         code = 0

@@ -1,4 +1,4 @@
-"""The commands `run` and `report`: everything measured, shown, kept."""
+"""The commands `run` and `report`: measure, print and save."""
 
 import argparse
 import sys
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import catalogue, page, results, runner, special, table
-from bench.setting import amounts, keep, new_report, runs, tell
+from bench.setting import amounts, keep, new_report, progress, runs
 from bench.site import Site, site
 from overlayfs_cli.benchmark import contenders
 from overlayfs_cli.benchmark.contenders import Contender
 
 
 def show_run(given: argparse.Namespace) -> int:
-    """Measure what was asked for, with everybody who is here; 2 if nothing has that name."""
+    """Measure the chosen workloads with all installed contenders; return 2 if no workload matches."""
     workloads = catalogue.chosen(given.words)
     if not workloads and not any(catalogue.specials(given.words, kind) for kind in ("ext4", "tmpfs", "xfs", "btrfs")):
         print(f"scripts/bench: nothing is called {' or '.join(given.words)}; see 'list'", file=sys.stderr)
         return 2
-    everybody = [contenders.plain(), *contenders.peers(), *given.peer, *contenders.own_variants()]
+    candidates = [contenders.plain(), *contenders.peers(), *given.peer, *contenders.own_variants()]
     with tempfile.TemporaryDirectory(dir=given.place, prefix="overlayfs-bench.") as place:
-        able, missing = contenders.present([each for each in everybody if each.name not in given.without], Path(place))
+        able, missing = contenders.present([each for each in candidates if each.name not in given.without], Path(place))
     report = new_report(given, able, missing)
     for kind in given.fs or ("ext4", "tmpfs"):
         with site(kind, 24, given.place, amounts(given)) as place_of:
@@ -31,7 +31,7 @@ def show_run(given: argparse.Namespace) -> int:
 
 def _measure_all(given: argparse.Namespace, place: Site, able: Sequence[Contender], report: results.Report) -> None:
     for each in catalogue.specials(given.words, place.kind):
-        found = each.measure(place, able, runs(given), tell)
+        found = each.measure(place, able, runs(given), progress)
         report.results += found
         _show(report, found)
         if each.measure is special.start_up and not report.anatomy:
@@ -39,15 +39,15 @@ def _measure_all(given: argparse.Namespace, place: Site, able: Sequence[Contende
         keep(given, report)
     for workload in catalogue.chosen(given.words):
         if place.kind in ("ext4", "tmpfs") or given.words:
-            found = runner.measure(workload, able, place, runs(given), given.again, tell)
+            found = runner.measure(workload, able, place, runs(given), given.again, progress)
             report.results += found
             _show(report, found)
             keep(given, report)
 
 
 def _show(report: results.Report, found: Sequence[results.Result]) -> None:
-    """Print the rows of what has just been measured; whoever waits wants to see something."""
-    tell("")
+    """Print the rows of the newest results, so that a long run shows progress."""
+    progress("")
     part = results.Report(**{**vars(report), "results": list(found)})
     for filesystem, group in table.groups(part):
         headings, rows = table.table(part, filesystem, group)

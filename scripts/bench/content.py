@@ -1,4 +1,4 @@
-"""What the layers hold. The same on every machine and in every run: the random numbers have a fixed seed."""
+"""The content of the layers: the same on every machine and in every run, by a fixed random seed."""
 
 import os
 import random
@@ -12,8 +12,8 @@ from bench.site import Site, run
 from bench.sizes import Sizes
 
 LAYERS = ("top", "middle", "base")  # top first
-SHARES = (10, 20, 70)  # how many of a hundred files each of them gives
-OVERRIDDEN = 5  # of a hundred files of the upper two layers also lie, older, in the base
+SHARES = (10, 20, 70)  # percent of the files in each of them
+OVERRIDDEN = 5  # percent of the files of the upper two layers that are also, older, in the base
 WORDS = ("layer", "upper", "lower", "mount", "copy", "write", "read", "rename", "whiteout", "stage", "node", "name")
 DEPTH = "depth-"  # and the number of layers
 DEPTH_FILES = 1000
@@ -28,7 +28,7 @@ def text(generator: random.Random, size: int) -> bytes:
 
 
 def sizes(generator: random.Random, count: int) -> Iterator[int]:
-    """Give sizes as source trees have them: half of the files below 3 KB, a few of 100 KB."""
+    """Return a size as in source trees: half of the files are below 3 KB, a few have 100 KB."""
     for _ in range(count):
         yield min(int(generator.lognormvariate(8, 1.2)), 256 << 10)
 
@@ -152,7 +152,7 @@ def prepare(site: Site, content: str) -> None:
         return
     if content.startswith(DEPTH):
         fill_depth(site.layers(content), len(lowers(content)))
-    elif content == "nodes":  # one layer: a million files need not lie there twice
+    elif content == "nodes":  # one layer only: a million files are enough once
         fill_nodes(site.layers(content) / "whole", site.sizes)
     else:
         _fill_layers(site.layers(content), content, site.sizes)
@@ -175,13 +175,13 @@ def make_archive(site: Site) -> None:
 
 
 def age(whole: Path) -> None:
-    """Give everything the same old times: what is as young as an index or a compiled file is read once more."""
+    """Set all times to the same old value: programs reread files that are as new as their index or compiled form."""
     for path in [whole, *whole.rglob("*")]:
         os.utime(path, (OLD, OLD), follow_symlinks=False)
 
 
 def split(whole: Path, place: Path) -> None:
-    """Deal the files of a tree out to three layers, so that directories are merged and some files are hidden."""
+    """Distribute the files of a tree over three layers, so that directories are merged and some files are hidden."""
     generator = random.Random(4)
     for layer in LAYERS:
         (place / layer).mkdir()
@@ -230,7 +230,7 @@ def _make_wheel(target: Path, name: str, files: int) -> None:
 
 
 def fill_depth(place: Path, layers: int) -> None:
-    """Make many layers that share one directory, a file list of fixed length dealt out among them."""
+    """Make many layers that share one directory, with a fixed number of files distributed over them."""
     for number in range(DEPTH_FILES):
         write(place / f"{number % layers}/shared/{number:05}", b"x")
         write(place / f"whole/shared/{number:05}", b"x")

@@ -1,4 +1,4 @@
-"""Workloads of bytes: large files written and read, at once and in blocks, in order and at random."""
+"""Data workloads: large files written and read, whole and in blocks, sequentially and at random."""
 
 import json
 import mmap
@@ -126,7 +126,7 @@ def open_database(trial: Trial) -> None:
 
 
 def insert(journal: str) -> Step:
-    """Return a step that inserts rows, each in a transaction of its own that SQLite brings to the disk."""
+    """Return a step that inserts rows, each in a transaction of its own that SQLite syncs to the disk."""
 
     def act(trial: Trial) -> None:
         connection = sqlite3.connect(trial.path("base.sqlite"), isolation_level=None)

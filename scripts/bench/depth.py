@@ -1,4 +1,4 @@
-"""What the number of layers costs: look-ups that find and that do not, and listings, with 1 to 500 layers."""
+"""The cost of the number of layers: look-ups of existing and absent names, and listings, with 1 to 500 layers."""
 
 import os
 from dataclasses import replace
@@ -8,16 +8,16 @@ from bench.workload import Step, Trial, Workload, expect, nothing, seconds_of
 
 GROUP = "layers"
 DEPTHS = (1, 10, 100, 500)
-ROUNDS = 3  # of look-ups of names that are there; the first one costs, the others show what the kernel keeps
+ROUNDS = 3  # of look-ups of existing names; the first sends requests, the others show what the kernel caches
 
 
 def first_touch(trial: Trial) -> None:
-    """Have the directory known by its name, not by its content."""
+    """Make the kernel look up the directory without listing it."""
     os.stat(trial.path("shared"))
 
 
 def listed(trial: Trial) -> None:
-    """Have the content of the directory known."""
+    """Make the kernel list the directory."""
     trial.remembered = len(os.listdir(trial.path("shared")))
 
 

@@ -1,25 +1,25 @@
-"""Whether somebody else was at work while we measured: the CPU seconds of all processes that are not ours."""
+"""Disturbance of a measurement: the CPU seconds of all processes that have nothing to do with it."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
-KERNEL_THREADS = 2  # their parent: what they do, they do for us as likely as for others
-SHARE = 0.2  # of one CPU; more than that disturbs
-LEAST = 0.03  # seconds; less than three ticks say nothing
+KERNEL_THREADS = 2  # their parent; their work may as well be for the measurement, so it does not count
+SHARE = 0.2  # of one CPU; more than that is a disturbance
+LEAST = 0.03  # seconds; fewer than three ticks are not significant
 
 
 @dataclass(frozen=True)
 class Reading:
-    """CPU seconds used up to now: by a daemon, and by processes that have nothing to do with us."""
+    """CPU seconds used so far: by a daemon, and by processes that have nothing to do with the measurement."""
 
     daemon: float
     foreign: float
 
 
 def read(daemon: int | None) -> Reading:
-    """Take a reading. Ours are this process, what it has started, and the daemon of the mount."""
+    """Return a reading. Part of the measurement are this process, its descendants, and the daemon of the mount."""
     own = {os.getpid(), daemon}
     used: dict[int, float] = {}
     for name in os.listdir("/proc"):
@@ -41,10 +41,10 @@ def _used(name: str) -> tuple[int, float] | None:
 
 
 def _stolen() -> float:
-    """Return the seconds that the machine under this machine has kept for itself."""
+    """Return the CPU seconds that the hypervisor took (steal time)."""
     return int(Path("/proc/stat").read_text().split(maxsplit=10)[8]) / TICKS
 
 
 def is_disturbed(foreign: float, elapsed: float) -> bool:
-    """Return whether others took enough of the machine to be felt."""
+    """Return whether other processes took enough CPU time to disturb a measurement."""
     return foreign > max(LEAST, SHARE * elapsed)

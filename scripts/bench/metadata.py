@@ -19,13 +19,13 @@ def known(layers: Path, name: str) -> tuple[int, int, int]:
 
 
 def same_as_tree(name: str) -> Step:
-    """Return a check that a directory holds what the prepared tree holds."""
+    """Return a check that a directory has the same files and bytes as the prepared tree."""
 
     def check(trial: Trial) -> None:
         files, size, _ = known(trial.site.layers("tree"), "tree")
         found = [path.lstat().st_size for path in trial.path(name).rglob("*") if path.is_file()]
-        expect(len(found) == files, f"{name} holds {len(found)} files instead of {files}")
-        expect(sum(found) == size, f"{name} holds {sum(found)} bytes instead of {size}")
+        expect(len(found) == files, f"{name} has {len(found)} files instead of {files}")
+        expect(sum(found) == size, f"{name} has {sum(found)} bytes instead of {size}")
 
     return check
 

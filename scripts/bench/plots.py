@@ -1,4 +1,4 @@
-"""Results as pictures, each of which answers one question."""
+"""Results as pictures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ DRAWN = ("metadata", "data", "work")
 
 
 def draw(report: Report, directory: Path) -> list[Path]:
-    """Write every picture that the results are enough for; return the files."""
+    """Draw every picture for which there are results; return the files."""
     import matplotlib as mpl
 
-    mpl.use("Agg")  # a file is wanted; no window system is asked for
+    mpl.use("Agg")  # draw into files, without a display
     from matplotlib import pyplot
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def _tidy(axes: "Axes") -> None:
 
 
 def targets(report: Report) -> "Figure | None":
-    """Draw how far we are from each target: bars of our ratio, a mark where it may end."""
+    """Draw our ratio for each target as a bar, with a mark at the target."""
     from matplotlib import pyplot
 
     kinds = _kinds(report, lambda result: True)
@@ -78,7 +78,7 @@ def _targets_panel(axes: "Axes", report: Report, kind: str, rows: Sequence[accep
     axes.axvline(1.0, color="#888888", linewidth=1)
     axes.set_title(f"{kind}: green is met, red is missed", fontsize=11)
     axes.margins(x=0.12)
-    axes.set_ylim(len(rows) - 0.4, -0.6)  # shared by the panels: turned round twice it would be as before
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # shared by the panels, so that inverting the axis of each would undo it
     _tidy(axes)
 
 
@@ -91,7 +91,7 @@ def _figure(report: Report, target: acceptance.Target, kind: str) -> float | Non
 
 
 def overview(report: Report) -> "Figure | None":
-    """Draw everybody's time as a multiple of the plain directory's, one line for each workload."""
+    """Draw the time of each contender as a multiple of the plain directory's, one line for each workload."""
     from matplotlib import pyplot
 
     kinds = _kinds(report, lambda result: result.group in DRAWN and result.contender == PLAIN)
@@ -111,17 +111,21 @@ def overview(report: Report) -> "Figure | None":
 
 
 def _overview_panel(axes: "Axes", report: Report, kind: str, names: Sequence[str]) -> None:
-    everybody = [n for n in dict.fromkeys(r.contender for r in report.results if r.kind != OURS) if n != PLAIN] + [OURS]
-    for who in everybody:
+    candidates = [n for n in dict.fromkeys(r.contender for r in report.results if r.kind != OURS) if n != PLAIN] + [
+        OURS
+    ]
+    for contender in candidates:
         points = []
         for place, name in enumerate(names):
-            base, mine = report.median(kind, name, PLAIN), report.median(kind, name, who)
+            base, mine = report.median(kind, name, PLAIN), report.median(kind, name, contender)
             if base and mine:
                 points.append((mine / base, place))
-        size = 90 if who == OURS else 42
+        size = 90 if contender == OURS else 42
         xs, ys = [x for x, _ in points], [y for _, y in points]
-        marker = MARKERS.get(who, "o")
-        axes.scatter(xs, ys, s=size, color=colour(who, everybody), label=who, marker=marker, zorder=3, alpha=0.9)
+        marker = MARKERS.get(contender, "o")
+        axes.scatter(
+            xs, ys, s=size, color=colour(contender, candidates), label=contender, marker=marker, zorder=3, alpha=0.9
+        )
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xscale("log")
@@ -133,7 +137,7 @@ def _overview_panel(axes: "Axes", report: Report, kind: str, names: Sequence[str
 
 
 def depth(report: Report) -> "Figure | None":
-    """Draw what a look-up costs with more and more layers."""
+    """Draw the cost of a look-up by the number of layers."""
     return _curves(
         report,
         {
@@ -148,7 +152,7 @@ def depth(report: Report) -> "Figure | None":
 
 
 def clients(report: Report) -> "Figure | None":
-    """Draw how much several clients get done."""
+    """Draw the throughput of several clients."""
     return _curves(
         report,
         {"all clients together": "{}"},
@@ -163,7 +167,7 @@ def _curves(
     from matplotlib import pyplot
 
     known = {result.workload for result in report.results if result.median}
-    panels = {  # a curve of one point says nothing
+    panels = {  # a curve needs two points
         name: pattern
         for name, pattern in panels.items()
         if sum(pattern.format(label) in known for _, label in steps) > 1
@@ -188,31 +192,31 @@ def _curves(
 
 
 def _curves_panel(axes: "Axes", report: Report, kind: str, steps: Sequence[tuple[str, str]]) -> None:
-    everybody = list(dict.fromkeys(r.contender for r in report.results if r.kind != OURS or r.contender == OURS))
-    for who in everybody:
-        values = [(x, report.median(kind, name, who)) for x, name in steps]
+    candidates = list(dict.fromkeys(r.contender for r in report.results if r.kind != OURS or r.contender == OURS))
+    for contender in candidates:
+        values = [(x, report.median(kind, name, contender)) for x, name in steps]
         known = [(x, value) for x, value in values if value is not None]
         if known:
-            width = 3.0 if who == OURS else 1.6
+            width = 3.0 if contender == OURS else 1.6
             xs, ys = [x for x, _ in known], [y for _, y in known]
-            axes.plot(xs, ys, marker="o", linewidth=width, color=colour(who, everybody), label=who)
+            axes.plot(xs, ys, marker="o", linewidth=width, color=colour(contender, candidates), label=contender)
     axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
 
 
 def start_up(report: Report) -> "Figure | None":
-    """Draw the time to ready of everybody, and what ours is made of."""
+    """Draw the time until each mount is ready, and the parts of ours."""
     from matplotlib import pyplot
 
     kind = next(iter(_kinds(report, lambda result: result.group == "start-up")), None)
     parts = {name: value for name, value in report.anatomy.items() if name != "total"}
     if kind is None or not parts:
         return None
-    everybody = [r for r in report.results if r.workload == "mount, 3 layers" and r.filesystem == kind and r.median]
-    figure, axes = pyplot.subplots(figsize=(10, 0.5 * len(everybody) + 2.2))
-    names = [result.contender for result in everybody]
-    for place, result in enumerate(everybody):
+    candidates = [r for r in report.results if r.workload == "mount, 3 layers" and r.filesystem == kind and r.median]
+    figure, axes = pyplot.subplots(figsize=(10, 0.5 * len(candidates) + 2.2))
+    names = [result.contender for result in candidates]
+    for place, result in enumerate(candidates):
         axes.barh(place, result.median or 0.0, color=colour(result.contender, names), height=0.6)
         axes.annotate(f" {result.median:.0f} ms", (result.median or 0.0, place), va="center")
     left = 0.0

@@ -1,4 +1,4 @@
-"""What a measurement leaves: values that go to JSON and come back. The keys are stable; `format` counts changes."""
+"""Results of a measurement, as saved to JSON and loaded. The keys are stable; `format` counts changes."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ FORMAT = 2
 
 @dataclass
 class Run:
-    """One run: its value in the unit of the workload, CPU seconds of the daemon, CPU seconds of strangers."""
+    """One run: its value in the unit of the workload, CPU seconds of the daemon, CPU seconds of other processes."""
 
     value: float
     daemon: float = 0.0
@@ -21,7 +21,7 @@ class Run:
 
 @dataclass
 class Result:
-    """All runs of one workload by one contender on one file system. `failed` says why there is no figure."""
+    """All runs of one workload by one contender on one file system. `failed` is the reason why there is no figure."""
 
     workload: str
     group: str
@@ -32,8 +32,8 @@ class Result:
     more_is_better: bool
     runs: list[Run] = field(default_factory=list)
     failed: str = ""
-    requests: dict[str, int] | None = None  # that our engine has answered, in one run
-    extra: dict[str, Any] = field(default_factory=dict)  # what only some workloads have
+    requests: dict[str, int] | None = None  # answered by our engine in one run
+    extra: dict[str, Any] = field(default_factory=dict)  # figures that only some workloads have
 
     @property
     def median(self) -> float | None:
@@ -42,7 +42,7 @@ class Result:
 
     @property
     def disturbed(self) -> bool:
-        """Whether strangers were at work in half of the runs or more."""
+        """Whether other processes disturbed half of the runs or more."""
         return sum(run.disturbed for run in self.runs) * 2 >= len(self.runs) > 0
 
 
@@ -90,9 +90,9 @@ def load(path: Path) -> Report:
 
 
 def merged(reports: list[Report]) -> Report:
-    """Return several measurements as one; the first says when and where.
+    """Return several measurements as one, with the time and machine of the first.
 
-    Who is compared must have taken turns: a later report replaces all results of what it measured again.
+    Compared contenders must have taken turns: a later report replaces all results of a workload that it measured again.
     """
     first = reports[0]
     found: dict[tuple[str, str], list[Result]] = {}

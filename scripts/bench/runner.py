@@ -1,9 +1,9 @@
-"""Runs workloads: everybody in turn, so that what else the machine does falls on all of them.
+"""Runs workloads: all contenders in turn, so that a disturbance of the machine affects all of them.
 
 A cold run: `before`, then the mount ends, the file system is written out, the kernel drops clean pages, names and
 inodes (/proc/sys/vm/drop_caches 3), a new mount begins over the same upper, and the program that is timed runs once
-elsewhere, so that it is in memory itself. A warm run follows `before` in the same mount. Nothing that was prepared
-is still waiting to be written when the clock starts; what the workload leaves dirty is not waited for.
+elsewhere, so that it is in memory itself. A warm run follows `before` in the same mount. All prepared data
+is written out before the clock starts; data that the workload leaves dirty is not waited for.
 """
 
 import json
@@ -54,7 +54,7 @@ class Tree:
 
 @contextmanager
 def tree(contender: Contender, workload: Workload, site: Site) -> Iterator[Tree]:
-    """Give a tree that is gone afterwards, upper and all."""
+    """Yield a tree that is removed afterwards, including its upper."""
     with tempfile.TemporaryDirectory(dir=site.layers(workload.content), prefix="run.") as scratch:
         made = Tree(contender, workload, site, Path(scratch))
         made.open()
@@ -114,25 +114,25 @@ def difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
 
 
 def takes_part(contender: Contender, workload: Workload) -> bool:
-    """Return whether a contender can do a workload at all."""
+    """Return whether a contender can run a workload."""
     if workload.copies_up and not contender.copies_up:
         return False
     return not workload.only or contender.kind in workload.only
 
 
 def measure(
-    workload: Workload, contenders: Sequence[Contender], site: Site, runs: int, attempts: int, tell: Progress
+    workload: Workload, contenders: Sequence[Contender], site: Site, runs: int, attempts: int, progress: Progress
 ) -> list[Result]:
-    """Measure one workload with everybody who can do it. The round before the first only counts and checks.
+    """Measure one workload with all contenders that can run it. The round before the first only counts and checks.
 
-    A run that strangers disturbed is repeated at once, up to `attempts` times in all; the last one counts then.
+    A run that other processes disturb is repeated at once, up to `attempts` times in all; then the last one counts.
     """
     content.prepare(site, workload.content)
     able = [each for each in contenders if takes_part(each, workload)]
     found = {each.name: _empty(workload, each, site) for each in able}
     for turn in range(runs + 1):
         for contender in rotated(able, turn):
-            tell(f"{site.kind}: {workload.name}: {contender.name}, {turn} of {runs}")
+            progress(f"{site.kind}: {workload.name}: {contender.name}, {turn} of {runs}")
             result = found[contender.name]
             if not result.failed:
                 _add(result, workload, contender, site, attempts if turn else 0)
@@ -160,6 +160,6 @@ def _add(result: Result, workload: Workload, contender: Contender, site: Site, a
 
 
 def rotated(contenders: Sequence[Contender], turn: int) -> list[Contender]:
-    """Return the contenders in another order each turn: nobody always runs behind the same one."""
+    """Return the contenders in another order each turn, so that none always runs after the same one."""
     at = turn % len(contenders) if contenders else 0
     return [*contenders[at:], *contenders[:at]]

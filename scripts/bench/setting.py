@@ -1,4 +1,4 @@
-"""What the commands share: how much is measured, and what a report begins with."""
+"""Shared by the commands: the amount of work, the head of a report, progress on the terminal."""
 
 import argparse
 import sys
@@ -9,8 +9,8 @@ from overlayfs_cli.benchmark import contenders, machine
 from overlayfs_cli.benchmark.contenders import Contender
 
 
-def tell(line: str) -> None:
-    """Show on a terminal what is going on now; the next line overwrites it."""
+def progress(line: str) -> None:
+    """Show the current step on a terminal; the next call overwrites it."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{line}" if line else "\r\x1b[K")
         sys.stderr.flush()
@@ -37,16 +37,16 @@ def new_report(
 
 
 def runs(given: argparse.Namespace) -> int:
-    """Return how many runs count."""
+    """Return the number of counted runs."""
     return int(given.runs) or (3 if given.quick else 5)
 
 
 def amounts(given: argparse.Namespace) -> sizes.Sizes:
-    """Return how much there is of everything."""
+    """Return the sizes of the workloads."""
     return sizes.QUICK if given.quick else sizes.FULL
 
 
 def keep(given: argparse.Namespace, report: results.Report) -> None:
-    """Write what is known by now: a measurement of an hour that is ended early is not lost."""
+    """Save the results so far, so that a long run that is interrupted is not lost."""
     if given.json:
         results.save(report, given.json)

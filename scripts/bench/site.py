@@ -1,4 +1,4 @@
-"""Where a measurement takes place: a file system of its own, made for it and taken away afterwards."""
+"""The file system of a measurement: made for it and removed afterwards."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from bench.sizes import Sizes
 
 KINDS = ("ext4", "tmpfs", "xfs", "btrfs")
 MAKE = {
-    # nothing is left to be initialised in the background while somebody is measured
+    # no initialisation in the background during a measurement
     "ext4": ("mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"),
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
     "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
@@ -21,38 +21,38 @@ MAKE = {
 
 
 def run(*words: str | Path, cwd: Path | None = None) -> None:
-    """Run a command whose output nobody wants; RuntimeError with what it said if it fails."""
+    """Run a command without output; RuntimeError with its standard error if it fails."""
     line = [str(word) for word in words]
     done = subprocess.run(line, cwd=cwd, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise RuntimeError(f"{' '.join(line[:4])}: {said or f'exit code {done.returncode}'}")
+        message = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"{' '.join(line[:4])}: {message or f'exit code {done.returncode}'}")
 
 
 @dataclass
 class Site:
-    """A file system that layers, uppers and plain directories lie on, and a place for what is prepared outside it."""
+    """A file system for layers, uppers and plain directories; `assets` is a directory for prepared files outside it."""
 
     kind: str
     root: Path
     assets: Path
     sizes: Sizes
-    made: set[str] = field(default_factory=set)  # the contents that are there already
+    made: set[str] = field(default_factory=set)  # the contents that exist already
 
     def layers(self, content: str) -> Path:
-        """Return the directory that holds the layers of one content."""
+        """Return the directory of the layers of one content."""
         return self.root / content
 
     def sync(self) -> None:
-        """Write out what is dirty on this file system, so that no run pays for the one before."""
+        """Write out dirty data of this file system, so that no run pays for the previous one."""
         run("sync", "-f", self.root)
 
 
 @contextmanager
 def site(kind: str, gigabytes: int, place: Path, sizes: Sizes) -> Iterator[Site]:
-    """Give a fresh file system of a kind: on an image in `place`, mounted by loop; a tmpfs has no image.
+    """Yield a new file system of a kind: on an image in `place`, mounted by loop; a tmpfs has no image.
 
-    `kind` may also be a directory: then its file system is used as it is.
+    `kind` may also be a directory, whose file system is used unchanged.
     """
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(_directory(place)))
@@ -73,7 +73,7 @@ def site(kind: str, gigabytes: int, place: Path, sizes: Sizes) -> Iterator[Site]
 
 @contextmanager
 def _directory(place: Path) -> Iterator[str]:
-    """Give a temporary directory; what is still mounted below it at the end was left by a failure."""
+    """Yield a temporary directory; mounts that a failure has left below it are removed at the end."""
     path = tempfile.mkdtemp(prefix="overlayfs-bench.", dir=place)
     try:
         yield path
@@ -83,7 +83,7 @@ def _directory(place: Path) -> Iterator[str]:
 
 
 def _unmount_below(path: str) -> None:
-    """Unmount our file systems, and what a failure has left on them, the last one first."""
+    """Unmount all file systems below a directory, the newest first."""
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for point in reversed([each for each in mounts if each.startswith(f"{path}/")]):
         if subprocess.run(["umount", point], capture_output=True, check=False).returncode:
@@ -97,7 +97,7 @@ def _make_image(kind: str, image: Path, gigabytes: int) -> None:
 
 
 def drop_caches() -> bool:
-    """Make the kernel forget clean pages, names and inodes; False where that is not allowed."""
+    """Make the kernel drop clean pages, dentries and inodes; return False where that is not permitted."""
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError:

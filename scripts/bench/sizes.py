@@ -1,11 +1,11 @@
-"""How much there is of everything."""
+"""Sizes of the workloads."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much there is of everything; the small set is for trying things out."""
+    """Sizes of the workloads; the small set is for trials."""
 
     files: int = 5000
     directories: int = 350

@@ -1,4 +1,4 @@
-"""What does not fit "do something in a tree": mounting itself, memory, and copy-up file by file."""
+"""Measurements that are not workloads in a tree: mounting itself, memory, and copy-up file by file."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from bench.workload import seconds_of
 from overlayfs_cli.benchmark import contenders, copyup, copyup_report
 from overlayfs_cli.benchmark.contenders import OURS, PLAIN, Contender, Stack
 
-STARTS = 20  # of each contender; a start is short, and the machine is not
+STARTS = 20  # of each contender; a start is short, so many are needed
 LAYERS = (3, 500)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 IDLE = 0.3  # seconds in which a daemon uses no CPU before its memory is read
@@ -28,7 +28,7 @@ Measure = Callable[[Site, Sequence[Contender], int, Progress], list[Result]]
 
 @dataclass(frozen=True)
 class Special:
-    """A measurement with a way of its own. `kinds`: the file systems where it says something."""
+    """A measurement with its own procedure. `kinds`: the file systems for which it is meaningful."""
 
     name: str
     group: str
@@ -44,9 +44,9 @@ def result(name: str, group: str, site: Site, contender: Contender, unit: str) -
 # Start-up.
 
 
-def start_up(site: Site, everybody: Sequence[Contender], runs: int, tell: Progress) -> list[Result]:
+def start_up(site: Site, candidates: Sequence[Contender], runs: int, progress: Progress) -> list[Result]:
     """Measure the time until the mount command returns, and until a file has answered; with few and many layers."""
-    able = [as_engines_call(each) for each in everybody if each.kind != PLAIN]
+    able = [as_engines_call(each) for each in candidates if each.kind != PLAIN]
     found: list[Result] = []
     for layers in LAYERS:
         name = f"{content.DEPTH}{layers}"
@@ -55,7 +55,7 @@ def start_up(site: Site, everybody: Sequence[Contender], runs: int, tell: Progre
         first = {each.name: result(f"first answer, {layers} layers", "start-up", site, each, "ms") for each in able}
         for turn in range(max(runs, STARTS if layers < 10 else runs) + 1):
             for each in rotated(able, turn):
-                tell(f"{site.kind}: mount, {layers} layers: {each.name}, {turn}")
+                progress(f"{site.kind}: mount, {layers} layers: {each.name}, {turn}")
                 _start_once(site, name, each, ready[each.name], first[each.name], counted=turn > 0)
         found += [*ready.values(), *first.values()]
     return found
@@ -92,7 +92,7 @@ def _started(each: Contender, stack: Stack) -> tuple[float, float]:
 
 @contextmanager
 def fresh_stack(site: Site, name: str) -> Iterator[Stack]:
-    """Give a stack over the layers of a content, with an empty upper."""
+    """Yield a stack over the layers of a content, with an empty upper."""
     with tempfile.TemporaryDirectory(dir=site.layers(name), prefix="run.") as directory:
         scratch = Path(directory)
         stack = Stack(site.layers(name), content.lowers(name), scratch / "upper", scratch / "work", scratch / "mnt")
@@ -102,7 +102,7 @@ def fresh_stack(site: Site, name: str) -> Iterator[Stack]:
 
 
 def anatomy(site: Site, each: Contender) -> dict[str, float]:
-    """Return what our time to ready is made of, in milliseconds: the quickest of several, so that parts add up.
+    """Return the parts of our time until ready in milliseconds: the fastest of several, so that parts add up.
 
     Python alone; trio with what it loads; our own modules with what they load beside; and the rest, which is fork,
     opening the stack, mount(2), handshake, record and socket.
@@ -124,7 +124,7 @@ def anatomy(site: Site, each: Contender) -> dict[str, float]:
 
 
 def as_engines_call(each: Contender) -> Contender:
-    """Return our contender as container engines start it: by `overlayfs-mount`, which does without click."""
+    """Return our contender as container engines start it: by `overlayfs-mount`, which does not import click."""
     if each.kind != OURS:
         return each
     options = each.command[each.command.index("-o") + 1]
@@ -149,13 +149,13 @@ def _own_modules(each: Contender, stack: Stack) -> list[str]:
 # Memory.
 
 
-def memory(site: Site, everybody: Sequence[Contender], runs: int, tell: Progress) -> list[Result]:
-    """Measure the memory of each daemon: at the start, with every node cached, and after the kernel has let go."""
+def memory(site: Site, candidates: Sequence[Contender], runs: int, progress: Progress) -> list[Result]:
+    """Measure the memory of each daemon: at the start, with every node cached, after the kernel has forgotten them."""
     content.prepare(site, "nodes")
     found: list[Result] = []
-    for each in everybody:
+    for each in candidates:
         if each.is_fuse:
-            tell(f"{site.kind}: memory: {each.name}")
+            progress(f"{site.kind}: memory: {each.name}")
             found += _memory_of(site, each)
     return found
 
@@ -180,7 +180,7 @@ def _memory_of(site: Site, each: Contender) -> list[Result]:
 
 
 def _walk(root: Path, nodes: int) -> None:
-    """Look at every file; the kernel knows them all then, unless it runs out of memory."""
+    """Stat every file, so that the kernel caches them all, unless it runs out of memory."""
     done = subprocess.run(["find", ".", "-type", "f", "-size", "-1"], cwd=root, capture_output=True, check=True)
     found = done.stdout.count(b"\n")
     if found != nodes:
@@ -192,7 +192,7 @@ def _rss(pid: int) -> float:
 
 
 def _settle(pid: int) -> None:
-    """Return when a daemon has nothing to do any more: it works off a million messages first."""
+    """Return when a daemon is idle: after it has processed a million messages."""
     before = -1.0
     while (now := disturbance.read(pid).daemon) != before:
         before = now
@@ -202,17 +202,17 @@ def _settle(pid: int) -> None:
 # Copy-up.
 
 
-def copy_up(site: Site, everybody: Sequence[Contender], runs: int, tell: Progress) -> list[Result]:
+def copy_up(site: Site, candidates: Sequence[Contender], runs: int, progress: Progress) -> list[Result]:
     """Measure the first change to files of all sizes; the values are milliseconds of single changes."""
     limit = min(site.sizes.largest, 100 << 20 if site.kind == "tmpfs" else site.sizes.largest)
     wanted = copyup.cases(limit, site.sizes.touched)
-    able = [each for each in everybody if each.copies_up]
+    able = [each for each in candidates if each.copies_up]
     base = site.root / "copy-up"
     base.mkdir()
     copyup.fill(base, wanted)
 
     def show(line: str) -> None:
-        tell(f"{site.kind}: copy-up: {line}")
+        progress(f"{site.kind}: copy-up: {line}")
 
     costs = copyup.measure(able, wanted, base, max(1, runs // 2), show, exclusive=True)
     by_name = {each.name: each for each in able}

@@ -1,4 +1,4 @@
-"""Results as tables: what everybody took, how that compares, for a terminal and for a page."""
+"""Results as tables, for a terminal and for a page."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ Rows = list[tuple[str, ...]]
 
 
 def groups(report: Report) -> Iterator[tuple[str, str]]:
-    """Give what has a table of its own: file systems and groups, in the order they were measured."""
+    """Yield the file system and group of each table, in the order of measurement."""
     yield from dict.fromkeys((result.filesystem, result.group) for result in report.results)
 
 
@@ -26,7 +26,7 @@ def table(report: Report, filesystem: str, group: str) -> tuple[tuple[str, ...],
 
 
 def cell(result: Result | None, base: Result | None) -> str:
-    """Return a median; with a tilde if strangers disturbed it, and the ratio to the plain directory."""
+    """Return a median with the ratio to the plain directory, and a tilde if other processes disturbed it."""
     if result is None:
         return "-"
     median = result.median
@@ -40,13 +40,13 @@ def cell(result: Result | None, base: Result | None) -> str:
 
 
 def cost(mine: Result, theirs: Result) -> float:
-    """Return how many times as dear one result is as another: lower is better, whatever was counted."""
+    """Return the cost of one result divided by that of another: lower is better in every unit."""
     ours, others = mine.median or 0.0, theirs.median or 1.0
     return others / (ours or 1.0) if mine.more_is_better else ours / others
 
 
 def amount(value: float) -> str:
-    """Return three digits that mean something."""
+    """Return a number with three significant digits."""
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 
@@ -56,7 +56,7 @@ def ratio(value: float) -> str:
 
 
 def best_ratio(results: Sequence[Result]) -> str:
-    """Return how many times as dear we are as the best FUSE peer, with its name; below 1.0 we win."""
+    """Return our cost divided by that of the best FUSE peer, with its name; below 1.0 ours is better."""
     mine = next((r for r in results if r.contender == OURS), None)
     peers = [r for r in results if r.kind == "peer" and r.median and r.contender != "mergerfs"]
     if mine is None or mine.median is None or not peers:
@@ -66,7 +66,7 @@ def best_ratio(results: Sequence[Result]) -> str:
 
 
 def requests(result: Result | None) -> str:
-    """Return how many requests our engine has answered."""
+    """Return the number of requests that our engine has answered."""
     return str(sum(result.requests.values())) if result and result.requests is not None else "-"
 
 

@@ -1,4 +1,4 @@
-"""Real work: what programs do that people wait for."""
+"""Real work: programs that users wait for."""
 
 import sys
 
@@ -14,7 +14,7 @@ PIP = (
 
 
 def installed(trial: Trial) -> None:
-    """Check that every file of every wheel lies there, compiled too."""
+    """Check that every file of every wheel is installed and compiled."""
     wheels = len(list((trial.site.assets / "wheels").glob("*.whl")))
     sources = list(trial.path("installed").rglob("bench*/*.py"))
     compiled = list(trial.path("installed").rglob("bench*/__pycache__/*.pyc"))

@@ -1,4 +1,4 @@
-"""What a workload is: something done in a tree, what goes before, and how one sees that it was done."""
+"""Workloads: an action in a tree, its preparation, and a check of its result."""
 
 import subprocess
 import time
@@ -11,19 +11,19 @@ from overlayfs_cli.benchmark.contenders import Contender
 
 
 class WrongError(Exception):
-    """A workload has not done its work; the text says what is missing."""
+    """A workload did not do its work; the message names what is missing."""
 
 
 @dataclass
 class Trial:
-    """One run: the tree it happens in, and what it finds out itself."""
+    """One run: its tree, and the results that the workload records itself."""
 
     root: Path
     site: Site
     contender: Contender
-    seen: bytes = b""  # what the timed command printed
+    seen: bytes = b""  # the output of the timed command
     value: float | None = None  # measured by the workload itself, in the unit of the workload
-    remembered: object = None  # handed from `before` to `act` and `check`
+    remembered: object = None  # passed from `before` to `act` and `check`
 
     def path(self, name: str) -> Path:
         """Return a path in the tree."""
@@ -49,7 +49,7 @@ class Trial:
 
 
 def _environment(site: Site) -> dict[str, str]:
-    """A fixed environment: what the user has set must not change what is measured."""
+    """Return a fixed environment, so that settings of the user do not affect the measurement."""
     return {
         "A": str(site.assets),
         "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
@@ -68,7 +68,7 @@ def nothing(trial: Trial) -> None:
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to measure. `content` names what the layers hold.
+    """One thing to measure. `content` names the content of the layers.
 
     `cold`: between `before` and `act` the mount ends, the kernel drops its caches, and a new mount begins.
     `tool`: a command that is run outside the tree before a cold `act`, so that the program itself is in memory.
@@ -82,8 +82,8 @@ class Workload:
     before: Step = nothing
     cold: bool = False
     tool: tuple[str, ...] = ()
-    changes: bool = True  # the plain directory must be made anew for each run
-    copies_up: bool = True  # it changes or hides what layers hold
+    changes: bool = True  # the plain directory must be copied for each run
+    copies_up: bool = True  # it changes or hides files of layers
     unit: str = "s"
     more_is_better: bool = False
     only: tuple[str, ...] = field(default=())  # kinds of contenders, if not all of them
@@ -95,7 +95,7 @@ def shell(script: str) -> Step:
 
 
 def expect(holds: bool, what: str) -> None:
-    """WrongError, with `what`, unless something holds."""
+    """Raise WrongError with the message `what` unless `holds`."""
     if not holds:
         raise WrongError(what)
 
@@ -110,14 +110,14 @@ def expect_tree(name: str, files: int, size: int) -> Step:
 
     def check(trial: Trial) -> None:
         found = [path.lstat().st_size for path in trial.path(name).rglob("*") if path.is_file()]
-        expect(len(found) == files, f"{name} holds {len(found)} files instead of {files}")
-        expect(sum(found) == size, f"{name} holds {sum(found)} bytes instead of {size}")
+        expect(len(found) == files, f"{name} has {len(found)} files instead of {files}")
+        expect(sum(found) == size, f"{name} has {sum(found)} bytes instead of {size}")
 
     return check
 
 
 def expect_gone(name: str) -> Step:
-    """Return a check that a name is there no more."""
+    """Return a check that a name no longer exists."""
     return lambda trial: expect(not trial.path(name).exists(), f"{name} is still there")
 
 

@@ -122,7 +122,7 @@ def test_a_workload_that_does_nothing_fails(site: Site) -> None:
     lazy = Workload("lazy", "g", "tree", lambda trial: None, catalogue.named("untar").check)
     found = runner.measure(lazy, [contenders.plain()], site, 1, 1, lambda line: None)
     assert [each.median for each in found] == [None]
-    assert "untarred holds 0 files instead of 20" in found[0].failed
+    assert "untarred has 0 files instead of 20" in found[0].failed
 
 
 @pytest.mark.parametrize(

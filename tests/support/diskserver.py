@@ -1,10 +1,10 @@
 """A disk that remembers and misbehaves: `python -m tests.support.diskserver IMAGE LOG CONTROL POINT`.
 
-A FUSE file system of one file, `disk`, which shows IMAGE and belongs under a loop device with direct I/O. What the
-kernel writes and flushes is appended to LOG (tests/support/writelog.py) in the order in which it becomes part of the
-image, so that the disk can be rebuilt as a power cut at any moment would have left it. The words in CONTROL say how it
-behaves from the next request on: nothing, `error` (writes, and flushes, fail), `drop` (writes are answered and lost),
-`slow SECONDS` (flushes take that long), `stuck` (writes and flushes are held until the word is another one).
+A FUSE file system of one file, `disk`, which shows IMAGE and belongs under a loop device with direct I/O. All writes
+and flushes of the kernel are appended to LOG (tests/support/writelog.py) in the order in which they become part of the
+image, so that the state after a power cut at any moment can be rebuilt. The file CONTROL sets the behaviour from the
+next request on: empty (normal), `error` (writes and flushes fail), `drop` (writes succeed and are lost), `slow SECONDS`
+(flushes take that long), `stuck` (writes and flushes block until the file has another word).
 """
 
 import errno
@@ -35,7 +35,7 @@ class Disk(pyfuse3.Operations):
         self._control = control
 
     async def getattr(self, inode: InodeT, ctx: RequestContext | None = None) -> EntryAttributes:
-        """The directory, or the file with the size of the image."""
+        """Return the attributes of the directory, or of the file with the size of the image."""
         entry = EntryAttributes()
         entry.st_ino = inode
         entry.st_mode = stat.S_IFREG | 0o600 if inode == _FILE else stat.S_IFDIR | 0o700
@@ -49,13 +49,13 @@ class Disk(pyfuse3.Operations):
         return await self.getattr(inode, ctx)
 
     async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        """The one name."""
+        """Look up the only name."""
         if name != NAME:
             raise FUSEError(errno.ENOENT)
         return await self.getattr(_FILE, ctx)
 
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
-        """Past the page cache: a write that is answered is in the log."""
+        """Open with direct I/O: a write that has returned is in the log."""
         return FileInfo(fh=1, direct_io=True)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -63,7 +63,7 @@ class Disk(pyfuse3.Operations):
         return os.pread(self._image, size, off)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        """One write of the disk."""
+        """Write to the image and the log."""
         mode = await self._behaviour()
         if mode == "error":
             raise FUSEError(errno.EIO)
@@ -73,7 +73,7 @@ class Disk(pyfuse3.Operations):
         return len(buf)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        """One flush of the disk."""
+        """Log a flush."""
         mode = await self._behaviour()
         if mode == "error":
             raise FUSEError(errno.EIO)
@@ -84,10 +84,10 @@ class Disk(pyfuse3.Operations):
     async def _behaviour(self) -> str:
         mode = self._control.read_text()
         if mode == "stuck":
-            mode = await trio.to_thread.run_sync(self._other_word)
+            mode = await trio.to_thread.run_sync(self._wait_while_stuck)
         return mode
 
-    def _other_word(self) -> str:
+    def _wait_while_stuck(self) -> str:
         while (mode := self._control.read_text()) == "stuck":
             time.sleep(_POLL)
         return mode

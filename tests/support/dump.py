@@ -15,7 +15,7 @@ OTHER_FORMS = ("security.selinux", "trusted.SGI_ACL_")
 
 
 class Entry(NamedTuple):
-    """What two equal trees must agree on for one path; `links` are all paths of the same inode if there are several."""
+    """The comparable attributes of one path; `links` are all paths of the same inode if there are several."""
 
     kind: str
     mode: int
@@ -39,9 +39,9 @@ Dump = dict[bytes, Entry]
 
 
 def dump(tree: Tree | Raw, top: bytes = b"", *, times_before: int | None = None) -> Dump:
-    """Every path below `top`.
+    """Return every path below `top`.
 
-    With `times_before` (ns) later mtimes count as "now", since two runs cannot agree on them.
+    With `times_before` (ns) all later mtimes compare equal, since they differ between two runs.
     """
     raw = tree.raw if isinstance(tree, Tree) else tree
     stats = dict(_walk(raw, top))
@@ -103,7 +103,7 @@ def _xattrs(raw: Raw, path: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def differences(left: Dump, right: Dump) -> list[str]:
-    """One line per field that differs; empty when the trees are equal."""
+    """Return a line per field that differs; empty when the trees are equal."""
     lines = [f"only left: {path!r}" for path in sorted(left.keys() - right.keys())]
     lines += [f"only right: {path!r}" for path in sorted(right.keys() - left.keys())]
     for path in sorted(left.keys() & right.keys()):
@@ -114,6 +114,6 @@ def differences(left: Dump, right: Dump) -> list[str]:
 
 
 def same(left: Dump, right: Dump) -> None:
-    """Fail with every difference."""
+    """Fail with every difference between two trees."""
     lines = differences(left, right)
     assert not lines, "\n" + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which engine serves our mounts in this run: the product's choice, unless `--engine` names one."""
+"""The engine that serves our mounts in this run: the program's choice, unless `--engine` names one."""
 
 KERNEL, PYFUSE3 = "kernel", "pyfuse3"
 NAMES = (KERNEL, PYFUSE3)
@@ -13,16 +13,16 @@ def choose(name: str | None) -> None:
 
 
 def asked() -> str | None:
-    """The engine that `--engine` names."""
+    """Return the engine that `--engine` names, or None."""
     return _asked
 
 
 def current() -> str:
-    """The engine that serves a mount which asks for none: ours on every kernel that the tests run on."""
+    """Return the engine of a mount without an engine option: the kernel engine on every kernel that tests run on."""
     return _asked or KERNEL
 
 
 def option(prefix: str = "") -> str:
-    """The words `engine=NAME` after what stands before them in an option string, or only that."""
+    """Return an option string with `engine=NAME` appended to `prefix` if an engine is chosen."""
     words = [prefix] if prefix else []
     return ",".join(words if _asked is None else [*words, f"engine={_asked}"])

@@ -8,7 +8,7 @@ from overlayfs.mount.options import Draft
 
 
 def mount(options: str, mountpoint: str) -> int:
-    """Mount until the end of the mount; return the exit code."""
+    """Mount and serve until unmounted; return the exit code."""
     draft = Draft()
     draft.read(options.encode())
     draft.mount.update(foreground=True)

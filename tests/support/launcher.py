@@ -1,7 +1,7 @@
-"""Runs our command line fast and often: a process that has everything loaded forks for each command.
+"""Runs our command line quickly: a process that has all modules loaded forks for each command.
 
-What a command does is what it does for users; a mount's daemon is forked by the product, from a process that has less
-to load. `mutant` is a bug that the command, and the daemon that comes of it, shall have (tests/support/mutants).
+Commands behave as for users; the program itself forks the daemon of a mount. `mutant` is a planted bug for the command
+and its daemon (tests/support/mutants).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ DETACH = 2
 
 
 class Launcher:
-    """The process that forks. A context: at its end the process ends; daemons are their users' to end."""
+    """The process that forks, a context manager that ends it; daemons must be ended by the caller."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -40,7 +40,7 @@ class Launcher:
         return int(code), str(output)
 
     def mount(self, point: Path, *words: str, mutant: str = "") -> int:
-        """Mount in the background with these further words; return the pid of the daemon, which is our child."""
+        """Mount in the background with further arguments; return the pid of the daemon, which is our child."""
         code, output = self.run("mount", "-q", *words, str(point), mutant=mutant)
         assert code == 0, f"cannot mount: {output}"
         pid = mounts.find(os.fsencode(point)).pid
@@ -61,7 +61,7 @@ def end(point: Path, pid: int) -> int:
 
 
 def clear(point: Path, pid: int) -> None:
-    """End a daemon that may have ended, and take away its mount."""
+    """Kill a daemon if it still runs, and remove its mount."""
     if pid in processes.children():
         os.kill(pid, signal.SIGKILL)
         processes.reap(pid)
@@ -80,7 +80,7 @@ def _serve() -> None:
 
 
 def _load() -> None:
-    """Import what commands import when they need it."""
+    """Import modules that commands import lazily."""
     importlib.import_module("tests.support.mutants")
 
 

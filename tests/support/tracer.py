@@ -4,11 +4,11 @@ strace(1) does this by the name of a call and counts for each thread, and the on
 fchmodat2 and getxattrat, which the daemon makes for every second change.
 
     with Tracer(pid, Aim(at=7, error=errno.ENOSPC)) as tracer:
-        ...                     # what makes the process work
+        ...                     # make the process work here
     tracer.calls, tracer.hit    # the names of the calls that were counted
 
-Counted are the calls by which a file system is looked at and changed (CALLS); those on /dev/fuse and on sockets, those
-for memory and for waiting are let pass. Leaving the context lets the process go on undisturbed.
+Calls that read or change a file system are counted (CALLS), except those on /dev/fuse and on sockets. Leaving the
+context detaches from the process.
 """
 
 import ctypes
@@ -44,8 +44,8 @@ LOOKING = frozenset(
         *("getxattrat", "listxattrat", "ioctl"),
     }
 )
-"""Those that change nothing, but for ioctl, which may share the blocks of a file with a copy that nobody sees yet."""
-_ON_FILES = {"write", "ioctl", "close", "fcntl"}  # counted on files alone: pipes, sockets and /dev are our own affair
+"""Calls that change nothing visible; ioctl may only share the blocks of a file with a copy that is not published."""
+_ON_FILES = {"write", "ioctl", "close", "fcntl"}  # counted only on files, not on pipes, sockets and /dev
 
 _SEIZE, _INTERRUPT, _LISTEN, _SYSCALL, _SYSCALL_INFO = 0x4206, 0x4207, 0x4208, 24, 0x420E
 _POKEUSER = 6
@@ -138,7 +138,7 @@ def _trace(traced: "_Traced", ready: int) -> None:
         os.write(ready, b"1")
         os.close(ready)
         while True:
-            traced.take(*os.waitpid(-1, _WALL))
+            traced.handle_stop(*os.waitpid(-1, _WALL))
     except ChildProcessError:
         pass
     finally:
@@ -146,7 +146,7 @@ def _trace(traced: "_Traced", ready: int) -> None:
 
 
 class _Traced:
-    """The threads of one process. A call that is to fail is not made, apart from close, which closes all the same."""
+    """The threads of one process. A failing call is not made, except close, which closes in any case."""
 
     def __init__(self, pid: int, aim: Aim, log: mmap.mmap) -> None:
         self._pid = pid
@@ -157,30 +157,30 @@ class _Traced:
         self._info = ctypes.create_string_buffer(_INFO.size)
 
     def seize(self) -> None:
-        """Attach to every thread; new ones follow by themselves."""
+        """Attach to every thread; new threads are attached automatically."""
         for name in os.listdir(f"/proc/{self._pid}/task"):
             _request(_SEIZE, int(name), 0, _TRACE_SYSGOOD | _TRACE_CLONE)
             _request(_INTERRUPT, int(name))
 
-    def take(self, tid: int, status: int) -> None:
-        """Look at one stop of one thread and let it go on."""
+    def handle_stop(self, tid: int, status: int) -> None:
+        """Handle one stop of one thread and resume it."""
         if not os.WIFSTOPPED(status):
             return
         try:
-            self._go_on(tid, os.WSTOPSIG(status), status >> 16)
+            self._resume(tid, os.WSTOPSIG(status), status >> 16)
         except ProcessLookupError:
             self._failing.discard(tid)
 
-    def _go_on(self, tid: int, number: int, event: int) -> None:
+    def _resume(self, tid: int, number: int, event: int) -> None:
         if number == signal.SIGTRAP | 0x80:
-            self._take_call(tid)
+            self._handle_call(tid)
             _request(_SYSCALL, tid)
         elif event == _EVENT_STOP and number in _STOPPING:
             _request(_LISTEN, tid)
         else:
             _request(_SYSCALL, tid, 0, 0 if event or number == signal.SIGTRAP else number)
 
-    def _take_call(self, tid: int) -> None:
+    def _handle_call(self, tid: int) -> None:
         _request(_SYSCALL_INFO, tid, _INFO.size, ctypes.addressof(self._info))
         operation, _, _, _, number, *arguments = _INFO.unpack(self._info)
         if operation != _ENTRY:

@@ -20,7 +20,7 @@ KINDS = ("ext4", "xfs", "btrfs")
 
 @dataclass
 class WatchedDisk:
-    """One disk with a file system, mounted at `point`; `base` is what the image held before the log begins."""
+    """A disk with a file system, mounted at `point`; the file `base` is the image before the log begins."""
 
     kind: str
     place: Path
@@ -29,16 +29,16 @@ class WatchedDisk:
 
     @property
     def point(self) -> Path:
-        """Where the file system is mounted."""
+        """The mount point of the file system."""
         return self.place / "mnt"
 
     def mark(self, text: str) -> None:
-        """Note in the log that something has been done."""
+        """Append a mark to the log."""
         writelog.append(self._log, writelog.MARK, 0, text.encode())
 
     def behave(self, words: str) -> None:
-        """Tell the disk how to behave from now on."""
-        # In one step, so that the disk never reads half a word.
+        """Set the behaviour of the disk from now on."""
+        # Replaced in one step, so that the disk never reads a part of it.
         fresh = self.place / "control.new"
         fresh.write_text(words)
         fresh.rename(self.place / "control")
@@ -57,11 +57,11 @@ class WatchedDisk:
                 os.close(fd)
 
     def recording(self) -> "Recording":
-        """Return what was written, once the disk is closed or for as long as nobody writes."""
+        """Return the writes so far; the disk must be closed, or idle."""
         return Recording(self.kind, self.place, writelog.read(self.place / "log"))
 
     def begin(self) -> None:
-        """Make the file system, and mount it."""
+        """Make and mount the file system."""
         for name in ("server", "mnt"):
             (self.place / name).mkdir()
         make_image(self.kind, self.place / "image")
@@ -97,7 +97,7 @@ def _served(place: Path) -> Iterator[None]:
 
 @contextmanager
 def watched(kind: str, place: Path, options: str = "") -> Iterator[WatchedDisk]:
-    """A fresh file system of this kind in `place`, which must not exist and lies best in memory."""
+    """Yield a new file system of this kind in `place`, which must not exist and should be on a tmpfs."""
     need_root()
     need_filesystem(kind)
     place.mkdir()
@@ -118,12 +118,12 @@ def make_image(kind: str, image: Path) -> None:
 
 
 def copy_image(source: Path, target: Path) -> None:
-    """Copy an image, zeros as holes: a file system that was just made hardly takes any room then."""
+    """Copy an image with zeros as holes: a new file system then takes little space."""
     subprocess.run(["cp", "--sparse=always", str(source), str(target)], check=True)
 
 
 def _copy_extents(source: Path, target: Path) -> None:
-    """Copy an image, its holes as holes."""
+    """Copy an image and keep its holes."""
     with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
         size = os.fstat(old.fileno()).st_size
         new.truncate(size)
@@ -136,7 +136,7 @@ def _copy_extents(source: Path, target: Path) -> None:
 
 
 class Recording:
-    """What a disk went through, and a machine that rebuilds any moment of it."""
+    """The history of a disk, from which its state at any moment can be rebuilt."""
 
     def __init__(self, kind: str, place: Path, events: list[Event]) -> None:
         self.kind = kind
@@ -160,7 +160,7 @@ class Recording:
 
     @contextmanager
     def after(self, state: State) -> Iterator[Path]:
-        """The file system, mounted as the power cut left it. States come in the order of the log."""
+        """Yield the file system, mounted in the state after a power cut. States must be in the order of the log."""
         self._advance(state.settled)
         self._cut.unlink(missing_ok=True)
         _copy_extents(self._settled, self._cut)

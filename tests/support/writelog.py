@@ -1,4 +1,4 @@
-"""The log of a watched disk: its writes, its flushes, and marks that a load sets between them.
+"""The log of a watched disk: its writes, its flushes, and marks that a test sets between them.
 
 A record is a header of 17 bytes (kind, offset, length; little-endian) and its bytes. Several processes append, each
 record by one call.
@@ -27,9 +27,9 @@ class Event:
 
 @dataclass(frozen=True)
 class State:
-    """What a power cut leaves: `settled` events of the log whole, and of those up to `position` the writes `kept`.
+    """A state after a power cut: the first `settled` events of the log, and of those before `position` only `kept`.
 
-    Only what was answered before event number `position` of the log can have been promised to anybody.
+    Only calls that returned before event number `position` of the log can have promised durability.
     """
 
     settled: int
@@ -61,8 +61,8 @@ def _records(raw: memoryview) -> Iterator[Event]:
 def states(events: list[Event], first: int, end: int, random: Random) -> Iterator[State]:
     """Yield the states of a power cut from event `first` on and before `end`, each once, in the order of the log.
 
-    An epoch is what lies between two flushes: its writes may have reached the disk all, or any of them. Those before
-    are there. Writes, and so sectors, are never torn.
+    Any of the writes since the last flush may have reached the disk; all earlier ones have. Writes, and so sectors, are
+    never torn.
     """
     settled = first
     for flush in _flushes(events, first, end):
