@@ -22,7 +22,7 @@ HISTORY = (  # workload, against, name in the line
 
 
 def insert(page: Path, text: str) -> None:
-    """Put the measured part into a page, in the place of the one before; ValueError if it has no place for it."""
+    """Replace the measured part of a page; ValueError if the page has no marks for it."""
     whole = page.read_text()
     before, begin, rest = whole.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -53,7 +53,7 @@ def _parts(report: Report, pictures: Sequence[Path], page: Path | None) -> Itera
 
 
 def machine(report: Report) -> str:
-    """Return the lines that say where and when."""
+    """Return the paragraph about the machine and the time of the measurement."""
     about, load = report.machine, report.load
     size = ", small trees (--quick)" if report.settings["quick"] else ""
     waits = ", ".join(f"{kind} {value} %" for kind, value in load["pressure"].items() if value is not None)
@@ -84,7 +84,7 @@ def _target_cell(row: tuple[str, ...]) -> str:
 
 
 def line(report: Report) -> str:
-    """Return one line for the history: when, which commit, the ratios that tell most, on ext4 and tmpfs."""
+    """Return the line for the history: time, commit, and the most important ratios on ext4 and tmpfs."""
     return " ".join([report.when, report.commit, *_figures(report)])
 
 
