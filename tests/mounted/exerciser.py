@@ -1,7 +1,7 @@
-"""Random operations on one file beside a model in memory, in the manner of fsx: the file shows what it was told.
+"""Random operations on one file and on a model in memory, as fsx does: their contents must be the same.
 
-Several descriptors read, write, append, map, cut, grow, punch and copy; now and then all of them are closed. Numbers
-are bytes.
+Several descriptors read, write, append, map, truncate, punch and copy; now and then all of them are closed. Numbers are
+bytes.
 """
 
 import errno
@@ -23,7 +23,7 @@ _UNABLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EXDEV)
 
 
 class Exerciser:
-    """One file, its model, and how many operations were done. The file is there and holds `content`."""
+    """One file, which exists with `content`, its model, and the number of operations done."""
 
     def __init__(self, path: Path, content: bytes, seed: int) -> None:
         self.path = path
@@ -107,7 +107,7 @@ class Exerciser:
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
         except OSError as error:
-            if error.errno == errno.EINVAL:  # the disk cannot
+            if error.errno == errno.EINVAL:  # not supported by the disk
                 return
             raise
         with mmap.mmap(-1, 4 * PAGE) as buffer:
@@ -183,7 +183,7 @@ class Exerciser:
 
 @contextmanager
 def _where_able() -> Iterator[None]:
-    """Not every engine and disk can do it; who cannot has done nothing."""
+    """Ignore that an engine or disk does not support an operation; then it must have changed nothing."""
     with suppress(OSError):
         try:
             yield

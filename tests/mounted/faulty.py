@@ -1,6 +1,6 @@
-"""A mount in the foreground whose verbs fail on demand: the file FAULT holds `verb error` while one shall.
+"""A mount in the foreground whose verbs fail on demand: while the file FAULT contains `verb error`, that verb fails.
 
-`verb delay` makes it slow instead.
+With `verb delay` it is slow instead.
 
 Run as `python -m tests.mounted.faulty FAULT OPTIONS MOUNTPOINT`.
 """

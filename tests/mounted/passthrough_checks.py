@@ -1,6 +1,6 @@
-"""What must hold however files are read and written: each check is a function of a mount that a test has begun.
+"""What must be true in every mode of I/O: each check is a function that gets a mount.
 
-They are run on the engine as it is, and on engines that are wrong in one way, where those that matter must fail.
+The checks run on the engine as it is, and on engines with one planted fault, where those for that fault must fail.
 """
 
 import errno
@@ -31,7 +31,7 @@ Check = Callable[[Mount], None]
 
 
 class Layer:
-    """The lower layer of a mount, filled before it begins."""
+    """The lower layer of a mount, filled before it is mounted."""
 
     def __init__(self, mount: Mount) -> None:
         self.path = mount.stack.base / "low"
@@ -61,7 +61,7 @@ def _writer(path: Path, data: bytes = b"new", at: int = 0, flags: int = os.O_RDW
 
 
 def layers_are_never_written(mount: Mount) -> None:
-    """A reader has the layer's file open, in every way there is; then somebody writes."""
+    """A reader has the lower file open, in every possible way; then a writer opens and changes it."""
     low, point = mount.stack.base / "low", mount.point
     for number, flags in enumerate((os.O_RDWR, os.O_WRONLY, os.O_RDWR | os.O_APPEND, os.O_RDWR | os.O_TRUNC)):
         for name in (f"large{number}", f"small{number}"):
@@ -78,7 +78,7 @@ def layers_are_never_written(mount: Mount) -> None:
 
 
 def readers_see_what_is_written_after_copy_up(mount: Mount) -> None:
-    """The promise of io=auto: whoever had the file open sees the change, by read and by map."""
+    """The promise of io=auto: readers that had the file open see the change, by read and by map."""
     for name in ("large4", "small4"):
         path = mount.point / name
         with open(path, "rb", buffering=0) as reader:
@@ -109,8 +109,8 @@ def _programs() -> list[tuple[str, ...]]:
     return list(sequences.programs(1, RANDOM_PROGRAMS))
 
 
-def pages_are_true_after_a_write(mount: Mount) -> None:
-    """What was read through the page cache, then written, by whatever way, is read as written."""
+def pages_are_current_after_a_write(mount: Mount) -> None:
+    """What was read through the page cache and then written in any mode is read as written."""
     for name in ("small5", "large5"):
         path = mount.point / name
         for turn in range(4):
@@ -121,8 +121,8 @@ def pages_are_true_after_a_write(mount: Mount) -> None:
                 assert pages[7:10] == mark
 
 
-def sizes_and_times_are_true_at_once(mount: Mount) -> None:
-    """After writes past the daemon, and after stores to shared memory, with and without the file open."""
+def sizes_and_times_are_current_at_once(mount: Mount) -> None:
+    """After writes in passthrough and stores to shared memory, with and without the file open."""
     for name in ("large6", "small6", "made"):
         path = mount.point / name
         fd = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -144,7 +144,7 @@ def sizes_and_times_are_true_at_once(mount: Mount) -> None:
                 os.close(fd)
             pages[100] = 7 + close_first
             pages.flush()
-            assert path.stat().st_mtime_ns > 1, "a store to shared memory moved no time"
+            assert path.stat().st_mtime_ns > 1, "a store to shared memory changed no time"
         pages.close()
         _same_attributes(path, real, None)
         assert path.read_bytes() == real.read_bytes()
@@ -209,8 +209,8 @@ CHANGES: dict[str, Callable[[int], object]] = {
 MODES = (0o4755, 0o2755, 0o6777, 0o2745, 0o755)
 
 
-def set_id_bits_go_as_on_a_local_file_system(mount: Mount) -> None:
-    """Opened, and changed once by somebody; each with each mode, as root and not, with a capability and without."""
+def set_id_bits_are_cleared_as_on_a_local_file_system(mount: Mount) -> None:
+    """Each change with each mode, as root and as a user, to a file that is opened for it and has a capability."""
     assert _after_changes(mount.point) == _after_changes(mount.stack.base / "plain")
 
 
@@ -222,7 +222,7 @@ def _after_changes(directory: Path) -> dict[tuple[object, ...], object]:
             path = _set_id_file(directory, next(number), mode)
             _as(user, partial(_open_and, path, flags, act))
             bits, capable = _privileges(path)
-            # Stores reach the file as writes of the daemon, which cost the capability, where they are not past us.
+            # Without passthrough a store reaches the file as a write of the daemon, which removes the capability.
             found[what, oct(mode), user.uid, flags] = bits, capable and what != "store"
     for mode, user in itertools.product(MODES, (ROOT, ALICE)):
         path = _set_id_file(directory, next(number), mode)
@@ -262,8 +262,8 @@ def _privileges(path: Path) -> tuple[str, bool]:
     return oct(path.stat().st_mode), "security.capability" in os.listxattr(path)
 
 
-def set_id_bits_go_when_they_came_after_the_open(mount: Mount) -> None:
-    """Somebody holds the file open for writing while it is made set-id; once written to, it runs as who runs it."""
+def set_id_bits_set_after_the_open_are_cleared(mount: Mount) -> None:
+    """A file is made set-id while it is open for writing; once written to, it runs as the user who runs it."""
     for number, flags in enumerate((os.O_WRONLY, os.O_RDWR)):
         program = mount.point / f"whoami{number}"
         shutil.copy("/usr/bin/id", program)
@@ -287,7 +287,7 @@ def _output(program: Path) -> str:
 
 
 def stale_is_for_the_kernel_only(mount: Mount) -> None:
-    """A reader has the layer's file; writers come by its name, by another name, and by the descriptor."""
+    """A reader has the lower file open; writers open it by its name, by another name, and through /proc."""
     path, link = mount.point / "large9", mount.point / "large.link"
     with open(path, "rb", buffering=0) as reader, open(link, "rb", buffering=0) as second:
         assert reader.read(3) == second.read(3) == b"ABC"
@@ -302,7 +302,7 @@ def stale_is_for_the_kernel_only(mount: Mount) -> None:
     assert path.read_bytes()[60:63] == b"fff"
 
 
-def nobody_waits_for_ever(mount: Mount) -> None:
+def no_request_hangs(mount: Mount) -> None:
     """Several clients make, write, read, list, rename and remove in the same directories, for a while."""
     for name in ("x", "y"):
         (mount.point / name).mkdir()
@@ -345,13 +345,13 @@ AUTO: dict[str, Check] = {
         layers_are_never_written,
         readers_see_what_is_written_after_copy_up,
         no_order_of_opens_is_an_error,
-        pages_are_true_after_a_write,
-        sizes_and_times_are_true_at_once,
+        pages_are_current_after_a_write,
+        sizes_and_times_are_current_at_once,
         a_program_is_busy_while_it_runs_or_is_written,
-        set_id_bits_go_as_on_a_local_file_system,
-        set_id_bits_go_when_they_came_after_the_open,
+        set_id_bits_are_cleared_as_on_a_local_file_system,
+        set_id_bits_set_after_the_open_are_cleared,
         stale_is_for_the_kernel_only,
-        nobody_waits_for_ever,
+        no_request_hangs,
     )
 }
 PASSTHROUGH: dict[str, Check] = {

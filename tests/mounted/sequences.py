@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
-SIZE = 300_000  # large enough to be read past the daemon where that is allowed
+SIZE = 300_000  # bytes; large enough for passthrough
 PAGE = mmap.PAGESIZE
 
 Result = object
@@ -16,7 +16,7 @@ Step = Callable[["Files"], Result]
 
 
 class Files:
-    """What one program has open of the file `name` in a directory. Closing is late: duplicates and maps hold it."""
+    """The descriptors and maps that one program has of the file `name`; duplicates and maps delay its close."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.path = directory / name
@@ -35,7 +35,7 @@ class Files:
         return self.fds[-1]
 
     def write(self, at: int | None) -> Result:
-        """Write a mark of its own, at an offset or where the descriptor stands."""
+        """Write a mark that is unique, at an offset or at the descriptor's position."""
         self.count += 1
         data = b"<%03d>" % self.count
         return os.write(self.newest(), data) if at is None else os.pwrite(self.newest(), data, at)
@@ -76,7 +76,7 @@ def _dup(files: Files) -> Result:
 
 
 def _fork(files: Files) -> Result:
-    """A child writes through what it inherits and goes; what it closed is released whenever the kernel gets to it."""
+    """A child writes through the descriptors it inherits and exits; the kernel releases its files later."""
     fd = files.newest()
     child = os.fork()
     if child == 0:
@@ -99,7 +99,7 @@ def _rename(files: Files) -> Result:
 
 
 def _look(files: Files) -> Result:
-    """All that a program can see: by the name and by what is open."""
+    """All that a program can see, by the name and through its descriptors."""
     found = os.fstat(files.newest())
     try:
         named: Result = os.stat(files.path).st_size
@@ -139,7 +139,7 @@ SHORT = [*OPENS, "close the oldest", "map for writing", "unlink", "content"]
 
 
 def programs(seed: int, count: int) -> Iterator[tuple[str, ...]]:
-    """Every order of three of the steps that change how the file is open, then longer ones at random."""
+    """Every sequence of three of the steps that change how the file is open, then longer random ones."""
     yield from ((*steps, "write", "content") for steps in product(SHORT, repeat=3) if steps[0] in OPENS)
     random = Random(seed)
     for _ in range(count):
@@ -147,7 +147,7 @@ def programs(seed: int, count: int) -> Iterator[tuple[str, ...]]:
 
 
 def outcome(step: Step, files: Files) -> Result:
-    """What a step gives: a result or the errno."""
+    """The result of a step, or its errno."""
     try:
         return step(files)
     except OSError as error:

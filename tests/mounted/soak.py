@@ -1,7 +1,7 @@
-"""A mount under a mixed load for a given time, and what it costs to go on: `python -m tests.mounted.soak --seconds N`.
+"""A mount under a mixed load for a given time, and what it leaks: `python -m tests.mounted.soak --seconds N`.
 
-The load changes all the time and leaves nothing behind, so whatever grows is a leak: memory, descriptors, objects of
-Python, nodes. At the end nobody holds anything, the kernel is told to forget, and no look-up may be left over.
+The load varies and leaves nothing behind, so anything that grows is a leak: memory, descriptors, Python objects, nodes.
+At the end nothing is open, the kernel drops its caches, and the daemon must not count any look-up any more.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from tests.support.spec import Tree as Spec
 WORKERS = 3
 DIRECTORIES, FILES = 10, 40
 PERIOD = 1.0  # seconds between two samples
-KEPT_IDLE = 1024  # nodes that the daemon remembers although the kernel does not (overlayfs/fs/nodes.py)
+KEPT_IDLE = 1024  # nodes that the daemon keeps although the kernel has forgotten them (overlayfs/fs/nodes.py)
 SPARE, SPARE_OBJECTS = 8, 200  # descriptors and objects that come and go with the threads of a daemon
-SETTLING = 0.25  # part of the time in which caches fill
+SETTLING = 0.25  # fraction of the time in which caches fill
 LAYER: Spec = {
     f"d{number}": {**{f"f{file}": b"%d" % file * 200 for file in range(FILES)}, "sub": {"leaf": b"leaf"}}
     for number in range(DIRECTORIES)
@@ -43,8 +43,8 @@ LAYER: Spec = {
 
 
 class Held(NamedTuple):
-    """What a daemon holds: descriptors, KiB of memory, objects of Python that may be collected, nodes, those of them
-    that the kernel counts look-ups of, and open handles."""
+    """What a daemon uses: descriptors, KiB of memory, garbage-collected Python objects, nodes, nodes that the kernel
+    knows, and open handles."""
 
     descriptors: int
     memory: int
@@ -56,7 +56,7 @@ class Held(NamedTuple):
 
 @contextmanager
 def telling() -> Iterator[None]:
-    """Daemons that are forked within this context tell what they hold when they are asked for `stats`."""
+    """Daemons that are forked within this context reply to `stats` with what they use."""
 
     async def stats(self: server.ControlServer, _: object) -> StatsReply:
         nodes = list(self._overlay.nodes)
@@ -84,11 +84,11 @@ class Soaked:
         self.point = self.tree.stack.mountpoint
 
     def stats(self) -> dict[str, int]:
-        """What the daemon tells."""
+        """The daemon's reply to `stats`."""
         return control.Client.at(os.fsencode(self.point)).stats().requests
 
     def held(self) -> Held:
-        """What it holds now."""
+        """What it uses now."""
         found, pid = self.stats(), self.tree.daemon
         status = Path(f"/proc/{pid}/status").read_text()
         memory = int(status.partition("VmRSS:")[2].split()[0])
@@ -105,7 +105,7 @@ class Soaked:
 
 
 def turn(point: Path, worker: int, number: int) -> None:
-    """Every kind of request, in a directory of one's own and in those of all; nothing is left."""
+    """Make every kind of request, in a directory of this worker and in shared ones; leave nothing behind."""
     own = point / f"own{worker}"
     own.mkdir()
     _files(own)
@@ -150,7 +150,7 @@ def _names(own: Path) -> None:
 
 
 def _shared(directory: Path, worker: int) -> None:
-    """What several workers meet: they may get in each other's way."""
+    """Work in a shared directory, where workers may make each other's calls fail."""
     path, moved = directory / f"f{worker}", directory / "moved"
     acts: list[Callable[[], object]] = [
         lambda: [each.stat() for each in directory.iterdir()],
@@ -176,7 +176,7 @@ def _work(point: Path, worker: int, ended: Event) -> None:
 
 @contextmanager
 def working(point: Path) -> Iterator[None]:
-    """The load goes on within this context, in processes of its own."""
+    """Run the load in other processes within this context."""
     context = multiprocessing.get_context("fork")
     ended = context.Event()
     workers = [context.Process(target=_work, args=(point, number, ended)) for number in range(WORKERS)]
@@ -191,15 +191,12 @@ def working(point: Path) -> Iterator[None]:
     assert not any(worker.exitcode for worker in workers), "a worker has failed"
 
 
-# --- what it costs to go on --------------------------------------------------------------------------------
+# --- leaks -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Of one soak: growth is per hour, from the time on when caches are full; `left` what is held in the end.
-
-    growth, left: by the names of `Held`.
-    """
+    """Of one soak, by the names of `Held`: growth per hour once caches are full; use before and after."""
 
     engine: str
     seconds: int
@@ -209,10 +206,10 @@ class Findings:
     left: dict[str, int]
 
     def wrong(self) -> list[str]:
-        """What has leaked for certain. Memory is left to the reader: in a short soak the allocator's moods are all."""
+        """What has certainly leaked. Memory is left out: in a short soak the allocator's behaviour dominates."""
         more = {name: self.left[name] - self.before[name] for name in Held._fields}
         checks = {
-            f"{self.left['known']} nodes with look-ups that nobody gives back": not self.left["known"],
+            f"{self.left['known']} nodes that the kernel has not forgotten": not self.left["known"],
             f"{more['handles']} more handles": not more["handles"],
             f"{self.left['nodes']} nodes": self.left["nodes"] <= KEPT_IDLE + 1,
             f"{more['descriptors']} more descriptors": more["descriptors"] <= SPARE,
@@ -222,8 +219,8 @@ class Findings:
 
 
 def soak(soaked: Soaked, engine: str, seconds: float) -> Findings:
-    """Work for some time and look at the daemon all the while."""
-    for number in range(DIRECTORIES):  # the daemon keeps directories open, so all of them are met before it begins
+    """Work for some time and sample the daemon's use of resources."""
+    for number in range(DIRECTORIES):  # the daemon keeps directories open, so it opens all of them first
         turn(soaked.point, 0, number)
     before, began = soaked.held(), time.monotonic()
     samples: list[tuple[float, Held]] = []
@@ -239,10 +236,10 @@ def soak(soaked: Soaked, engine: str, seconds: float) -> Findings:
 
 
 def forget(soaked: Soaked) -> None:
-    """Have the kernel forget every name of the mount; return when the daemon has heard of it."""
+    """Make the kernel forget every name of the mount; return when the daemon has been notified."""
     for _ in range(3):
         Path("/proc/sys/vm/drop_caches").write_text("2")
-    with suppress(AssertionError):  # who asks is told what is left
+    with suppress(AssertionError):  # the caller reports what is left
         until(lambda: not soaked.held().known)
 
 
@@ -256,11 +253,11 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def main() -> int:
-    """Soak as the command line says; 1 if something has leaked."""
+    """Soak as the command line says; return 1 if something has leaked."""
     parser = argparse.ArgumentParser(prog="python -m tests.mounted.soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--engine", choices=engines.NAMES, default=engines.KERNEL)
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--place", type=Path, default="/dev/shm", help="where the layers lie (default: in memory)")
+    parser.add_argument("--place", type=Path, default="/dev/shm", help="directory for the layers (default: in memory)")
     parser.add_argument("--record", type=Path, help="append the line of figures to this file")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ofs-soak-", dir=given.place) as place:

@@ -1,4 +1,4 @@
-"""T7: many random operations on a file that begins in a layer, and on one that fio checks."""
+"""T7: many random operations on a file of a layer, and on files that fio verifies."""
 
 import subprocess
 from pathlib import Path
@@ -34,9 +34,9 @@ def _exercise(mount: Mount, seed: int, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_file_shows_what_it_was_told(campaign: Campaign, mount: Mount, way: str) -> None:
+def test_random_operations_give_the_expected_content(campaign: Campaign, mount: Mount, way: str) -> None:
     if engines.current() == engines.PYFUSE3 and way == "passthrough":
-        return  # libfuse has no such way
+        return  # libfuse has no passthrough
     count, wrong = campaign.size(500, 25_000), []
     for seed in SEEDS:
         _lower_file(mount, seed)
@@ -55,7 +55,7 @@ def test_a_tail_that_stays_is_noticed(campaign: Campaign, mount: Mount) -> None:
 
 @pytest.mark.parametrize("how", ["psync", "mmap", "libaio --direct=1"])
 def test_fio_reads_what_it_wrote(campaign: Campaign, mount: Mount, how: str) -> None:
-    """Four jobs in their own files of a layer: each block carries a checksum, and is read again."""
+    """Four jobs, each with its own file of a layer; each block carries a checksum and is read back."""
     need_program("fio")
     size = campaign.size(1, 32)
     (Path(mount.stack.lower[-1]) / "fio").mkdir()

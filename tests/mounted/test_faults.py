@@ -1,4 +1,4 @@
-"""T21: no exception of a verb ends the daemon, keeps it from being asked again, or leaves a caller without answer."""
+"""T21: no exception of a verb ends the daemon, stops later requests of its kind, or leaves a caller without a reply."""
 
 import errno
 import fcntl
@@ -21,13 +21,13 @@ EXPECTED = {
     "KeyError": errno.EIO,
     "RecursionError": errno.EIO,
 }
-SILENT = {"release", "forget"}  # the kernel asks and passes no answer on
+SILENT = {"release", "forget"}  # the kernel ignores the errors of these
 
 Act = Callable[[], object]
 
 
 class Scene:
-    """Fresh objects for one attempt, so that the kernel's memory answers nothing: everything is named by a number."""
+    """New objects for each attempt, named by its number, so that the kernel has nothing of them cached."""
 
     def __init__(self, mount: Mount) -> None:
         self.lower = mount.stack.base / "low"
@@ -36,7 +36,7 @@ class Scene:
         self.open: list[int] = []
 
     def fresh(self) -> "Scene":
-        """Make the next set of objects known to the kernel."""
+        """Make the next set of objects, known to the kernel."""
         self.number += 1
         self.directory = self.point / f"dir{self.number}"
         self.directory.mkdir()
@@ -49,11 +49,11 @@ class Scene:
         return self
 
     def lower_file(self) -> Path:
-        """Make a file in a lower layer that was never seen through the mount. The directory is known already."""
+        """Return a file of a lower layer that the kernel has not looked up, in a directory that it knows."""
         return self.point / "many" / str(self.number)
 
     def opened(self, path: Path, flags: int) -> int:
-        """Open a file and have it closed at the end of the attempt."""
+        """Open a file that is closed at the end of the attempt."""
         self.open.append(os.open(path, flags))
         return self.open[-1]
 
@@ -78,7 +78,7 @@ def _on_open(path: Path, flags: int, act: Callable[[int], object]) -> Callable[[
 
 
 def _read_lower(scene: Scene) -> Act:
-    descriptor = scene.opened(scene.lower_file(), os.O_RDONLY | os.O_DIRECT)  # never answered from memory
+    descriptor = scene.opened(scene.lower_file(), os.O_RDONLY | os.O_DIRECT)  # never answered from the page cache
     return lambda: os.read(descriptor, 10)
 
 
@@ -91,7 +91,7 @@ def _unnamed(scene: Scene) -> Act:
     return lambda: scene.opened(scene.directory, os.O_TMPFILE | os.O_RDWR)
 
 
-# verb -> from a scene, the call that reaches it, everything before it done
+# verb -> a function that prepares a scene and returns the system call that reaches the verb
 _BOTH: dict[str, Callable[[Scene], Act]] = {
     "attributes": lambda scene: lambda: os.lstat(scene.lower_file()),
     "remember": lambda scene: lambda: os.lstat(scene.lower_file()),
@@ -147,7 +147,7 @@ _OWN: dict[str, dict[str, Callable[[Scene], Act]]] = {
     },
 }
 CALLS = _BOTH | _OWN[engines.current()]
-ABSENT = {"lookup", "find"}  # what they answer when nothing fails is ENOENT
+ABSENT = {"lookup", "find"}  # without a fault the result is ENOENT
 
 
 def _outcome(act: Act) -> int:

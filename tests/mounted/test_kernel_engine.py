@@ -1,4 +1,4 @@
-"""What the kernel engine does with the options of a mount, with clients that are killed, and when nobody asks."""
+"""The kernel engine: mount options, read-only mounts, killed clients, idle mounts."""
 
 import errno
 import mmap
@@ -36,10 +36,10 @@ def _start_read_only(mount: Mount, options: str = "") -> None:
 # --- read-only -------------------------------------------------------------------------------------------
 
 
-def test_reading_a_tree_that_never_changes_takes_no_open(mount: Mount) -> None:
+def test_reading_a_read_only_mount_takes_no_open(mount: Mount) -> None:
     many = mount.stack.base / "low" / "many"
     many.mkdir()
-    for number in range(1200):  # more than the daemon keeps open
+    for number in range(1200):  # more files than the daemon keeps open
         (many / str(number)).write_bytes(b"%d" % number)
     _start_read_only(mount)
     for _ in range(2):
@@ -52,7 +52,7 @@ def test_reading_a_tree_that_never_changes_takes_no_open(mount: Mount) -> None:
     assert mount.unmount() == 0
 
 
-def test_programs_maps_and_listings_of_a_read_only_mount(mount: Mount) -> None:
+def test_programs_maps_and_directories_of_a_read_only_mount(mount: Mount) -> None:
     shutil.copy("/usr/bin/true", mount.stack.base / "low" / "program")
     _start_read_only(mount, ",suid,dev")
     subprocess.run([mount.point / "program"], check=True)
@@ -119,8 +119,8 @@ def _state(pid: int) -> str:
 # --- interrupts ------------------------------------------------------------------------------------------
 
 
-def test_a_killed_client_does_not_wait_for_its_request(mount: Mount) -> None:
-    """The daemon is stopped: whoever is killed meanwhile goes at once, and the mount goes on afterwards."""
+def test_a_killed_client_does_not_wait_for_its_reply(mount: Mount) -> None:
+    """The daemon is stopped: a client that is killed meanwhile ends at once, and the mount works afterwards."""
     mount.start()
     os.kill(mount.pid, signal.SIGSTOP)
     try:

@@ -1,4 +1,4 @@
-"""Files that are read and written past the daemon, and through it: correct in every way, and in any order."""
+"""Files that are read and written in passthrough and through the page cache, in any order."""
 
 import os
 from pathlib import Path
@@ -39,12 +39,12 @@ def test_through_the_page_cache(mount: Mount, check: str) -> None:
 
 
 @pytest.mark.parametrize("check", PASSTHROUGH)
-def test_past_us_where_possible(mount: Mount, check: str) -> None:
+def test_in_passthrough_where_possible(mount: Mount, check: str) -> None:
     _run(mount, check, "passthrough")
 
 
-def test_the_ways_are_what_they_are_called(mount: Mount) -> None:
-    """Else the tests above would compare nothing: writes past us are no requests, the others are."""
+def test_each_io_option_does_what_it_says(mount: Mount) -> None:
+    """Else the tests above would prove nothing: writes in passthrough are no requests, others are."""
     prepare(mount, "")
     writes = {}
     for io in ("auto", "passthrough", "cached"):

@@ -1,4 +1,4 @@
-"""The checks of test_passthrough notice what they are there for: each wrong engine fails some of them."""
+"""The checks of test_passthrough find what they are made to find: each faulty engine fails some of them."""
 
 import os
 import subprocess
@@ -14,24 +14,24 @@ from tests.support.polling import until
 
 pytestmark = pytest.mark.engine("kernel")
 
-# fault -> the mount option io, and the checks that must fail with it
+# fault -> the mount option io, and the checks that must fail
 NOTICED = {
-    "backing_is_kept_across_copy_up": (
+    "backing_file_is_kept_across_copy_up": (
         "auto",
         ["layers_are_never_written", "no_order_of_opens_is_an_error"],
     ),
     "joins_readers_of_layers": ("passthrough", ["layers_are_never_written"]),
-    "cached_and_passed_through_at_once": ("auto", ["no_order_of_opens_is_an_error"]),
-    "a_backing_for_each_open": ("auto", ["no_order_of_opens_is_an_error"]),
-    "pages_survive_writes_in_passthrough": ("auto", ["pages_are_true_after_a_write"]),
-    "set_id_bits_stay": ("cached", ["set_id_bits_go_as_on_a_local_file_system"]),
-    "the_capability_is_kept": ("auto", ["set_id_bits_go_when_they_came_after_the_open"]),
-    "attributes_are_remembered": (
+    "cached_and_passthrough_at_once": ("auto", ["no_order_of_opens_is_an_error"]),
+    "a_backing_file_for_each_open": ("auto", ["no_order_of_opens_is_an_error"]),
+    "pages_survive_writes_in_passthrough": ("auto", ["pages_are_current_after_a_write"]),
+    "set_id_bits_stay": ("cached", ["set_id_bits_are_cleared_as_on_a_local_file_system"]),
+    "the_capability_is_kept": ("auto", ["set_id_bits_set_after_the_open_are_cleared"]),
+    "attributes_are_cached": (
         "auto",
-        ["set_id_bits_go_when_they_came_after_the_open", "sizes_and_times_are_true_at_once"],
+        ["set_id_bits_set_after_the_open_are_cleared", "sizes_and_times_are_current_at_once"],
     ),
     "stale_every_time": ("passthrough", ["stale_is_for_the_kernel_only"]),
-    "entries_are_dropped_from_the_loop": ("auto", ["nobody_waits_for_ever"]),
+    "entries_are_dropped_from_the_loop": ("auto", ["no_request_hangs"]),
 }
 
 
@@ -40,12 +40,12 @@ def test_every_fault_is_tried() -> None:
 
 
 @pytest.mark.parametrize(("fault", "check"), [(fault, check) for fault, (_, each) in NOTICED.items() for check in each])
-def test_is_noticed(mount: Mount, fault: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_engine_fails_the_check(mount: Mount, fault: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     io, _ = NOTICED[fault]
     monkeypatch.setattr(passthrough_checks, "LIMIT", 3.0)
     prepare(mount, check)
     process = mount.wrong(fault, f"suid,volatile,io={io}").process
-    known = mounts.find(os.fsencode(mount.point))  # later it may not answer
+    known = mounts.find(os.fsencode(mount.point))  # later the mount may hang
     try:
         with pytest.raises((AssertionError, OSError)):
             (PASSTHROUGH if io == "passthrough" else AUTO)[check](mount)
@@ -54,7 +54,7 @@ def test_is_noticed(mount: Mount, fault: str, check: str, monkeypatch: pytest.Mo
 
 
 def _end(process: subprocess.Popen[str], known: mounts.Mount) -> None:
-    """End a daemon that may hang beyond SIGKILL, and clients with it; others may take fusectl away meanwhile."""
+    """End a daemon that SIGKILL may not end, and its clients; fusectl may be unmounted meanwhile by other tests."""
 
     def ended() -> bool:
         unmount.abort(known)

@@ -1,4 +1,4 @@
-"""What fixed pieces of work cost in requests, by kind, cold and warm: exact, where times are not (design, D6).
+"""How many requests fixed pieces of work take, by kind, cold and warm. Counts are exact where times are not.
 
 The work is done by system calls of our own, in the order in which tar, find, grep, git, cp, rm and SQLite make them:
 the programs themselves differ from one version to the next. request_counts.json holds the counts. What the kernel asks
@@ -26,7 +26,7 @@ KERNEL = ".".join(os.uname().release.split(".")[:2])
 
 DIRECTORIES, FILES = 3, 10
 CONTENT = b"line of text\n" * 100
-LATE = {"FORGET", "BATCH_FORGET", "RELEASE", "RELEASEDIR"}  # nobody waits for them, so they come when they come
+LATE = {"FORGET", "BATCH_FORGET", "RELEASE", "RELEASEDIR"}  # no caller waits for these, so they may come later
 
 Work = Callable[[Path], None]
 
@@ -40,7 +40,7 @@ def _fill(place: Path) -> None:
 
 
 def _walk(place: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield what is below a directory, with whether it is one; each directory is listed once."""
+    """Yield the paths below a directory and whether each is a directory; each directory is listed once."""
     with os.scandir(place) as entries:
         found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
     for name, is_directory in found:
@@ -86,7 +86,7 @@ def grep(point: Path) -> None:
 
 
 def git_status(point: Path) -> None:
-    """Look at what the index names, then list every directory for what it does not."""
+    """As git status: stat what the index names, then list every directory for untracked files."""
     for number in range(DIRECTORIES):
         for file in range(FILES):
             os.lstat(point / "tree" / f"d{number}" / f"f{file}")
@@ -208,7 +208,7 @@ def _compare(found: dict[str, dict[str, int]], expected: dict[str, dict[str, int
 
 
 def _everything_is_released(mount: Mount) -> None:
-    """Each open has its release, soon: else files pile up in the daemon."""
+    """Each open is followed by its release, soon: else files pile up in the daemon."""
 
     def even() -> bool:
         counts = _all(mount)

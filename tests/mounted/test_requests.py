@@ -1,4 +1,4 @@
-"""Round trips: what fixed pieces of work cost in requests. Counts are exact where times are not (design, D6)."""
+"""Round trips: how many requests fixed pieces of work take. Counts are exact where times are not."""
 
 import os
 from collections import Counter
@@ -12,7 +12,7 @@ from overlayfs.mount import control
 from tests.mounted.conftest import Mount
 from tests.support import engines
 
-# Nobody waits for these, so they come when they come.
+# No caller waits for these, so they may come later.
 _LATE = {"FORGET", "RELEASE", "RELEASEDIR"}
 
 
@@ -45,7 +45,7 @@ def _walk(path: Path) -> int:
     return len(found) + sum(_walk(Path(entry)) for entry in below)
 
 
-def test_names_and_attributes_are_asked_once(mount: Mount, point: Path) -> None:
+def test_names_and_attributes_are_asked_for_once(mount: Mount, point: Path) -> None:
     mount.start()
     os.stat(point / "tree")
     with _cost(mount, LOOKUP=10):
@@ -57,13 +57,13 @@ def test_names_and_attributes_are_asked_once(mount: Mount, point: Path) -> None:
     mount.unmount()
 
 
-def test_absences_are_remembered_until_the_name_is_made(mount: Mount, point: Path) -> None:
+def test_absences_are_cached_until_the_name_is_created(mount: Mount, point: Path) -> None:
     mount.start()
     os.stat(point / "tree")
     with _cost(mount, LOOKUP=1):
         for _ in range(5):
             assert not (point / "tree" / "absent").exists()
-    with _cost(mount, LOOKUP=1, MKDIR=1):  # who makes a name looks once more
+    with _cost(mount, LOOKUP=1, MKDIR=1):  # a new name is looked up once more
         (point / "tree" / "absent").mkdir()
     assert (point / "tree" / "absent").is_dir()
     mount.unmount()
@@ -80,7 +80,7 @@ def test_a_listing_brings_the_attributes(mount: Mount, point: Path) -> None:
     mount.unmount()
 
 
-def test_what_was_read_stays_in_memory(mount: Mount, point: Path) -> None:
+def test_pages_stay_cached(mount: Mount, point: Path) -> None:
     mount.start()
     path = point / "tree" / "f0"
     os.stat(path)

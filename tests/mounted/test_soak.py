@@ -1,4 +1,4 @@
-"""T19: whatever has gone on in a mount, it holds no more afterwards than before. For hours: tests.mounted.soak."""
+"""T19: work on a mount leaks nothing in the daemon. For longer runs: tests.mounted.soak."""
 
 import os
 import tempfile
@@ -21,7 +21,7 @@ SPARE_MEMORY = 4096  # KiB that the allocator may not give back
 
 @pytest.fixture
 def make_soaked() -> Iterator[Callable[[], Soaked]]:
-    """A maker of one mount that tells what it holds; in memory, where no inode number is given out twice."""
+    """Makes one mount that reports what it uses; in memory, where inode numbers are not reused."""
     need_root()
     need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
     with ExitStack() as made:
@@ -36,13 +36,13 @@ def make_soaked() -> Iterator[Callable[[], Soaked]]:
 
 
 def leaks(soaked: Soaked, turns: int, limit: float = LIMIT) -> list[str]:
-    """What a mount holds after some turns and has not held before them."""
+    """What a mount uses after some turns and did not use before them."""
     for number in range(DIRECTORIES):
         turn(soaked.point, 0, number)
     before = soaked.held()
     for number in range(turns):
         turn(soaked.point, 0, number)
-    with suppress(AssertionError):  # the kernel forgets in its own time
+    with suppress(AssertionError):  # the kernel forgets nodes later
         until(lambda: not _more(before, soaked.held()), limit)
     return _more(before, soaked.held())
 
@@ -54,7 +54,7 @@ def _more(before: Held, after: Held) -> list[str]:
 
 
 @pytest.mark.campaign("T19")
-def test_nothing_is_held_that_was_not_before(make_soaked: Callable[[], Soaked], campaign: Campaign) -> None:
+def test_work_leaves_nothing_open_or_allocated(make_soaked: Callable[[], Soaked], campaign: Campaign) -> None:
     turns = campaign.size(150, 1000)
     wrong = leaks(make_soaked(), turns)
     campaign.held(f"turns of work after which a mount holds what it held, engine {engines.current()}", turns, wrong)
@@ -62,7 +62,7 @@ def test_nothing_is_held_that_was_not_before(make_soaked: Callable[[], Soaked], 
 
 @pytest.mark.campaign("T19")
 def test_soak(make_soaked: Callable[[], Soaked], campaign: Campaign) -> None:
-    """Several processes at work; in the end the kernel forgets all."""
+    """Several processes work; in the end the kernel forgets all nodes."""
     soaked = make_soaked()
     found = soak(soaked, engines.current(), campaign.size(3, 120))
     soaked.end()

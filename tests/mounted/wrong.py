@@ -1,4 +1,4 @@
-"""A mount in the foreground whose engine is wrong in one chosen way: tests of it must fail.
+"""A mount in the foreground whose engine has one planted fault: the checks for it must fail.
 
 Run as `python -m tests.mounted.wrong FAULT OPTIONS MOUNTPOINT`.
 """
@@ -23,7 +23,7 @@ from tests.support import foreground
 _FileHandlers, _OpenFiles = files.FileHandlers, passthrough.OpenFiles
 
 
-def _backing_is_kept_across_copy_up() -> None:
+def _backing_file_is_kept_across_copy_up() -> None:
     """Readers of layers read in passthrough, and opens after copy-up join them."""
     worth = _OpenFiles._is_worth_it
 
@@ -39,7 +39,7 @@ def _joins_readers_of_layers() -> None:
     _replace(_FileHandlers, "_is_stale", lambda *_: False)
 
 
-def _cached_and_passed_through_at_once() -> None:
+def _cached_and_passthrough_at_once() -> None:
     """Each open is decided separately."""
     backing_id = _OpenFiles._backing_id
 
@@ -49,7 +49,7 @@ def _cached_and_passed_through_at_once() -> None:
     _replace(_OpenFiles, "_backing_id", decide)
 
 
-def _a_backing_for_each_open() -> None:
+def _a_backing_file_for_each_open() -> None:
     backing_id = _OpenFiles._backing_id
     _replace(_OpenFiles, "_backing_id", lambda self, mode, target: backing_id(self, None, target))
 
@@ -87,7 +87,7 @@ def _the_capability_is_kept() -> None:
     _replace(sysio, "WithoutCapability", lambda _: contextlib.nullcontext())
 
 
-def _attributes_are_remembered() -> None:
+def _attributes_are_cached() -> None:
     """Also those that change without a request."""
     _replace(_OpenFiles, "changes_unseen", lambda *_: False)
 
@@ -125,7 +125,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 def _replace(owner: type | ModuleType, name: str, value: Any) -> None:
-    assert hasattr(owner, name), f"{owner.__name__}.{name} is gone: this fault does nothing any more"
+    assert hasattr(owner, name), f"{owner.__name__}.{name} is gone: this fault has no effect any more"
     setattr(owner, name, value)
 
 

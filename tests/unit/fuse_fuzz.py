@@ -1,7 +1,7 @@
 """Requests that no kernel sends, given to the kernel engine: random ones, truncated ones, wrong numbers everywhere.
 
-Each must be answered once, or not at all where the protocol says so, and whatever the engine's handlers do wrong must
-have an errno of its own. Run `python -m tests.unit.fuse_fuzz DIRECTORY COUNT [SEED]` for a longer campaign.
+Each must be answered once, or not at all where the protocol says so, and no handler may end with a defect (EIO).
+Run `python -m tests.unit.fuse_fuzz DIRECTORY COUNT [SEED]` for a longer campaign.
 """
 
 import errno
@@ -39,7 +39,7 @@ _BODIES: dict[Op, tuple[str | None, int]] = {
     Op.LSEEK: ("lseek_in", 0), Op.COPY_FILE_RANGE: ("copy_file_range_in", 0), Op.TMPFILE: ("create_in", 1),
     Op.COPY_FILE_RANGE_64: ("copy_file_range_in", 0), Op.STATX: ("statx_in", 0), Op.IOCTL: ("ioctl_in", 1),
 }  # fmt: skip
-# What takes numbers back would soon leave nothing to ask about
+# Requests that give ids back are rare: they would soon leave none to ask about
 _OFTEN = [op for op in _BODIES for _ in range(1 if op in (Op.FORGET, Op.BATCH_FORGET, Op.RELEASE) else 5)]
 _NAMES = [b"a", b"b", b"d", b"f", b"new", b".", b"..", b"", b".wh.f", b"x" * 255, b"y" * 256, b"\xff", b"a/b",
           b"user.k", b"trusted.overlay.opaque", b"system.posix_acl_access", b"security.capability"]  # fmt: skip
@@ -48,13 +48,13 @@ _NUMBERS = [0, 1, 2, 3, 4, 7, 0o777, 4096, 0x8000, 1 << 20, (1 << 31) - 1, 1 << 
 
 
 class _NoMount:
-    """Something to write notifications to."""
+    """A descriptor that notifications are written to."""
 
     def __init__(self) -> None:
         self.fd = os.open("/dev/null", os.O_RDWR)
 
     def read_ahead(self, size: int) -> None:
-        """Nobody reads."""
+        """There is no page cache."""
 
     def detach(self) -> None:
         os.close(self.fd)
@@ -64,7 +64,7 @@ class _NoMount:
 
 
 class Recorder(KernelEngine):
-    """The engine, with replies kept instead of sent."""
+    """The engine, which keeps replies instead of sending them."""
 
     def __init__(self, overlay: Overlay, io: Io, timeout: float | None) -> None:
         super().__init__(overlay, caching(timeout), lambda *_: _NoMount(), io, 0.0)
@@ -101,7 +101,7 @@ class Campaign(logging.Handler):
         self._what = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take note of a defect that a handler has met."""
+        """Note a defect of a handler, which the engine logs."""
         self.wrong.append(f"{self._what}: {record.exc_info[1]!r}" if record.exc_info else f"{self._what}: {record.msg}")
 
     async def run(self, count: int) -> None:
@@ -156,7 +156,7 @@ class Campaign(logging.Handler):
                 self._learn(op, reply[OUT_HEADER.size :])
 
     def _learn(self, op: int, body: bytes) -> None:
-        """Go on with the numbers that were given out."""
+        """Use the ids of the reply in later requests."""
         if op in (Op.LOOKUP, Op.MKDIR, Op.MKNOD, Op.SYMLINK, Op.LINK, Op.CREATE, Op.TMPFILE):
             self._nodes = [1, *self._nodes[-20:], LAYOUTS["entry_out"].decode(body)["nodeid"]]
         if op in (Op.CREATE, Op.TMPFILE):
@@ -231,7 +231,7 @@ def campaign(place: Path, count: int, seed: int, io: Io = Io.PASSTHROUGH, timeou
 
 
 def main(directory: str, count: str, seed: str = "0") -> int:
-    """Tell what was found and how much memory it took."""
+    """Print the findings and how much memory the process took."""
     found = campaign(Path(directory), int(count), int(seed))
     print(dict(found.answers), f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
     print("\n".join(found.wrong) or "nothing wrong")

@@ -27,7 +27,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 class Machine:
-    """A clock, and how long somebody has waited for a processor, both in seconds."""
+    """A clock, and for how long processes have waited for a CPU, both in seconds."""
 
     def __init__(self) -> None:
         self.now = self.stalled = 100.0
@@ -47,7 +47,7 @@ def test_an_idle_mount_costs_nothing() -> None:
 
 
 @pytest.mark.usefixtures("cores")
-def test_a_busy_client_is_looked_for_again() -> None:
+def test_a_busy_client_is_polled_for_again() -> None:
     found = BusyPoll()
     for _ in range(10):
         found.waited(IDLE)
@@ -67,7 +67,7 @@ def test_the_time_has_bounds(gaps: list[float]) -> None:
         assert found.seconds == 0 or found.seconds >= SHORTEST / 2
 
 
-def test_on_one_core_nobody_is_looked_for(cores: Callable[[int], None]) -> None:
+def test_on_one_core_there_is_no_polling(cores: Callable[[int], None]) -> None:
     cores(1)
     found = BusyPoll()
     assert found.seconds == 0
@@ -77,7 +77,7 @@ def test_on_one_core_nobody_is_looked_for(cores: Callable[[int], None]) -> None:
 
 
 @pytest.mark.usefixtures("cores")
-def test_nobody_looks_while_others_wait_for_a_processor() -> None:
+def test_there_is_no_polling_while_processes_wait_for_a_cpu() -> None:
     machine = Machine()
     found = BusyPoll(clock=lambda: machine.now, stalled=lambda: machine.stalled)
     found.waited(BUSY)
@@ -88,16 +88,16 @@ def test_nobody_looks_while_others_wait_for_a_processor() -> None:
     machine.after(SAMPLE / 2, stalled=0)  # too soon to look around again
     found.waited(BUSY)
     assert found.seconds == 0
-    machine.after(2 * SAMPLE, stalled=0)  # nobody waits any more
+    machine.after(2 * SAMPLE, stalled=0)  # no process waits any more
     found.waited(BUSY)
     assert found.seconds > 0
 
 
-def test_waiting_for_a_processor_is_counted_by_the_system() -> None:
+def test_the_system_counts_waiting_for_a_cpu() -> None:
     assert 0 <= busy_poll.stalled_seconds() <= busy_poll.stalled_seconds()
 
 
-def test_without_that_count_the_load_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_that_count_the_load_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(busy_poll, "_PRESSURE", "/nowhere")
     monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0, 0))
     assert 0 < busy_poll.stalled_seconds() <= busy_poll.stalled_seconds()

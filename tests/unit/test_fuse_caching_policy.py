@@ -21,17 +21,17 @@ def test_a_given_timeout_bounds_all_of_them(timeout: float) -> None:
     assert not policy.keep_cache
 
 
-def test_the_usual_way_to_say_for_ever_is_understood() -> None:
+def test_a_very_long_timeout_means_for_ever() -> None:
     assert caching(1e9) == caching()
 
 
 @pytest.mark.parametrize("access", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR])
-def test_offsets_and_pages_come_from_the_kernel(access: int) -> None:
+def test_append_and_direct_flags_are_removed(access: int) -> None:
     flags = access | os.O_APPEND | os.O_DIRECT | os.O_TRUNC | os.O_NOFOLLOW
     assert caching().backing_flags(flags) == access | os.O_TRUNC | os.O_NOFOLLOW
 
 
-def test_the_writeback_cache_reads_through_every_handle() -> None:
+def test_the_writeback_cache_needs_readable_handles() -> None:
     policy = caching(writeback=True)
     assert policy.backing_flags(os.O_WRONLY | os.O_CREAT) == os.O_RDWR | os.O_CREAT
     assert policy.backing_flags(os.O_RDONLY) == os.O_RDONLY

@@ -1,4 +1,4 @@
-"""The gate: a closer waits for running changes, later changes wait for the opener."""
+"""The gate: `close` waits for changes in progress, later changes wait for `open`."""
 
 import pytest
 import trio
@@ -23,7 +23,7 @@ def test_an_open_gate_costs_no_scheduling_point() -> None:
     trio.run(main)
 
 
-def test_closing_waits_for_running_changes_and_holds_new_ones() -> None:
+def test_closing_waits_for_changes_in_progress_and_holds_new_ones() -> None:
     order: list[str] = []
 
     async def main() -> None:
@@ -56,7 +56,7 @@ async def _late(gate: Gate, order: list[str]) -> None:
         order.append("late change")
 
 
-def test_a_second_closer_waits_for_the_first() -> None:
+def test_a_second_close_waits_for_the_first() -> None:
     order: list[str] = []
 
     async def main() -> None:
@@ -73,7 +73,7 @@ def test_a_second_closer_waits_for_the_first() -> None:
     trio.run(main)
 
 
-def test_a_closer_that_gives_up_leaves_the_gate_open() -> None:
+def test_a_cancelled_close_leaves_the_gate_open() -> None:
     async def main() -> None:
         gate, entered, leave = Gate(), trio.Event(), trio.Event()
         async with trio.open_nursery() as nursery:
@@ -105,7 +105,7 @@ async def _copy(gate: Gate, order: list[str], finish: trio.Event) -> None:
     order.append("copied")
 
 
-def test_a_closer_lets_copies_end_before_it_holds_anybody() -> None:
+def test_closing_lets_copies_end_before_it_holds_changes() -> None:
     order: list[str] = []
 
     async def main() -> None:
@@ -125,8 +125,8 @@ def test_a_closer_lets_copies_end_before_it_holds_anybody() -> None:
     trio.run(main)
 
 
-def test_a_copy_that_would_begin_meanwhile_waits_outside() -> None:
-    """A change that waited for the closer while the closer waited for it would be the end."""
+def test_a_copy_that_would_begin_while_closing_waits_outside() -> None:
+    """A change inside the gate that waited for it to open, while `close` waits for the change, would be a deadlock."""
     order: list[str] = []
 
     async def main() -> None:
@@ -149,7 +149,7 @@ def test_a_copy_that_would_begin_meanwhile_waits_outside() -> None:
     trio.run(main)
 
 
-def test_giving_up_outside_leaves_no_change_behind() -> None:
+def test_a_change_cancelled_outside_is_not_counted() -> None:
     async def main() -> None:
         gate, first = Gate(), trio.Event()
         async with trio.open_nursery() as nursery:

@@ -20,7 +20,7 @@ def offer(flags: int = EVERYTHING, minor: int = 45, major: int = 7, max_readahea
 
 
 @given(st.integers(0, 2**64 - 1), wishes, st.integers(31, 60))
-def test_nothing_is_asked_for_that_is_not_offered(flags: int, wanted: Wishes, minor: int) -> None:
+def test_only_offered_features_are_asked_for(flags: int, wanted: Wishes, minor: int) -> None:
     found = agree(offer(flags, minor), wanted)
     reply = LAYOUTS["init_out"].decode(found.reply)
     asked = reply["flags"] | reply["flags2"] << 32
@@ -41,7 +41,7 @@ def test_a_writeback_cache_and_passthrough_exclude_each_other(flags: int, wanted
     )
 
 
-def test_wishes_are_granted_by_a_kernel_that_can() -> None:
+def test_a_kernel_that_offers_all_grants_all_wishes() -> None:
     plain = agree(offer(), Wishes()).features
     assert plain & Init.POSIX_ACL and plain & Init.DONT_MASK and plain & Init.HANDLE_KILLPRIV_V2
     assert not plain & (Init.WRITEBACK_CACHE | Init.PASSTHROUGH | Init.NO_OPEN_SUPPORT | Init.AUTO_INVAL_DATA)
@@ -52,7 +52,7 @@ def test_wishes_are_granted_by_a_kernel_that_can() -> None:
     assert not agree(offer(), Wishes(acl=False)).features & (Init.POSIX_ACL | Init.DONT_MASK)
 
 
-def test_readers_of_a_tree_that_never_changes_are_neither_written_back_nor_passed_through() -> None:
+def test_a_read_only_mount_has_neither_writeback_nor_passthrough() -> None:
     found = agree(offer(), Wishes(read_only=True, passthrough=True, writeback=True)).features
     assert not found & (Init.WRITEBACK_CACHE | Init.PASSTHROUGH)
 
@@ -60,7 +60,7 @@ def test_readers_of_a_tree_that_never_changes_are_neither_written_back_nor_passe
 OLD = [Init.HANDLE_KILLPRIV_V2, Init.SETXATTR_EXT, Init.INIT_EXT, Init.PASSTHROUGH]  # since 7.33, 7.33, 7.36, 7.40
 
 
-def test_degrading_down_to_linux_5_4() -> None:
+def test_features_of_older_kernels_down_to_linux_5_4() -> None:
     flags = EVERYTHING
     for newest, minor in zip(reversed(OLD), (39, 35, 32, 31), strict=True):
         flags &= ~newest
@@ -72,10 +72,10 @@ def test_degrading_down_to_linux_5_4() -> None:
 
 
 @pytest.mark.parametrize(("major", "minor"), [(7, 30), (7, 0), (6, 45), (5, 1)])
-def test_what_is_older_is_refused_with_its_number(major: int, minor: int) -> None:
+def test_an_older_kernel_is_refused_with_its_version(major: int, minor: int) -> None:
     with pytest.raises(TooOldError, match=rf"FUSE {major}\.{minor}"):
         agree(offer(minor=minor, major=major), Wishes())
 
 
-def test_a_newer_minor_is_answered_in_our_words() -> None:
+def test_a_newer_minor_is_answered_with_ours() -> None:
     assert agree(offer(minor=99), Wishes()).minor == MINOR

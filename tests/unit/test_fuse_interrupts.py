@@ -1,4 +1,4 @@
-"""A client gives up: its request ends with EINTR if it only waited, and as usual if it was being carried out."""
+"""INTERRUPT: a request that only waits ends with EINTR; one that is in progress ends as usual."""
 
 import errno
 import os
@@ -59,7 +59,7 @@ def _interrupt(engine: Recorder, unique: int) -> None:
     engine.put(Op.INTERRUPT, unique | 1, 0, LAYOUTS["interrupt_in"].pack(unique))
 
 
-def test_who_waits_at_the_gate_goes_and_nothing_is_done(engine: Recorder, place: Path) -> None:
+def test_a_request_that_waits_at_the_gate_can_be_interrupted(engine: Recorder, place: Path) -> None:
     async def story() -> None:
         await engine.gate.close()
         _mkdir(engine, 2, b"given up")
@@ -78,8 +78,8 @@ def test_who_waits_at_the_gate_goes_and_nothing_is_done(engine: Recorder, place:
     assert not engine._session.waiting
 
 
-def test_a_copy_up_that_has_begun_is_finished(engine: Recorder, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one who began it gets its answer; one who waited for it goes."""
+def test_a_copy_up_in_progress_is_finished(engine: Recorder, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request that began it gets its reply; one that waited for it is interrupted."""
     begun, go_on = trio.Event(), trio.Event()
     run = engine.threads.run
 
@@ -102,7 +102,10 @@ def test_a_copy_up_that_has_begun_is_finished(engine: Recorder, place: Path, mon
             for unique in (4, 6):
                 _interrupt(engine, unique)
             await trio.testing.wait_all_tasks_blocked()
-            assert sorted(_answers(engine).values()) == [0, errno.EINTR]  # of the look-up, and of who only waited
+            assert sorted(_answers(engine).values()) == [
+                0,
+                errno.EINTR,
+            ]  # the look-up, the waiting request
         finally:
             go_on.set()
 
@@ -112,7 +115,7 @@ def test_a_copy_up_that_has_begun_is_finished(engine: Recorder, place: Path, mon
     assert os.listdir(place / "w" / "work") == []
 
 
-def test_what_is_answered_already_is_not_answered_again(engine: Recorder) -> None:
+def test_an_answered_request_is_not_answered_again(engine: Recorder) -> None:
     async def story() -> None:
         _mkdir(engine, 2, b"made")
         _interrupt(engine, 2)

@@ -1,4 +1,4 @@
-"""Nodes by the kernel's numbers: counts come out even, and nothing is let go while the kernel knows it."""
+"""Node ids: look-ups are counted exactly, and no node is dropped while the kernel knows it."""
 
 import errno
 import stat
@@ -31,7 +31,7 @@ def test_a_node_is_known_by_its_own_number_at_first() -> None:
     assert found.forget(7, 1) is True
 
 
-def test_a_renewed_node_has_two_numbers_until_the_old_one_is_forgotten() -> None:
+def test_a_renewed_node_has_two_ids_until_the_old_one_is_forgotten() -> None:
     nodes, (node,) = table(7)
     found = NodeIds(nodes)
     found.remember(node)
@@ -48,8 +48,8 @@ def test_a_renewed_node_has_two_numbers_until_the_old_one_is_forgotten() -> None
     assert caught.value.errno == errno.ESTALE
 
 
-def test_the_new_number_stays_while_the_old_one_is_known() -> None:
-    """A look-up that the kernel gives back must not lead the next one to the old number."""
+def test_the_new_id_stays_while_the_old_one_is_known() -> None:
+    """After the kernel has given back the last look-up of the new id, the next one must not get the old id."""
     nodes, (node,) = table(7)
     found = NodeIds(nodes)
     found.remember(node)
@@ -62,8 +62,8 @@ def test_the_new_number_stays_while_the_old_one_is_known() -> None:
     assert found.nodeid(node) == found.remember(node) == 7
 
 
-def test_a_new_number_that_was_never_given_out_goes_with_its_node() -> None:
-    """Else the node that gets the own number next would be taken for the one that was."""
+def test_a_new_id_that_was_never_looked_up_is_discarded_with_its_node() -> None:
+    """Else the next node with the same number would be taken for this one."""
     nodes, (node,) = table(7)
     found = NodeIds(nodes)
     found.remember(node)
@@ -72,7 +72,7 @@ def test_a_new_number_that_was_never_given_out_goes_with_its_node() -> None:
     assert node.number not in found.renewed and found.remember(node) == 7
 
 
-def test_an_unknown_number_is_stale() -> None:
+def test_an_unknown_node_id_is_stale() -> None:
     nodes, _ = table()
     with pytest.raises(OSError) as caught:
         NodeIds(nodes).node(99)
@@ -92,7 +92,7 @@ class Machine(RuleBasedStateMachine):
     def look_up(self, which: int) -> None:
         number = self.found.remember(self.files[which])
         held = self.held.setdefault(number, [which, 0])
-        assert held[0] == which, "one number for two files"
+        assert held[0] == which, "one id for two files"
         held[1] += 1
 
     @precondition(lambda self: self.held)
@@ -110,7 +110,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 2))
     def renew(self, which: int) -> None:
-        """As the engine does: only a number that the kernel holds is replaced."""
+        """As the engine does: only an id that the kernel knows is replaced."""
         if self.found.nodeid(self.files[which]) in self.held:
             self.found.renew(self.files[which])
 

@@ -1,4 +1,4 @@
-"""How files are open: the kernel's rules for passthrough hold after any sequence of opens, copy-ups and closes."""
+"""Passthrough: the kernel's rules are kept in any sequence of opens, copy-ups and closes."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from overlayfs.fuse.kernel.protocol import Open
 
 
 class FakeKernel:
-    """What the kernel would hold: backing ids by file, and pages given to it; it fails as the real one does."""
+    """The kernel's backing files by id, and the pages stored in it; it fails as the real one does."""
 
     def __init__(self, problem: int = 0) -> None:
         self.problem = problem
@@ -43,13 +43,13 @@ class FakeKernel:
 
 
 def open_files(kernel: FakeKernel, io: Io = Io.AUTO, keep_cache: bool = True, passes: bool = True) -> OpenFiles:
-    """The real thing over a fake kernel."""
+    """Open files over a fake kernel."""
     return OpenFiles(kernel, kernel if passes else None, io, keep_cache)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], int]:
-    """Makes descriptors of small files; all are closed by the end of the process' test directory."""
+    """Makes descriptors of small files."""
     made = []
 
     def make(content: bytes) -> int:
@@ -193,8 +193,8 @@ class Machine(RuleBasedStateMachine):
         self.opened = open_files(self.kernel, io)
         self.sizes = sizes
         self.in_upper = [False, False, False]
-        self.number = [10, 20, 30]  # what the kernel knows the files by now
-        self.fd_of: dict[int, tuple[int, bool]] = {}  # a file's own descriptor -> which, and whether of the upper
+        self.number = [10, 20, 30]  # current node ids
+        self.fd_of: dict[int, tuple[int, bool]] = {}  # descriptor -> which file, and whether it is the upper one
         self.modes: dict[int, list[tuple[bool, int, bool]]] = {}  # opens by node id: (through, backing, lower)
 
     @rule(target=handles, which=st.integers(0, 2), writes=st.booleans(), set_id=st.booleans())

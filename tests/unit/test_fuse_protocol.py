@@ -52,7 +52,7 @@ def test_the_table_is_complete() -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_fields_lie_where_the_compiler_puts_them(name: str) -> None:
+def test_fields_are_where_the_compiler_puts_them(name: str) -> None:
     """Natural alignment with no gap: packed as C packs it, it has the same size."""
     codes = LAYOUTS[name].format.removeprefix("<")
     if name != "init_in":  # its 20 bytes are the beginning of a structure
@@ -76,12 +76,12 @@ def test_a_round_trip(name: str, data: st.DataObject, before: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_is_cut_short_is_told(name: str) -> None:
+def test_a_truncated_structure_is_an_error(name: str) -> None:
     with pytest.raises(struct.error):
         LAYOUTS[name].decode(bytes(LAYOUTS[name].size - 1))
 
 
-def test_a_field_that_does_not_exist_is_told() -> None:
+def test_an_unknown_field_is_an_error() -> None:
     with pytest.raises(TypeError, match="nodes"):
         LAYOUTS["entry_out"].encode(nodes=1)
 
@@ -96,7 +96,7 @@ def test_a_field_that_does_not_exist_is_told() -> None:
         ("statx_out", "btime_sec", 112), ("statx_out", "rdev_major", 160), ("direntplus", "namelen", 144),
     ],
 )  # fmt: skip
-def test_fields_lie_where_the_header_says(name: str, field: str, offset: int) -> None:
+def test_fields_are_where_the_header_says(name: str, field: str, offset: int) -> None:
     packed = LAYOUTS[name].encode(**{field: 1})
     assert packed.index(1) == offset
 
