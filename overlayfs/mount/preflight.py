@@ -221,6 +221,9 @@ def _located(what: str, path: bytes, mounts: Sequence[KernelMount]) -> WrittenDi
     """Return where a directory is within its file system: paths differ between bind mounts, this does not."""
     real = os.path.realpath(path)
     around = [each for each in mounts if os.path.commonpath((real, each.mountpoint)) == each.mountpoint]
+    if not around:  # after chroot(2) into a directory that is no mount point, mountinfo has no entry for the root
+        device, _ = _identity(real) or (0, 0)
+        return WrittenDirectory(what, os.fsdecode(path), f"{os.major(device)}:{os.minor(device)}", os.fsdecode(real))
     mount = max(reversed(around), key=lambda each: len(each.mountpoint))  # of several on one mount point, the newest
     place = os.path.normpath(os.path.join(mount.root, os.path.relpath(real, mount.mountpoint)))
     return WrittenDirectory(what, os.fsdecode(path), mount.device.decode(), os.fsdecode(place))

@@ -59,3 +59,12 @@ def test_inside_a_layer_that_shows_mounts_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sysio, "clone_mount", lambda fd: None)
     with pytest.raises(MountError, match="is inside"):
         preflight.check_mountpoint(os.fsencode(tmp_path / "lower" / "deep"), stack)
+
+
+def test_a_root_that_is_no_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a chroot(2): no entry of mountinfo contains the upper."""
+    monkeypatch.setattr(preflight, "kernel_mounts", list)
+    upper, work = preflight.written_directories(_stack(tmp_path))
+    device = os.stat(tmp_path).st_dev
+    assert upper.device == work.device == f"{os.major(device)}:{os.minor(device)}"
+    assert (upper.place, work.place) == (str(tmp_path / "upper"), str(tmp_path / "work"))
