@@ -19,6 +19,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 default_role = "code"  # docstrings write `name`, as Markdown does
 
+highlight_language = "text"  # of blocks that name none: diagrams, formats, output
+
 html_theme = "furo"
 html_title = "overlayfs"
 html_static_path = ["_static"]
