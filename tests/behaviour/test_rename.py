@@ -311,7 +311,7 @@ def test_long_names(stack: StackMaker) -> None:
 
 @pytest.mark.deviates("kernel", reason="answers EXDEV where a redirect would be too long")
 def test_a_deep_directory_whose_path_is_too_long_for_a_redirect(stack: StackMaker) -> None:
-    """A redirect holds 256 bytes; a directory with a longer path must move all the same (D2)."""
+    """A redirect holds 256 bytes; a directory with a longer path must move all the same (docs/deviations.md)."""
     deep = "/".join(["x" * 60] * 6)
     layer: Spec = {"leaf": {"f": "1"}}
     for _ in range(6):

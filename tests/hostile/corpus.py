@@ -359,7 +359,9 @@ def _bare(at: Outside) -> Iterator[Form]:
 
 @entry(27, ".wh.. and .wh...")
 def _dotted(at: Outside) -> Iterator[Form]:
-    yield from each_refused("whiteout without a name", here=file(b".wh.."), above=file(b".wh..."), deeper=file(b"d/.wh..."))
+    yield from each_refused(
+        "whiteout without a name", here=file(b".wh.."), above=file(b".wh..."), deeper=file(b"d/.wh...")
+    )
     yield _with_below(".wh..", ".wh...")
 
 
