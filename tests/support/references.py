@@ -22,8 +22,8 @@ PLACES = (".ci", ".github", "cli", "docs", "overlayfs", "scripts", "tests")
 
 # Pages that comments may name without a path: those of the OCI image and distribution specifications.
 FOREIGN_PAGES = {
-    "annotations.md", "config.md", "descriptor.md", "image-index.md", "image-layout.md", "layer.md", "manifest.md", "manifest-v2-2.md",
-    "media-types.md", "spec.md",
+    "annotations.md", "config.md", "descriptor.md", "image-index.md", "image-layout.md", "layer.md", "manifest.md",
+    "manifest-v2-2.md", "media-types.md", "spec.md",
 }  # fmt: skip
 
 _OLD = re.compile(
