@@ -42,7 +42,7 @@ test-together:  ## eight processes on one store for a minute; needs root
 test-pyfuse3:   ## the same on the portable engine
 	$(PYTEST) --engine pyfuse3 --drivers pyfuse3,command tests/mounted tests/programs tests/differential tests/behaviour
 
-check: lint types  ## all that CI runs; what differs between the engines runs on both
+check: lint types docs  ## all that CI runs; what differs between the engines runs on both
 	$(PYTEST)
 	$(PYTEST) --engine pyfuse3 tests/mounted tests/programs/test_work.py
 
