@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from overlayfs.fs.config import IdRange, StackConfig
-    from overlayfs.fs.copyup import CopyUpStep, Requirement
-    from overlayfs.fs.files import Child
+    from overlayfs.fs.copyup import Requirement
+    from overlayfs.fs.lookup import Child
     from overlayfs.fs.metadata import Attributes, Changes
     from overlayfs.fs.names import Caller
     from overlayfs.fs.nodes import Node
@@ -21,7 +21,6 @@ __all__ = [
     "Caller",
     "Changes",
     "Child",
-    "CopyUpStep",
     "IdRange",
     "Node",
     "Overlay",
@@ -33,9 +32,8 @@ _HOMES = {
     "Attributes": "metadata",
     "Caller": "names",
     "Changes": "metadata",
-    "Child": "files",
+    "Child": "lookup",
     "IdRange": "config",
-    "CopyUpStep": "copyup",
     "Requirement": "copyup",
     "Node": "nodes",
     "Overlay": "overlay",

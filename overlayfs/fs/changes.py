@@ -47,29 +47,29 @@ def _walk(lookup: Lookup, root: Dir) -> Iterator[Change]:
 
 def _inside(lookup: Lookup, node: Dir, path: bytes) -> Iterator[Change | _Todo]:
     visible = set(lookup.listing(node))
-    for name in sorted(visible | _hidden_below(lookup, node)):
+    for name in sorted(visible | _lower_names(lookup, node)):
         child = lookup.lookup(node, name) if name in visible else None
-        below = lookup.below(node, name)
+        in_lower = lookup.is_in_lower(node, name)
         if child is None:
-            if below:
+            if in_lower:
                 yield Change(b"D", join(path, name))
         else:
-            yield from _visible(lookup, node, name, child, below, join(path, name))
+            yield from _visible(lookup, node, name, child, in_lower, join(path, name))
 
 
-def _hidden_below(lookup: Lookup, node: Dir) -> set[bytes]:
+def _lower_names(lookup: Lookup, node: Dir) -> set[bytes]:
     return {name for part in node.lower for name, kind in part.layer.names(part.path).items() if kind is not _WHITEOUT}
 
 
 def _visible(
-    lookup: Lookup, parent: Dir, name: bytes, child: Node, below: bool, path: bytes
+    lookup: Lookup, parent: Dir, name: bytes, child: Node, in_lower: bool, path: bytes
 ) -> Iterator[Change | _Todo]:
     if not child.in_upper:
         return
-    yield Change(b"C" if below else b"A", path)
+    yield Change(b"C" if in_lower else b"A", path)
     if isinstance(child, Dir):
         merged = child.lower and _is_in_place(parent, name, child)
-        yield child, path, None if merged else frozenset(lookup.names_below(parent, name))
+        yield child, path, None if merged else frozenset(lookup.lower_names(parent, name))
 
 
 def _is_in_place(parent: Dir, name: bytes, child: Dir) -> bool:

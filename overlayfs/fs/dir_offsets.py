@@ -5,12 +5,13 @@ name gets a position when it is first seen and keeps it; a name that has gone le
 back misses nothing and sees nothing twice, also while `rm -r` empties the directory under it (POSIX, readdir()).
 """
 
+import errno
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from overlayfs.fs.files import Child, children
-from overlayfs.fs.lookup import Lookup
-from overlayfs.fs.nodes import Dir
+from overlayfs.errors import oserror
+from overlayfs.fs.lookup import Child, Lookup
+from overlayfs.fs.nodes import Dir, Node
 
 _KEPT_NAMES = 500_000
 _GAPS = 1000  # a listing with more gaps than this, and more gaps than names, is begun anew
@@ -54,18 +55,20 @@ class DirOffsets:
         self._lookup = lookup
         self._kept: OrderedDict[Dir, _Listing] = OrderedDict()
         self._names = 0
-        self._floor = 0  # no listing that was let go had a position beyond this one
+        self._floor = 0  # no dropped listing had a position beyond this one
 
-    def read(self, node: Dir, position: int) -> Iterator[Child]:
-        """Return entries from a position on, without `.` and `..`; position 0 looks at the directory anew."""
+    def read(self, node: Node, position: int) -> Iterator[Child]:
+        """Return entries from a position on, without `.` and `..`; position 0 lists the directory again."""
+        if not isinstance(node, Dir):
+            raise oserror(errno.ENOTDIR)
         listing = self._listing(node, anew=position == 0)
-        # A reader from before a listing was begun anew sees all of it: rather a name twice than one never.
+        # A reader from before a listing was begun anew sees all of it: a name twice is better than a name missed.
         first = max(position - listing.base, 0)
         names = ((listing.names[at], listing.base + at + 1) for at in range(first, len(listing.names)))
-        return children(self._lookup, node, names)
+        return self._lookup.children(node, names)
 
     def drop(self, node: Dir) -> None:
-        """Let go of the listing of a directory that nobody reads any more: its node has left the table."""
+        """Drop the listing of a directory whose node has left the table."""
         listing = self._kept.pop(node, None)
         if listing is not None:
             self._names -= len(listing.names)

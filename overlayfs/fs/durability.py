@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.fs.metadata import Metadata
+from overlayfs.fs.core import Core, Verbs
 from overlayfs.fs.nodes import Dir, File, Node
-from overlayfs.fs.stack import Stack
 
 _Sync = Callable[[int], None]
 
@@ -45,12 +44,11 @@ class _Listed(NamedTuple):
     fd: int
 
 
-class Durability:
+class Durability(Verbs):
     """Prepares the calls that make nodes of one overlay durable."""
 
-    def __init__(self, stack: Stack, attributes: Metadata) -> None:
-        self._stack = stack
-        self._attributes = attributes
+    def __init__(self, core: Core) -> None:
+        super().__init__(core)
         self.barrier: SyncBarrier | None = None
 
     def of_file(self, node: File, datasync: bool) -> Callable[[], None]:
@@ -88,12 +86,12 @@ class Durability:
         sync = sysio.fdatasync if datasync and node.data is None and not node.unmarked else sysio.fsync
         if node.writer is not None:
             return os.dup(node.writer), sync
-        _, dirfd, name = self._attributes.locate(node)
+        _, dirfd, name = self._objects.locate(node)
         flags = os.O_RDONLY | os.O_NONBLOCK
         try:
-            return self._stack.dirfds.retry(lambda: sysio.open_child(dirfd, name, flags)), sync
+            return self._stack.dirfds.open_child(dirfd, name, flags), sync
         except PermissionError:  # rootless, and a mode that keeps the owner out
-            return os.dup(self._attributes.upper.sync_fd), sysio.syncfs
+            return os.dup(self._upper.sync_fd), sysio.syncfs
 
     def of_directory(self, node: Dir) -> Callable[[], None]:
         """Return the call that makes the names in a directory durable, and those that lead to it."""
@@ -119,7 +117,7 @@ class Durability:
         """
         if self._stack.config.volatile:
             return _nothing
-        listed = self._list(dict.fromkeys(left for _, each in _way_up(node) for left in each.debts()))
+        listed = self._list(dict.fromkeys(left for _, each in _way_up(node) for left in each.unsynced_before()))
 
         def call() -> None:
             try:
@@ -134,7 +132,7 @@ class Durability:
     def _directories(self, node: Node, own: list[Dir]) -> tuple[list[_Listed], list[_Listed]]:
         """Return the directories to sync before a node, and those after it: `own`, and what leads to it."""
         wanted = dict.fromkeys((*own, *self._unsynced(node)))
-        before = dict.fromkeys(left for each in wanted for left in each.debts())
+        before = dict.fromkeys(left for each in wanted for left in each.unsynced_before())
         after = [each for each in wanted if each not in before]
         listed = self._list((*before, *after))
         return listed[: len(before)], listed[len(before) :]
@@ -163,7 +161,7 @@ class Durability:
         return listed
 
     def _listed(self, directory: Dir) -> _Listed:
-        fd = sysio.open_child(self._attributes.locate(directory).dirfd, b"", os.O_RDONLY | os.O_DIRECTORY)
+        fd = sysio.open_child(self._objects.locate(directory)[1], b"", os.O_RDONLY | os.O_DIRECTORY)
         return _Listed(directory, directory.changed, fd)
 
 

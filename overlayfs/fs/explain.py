@@ -5,17 +5,17 @@ import os
 from typing import NamedTuple
 
 from overlayfs.errors import oserror
-from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.core import Core
 from overlayfs.fs.nodes import Dir, File, LowerDir, Node
 from overlayfs.fs.stack import Stack
 from overlayfs.union.resolve import Kind
 
 
 class Holder(NamedTuple):
-    """One layer's part in a path.
+    """What one layer holds at a path.
 
     layer: the directory that the user named. kind: "file", "directory", "opaque directory" or "whiteout".
-    role: "shown" (this is what one sees), "merged" (a directory that takes part), "data" (holds the data of a
+    role: "shown" (the overlay shows this one), "merged" (a directory that is merged into it), "data" (has the data of a
     metadata-only copy) or "hidden".
     """
 
@@ -24,29 +24,30 @@ class Holder(NamedTuple):
     role: str
 
 
-def explain(stack: Stack, lookup: Lookup, path: bytes) -> list[Holder]:
+def explain(core: Core, path: bytes) -> list[Holder]:
     """Return what the layers hold at a path, top first; ENOENT where the directory that holds it is not there."""
     *leading, name = [part for part in path.split(b"/") if part] or [b""]
-    parent: Node = lookup.root
+    parent: Node = core.lookup.root
     for component in leading:
-        parent = _required(lookup, parent, component)
+        parent = _required(core, parent, component)
     if not name:
-        return [Holder(_layer_path(stack, part), "directory", "merged") for part in _parts(stack, lookup, parent)]
+        return [Holder(_layer_path(core.stack, part), "directory", "merged") for part in _parts(core, parent)]
     if not isinstance(parent, Dir):
         raise oserror(errno.ENOTDIR, path)
-    return _holders(stack, lookup, parent, name)
+    return _holders(core, parent, name)
 
 
-def _required(lookup: Lookup, parent: Node, name: bytes) -> Node:
-    node = lookup.lookup(parent, name) if isinstance(parent, Dir) else None
+def _required(core: Core, parent: Node, name: bytes) -> Node:
+    node = core.lookup.lookup(parent, name) if isinstance(parent, Dir) else None
     if node is None:
         raise oserror(errno.ENOENT, name)
     return node
 
 
-def _parts(stack: Stack, lookup: Lookup, node: Node) -> list[LowerDir]:
+def _parts(core: Core, node: Node) -> list[LowerDir]:
     assert isinstance(node, Dir)
-    upper = [LowerDir(stack.upper, lookup.path(node))] if stack.upper is not None and node.in_upper else []
+    stack = core.stack
+    upper = [LowerDir(stack.upper, core.nodes.path(node))] if stack.upper is not None and node.in_upper else []
     return [*upper, *node.lower]
 
 
@@ -56,13 +57,13 @@ def _layer_path(stack: Stack, part: LowerDir) -> bytes:
     return os.path.abspath(stack.config.lower[part.layer.index - (stack.upper is not None)])
 
 
-def _holders(stack: Stack, lookup: Lookup, parent: Dir, name: bytes) -> list[Holder]:
-    node = lookup.lookup(parent, name)
+def _holders(core: Core, parent: Dir, name: bytes) -> list[Holder]:
+    node = core.lookup.lookup(parent, name)
     found: list[Holder] = []
-    for part in _parts(stack, lookup, parent):
+    for part in _parts(core, parent):
         entry = part.layer.probe(part.path, name)
         if entry.kind is not Kind.ABSENT:
-            found.append(Holder(_layer_path(stack, part), entry.kind.value, _role(part, name, node, bool(found))))
+            found.append(Holder(_layer_path(core.stack, part), entry.kind.value, _role(part, name, node, bool(found))))
     return found
 
 

@@ -1,22 +1,22 @@
 """Open files and open directories: handles, and the descriptors that all handles of a node share.
 
 A handle asks its node for the descriptor at every use, so one that was opened before copy-up reads what was written
-after it (design, D3; the kernel documents that it cannot).
+after it. (The kernel's overlayfs cannot: overlayfs.rst, "Non-standard behavior".)
 """
 
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.fs.copyup import CopyUp, Requirement
-from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.copyup import CopyUp, Requirement, is_met
+from overlayfs.fs.core import Core, Verbs
+from overlayfs.fs.lookup import Child
 from overlayfs.fs.metadata import Metadata
-from overlayfs.fs.nodes import Dir, File, Node, NodeTable, close_backing
-from overlayfs.fs.stack import Stack
+from overlayfs.fs.nodes import Dir, File, Node, close_backing, close_unused_backing
+from overlayfs.fs.requirements import VerbRequirements
 from overlayfs.tree.layer import open_readable
 
 _WRITES = (os.O_WRONLY, os.O_RDWR)
@@ -50,50 +50,18 @@ class DirHandle:
         self.names: list[bytes] | None = None
 
 
-class Child(NamedTuple):
-    """One entry of a directory that is being read; `offset` is where reading goes on after it.
-
-    node: None for an entry that cannot be looked at. Its name is there, and whoever asks for more gets the error.
-    """
-
-    name: bytes
-    node: Node | None
-    offset: int
-
-
-def children(lookup: Lookup, directory: Dir, names: Iterable[tuple[bytes | None, int]]) -> Iterator[Child]:
-    """Yield what is shown now of names, which come with the positions after them; None is a gap."""
-    for name, offset in names:
-        if name is None:
-            continue
-        try:
-            node = lookup.lookup(directory, name)
-        except OSError:  # one damaged entry must not hide all its neighbours
-            yield Child(name, None, offset)
-            continue
-        if node is not None:
-            yield Child(name, node, offset)
-
-
-def requirement_of_open(node: Node, flags: int) -> Requirement | None:
-    """Return what opening a node with these flags needs of the upper, None for nothing."""
-    if node.kind != stat.S_IFREG:
-        return None
-    if flags & os.O_TRUNC:
-        return Requirement.TRUNCATED
-    return Requirement.DATA if flags & os.O_ACCMODE in _WRITES else None
-
-
-class Files:
+class Files(Verbs):
     """All handles of one overlay."""
 
-    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata, copyup: CopyUp) -> None:
-        self._stack = stack
-        self._nodes = nodes
-        self._lookup = lookup
-        self._attributes = attributes
+    def __init__(self, core: Core, metadata: Metadata, copyup: CopyUp, requirements: VerbRequirements) -> None:
+        super().__init__(core)
+        self._metadata = metadata
         self._copyup = copyup
+        self._requirements = requirements
         self._handles: set[FileHandle | DirHandle] = set()
+
+    def __len__(self) -> int:
+        return len(self._handles)
 
     def _add(self, node: File, writes: bool) -> FileHandle:
         handle = FileHandle(node, writes)
@@ -103,14 +71,12 @@ class Files:
 
     # --- files -----------------------------------------------------------------------------------------
 
-    def open(self, node: Node, flags: int, strip: bool) -> FileHandle:
-        """Open a regular file, copied up as far as `flags` require; EISDIR, ENXIO for anything else.
+    def open(self, node: Node, flags: int, strip: bool = False) -> FileHandle:
+        """Open a regular file, copied up as far as `flags`, as in open(2), require; EISDIR, ENXIO for anything else.
 
         strip: O_TRUNC clears set-id bits and capabilities, because the caller is not privileged to keep them.
         """
-        requirement = requirement_of_open(node, flags)
-        if requirement is not None:
-            self._copyup.copy_up(node, requirement)
+        self._copyup.copy_up_all(self._requirements.open(node, flags))
         if not isinstance(node, File) or node.kind != stat.S_IFREG:
             raise oserror(errno.EISDIR if node.kind == stat.S_IFDIR else errno.ENXIO)
         writes = flags & os.O_ACCMODE in _WRITES
@@ -122,36 +88,31 @@ class Files:
             if flags & os.O_TRUNC:
                 self._truncate(node, strip)
         except BaseException:
-            self.close_unused(node)
+            close_unused_backing(node)
             raise
         return self._add(node, writes)
-
-    @staticmethod
-    def close_unused(node: Node) -> None:
-        """Close the descriptors of a file that nobody has open: lifting to cut it has opened one (fs.lifting)."""
-        if isinstance(node, File) and not node.handles:
-            close_backing(node)
 
     def open_later(self, node: File) -> FileHandle:
         """Return a handle for reading; the real file is opened by the first read, if there is one."""
         return self._add(node, False)
 
-    def open_created(self, node: File, writer: int) -> FileHandle:
+    def open_created(self, node: Node, writer: int) -> FileHandle:
         """Return a handle for a file that has just been made; the node takes over the descriptor `writer`."""
+        assert isinstance(node, File)
         node.writer = writer
         return self._add(node, True)
 
     def _open_writer(self, node: File) -> int:
-        _, dirfd, name = self._attributes.locate(node)
+        _, dirfd, name = self._objects.locate(node)
         try:
-            return self._stack.dirfds.retry(lambda: sysio.open_child(dirfd, name, os.O_RDWR | os.O_NONBLOCK))
+            return self._stack.dirfds.open_child(dirfd, name, os.O_RDWR | os.O_NONBLOCK)
         except PermissionError:
             return sysio.open_child(dirfd, name, os.O_WRONLY | os.O_NONBLOCK)
 
     def _open_reader(self, node: File) -> int:
         if node.data is not None:
             return node.data.layer.open_file(node.data.path, node.data.name)
-        layer, dirfd, name = self._attributes.locate(node)
+        layer, dirfd, name = self._objects.locate(node)
         if node.in_upper:
             return open_readable(self._stack.dirfds, dirfd, name, keep_atime=False)
         assert node.lower is not None
@@ -159,10 +120,9 @@ class Files:
 
     def _truncate(self, node: File, strip: bool) -> None:
         # O_RDONLY | O_TRUNC truncates on Linux, where the caller may write: then there may be no writer.
-        self._attributes.truncate(node, 0, node.writer)
+        self._metadata.truncate(node, 0)
         if strip:
-            self._attributes.strip_set_id(node)
-        self._lookup.fresh = None
+            self._metadata.strip_set_id(node)
 
     def read(self, handle: FileHandle, offset: int, size: int, nowait: bool = False) -> bytes:
         """Read up to `size` bytes; BlockingIOError with `nowait` when the data is not in memory."""
@@ -199,18 +159,18 @@ class Files:
         if handle.closed or not handle.writes:
             raise oserror(errno.EBADF)
         node = handle.node
-        if node.writer is None:  # a commit has made a layer's file of what it wrote to
+        if node.writer is None:  # a commit has made the file that it wrote to a layer's
             if not node.in_upper or node.data is not None:
                 raise oserror(errno.EBADF)
             node.writer = self._reopen_writer(node)
         return node.writer
 
     def _reopen_writer(self, node: File) -> int:
-        # Whoever opened it was allowed to: a mode that would not let us do so again does not count.
+        # The client was allowed to open it: a mode that keeps us from doing so again does not count.
         try:
             return self._open_writer(node)
         except PermissionError:
-            _, dirfd, name = self._attributes.locate(node)
+            _, dirfd, name = self._objects.locate(node)
             mode = stat.S_IMODE(sysio.stat_at(dirfd, name).st_mode)
             sysio.chmod_at(dirfd, name, mode | stat.S_IRUSR | stat.S_IWUSR)
             try:
@@ -224,11 +184,9 @@ class Files:
         The file is in the upper since it was opened, unless a commit has made it part of a layer.
         """
         node = handle.node
-        if handle.writes and (not node.in_upper or node.data is not None):
+        if handle.writes and not is_met(node, Requirement.DATA):
             self._copyup.copy_up(node, Requirement.DATA)
-        fd = self.writable(handle)
-        self._lookup.fresh = None
-        return sysio.write_at(fd, offset, data)
+        return sysio.write_at(self.writable(handle), offset, data)
 
     def flush(self, handle: FileHandle) -> None:
         """Raise what the file system reports when the last writer closes."""
@@ -268,7 +226,7 @@ class Files:
         if offset == 0 or handle.names is None:
             handle.names = self._lookup.listing(handle.node)
         names = ((handle.names[at], at + 1) for at in range(offset, len(handle.names)))
-        return children(self._lookup, handle.node, names)
+        return self._lookup.children(handle.node, names)
 
     def close(self) -> None:
         """Invalidate all handles; the node table closes their descriptors."""

@@ -3,21 +3,16 @@
 import errno
 import os
 import stat
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
-from overlayfs.format import acl, xattrs
-from overlayfs.fs.lookup import Lookup
+from overlayfs.format import acl, whiteout, xattrs
+from overlayfs.fs.core import Core, Verbs
+from overlayfs.fs.lookup import LONGEST_NAME
 from overlayfs.fs.nodes import Dir, File, InheritedAttributes, Node
 from overlayfs.fs.ownership import Ownership
-from overlayfs.fs.stack import Stack
-from overlayfs.tree.layer import Layer
 from overlayfs.tree.stats import AnyStat
-from overlayfs.tree.upper import Upper
-
-T = TypeVar("T")
 
 _ACL_PREFIX = b"system.posix_acl_"
 _CAPABILITY = b"security.capability"
@@ -55,89 +50,36 @@ class Changes(NamedTuple):
     strip: bool = False
 
 
-class Located(NamedTuple):
-    """Where the real object behind a node can be reached now; `dirfd` is borrowed."""
+class Metadata(Verbs):
+    """Reading and changing attributes of nodes; a node that is changed must be in the upper already."""
 
-    layer: Layer
-    dirfd: int
-    name: bytes
-
-
-def after_change(look: Callable[[], T]) -> T:
-    """Return what is seen after a change. Looks twice: an error would say that nothing was changed."""
-    try:
-        return look()
-    except OSError:
-        return look()
-
-
-class Metadata:
-    """Reading and changing attributes of nodes; changing needs the node in the upper already."""
-
-    def __init__(self, stack: Stack, lookup: Lookup) -> None:
-        self._stack = stack
-        self._lookup = lookup
-        self._owners = Ownership(stack.config)
-        layers = (*stack.lower, stack.upper) if stack.upper is not None else stack.lower
-        self.overrides = any(layer.override is not None for layer in layers)
-
-    # --- where -----------------------------------------------------------------------------------------
-
-    def locate(self, node: Node) -> Located:
-        """Return where the topmost real object of a node lies; ESTALE when its last name has gone unseen."""
-        if node.orphan is not None:
-            return Located(self.upper, node.orphan, b"")
-        if isinstance(node, Dir):
-            return self._locate_dir(node)
-        if isinstance(node, File):
-            return self._locate_file(node)
-        raise oserror(errno.ESTALE)
-
-    def _locate_dir(self, node: Dir) -> Located:
-        if node.in_upper:
-            return Located(self.upper, self.upper.dirfd(self._lookup.path(node)), b"")
-        layer, path = node.lower[0]
-        return Located(layer, layer.dirfd(path), b"")
-
-    def _locate_file(self, node: File) -> Located:
-        if not node.in_upper:
-            if node.lower is None:
-                raise oserror(errno.ESTALE)
-            layer, path, name = node.lower
-            return Located(layer, layer.dirfd(path), name)
-        for (parent, name), in_upper in node.names.items():
-            if in_upper:
-                return Located(self.upper, self.upper.dirfd(self._lookup.path(parent)), name)
-        if node.index is not None and self.upper.work.index is not None:
-            return Located(self.upper, self.upper.work.index, node.index)
-        raise oserror(errno.ESTALE)
-
-    @property
-    def upper(self) -> Upper:
-        """The upper; EROFS without one."""
-        if self._stack.upper is None:
-            raise oserror(errno.EROFS)
-        return self._stack.upper
+    def __init__(self, core: Core) -> None:
+        super().__init__(core)
+        self._owners = Ownership(self._stack.config)
+        self.overrides = any(layer.override is not None for layer in self._stack.layers)
 
     # --- reading ---------------------------------------------------------------------------------------
 
-    def stat(self, node: Node) -> AnyStat:
-        """Return the attributes of the topmost real object."""
-        layer, dirfd, name = self.locate(node)
-        return layer.stat_at(dirfd, name)
-
-    def attributes(self, node: Node) -> Attributes:
-        """Return the attributes that the mount shows."""
-        fresh, self._lookup.fresh = self._lookup.fresh, None
-        found = fresh[1] if fresh is not None and fresh[0] is node else self.stat(node)
-        size, blocks = self._extent(node, found)
-        uid, gid = found.st_uid, found.st_gid
+    def attributes(self, node: Node, found: AnyStat | None = None) -> Attributes:
+        """Return the attributes that the mount shows; `found`: the stat that a lookup has just taken, if any."""
+        if found is None:
+            layer, dirfd, name = self._objects.locate(node)
+            found = layer.stat_at(dirfd, name)
+        size, blocks, nlink, uid, gid = found.st_size, found.st_blocks, found.st_nlink, found.st_uid, found.st_gid
+        if isinstance(node, File):
+            nlink = max(nlink + node.nlink_delta, 0)
+            if node.data is not None and (data := self._objects.data_stat(node)) is not None:
+                size, blocks = data.st_size, blocks + data.st_blocks
+        elif isinstance(node, Dir) and node.removed:
+            nlink = 0
+        elif self._stack.config.static_nlink or (isinstance(node, Dir) and len(node.lower) + node.in_upper > 1):
+            nlink = 1
         if not self._owners.plain:
             uid, gid = self._owners.shown(uid, gid)
         return Attributes(
             node.number,
             found.st_mode,
-            self._nlink(node, found),
+            nlink,
             uid,
             gid,
             found.st_rdev,
@@ -149,79 +91,52 @@ class Metadata:
             found.st_ctime_ns,
         )
 
-    def _nlink(self, node: Node, found: AnyStat) -> int:
-        if isinstance(node, File):
-            return max(found.st_nlink + node.nlink_delta, 0)
-        if isinstance(node, Dir) and node.removed:
-            return 0
-        merged = isinstance(node, Dir) and len(node.lower) + node.in_upper > 1
-        return 1 if merged or self._stack.config.static_nlink else found.st_nlink
-
-    @staticmethod
-    def _extent(node: Node, found: AnyStat) -> tuple[int, int]:
-        """Return size and blocks. A copy of metadata only has the size of its data, whatever it says itself.
-
-        After a crash it may say too little: btrfs makes a name durable without the size of a new inode, and a
-        truncation that was stopped has cut the copy and not unmarked it.
-        """
-        if isinstance(node, File) and node.data is not None and node.data.name:
-            layer, path, name = node.data.layer, node.data.path, node.data.name
-            below = after_change(lambda: layer.stat(path, name))  # a link has been made, perhaps
-            return below.st_size, found.st_blocks + below.st_blocks
-        return found.st_size, found.st_blocks
-
-    def size(self, node: Node, found: AnyStat) -> int:
-        """Return the size of a node that a stat of its real object found."""
-        return self._extent(node, found)[0]
-
     def readlink(self, node: Node) -> bytes:
         """Return the target of a symbolic link; EINVAL for anything else."""
         if node.kind != stat.S_IFLNK:
             raise oserror(errno.EINVAL)
-        _, dirfd, name = self.locate(node)
+        _, dirfd, name = self._objects.locate(node)
         return sysio.readlink_at(dirfd, name)
 
     # --- changing --------------------------------------------------------------------------------------
 
-    def change(self, node: Node, changes: Changes, writer: int | None) -> None:
+    def change(self, node: Node, changes: Changes) -> None:
         """Apply changes to a node in the upper: size, owner, mode, times, in this order.
 
-        Owner before mode, for chown clears set-id bits; `writer` is a descriptor open for writing, if there is one.
+        Owner before mode, because chown(2) clears set-id bits.
         """
         self._changed(node)
         if changes.size is not None:
-            self.truncate(node, changes.size, writer)
+            self.truncate(node, changes.size)
             if changes.strip:
                 self.strip_set_id(node)
-        _, dirfd, name = self.locate(node)
+        _, dirfd, name = self._objects.locate(node)
         if changes.uid is not None or changes.gid is not None:
             self._chown(dirfd, name, changes)
         if changes.mode is not None:
-            self.upper.set_mode(dirfd, name, stat.S_IMODE(changes.mode))
+            self._upper.set_mode(dirfd, name, stat.S_IMODE(changes.mode))
         if changes.atime_ns is not None or changes.mtime_ns is not None:
             sysio.utimens_at(dirfd, name, changes.atime_ns, changes.mtime_ns)
-        self._lookup.fresh = None
 
     def _chown(self, dirfd: int, name: bytes, changes: Changes) -> None:
         keep = -1
         uid = keep if changes.uid is None else changes.uid
         gid = keep if changes.gid is None else changes.gid
-        self.upper.set_owner(dirfd, name, *self._owners.stored(uid, gid))
+        self._upper.set_owner(dirfd, name, *self._owners.stored(uid, gid))
 
-    def truncate(self, node: Node, size: int, writer: int | None) -> None:
+    def truncate(self, node: Node, size: int) -> None:
         """Set the size of a regular file in the upper; EISDIR, EINVAL for anything else."""
         if node.kind == stat.S_IFDIR:
             raise oserror(errno.EISDIR)
         if node.kind != stat.S_IFREG:
             raise oserror(errno.EINVAL)
-        if writer is None and isinstance(node, File):
-            writer = node.writer
-        _, dirfd, name = self.locate(node)
+        writer = node.writer if isinstance(node, File) else None
+        _, dirfd, name = self._objects.locate(node)
         fd = sysio.open_child(dirfd, name, os.O_WRONLY | os.O_NONBLOCK) if writer is None else writer
         try:
             sysio.truncate_fd(fd, size)
         except OSError:
-            # Lifting for a truncation has cut it already, and moved the time: nothing is left to fail.
+            # Copy-up for a truncation has truncated it already, and set the time: nothing is left to do.
             if size != 0 or sysio.stat_at(fd, b"").st_size != 0:
                 raise
         finally:
@@ -229,24 +144,24 @@ class Metadata:
                 sysio.close(fd)
 
     def strip_set_id(self, node: Node) -> None:
-        """Clear set-id bits and capabilities, as a write by anybody but root does (semantics, section 10)."""
-        _, dirfd, name = self.locate(node)
-        mode = stat.S_IMODE(self.upper.stat_at(dirfd, name).st_mode)
+        """Clear set-id bits and capabilities, as a write by a user does (file_remove_privs in fs/inode.c)."""
+        _, dirfd, name = self._objects.locate(node)
+        mode = stat.S_IMODE(self._upper.stat_at(dirfd, name).st_mode)
         kept = mode & ~stat.S_ISUID
         if mode & stat.S_IXGRP:
             kept &= ~stat.S_ISGID
         if kept != mode:
-            self.upper.set_mode(dirfd, name, kept)
+            self._upper.set_mode(dirfd, name, kept)
         if sysio.find_xattr(dirfd, name, _CAPABILITY) is not None:
             sysio.removexattr_at(dirfd, name, _CAPABILITY)
 
     def inherited(self, parent: Dir) -> InheritedAttributes:
         """Return what objects made in a directory get from it; kept until its attributes change."""
         if parent.inherited is None:
-            layer, dirfd, name = self.locate(parent)
-            above = layer.stat_at(dirfd, name)
-            default = sysio.find_xattr(dirfd, name, acl.DEFAULT) if self.upper.features.acl else None
-            parent.inherited = InheritedAttributes(bool(above.st_mode & stat.S_ISGID), above.st_gid, default)
+            layer, dirfd, name = self._objects.locate(parent)
+            directory = layer.stat_at(dirfd, name)
+            default = sysio.find_xattr(dirfd, name, acl.DEFAULT) if self._upper.features.acl else None
+            parent.inherited = InheritedAttributes(bool(directory.st_mode & stat.S_ISGID), directory.st_gid, default)
         return parent.inherited
 
     def owner_for(self, parent: Dir, uid: int, gid: int) -> tuple[int, int, bool]:
@@ -265,7 +180,7 @@ class Metadata:
     def find_xattr(self, node: Node, name: bytes) -> bytes | None:
         """Return the value of an attribute; None for none, for hidden ones, and where there are no such attributes."""
         self._require_acl(name)
-        layer, dirfd, child = self.locate(node)
+        layer, dirfd, child = self._objects.locate(node)
         try:
             stored = xattrs.stored_name(name, layer.override is not None)
         except PermissionError:
@@ -277,7 +192,7 @@ class Metadata:
         value = self.find_xattr(node, name)
         if value is not None:
             return value
-        layer, dirfd, child = self.locate(node)
+        layer, dirfd, child = self._objects.locate(node)
         try:
             stored = xattrs.stored_name(name, layer.override is not None)
         except PermissionError:
@@ -286,7 +201,7 @@ class Metadata:
 
     def listxattr(self, node: Node) -> list[bytes]:
         """Return the names of the attributes that users of the mount may know of."""
-        layer, dirfd, child = self.locate(node)
+        layer, dirfd, child = self._objects.locate(node)
         shown = (xattrs.shown_name(a, layer.override is not None) for a in sysio.listxattr_at(dirfd, child))
         return [a for a in shown if a is not None and not (self._stack.config.noacl and a.startswith(_ACL_PREFIX))]
 
@@ -294,17 +209,15 @@ class Metadata:
         """Set an attribute of a node in the upper; EPERM for private ones."""
         self._require_acl(name)
         self._changed(node)
-        _, dirfd, child = self.locate(node)
+        _, dirfd, child = self._objects.locate(node)
         sysio.setxattr_at(dirfd, child, self._writable(name), value, flags)
-        self._lookup.fresh = None
 
     def removexattr(self, node: Node, name: bytes) -> None:
         """Remove an attribute of a node in the upper; ENODATA for none."""
         self._require_acl(name)
         self._changed(node)
-        _, dirfd, child = self.locate(node)
+        _, dirfd, child = self._objects.locate(node)
         sysio.removexattr_at(dirfd, child, self._writable(name))
-        self._lookup.fresh = None
 
     def check_xattr(self, name: bytes) -> None:
         """Raise what a change of this attribute would raise before anything is copied up."""
@@ -312,16 +225,22 @@ class Metadata:
         self._writable(name)
 
     def _writable(self, name: bytes) -> bytes:
-        _ = self.upper
+        _ = self._upper
         return xattrs.stored_name(name, self.overrides)
 
     def _require_acl(self, name: bytes) -> None:
         if self._stack.config.noacl and name.startswith(_ACL_PREFIX):
             raise oserror(errno.EOPNOTSUPP)
 
-    # --- all of it -------------------------------------------------------------------------------------
+    # --- the file system -------------------------------------------------------------------------------
 
-    def filesystem(self) -> os.statvfs_result:
+    def statfs(self) -> os.statvfs_result:
         """Return capacity and limits: of the upper, or of the top layer without one."""
         layer = self._stack.upper or self._stack.lower[0]
         return sysio.statvfs_fd(layer.root)
+
+    @property
+    def longest_name(self) -> int:
+        """The length in bytes of the longest name that can be made and removed: `.wh.` whiteouts take four."""
+        upper = self._stack.upper
+        return LONGEST_NAME if upper is None or upper.features.devices else LONGEST_NAME - len(whiteout.PREFIX)

@@ -1,9 +1,10 @@
-"""Nodes: what the kernel knows by a number, each one object of the merged tree, and the table that owns them.
+"""Nodes: what the kernel knows by a node id, each one object of the merged tree, and the table that owns them.
 
-A node lives while the kernel counts look-ups of it, while a handle is open, while it has children that live, and a
-little longer (`_IDLE`). All state here changes on one loop only; threads never see a node (design, D9).
+A node lives while the kernel holds lookups of it, while a handle is open, while it has live children, and a little
+longer (`_IDLE`). All state here changes on the loop only; threads get descriptors and values, never a node.
 """
 
+import errno
 import itertools
 import stat
 from collections import OrderedDict
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from overlayfs import sysio
-from overlayfs.tree.layer import Layer
+from overlayfs.errors import oserror
+from overlayfs.tree.layer import Layer, join
 from overlayfs.union.resolve import Kind
 
 ROOT_NUMBER = 1
@@ -33,7 +35,7 @@ class LowerDir(NamedTuple):
 
 
 class LowerFile(NamedTuple):
-    """A place in a lower layer that holds anything but a directory."""
+    """Anything but a directory in a lower layer: `name` in the directory `path`."""
 
     layer: Layer
     path: bytes
@@ -41,7 +43,7 @@ class LowerFile(NamedTuple):
 
 
 class InheritedAttributes(NamedTuple):
-    """What a new object gets from its directory: the group if `set_group`, and the default ACL if there is one."""
+    """What a new object inherits from its directory: the group if `set_group`, and the default ACL if there is one."""
 
     set_group: bool
     group: int
@@ -51,8 +53,8 @@ class InheritedAttributes(NamedTuple):
 class Node:
     """What directories and other nodes have in common. `kind` is the S_IFMT part of the mode.
 
-    appeared: when the upper last got a name of it, 0 for not in our time; its names are durable where the directory has
-    been synced since.
+    appeared: the moment at which the upper last got a name of it, 0 for before this mount; its names are durable where
+    the directory has been synced since.
     """
 
     __slots__ = ("appeared", "copying_up", "handles", "in_upper", "kind", "lookups", "number", "orphan")
@@ -69,31 +71,32 @@ class Node:
 
 
 class Dir(Node):
-    """A directory: parts in the upper (`in_upper`) and in lower layers, top first.
+    """A directory: one in the upper (`in_upper`) merged with directories of lower layers, top first.
 
-    below: the merged names of the lower parts, index of the parts that make up each; they never change, so this is
-    built at most once. upper_names: the kinds the upper holds, kept in step with our own changes. Both are None until
-    somebody needs them. sealed: what former uppers hold, the newest first, that `below` does not count yet.
-    changed, synced: when names in the upper last changed, and up to when that is durable. owed: directories that must
-    be durable before this one is, because what lies here now has left something there, and since when. heirloom: what
-    objects made in it get from it, None until somebody makes one and whenever its attributes have changed.
+    lower_names: the merged names of the lower directories, with the indexes of those that make up each; they never
+    change, so this is built at most once. upper_names: the kinds in the upper, updated by our own changes. Both are
+    None until they are needed. pending_uppers: the names of former uppers, the newest first, that are not merged into
+    `lower_names` yet. changed, synced: when names in the upper last changed, and up to which moment that is durable.
+    sync_before: directories that must be durable before this one, because an object here has moved away from there,
+    and since when. inherited: what new objects in it inherit, None until the first one is made and whenever the
+    attributes of the directory have changed.
     """
 
     __slots__ = (
-        "below",
         "changed",
         "children",
         "impure",
         "inherited",
         "lower",
+        "lower_names",
         "name",
         "opaque",
-        "owed",
         "parent",
         "path_cache",
+        "pending_uppers",
         "redirect_denied",
         "removed",
-        "sealed",
+        "sync_before",
         "synced",
         "upper_names",
     )  # fmt: skip
@@ -111,20 +114,20 @@ class Dir(Node):
         self.impure = False
         self.removed = False
         self.children: dict[bytes, Node] = {}
-        self.below: dict[bytes, tuple[int, ...]] | None = None
+        self.lower_names: dict[bytes, tuple[int, ...]] | None = None
         self.upper_names: dict[bytes, Kind] | None = None
-        self.sealed: tuple[dict[bytes, Kind], ...] = ()
+        self.pending_uppers: tuple[dict[bytes, Kind], ...] = ()
         self.changed = 0
         self.synced = 0
-        self.owed: dict[Dir, int] | None = None
+        self.sync_before: dict[Dir, int] | None = None
         self.path_cache: tuple[int, bytes] = (-1, b"")
 
-    def gain(self, name: bytes, kind: Kind, node: Node) -> None:
+    def record_node(self, name: bytes, kind: Kind, node: Node) -> None:
         """Record that the upper now holds a node under a name."""
-        self.note(name, kind)
+        self.record(name, kind)
         node.appeared = self.changed
 
-    def note(self, name: bytes, kind: Kind) -> None:
+    def record(self, name: bytes, kind: Kind) -> None:
         """Record what the upper now holds under a name; ABSENT for nothing."""
         self.changed = next(_moments)
         if self.upper_names is None:
@@ -134,53 +137,60 @@ class Dir(Node):
         else:
             self.upper_names[name] = kind
 
-    def owe(self, *left: "Dir") -> None:
-        """Note that what has a name here now has left these directories.
+    def sync_after(self, *left: "Dir") -> None:
+        """Note that an object has moved here from these directories, so that they must be synced first.
 
-        Were the name here durable and what took its place there not (nothing, a whiteout, what it was exchanged with),
-        an object would show twice, or not at all: btrfs makes durable what is asked for, and no more.
+        Were its name here durable and the change there not (nothing, a whiteout, what it was exchanged with), a crash
+        would show it twice, or not at all: btrfs makes durable what is asked for, and no more.
         """
-        debts = [*self.debts(), *left, *(each for old in left for each in old.debts())]
-        if debts:
-            self.owed = dict.fromkeys(debts, self.changed)
+        first = [*self.unsynced_before(), *left, *(each for old in left for each in old.unsynced_before())]
+        if first:
+            self.sync_before = dict.fromkeys(first, self.changed)
 
-    def debts(self) -> "list[Dir]":
-        """Return the directories of the upper to be synced before this one: where one was removed, what held it."""
-        return [_standing(left) for left, since in (self.owed or {}).items() if self.synced < since]
+    def unsynced_before(self) -> "list[Dir]":
+        """Return the upper directories to sync before this one; for a removed one, the directory it was in."""
+        return [_existing(left) for left, since in (self.sync_before or {}).items() if self.synced < since]
 
-    def seal(self) -> None:
-        """Note that the upper is about to become the first of the lower parts; its listing is merged when needed."""
+    def add_pending_upper(self) -> None:
+        """Note that the upper is about to become the first lower directory; its names are merged when needed."""
         if not self.lower:
-            self.below, self.sealed = {}, ()
-        if self.below is None or self.upper_names is None:
-            self.below, self.sealed = None, ()
+            self.lower_names, self.pending_uppers = {}, ()
+        if self.lower_names is None or self.upper_names is None:
+            self.lower_names, self.pending_uppers = None, ()
         else:
-            self.sealed = (self.upper_names, *self.sealed)
+            self.pending_uppers = (self.upper_names, *self.pending_uppers)
 
-    def is_below(self, other: "Dir") -> bool:
-        """Return whether this directory is `other` or lies in it."""
+    def is_within(self, other: "Dir") -> bool:
+        """Return whether this directory is `other` or anywhere inside it."""
         walk: Dir | None = self
         while walk is not None and walk is not other:
             walk = walk.parent
         return walk is other
 
 
-def _standing(directory: Dir) -> Dir:
+def _existing(directory: Dir) -> Dir:
     while directory.removed and directory.parent is not None:
         directory = directory.parent
     return directory
 
 
+def as_dir(node: Node) -> Dir:
+    """Return a node as the directory that it is; ENOTDIR for anything else."""
+    if not isinstance(node, Dir):
+        raise oserror(errno.ENOTDIR)
+    return node
+
+
 class File(Node):
     """Anything but a directory.
 
-    names: every name known of it, with whether that name exists in the upper. lower: where it lies (or came from)
-    below. sole: what lies there is known to have no other name. data: where its data lies while the upper holds
-    metadata only. index: its entry in the index, if it has one. nlink_delta: what the union's link count is beyond that
-    of the real object that holds it.
-    reader, writer: the descriptors through which all its handles read and write, used on the loop alone: a thread gets
-    a duplicate, so one that is replaced can be closed. sync_error: the errno of a failed fsync, 0 for none.
-    unmarked: when the mark went that its data lies below, 0 where that is durable.
+    names: every known name, with whether it exists in the upper. lower: the lower file that it is, or that it was
+    copied up from. single_link: that file is known to have no other name. data: the lower file with its data while the
+    upper holds metadata only. index: its entry in the index, if it has one. nlink_delta: the union's link count minus
+    that of the real object.
+    reader, writer: the descriptors that all its handles read and write through, used on the loop only: a thread gets a
+    duplicate, so that a replaced one can be closed. sync_error: the errno of a failed fsync, 0 for none. unmarked: when
+    its metacopy mark was removed, 0 where that is durable.
     """
 
     __slots__ = (
@@ -203,7 +213,7 @@ class File(Node):
         self.unmarked = 0
 
     def unmark(self) -> None:
-        """Note that all data lies in the upper now, and that the mark has gone which said otherwise."""
+        """Note that the upper has all the data now, and that the metacopy mark has been removed."""
         self.data = None
         self.unmarked = next(_moments)
 
@@ -219,8 +229,8 @@ class NodeTable:
         self._kept = False
         self._mask = _MASK_32 if ino32 else -1
         self._spare = _FIRST_SPARE_32 if ino32 else _FIRST_SPARE
-        self.unnamed: set[File] = set()  # files that have lost every name that is known of them
-        self.on_drop: list[Callable[[Dir], None]] = []  # are told of each directory that leaves the table
+        self.unnamed: set[File] = set()  # files that have lost every known name
+        self.on_drop: list[Callable[[Dir], None]] = []  # called with each directory that leaves the table
         self.epoch = 0  # grows when a directory moves: cached paths of an older epoch are void
 
     def __len__(self) -> int:
@@ -229,12 +239,30 @@ class NodeTable:
     def __iter__(self) -> Iterator[Node]:
         return iter(self._by_number.values())
 
+    def path(self, node: Dir) -> bytes:
+        """Return the path of a directory in the overlay, which is also its path in the upper."""
+        epoch, path = node.path_cache
+        return path if epoch == self.epoch else self._find_path(node)
+
+    def _find_path(self, node: Dir) -> bytes:
+        # Not recursive: a tree may be deeper than the interpreter's stack.
+        unknown = []
+        walk: Dir | None = node
+        while walk is not None and walk.path_cache[0] != self.epoch:
+            unknown.append(walk)
+            walk = walk.parent
+        path = walk.path_cache[1] if walk is not None else b""
+        for each in reversed(unknown):
+            path = join(path, each.name)
+            each.path_cache = (self.epoch, path)
+        return path
+
     def by_key(self, key: Key) -> File | None:
-        """Return the live file that is the real object `key`."""
+        """Return the live file whose real object is `key`, or None."""
         return self._by_key.get(key)
 
     def free_number(self, *preferred: int) -> int:
-        """Return the first of these numbers that no live node has, else one that nothing else uses."""
+        """Return the first of these numbers that no live node has, else a spare one."""
         for number in preferred:
             number &= self._mask
             if number > ROOT_NUMBER and number not in self._by_number:
@@ -243,19 +271,25 @@ class NodeTable:
             self._spare += 1
         return self._spare
 
-    def add(self, node: Node) -> None:
-        """Take a new node, which has its name, into the table; nobody counts on it yet."""
+    def add(self, node: Node, parent: Dir, name: bytes, in_upper: bool) -> None:
+        """Give a node a name and take it into the table; it is idle until the kernel or a handle uses it."""
+        self.attach(node, parent, name, in_upper)
         self._by_number[node.number] = node
-        if not _is_used(node):
+        if not (node.lookups or node.handles or node.copying_up or (isinstance(node, Dir) and node.children)):
             self._idle[node.number] = node
-            self._drop_oldest()
+            if len(self._idle) > _IDLE:
+                self._drop_oldest()
+
+    def add_root(self, root: Dir) -> None:
+        """Take in the root, which is never idle."""
+        self._by_number[root.number] = root
 
     def add_unnamed(self, node: Node) -> None:
-        """Take in a node without a name; the caller gives it a handle before anything else happens."""
+        """Take in a node without a name; the caller opens a handle of it before anything else happens."""
         self._by_number[node.number] = node
 
     def add_key(self, node: File, key: Key) -> None:
-        """Let a file be found by one more real object that it is."""
+        """Find a file by this real object, too."""
         node.keys += (key,)
         self._by_key[key] = node
 
@@ -271,34 +305,34 @@ class NodeTable:
             self.epoch += 1
 
     def detach(self, node: Node, parent: Dir, name: bytes) -> None:
-        """Take a name away from a node."""
+        """Remove a name from a node."""
         parent.children.pop(name, None)
         if isinstance(node, File):
             node.names.pop((parent, name), None)
             if not node.names:
                 self.unnamed.add(node)
-        self._rest(parent)
+        self._make_idle(parent)
 
     def remember(self, node: Node, count: int = 1) -> None:
-        """Count look-ups that the kernel was told of."""
+        """Count lookups in replies to the kernel."""
         node.lookups += count
         self._idle.pop(node.number, None)
 
     def forget(self, number: int, count: int) -> None:
-        """Count look-ups that the kernel has given back."""
+        """Take back lookups that the kernel has forgotten (FORGET)."""
         node = self._by_number.get(number)
         if node is not None and number != ROOT_NUMBER:
             node.lookups -= count
-            self._rest(node)
+            self._make_idle(node)
 
     def is_held(self, number: int) -> bool:
-        """Return whether the kernel counts look-ups of a number."""
+        """Return whether the kernel holds lookups of a number."""
         node = self._by_number.get(number)
         return node is not None and node.lookups > 0
 
     def released(self, node: Node) -> None:
-        """A handle of the node has been closed: it may rest now."""
-        self._rest(node)
+        """A handle of the node has been closed: the node may be idle now."""
+        self._make_idle(node)
 
     def close(self) -> None:
         """Close every descriptor that a node holds."""
@@ -309,7 +343,7 @@ class NodeTable:
         self._idle.clear()
         self.unnamed.clear()
 
-    def _rest(self, node: Node) -> None:
+    def _make_idle(self, node: Node) -> None:
         if _is_used(node) or self._by_number.get(node.number) is not node:
             return
         if (isinstance(node, Dir) and node.removed) or (isinstance(node, File) and not node.names):
@@ -320,12 +354,12 @@ class NodeTable:
         self._drop_oldest()
 
     def keep(self, kept: bool) -> None:
-        """Let no node go that only rests, or do so again: somebody may be at work on it."""
+        """Drop no idle node while `kept`: another thread may be working with it."""
         self._kept = kept
         self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        # Who goes may leave a parent that rests from now on: that one waits for its turn in this very loop.
+        # A dropped node may leave an idle parent, which waits for its turn in this very loop.
         if self._kept:
             return
         self._kept = True
@@ -349,15 +383,15 @@ class NodeTable:
             for parent, name in list(node.names):
                 self._leave(node, parent, name)
         elif isinstance(node, Dir):
-            for told in self.on_drop:
-                told(node)
+            for notify in self.on_drop:
+                notify(node)
             if node.parent is not None:
                 self._leave(node, node.parent, node.name)
 
     def _leave(self, node: Node, parent: Dir, name: bytes) -> None:
         if parent.children.get(name) is node:
             del parent.children[name]
-        self._rest(parent)
+        self._make_idle(parent)
 
 
 def _is_used(node: Node) -> bool:
@@ -380,3 +414,9 @@ def close_backing(node: File) -> None:
         if fd is not None:
             sysio.close(fd)
     node.reader = node.writer = None
+
+
+def close_unused_backing(node: Node) -> None:
+    """Close the descriptors of a file without open handles: copy-up for a truncation leaves one open."""
+    if isinstance(node, File) and not node.handles:
+        close_backing(node)

@@ -1,4 +1,4 @@
-"""A change of seats: the upper becomes the top layer, an empty one takes its place, and the tree stays what it is.
+"""A change of new_uppers: the upper becomes the top layer, an empty one takes its place, and the tree stays what it is.
 
 Numbers, handles, descriptors and listings go on; only where things lie changes. First `prepare`, in small steps with
 other verbs between them: what only the index of the work directory knows becomes names in the upper, since a layer has
@@ -20,9 +20,8 @@ from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.format import origin, xattrs
 from overlayfs.fs.copyup import CopyUp
-from overlayfs.fs.lookup import Lookup
-from overlayfs.fs.metadata import Metadata
-from overlayfs.fs.nodes import Dir, File, LowerDir, LowerFile, Node, NodeTable
+from overlayfs.fs.core import Core, Verbs
+from overlayfs.fs.nodes import Dir, File, LowerDir, LowerFile, Node
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.layer import Layer, join
 from overlayfs.union.resolve import Kind
@@ -30,22 +29,19 @@ from overlayfs.union.resolve import Kind
 _SEARCHES = 3  # before the rest is left to `rotate`: each is good only if no directory moves meanwhile
 
 
-class Rotation:
-    """One change of seats of one overlay. On the loop."""
+class Rotation(Verbs):
+    """One rotation of the upper of one overlay. On the loop."""
 
-    def __init__(self, stack: Stack, nodes: NodeTable, lookup: Lookup, attributes: Metadata, copyup: CopyUp) -> None:
-        self._stack = stack
-        self._nodes = nodes
-        self._lookup = lookup
-        self._attributes = attributes
+    def __init__(self, core: Core, copyup: CopyUp) -> None:
+        super().__init__(core)
         self._copyup = copyup
-        self._nameless: set[int] = set()  # numbers of unlinked files whose other names lie outside the tree
+        self._nameless: set[int] = set()  # numbers of unlinked files whose other names are outside the tree
 
     # --- before ----------------------------------------------------------------------------------------
 
     def prepare(self) -> Iterator[None]:
         """Make the upper independent of the index, a little further at each step; other verbs may run between steps."""
-        self._attributes.upper.work.drop_unused_index()
+        self._upper.work.drop_unused_index()
         for entry in self._entries():
             yield
             self._join_known_names(entry)
@@ -61,22 +57,22 @@ class Rotation:
         return not self._entries() and not self._strays()
 
     def _entries(self) -> list[bytes]:
-        index = self._attributes.upper.work.index
+        index = self._upper.work.index
         return [] if index is None else [name for name, _ in sysio.list_dir(index)]
 
     def _find(self, entry: bytes) -> tuple[File | None, int]:
         """Return the live file that an entry stands for, and the descriptor of the index, borrowed."""
-        index = self._attributes.upper.work.index
+        index = self._upper.work.index
         assert index is not None
         found = sysio.stat_at(index, entry)
         return self._nodes.by_key((found.st_dev, found.st_ino)), index
 
     def _missing(self, entry: bytes) -> int:
         """Return how many names an indexed file has in the union beyond those in the upper."""
-        upper = self._attributes.upper
+        upper = self._upper
         assert upper.work.index is not None
         # The delta is relative to the upper's link count, which counts the entry of the index as well.
-        return self._lookup.nlink_delta(upper.index_marks(entry), sysio.stat_at(upper.work.index, entry)) + 1
+        return self._lookup.origins.nlink_delta(upper.index_marks(entry), sysio.stat_at(upper.work.index, entry)) + 1
 
     def _join_known_names(self, entry: bytes) -> None:
         node, _ = self._find(entry)
@@ -100,7 +96,7 @@ class Rotation:
         node, index = self._find(entry)
         if node is not None and False in node.names.values():
             return  # it is being lifted
-        pin = self._stack.dirfds.retry(lambda: sysio.open_child(index, entry, os.O_PATH))
+        pin = self._stack.dirfds.open_child(index, entry, os.O_PATH)
         try:
             sysio.unlink_at(index, entry)
             if node is not None:
@@ -112,9 +108,9 @@ class Rotation:
 
     def _settle_origin(self, pin: int) -> None:
         """Let a file keep the origin that says what number it has, where nothing needs the one right below any more."""
-        upper = self._attributes.upper
+        upper = self._upper
         marks = upper.marks_at(pin, b"")
-        first = self._lookup.lasting_origin(marks)
+        first = self._lookup.origins.lasting(marks)
         if first is not None and not marks.metacopy:
             upper.set_mark(pin, b"", xattrs.ORIGIN, origin.encode(first))
             upper.drop_mark(pin, b"", xattrs.NLINK)
@@ -194,17 +190,16 @@ class Rotation:
             pass
         if self._entries() or self._copyup.running:
             raise oserror(errno.EBUSY)  # what an entry leads to would be written to, in the layer
-        seat = self._stack.open_new_upper(next_upper)
+        new_upper = self._stack.open_new_upper(next_upper)
         try:
-            seat.apply_attributes()
+            new_upper.apply_attributes()
             move()
         except BaseException:
-            seat.close()
+            new_upper.close()
             raise
-        former = self._stack.take(seat, layer)
+        former = self._stack.rotate(new_upper, layer)
         with _no_collection():
             self._move_nodes(former)
-        self._lookup.fresh = None
 
     def _move_nodes(self, layer: Layer) -> None:
         """Tell every live node of the upper where it lies now: by directory, for that is the least work.
@@ -266,7 +261,7 @@ def _retire_writer(node: File, writer: int) -> None:
 
 
 def _move_dir(node: Dir, part: LowerDir, is_root: bool) -> None:
-    node.seal()
+    node.add_pending_upper()
     node.lower = (part, *node.lower)
     node.in_upper = is_root
     node.upper_names = {} if is_root else None

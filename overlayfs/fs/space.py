@@ -1,7 +1,7 @@
 """What can be done with the space of a file and with the file as such: holes, ranges, flags, birth.
 
-All of it goes to the real file, so it is as good as its file system. What changes something needs the file's data
-in the upper already.
+All of it goes to the real file, so it is as good as its file system. A file that is changed must be in the upper
+already, with its data.
 """
 
 import errno
@@ -12,9 +12,8 @@ from typing import TypeVar
 
 from overlayfs import sysio
 from overlayfs.errors import oserror
+from overlayfs.fs.core import Core, Verbs
 from overlayfs.fs.files import FileHandle, Files
-from overlayfs.fs.lookup import Lookup
-from overlayfs.fs.metadata import Metadata
 from overlayfs.fs.nodes import Node
 
 R = TypeVar("R")
@@ -31,12 +30,11 @@ READING_REQUESTS = {FS_IOC_GETFLAGS: 4, FS_IOC_GETVERSION: 4, FS_IOC_FSGETXATTR:
 CHANGING_REQUESTS = {FS_IOC_SETFLAGS: 4, FS_IOC_FSSETXATTR: 28}
 
 
-class Space:
+class Space(Verbs):
     """These verbs, on nodes and on the handles of `Files`."""
 
-    def __init__(self, attributes: Metadata, lookup: Lookup, files: Files) -> None:
-        self._attributes = attributes
-        self._lookup = lookup
+    def __init__(self, core: Core, files: Files) -> None:
+        super().__init__(core)
         self._files = files
 
     def seek(self, handle: FileHandle, offset: int, whence: int) -> int:
@@ -47,14 +45,12 @@ class Space:
 
     def allocate(self, handle: FileHandle, mode: int, offset: int, length: int) -> None:
         """Do fallocate(2) on a file open for writing: all modes that the upper's file system has."""
-        self._lookup.fresh = None
         sysio.fallocate(self._files.writable(handle), mode, offset, length)
 
     def prepare_copy(
         self, source: FileHandle, offset: int, target: FileHandle, target_offset: int, length: int
     ) -> Callable[[], int]:
         """Return the call that copies a range between two open files and returns its length; any thread may make it."""
-        self._lookup.fresh = None
         write_to = os.dup(self._files.writable(target))
         try:
             read_from = os.dup(self._files.readable(source))
@@ -72,8 +68,8 @@ class Space:
         return copy
 
     def birth(self, node: Node) -> int | None:
-        """Return when the real object was made, in nanoseconds since 1970, None where nobody knows."""
-        _, dirfd, name = self._attributes.locate(node)
+        """Return when the real object was made, in nanoseconds since 1970, None where that is not recorded."""
+        _, dirfd, name = self._objects.locate(node)
         return sysio.birth_time(dirfd, name)
 
     def read_flags(self, node: Node, request: int) -> bytes:
@@ -88,13 +84,12 @@ class Space:
         size = CHANGING_REQUESTS[request]
         if len(value) < size:
             raise oserror(errno.EINVAL)
-        self._lookup.fresh = None
         self._with_object(node, lambda fd: sysio.set_file_attributes(fd, request, value[:size]))
 
     def _with_object(self, node: Node, act: Callable[[int], R]) -> R:
         if node.kind not in (stat.S_IFREG, stat.S_IFDIR):
             raise oserror(errno.ENOTTY)  # the others have no flags of their own, and opening some of them acts
-        _, dirfd, name = self._attributes.locate(node)
+        _, dirfd, name = self._objects.locate(node)
         fd = sysio.open_child(dirfd, name, os.O_RDONLY | os.O_NONBLOCK)
         try:
             return act(fd)

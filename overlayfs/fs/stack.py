@@ -109,20 +109,20 @@ class Stack:
         assert self.upper is not None
         return NewUpper(self, self.upper, path)
 
-    def take(self, seat: "NewUpper", path: bytes) -> Layer:
-        """Let the upper of a seat be the upper, and the former upper the top layer, which lies at `path` now."""
+    def rotate(self, new_upper: "NewUpper", path: bytes) -> Layer:
+        """Let the upper of a new_upper be the upper, and the former upper the top layer, which lies at `path` now."""
         former = self.upper
         assert former is not None
         for layer in self.lower:
             layer.index += 1
-        top = Layer(1, seat.former_root, self.dirfds, self._read_mode, lowest=False)
-        self._undo.callback(sysio.close, seat.former_root)
-        self.upper, self.lower = seat.upper, (top, *self.lower)
+        top = Layer(1, new_upper.former_root, self.dirfds, self._read_mode, lowest=False)
+        self._undo.callback(sysio.close, new_upper.former_root)
+        self.upper, self.lower = new_upper.upper, (top, *self.lower)
         self.config = dataclasses.replace(self.config, lower=(path, *self.config.lower))
         for layer in self.lower:
             layer.hidden = self.hidden
         self.dirfds.forget_root(former.root)
-        self._upper_root.exchange(seat.upper.root)
+        self._upper_root.exchange(new_upper.upper.root)
         return top
 
     def number(self, filesystem: FileSystem, inode: int) -> int:
@@ -169,7 +169,7 @@ class NewUpper:
         self.upper.copy_root_attributes(self._present)
 
     def close(self) -> None:
-        """Give both descriptors back: the seat is not taken."""
+        """Give both descriptors back: the new_upper is not taken."""
         sysio.close(self.former_root)
         sysio.close(self.upper.root)
 

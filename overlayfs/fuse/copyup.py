@@ -1,67 +1,68 @@
-"""Bringing nodes to the upper before a verb changes them, without stopping the loop for long copies.
+"""Copying nodes up before a verb changes them, without stopping the loop for long copies.
 
-The node table says what to lift next, ancestors first. Each step runs under the lock of its node: staged
-in a thread when heavy, published on the loop. While a task waited for the lock another one may have done
-the work, so the question is asked again inside.
+Each step is made and carried out under the lock of its node: staged in a thread when data is copied, published on the
+loop. While a task waits for the lock another one may copy the node up, so that is checked inside.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import TypeVar
 
-from overlayfs.fs.copyup import CopyUpStep, Requirement
+from overlayfs.fs.copyup import Requirement, Requirements, is_met
+from overlayfs.fs.copyup_steps import CopyUpStep
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.gate import Gate
 from overlayfs.fuse.locks import KeyedLocks
 from overlayfs.fuse.threads import Threads
 
+Required = TypeVar("Required", bound=Requirements)
+
 
 class CopyUpRunner:
-    """Lifts nodes of one overlay."""
+    """Copies up the nodes of one overlay."""
 
     def __init__(self, overlay: Overlay, locks: KeyedLocks, threads: Threads, gate: Gate) -> None:
-        self._overlay = overlay
+        self._copyup = overlay.copyup
         self._locks = locks
         self._threads = threads
         self._gate = gate
 
-    async def copy_up(self, node: Node, requirement: Requirement) -> None:
-        """Return when `node` is in the upper as far as `need` says; OSError of the layer, nothing changed.
+    async def copy_up_all(self, requirements: Callable[[], Required]) -> Required:
+        """Return the requirements when all are met; OSError of a layer, and nothing is changed.
 
-        The caller is inside the gate, and may be led outside and in again on the way.
+        The last pass over them runs without a wait, so at its end, and until the caller waits, every node is where the
+        verb requires it and none is being copied up. The caller is inside the gate, and may leave it on the way.
         """
-        while step := self._overlay.next_copy_up(node, requirement):
-            if step.heavy:
-                async with self._gate.heavy() as stepped_out:
-                    if not stepped_out:
-                        await self._take(step, node, requirement)
-            else:
-                await self._take(step, node, requirement)
-
-    async def _take(self, step: CopyUpStep, node: Node, requirement: Requirement) -> None:
-        """Take the next step under the lock of its node, if it is still the next one then."""
-        async with self._locks.hold(step.node.number):
-            current = self._overlay.next_copy_up(node, requirement)
-            if current is not None and current.node is step.node:
-                await self._carry_out(current)
-
-    async def copy_up_all(self, wanted: Callable[[], Iterable[tuple[Node, Requirement]]]) -> None:
-        """Return when one pass over `wanted()` finds nothing to lift.
-
-        That pass runs without a wait, so at its end, and until the caller waits, every node is where the verb
-        wants it and none is being lifted by another task.
-        """
-        waited = True
-        while waited:
+        while True:
+            required = requirements()
             waited = False
-            for node, requirement in wanted():
-                if self._overlay.next_copy_up(node, requirement) is not None:
+            for node, requirement in required:
+                while not is_met(node, requirement):
                     waited = True
-                    await self.copy_up(node, requirement)
+                    await self._copy_up_next(node, requirement)
+            if not waited:
+                return required
+
+    async def _copy_up_next(self, node: Node, requirement: Requirement) -> None:
+        following = self._copyup.next_node(node)
+        if following is not node:
+            requirement = Requirement.METADATA
+        if not self._copyup.copies_data(following, requirement):
+            await self._perform(following, requirement)
+            return
+        async with self._gate.heavy() as stepped_out:
+            if not stepped_out:
+                await self._perform(following, requirement)
+
+    async def _perform(self, node: Node, requirement: Requirement) -> None:
+        async with self._locks.hold(node.number):
+            if not is_met(node, requirement) and self._copyup.next_node(node) is node:
+                await self._carry_out(self._copyup.step(node, requirement))
 
     async def _carry_out(self, step: CopyUpStep) -> None:
         try:
             step.begin()
-            if step.heavy:
+            if step.copies_data:
                 await self._threads.run(step.stage)
             else:
                 step.stage()

@@ -236,9 +236,9 @@ class _Side:
         entry = self._index_entry(node) if isinstance(node, File) else None
         if entry is not None:
             return self._indexed_details(node, entry)
-        target = self.overlay.readlink(node) if node.kind == stat.S_IFLNK else b""
-        names = filter(is_portable, self.overlay.listxattr(node))
-        return target, {name: self.overlay.getxattr(node, name) for name in names}
+        target = self.overlay.metadata.readlink(node) if node.kind == stat.S_IFLNK else b""
+        names = filter(is_portable, self.overlay.metadata.listxattr(node))
+        return target, {name: self.overlay.metadata.getxattr(node, name) for name in names}
 
     def _indexed_details(self, node: Node, entry: bytes) -> tuple[bytes, dict[bytes, bytes]]:
         assert self._index is not None

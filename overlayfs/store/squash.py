@@ -118,10 +118,13 @@ class _Writer:
 
     def _add(self, parent: bytes, name: bytes, source: Source) -> None:
         try:
-            temporary = staging.build(self._upper, source)
+            staged = staging.build(self._upper, source)
         finally:
             source.close()
-        sysio.rename_at(self._upper.work.fd, temporary, self._upper.dirfd(parent), name)
+        try:
+            sysio.rename_at(self._upper.work.fd, staged.name, self._upper.dirfd(parent), name)
+        finally:
+            staged.close()
 
     def hide(self, parent: bytes, name: bytes) -> None:
         """Create a whiteout."""

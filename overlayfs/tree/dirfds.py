@@ -46,6 +46,15 @@ class DirFds:
             self._open.move_to_end(key)
         return fd
 
+    def open_child(self, dirfd: int, name: bytes, flags: int, mode: int = 0) -> int:
+        """Return what `sysio.open_child` returns; when descriptors have run out, close half of the cache and retry."""
+        try:
+            return sysio.open_child(dirfd, name, flags, mode)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        return self.retry(lambda: sysio.open_child(dirfd, name, flags, mode))
+
     def retry(self, opener: Callable[[], int]) -> int:
         """Return the result of `opener`; if descriptors have run out, close half of the cache and call it again."""
         try:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from overlayfs import sysio
 from overlayfs.format import xattrs
@@ -61,18 +62,41 @@ class Source:
             sysio.close(self.data)
 
 
-def build(upper: Upper, source: Source) -> bytes:
-    """Build a copy of `source` in the work directory and return its temporary name; after an error nothing is left."""
+class Staged(NamedTuple):
+    """A complete copy in the work directory: its temporary name, and for a regular file a descriptor for writing."""
+
+    name: bytes
+    fd: int | None = None
+
+    def published(self) -> "Staged":
+        """Return what is left when the copy has got its place: the descriptor."""
+        return Staged(b"", self.fd)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.fd is not None:
+            sysio.close(self.fd)
+
+
+def build(upper: Upper, source: Source) -> Staged:
+    """Build a copy of `source` in the work directory; on an error nothing stays."""
     name = upper.work.temporary()
+    fd = None
     try:
-        _make(upper, source, name)
-        _apply_attributes(upper, source, upper.work.fd, name)
-        if stat.S_ISREG(source.stat.st_mode) and source.content is Content.COPY and not upper.volatile:
-            _sync(upper, name)
+        if stat.S_ISREG(source.stat.st_mode):
+            fd = _make_file(upper, source, name)
+            _apply_attributes(upper, source, fd, b"")
+            if source.content is Content.COPY and not upper.volatile:
+                sysio.fsync(fd)
+        else:
+            _make_special(upper, source, name)
+            _apply_attributes(upper, source, upper.work.fd, name)
     except BaseException:
+        if fd is not None:
+            sysio.close(fd)
         upper.work.tidy(name)
         raise
-    return name
+    return Staged(name, fd)
 
 
 def build_directory(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
@@ -91,11 +115,9 @@ def _apply_attributes(upper: Upper, source: Source, dirfd: int, name: bytes) -> 
     _copy_mode_and_times(upper, source, dirfd, name)
 
 
-def _make(upper: Upper, source: Source, name: bytes) -> None:
+def _make_special(upper: Upper, source: Source, name: bytes) -> None:
     kind = stat.S_IFMT(source.stat.st_mode)
-    if kind == stat.S_IFREG:
-        _make_file(upper, source, name)
-    elif kind == stat.S_IFDIR:
+    if kind == stat.S_IFDIR:
         sysio.mkdir_at(upper.work.fd, name, 0o700)
     elif kind == stat.S_IFLNK:
         sysio.symlink_at(sysio.readlink_at(source.pin, b""), upper.work.fd, name)
@@ -103,15 +125,17 @@ def _make(upper: Upper, source: Source, name: bytes) -> None:
         upper.make_special(upper.work.fd, name, kind | 0o600, source.stat.st_rdev)
 
 
-def _make_file(upper: Upper, source: Source, name: bytes) -> None:
+def _make_file(upper: Upper, source: Source, name: bytes) -> int:
     fd = sysio.open_child(upper.work.fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         if source.content is Content.METACOPY:
             sysio.truncate_fd(fd, source.stat.st_size)
         elif source.content is Content.COPY and source.data is not None:
             copy_data(source.data, fd)
-    finally:
+    except BaseException:
         sysio.close(fd)
+        raise
+    return fd
 
 
 def copy_data(source: int, target: int) -> None:
@@ -145,19 +169,6 @@ def _copy_mode_and_times(upper: Upper, source: Source, dirfd: int, name: bytes) 
     cut = stat.S_ISREG(source.stat.st_mode) and source.content is Content.NONE and source.stat.st_size > 0
     mtime = time.time_ns() if cut else source.stat.st_mtime_ns  # truncation changes the content
     sysio.utimens_at(dirfd, name, source.stat.st_atime_ns, mtime)
-
-
-def _sync(upper: Upper, name: bytes) -> None:
-    # An unprivileged owner cannot open a copy of mode 0; the whole file system is synced instead.
-    try:
-        fd = sysio.open_child(upper.work.fd, name, os.O_RDONLY | os.O_NONBLOCK)
-    except PermissionError:
-        sysio.syncfs(upper.sync_fd)
-        return
-    try:
-        sysio.fsync(fd)
-    finally:
-        sysio.close(fd)
 
 
 def fill(upper: Upper, pin: int, target: int, data: int) -> None:

@@ -27,7 +27,7 @@ def _rename_in(config: StackConfig, turn: int) -> set[int]:
     overlay = Overlay(config)
     seen = _numbers(overlay, turn)
     for name in NAMES:
-        overlay.rename(overlay.root, b"%s%d" % (name, turn), overlay.root, b"%s%d" % (name, turn + 1))
+        overlay.names.rename(overlay.root, b"%s%d" % (name, turn), overlay.root, b"%s%d" % (name, turn + 1))
     seen |= _numbers(overlay, turn + 1)
     overlay.close()
     overlay = Overlay(config)
@@ -62,16 +62,16 @@ def _move(config: StackConfig, moves: dict[bytes, bytes]) -> None:
     overlay = Overlay(config)
     for old, new in moves.items():
         *above, name = old.split(b"/")
-        overlay.rename(overlay.resolve(b"/".join(above)), name, overlay.root, new)
+        overlay.names.rename(overlay.resolve(b"/".join(above)), name, overlay.root, new)
     overlay.close()
 
 
 def _content(config: StackConfig, path: bytes) -> bytes:
     overlay = Overlay(config)
     try:
-        handle = overlay.open(overlay.resolve(path), os.O_RDONLY, Caller(0, 0))
-        found = overlay.read(handle, 0, 10)
-        overlay.release(handle)
+        handle = overlay.files.open(overlay.resolve(path), os.O_RDONLY)
+        found = overlay.files.read(handle, 0, 10)
+        overlay.files.release(handle)
         return found
     finally:
         overlay.close()
@@ -104,11 +104,11 @@ def test_data_below_an_opaque_directory_of_a_former_upper(tmp_path: Path) -> Non
     stack = [_make_lower(tmp_path)]
     overlay = Overlay(_config(stack, tmp_path / "upper0", tmp_path / "work0", metacopy=True))
     root, directory = overlay.root, overlay.resolve(b"d")
-    overlay.rename(directory, b"g", root, b"g")
-    overlay.unlink(overlay.resolve(b"d/sub"), b"f")
-    overlay.rmdir(directory, b"sub")
-    overlay.rmdir(root, b"d")
-    overlay.rename(root, b"g", overlay.mkdir(root, b"d", 0o755, Caller(0, 0)), b"g")
+    overlay.names.rename(directory, b"g", root, b"g")
+    overlay.names.unlink(overlay.resolve(b"d/sub"), b"f")
+    overlay.names.rmdir(directory, b"sub")
+    overlay.names.rmdir(root, b"d")
+    overlay.names.rename(root, b"g", overlay.names.mkdir(root, b"d", 0o755, Caller(0, 0))[0], b"g")
     overlay.close()
     stack.insert(0, tmp_path / "upper0")
     config = _config(stack, tmp_path / "upper1", tmp_path / "work1", metacopy=True)

@@ -166,11 +166,11 @@ def build_layers(base: Path, top: Path) -> None:
 def change_upper(overlay: Overlay) -> None:
     """Change something of each kind."""
     root = overlay.root
-    overlay.unlink(root, b"hidden")
-    overlay.rmdir(root, b"gone")
-    overlay.mkdir(root, b"made", 0o755, ROOT)
+    overlay.names.unlink(root, b"hidden")
+    overlay.names.rmdir(root, b"gone")
+    overlay.names.mkdir(root, b"made", 0o755, ROOT)
     write(overlay, b"fresh", b"fresh", create=True)
-    overlay.set_attributes(overlay.lookup(root, b"link"), Changes(uid=7), ROOT)
+    overlay.set_attributes(overlay.lookup(root, b"link"), Changes(uid=7))
 
 
 def write(overlay: Overlay, name: bytes, data: bytes, create: bool = False, flags: int = os.O_WRONLY) -> None:
@@ -178,12 +178,12 @@ def write(overlay: Overlay, name: bytes, data: bytes, create: bool = False, flag
     if create:
         _, fh = overlay.create(overlay.root, name, 0o640, os.O_CREAT | os.O_EXCL | os.O_RDWR, SOMEBODY)
     else:
-        fh = overlay.open(overlay.lookup(overlay.root, name), flags, ROOT)
+        fh = overlay.files.open(overlay.lookup(overlay.root, name), flags)
     try:
         if data:
-            overlay.write(fh, 0, data)
+            overlay.files.write(fh, 0, data)
     finally:
-        overlay.release(fh)
+        overlay.files.release(fh)
 
 
 def view(overlay: Overlay, top: Node | None = None) -> View:
@@ -200,15 +200,15 @@ def view(overlay: Overlay, top: Node | None = None) -> View:
 
 def _facts(overlay: Overlay, node: Node) -> tuple[object, ...]:
     at = overlay.attributes(node)
-    attributes = {name: overlay.getxattr(node, name) for name in overlay.listxattr(node)}
+    attributes = {name: overlay.metadata.getxattr(node, name) for name in overlay.metadata.listxattr(node)}
     common = (at.mode, at.uid, at.gid, at.rdev, tuple(sorted(attributes.items())))
     if stat.S_ISREG(at.mode):
-        fh = overlay.open(node, os.O_RDONLY, ROOT)
+        fh = overlay.files.open(node, os.O_RDONLY)
         try:
-            return *common, at.nlink, at.size, overlay.read(fh, 0, at.size + 1)
+            return *common, at.nlink, at.size, overlay.files.read(fh, 0, at.size + 1)
         finally:
-            overlay.release(fh)
-    return (*common, overlay.readlink(node)) if stat.S_ISLNK(at.mode) else common
+            overlay.files.release(fh)
+    return (*common, overlay.metadata.readlink(node)) if stat.S_ISLNK(at.mode) else common
 
 
 def abandon(overlay: Overlay) -> None:

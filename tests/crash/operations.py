@@ -18,7 +18,7 @@ def _rename(*names: bytes, flags: int = 0) -> Operation:
     old, new = (tuple(path.split(b"/")) for path in names)
 
     def rename(overlay: Overlay) -> None:
-        overlay.rename(_at(overlay, *old[:-1]), old[-1], _at(overlay, *new[:-1]), new[-1], flags)
+        overlay.names.rename(_at(overlay, *old[:-1]), old[-1], _at(overlay, *new[:-1]), new[-1], flags)
 
     return rename
 
@@ -26,11 +26,11 @@ def _rename(*names: bytes, flags: int = 0) -> Operation:
 def _clear_merged(overlay: Overlay) -> None:
     merged = _at(overlay, b"merged")
     for name in (b"deep", b"shallow"):
-        overlay.unlink(merged, name)
+        overlay.names.unlink(merged, name)
 
 
 def _copy_metadata(overlay: Overlay) -> None:
-    overlay.set_attributes(_at(overlay, b"file"), Changes(mode=0o600), ROOT)
+    overlay.set_attributes(_at(overlay, b"file"), Changes(mode=0o600))
 
 
 PREPARATIONS: dict[str, Operation] = {
@@ -48,24 +48,24 @@ OPERATIONS: dict[str, Operation] = {
     "open for writing": lambda o: write(o, b"file", b""),
     "open a twin for writing": lambda o: write(o, b"one", b""),
     "open with truncation": lambda o: write(o, b"file", b"", flags=os.O_WRONLY | os.O_TRUNC),
-    "truncate": lambda o: o.set_attributes(_at(o, b"file"), Changes(size=10), ROOT),
-    "chmod": lambda o: o.set_attributes(_at(o, b"file"), Changes(mode=0o600), ROOT),
-    "chmod deep": lambda o: o.set_attributes(_at(o, b"lower", b"inner", b"leaf"), Changes(mode=0o600), ROOT),
+    "truncate": lambda o: o.set_attributes(_at(o, b"file"), Changes(size=10)),
+    "chmod": lambda o: o.set_attributes(_at(o, b"file"), Changes(mode=0o600)),
+    "chmod deep": lambda o: o.set_attributes(_at(o, b"lower", b"inner", b"leaf"), Changes(mode=0o600)),
     "setxattr": lambda o: o.setxattr(_at(o, b"file"), b"user.new", b"1"),
-    "link": lambda o: o.link(_at(o, b"file"), _at(o, b"made"), b"again"),
-    "link over a whiteout": lambda o: o.link(_at(o, b"fresh"), o.root, b"hidden"),
+    "link": lambda o: o.names.link(_at(o, b"file"), _at(o, b"made"), b"again"),
+    "link over a whiteout": lambda o: o.names.link(_at(o, b"fresh"), o.root, b"hidden"),
     "create": lambda o: write(o, b"new", b"", create=True),
     "create over a whiteout": lambda o: write(o, b"hidden", b"", create=True),
-    "mkdir": lambda o: o.mkdir(o.root, b"new", 0o750, SOMEBODY),
-    "mkdir over a whiteout": lambda o: o.mkdir(o.root, b"gone", 0o750, SOMEBODY),
-    "symlink in a lower directory": lambda o: o.symlink(_at(o, b"lower", b"inner"), b"new", b"to", ROOT),
-    "unlink lower": lambda o: o.unlink(o.root, b"file"),
-    "unlink upper": lambda o: o.unlink(o.root, b"fresh"),
-    "unlink copied up": lambda o: o.unlink(o.root, b"link"),
-    "unlink a twin": lambda o: o.unlink(o.root, b"two"),
-    "rmdir lower": lambda o: o.rmdir(o.root, b"empty"),
-    "rmdir upper": lambda o: o.rmdir(o.root, b"made"),
-    "rmdir of a merged directory": lambda o: o.rmdir(o.root, b"merged"),
+    "mkdir": lambda o: o.names.mkdir(o.root, b"new", 0o750, SOMEBODY),
+    "mkdir over a whiteout": lambda o: o.names.mkdir(o.root, b"gone", 0o750, SOMEBODY),
+    "symlink in a lower directory": lambda o: o.names.symlink(_at(o, b"lower", b"inner"), b"new", b"to", ROOT),
+    "unlink lower": lambda o: o.names.unlink(o.root, b"file"),
+    "unlink upper": lambda o: o.names.unlink(o.root, b"fresh"),
+    "unlink copied up": lambda o: o.names.unlink(o.root, b"link"),
+    "unlink a twin": lambda o: o.names.unlink(o.root, b"two"),
+    "rmdir lower": lambda o: o.names.rmdir(o.root, b"empty"),
+    "rmdir upper": lambda o: o.names.rmdir(o.root, b"made"),
+    "rmdir of a merged directory": lambda o: o.names.rmdir(o.root, b"merged"),
     "rename lower": _rename(b"file", b"moved"),
     "rename lower into a lower directory": _rename(b"file", b"lower/inner/moved"),
     "rename upper": _rename(b"fresh", b"moved"),

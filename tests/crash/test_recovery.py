@@ -12,7 +12,7 @@ from overlayfs import Overlay
 from overlayfs.errors import oserror
 from overlayfs.fs import Changes
 from overlayfs.tree.layer import Entry, Layer
-from tests.crash.harness import ROOT, Fuse, Site, Stopped, abandon, write
+from tests.crash.harness import Fuse, Site, Stopped, abandon, write
 from tests.support.requirements import need_root
 
 CONTENT = b"content of a lower file" * 300
@@ -24,18 +24,18 @@ def site(place: Path) -> Site:
     need_root()
     site = Site(place / "site")
     overlay = site.open()
-    overlay.set_attributes(overlay.lookup(overlay.root, b"file"), Changes(mode=0o600), ROOT)
+    overlay.set_attributes(overlay.lookup(overlay.root, b"file"), Changes(mode=0o600))
     overlay.close()
     return site
 
 
 def read(overlay: Overlay) -> bytes:
     """Return the content of the file."""
-    fh = overlay.open(overlay.lookup(overlay.root, b"file"), os.O_RDONLY, ROOT)
+    fh = overlay.files.open(overlay.lookup(overlay.root, b"file"), os.O_RDONLY)
     try:
-        return overlay.read(fh, 0, 1 << 20)
+        return overlay.files.read(fh, 0, 1 << 20)
     finally:
-        overlay.release(fh)
+        overlay.files.release(fh)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_truncation_that_was_cut_short_has_not_happened(emptied: Site) -> None
 def test_a_size_that_was_lost_does_not_cut_the_data(emptied: Site) -> None:
     """Not when it grows, not when it is written to, not over the next mount."""
     with closing(emptied.open()) as overlay:
-        overlay.set_attributes(overlay.lookup(overlay.root, b"file"), Changes(size=len(CONTENT) + 10), ROOT)
+        overlay.set_attributes(overlay.lookup(overlay.root, b"file"), Changes(size=len(CONTENT) + 10))
         assert read(overlay) == CONTENT + bytes(10)
         write(overlay, b"file", b"new")
     with closing(emptied.open()) as overlay:

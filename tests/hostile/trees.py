@@ -120,21 +120,21 @@ def _walk(overlay: Overlay) -> list[OSError]:
 
 def _acts(overlay: Overlay, node: Node, pending: list[Node]) -> tuple[Callable[[], object], ...]:
     def enter() -> None:
-        pending.extend(child.node for child in overlay.read_dir_at(node, 0) if child.node is not None)
+        pending.extend(child.node for child in overlay.dir_offsets.read(node, 0) if child.node is not None)
 
     def rewrite() -> None:
-        handle = overlay.open(node, os.O_RDWR, ROOT)
+        handle = overlay.files.open(node, os.O_RDWR)
         try:
-            overlay.read(handle, 0, 100)
-            overlay.write(handle, 0, b"changed")
+            overlay.files.read(handle, 0, 100)
+            overlay.files.write(handle, 0, b"changed")
         finally:
-            overlay.release(handle)
+            overlay.files.release(handle)
 
     return (
         partial(overlay.attributes, node),
-        partial(overlay.listxattr, node),
+        partial(overlay.metadata.listxattr, node),
         enter if stat.S_ISDIR(node.kind) else rewrite,
-        partial(overlay.set_attributes, node, Changes(mode=0o700), ROOT),
+        partial(overlay.set_attributes, node, Changes(mode=0o700)),
     )
 
 

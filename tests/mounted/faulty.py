@@ -13,11 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from overlayfs.fs.copyup import CopyUp
+from overlayfs.fs.dir_offsets import DirOffsets
 from overlayfs.fs.files import Files
+from overlayfs.fs.metadata import Metadata
+from overlayfs.fs.names import Names
 from overlayfs.fs.nodes import NodeTable
 from overlayfs.fs.overlay import Overlay
+from overlayfs.fs.requirements import VerbRequirements
 from overlayfs.fs.space import Space
 from tests.support import foreground
+
+# What the engines call, with what goes before a name that two of them have
+GROUPS: dict[type, str] = {
+    **dict.fromkeys((Overlay, Files, Space, Names, Metadata, CopyUp), ""),
+    VerbRequirements: "requirements.",
+    DirOffsets: "dir_offsets.",
+}
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "EDQUOT": lambda: OSError(errno.EDQUOT, "disk quota"),
@@ -31,14 +43,14 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 def main(fault: str, options: str, mountpoint: str) -> int:
     """Mount until the end of the mount."""
-    verbs = [(owner, name) for owner in (Overlay, Files, Space) for name in _verbs(owner)]
+    verbs = [(owner, name) for owner in GROUPS for name in _verbs(owner)]
     for owner, name in (*verbs, (NodeTable, "forget"), (NodeTable, "remember")):
-        setattr(owner, name, _failing(getattr(owner, name), name, Path(fault)))
+        setattr(owner, name, _failing(getattr(owner, name), GROUPS.get(owner, "") + name, Path(fault)))
     return foreground.mount(options, mountpoint)
 
 
 def _verbs(owner: type) -> list[str]:
-    apart = {"close", "sync", "close_unused"}
+    apart = {"close", "sync"}
     return [name for name, value in vars(owner).items() if name[0] != "_" and callable(value) and name not in apart]
 
 

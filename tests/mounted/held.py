@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 from overlayfs.tree import staging
-from overlayfs.tree.staging import Content, Source
+from overlayfs.tree.staging import Content, Source, Staged
 from overlayfs.tree.upper import Upper
 
 LIMIT = 10.0  # seconds; whoever waits longer hangs
@@ -26,7 +26,7 @@ class Hold:
         """Daemons that are forked within this context hold their copies."""
         build = staging.build
 
-        def held(upper: Upper, source: Source) -> bytes:
+        def held(upper: Upper, source: Source) -> Staged:
             made = build(upper, source)
             if source.content is Content.COPY:
                 self._begun.release()

@@ -93,24 +93,27 @@ def _unnamed(scene: Scene) -> Act:
 
 # verb -> a function that prepares a scene and returns the system call that reaches the verb
 _BOTH: dict[str, Callable[[Scene], Act]] = {
+    "find": lambda scene: lambda: os.lstat(scene.directory / "absent"),
     "attributes": lambda scene: lambda: os.lstat(scene.lower_file()),
     "remember": lambda scene: lambda: os.lstat(scene.lower_file()),
     "set_attributes": lambda scene: lambda: os.chmod(scene.file, 0o600),
-    "requirement_of_change": lambda scene: lambda: os.chmod(scene.file, 0o600),
+    "requirements.set_attributes": lambda scene: lambda: os.chmod(scene.file, 0o600),
     "readlink": lambda scene: lambda: os.readlink(scene.directory / "link"),
     "mkdir": lambda scene: lambda: os.mkdir(scene.directory / "new"),
     "mknod": lambda scene: lambda: os.mkfifo(scene.directory / "new"),
     "symlink": lambda scene: lambda: os.symlink("x", scene.directory / "new"),
     "link": lambda scene: lambda: os.link(scene.file, scene.directory / "new"),
     "unlink": lambda scene: lambda: os.unlink(scene.file),
-    "requirement_of_unlink": lambda scene: lambda: os.unlink(scene.file),
+    "requirements.unlink": lambda scene: lambda: os.unlink(scene.file),
     "rmdir": lambda scene: lambda: os.rmdir(scene.directory / "empty"),
-    "rename": lambda scene: lambda: os.rename(scene.file, scene.directory / "new"),
-    "requirements_of_rename": lambda scene: lambda: os.rename(scene.file, scene.directory / "new"),
+    "move": lambda scene: lambda: os.rename(scene.file, scene.directory / "new"),
+    "requirements.rename": lambda scene: lambda: os.rename(scene.file, scene.directory / "new"),
+    "requirements.make": lambda scene: lambda: os.mkdir(scene.directory / "new"),
+    "requirements.create": lambda scene: lambda: scene.opened(scene.directory / "new", os.O_WRONLY | os.O_CREAT),
     "create": lambda scene: lambda: scene.opened(scene.directory / "new", os.O_WRONLY | os.O_CREAT),
     "open": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
-    "requirement_of_open": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
-    "next_copy_up": lambda scene: lambda: os.mkdir(scene.directory / "new"),
+    "requirements.open": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
+    "copy_up_all": lambda scene: lambda: os.mkdir(scene.directory / "new"),
     "write": _on_open(FILE, os.O_WRONLY, lambda descriptor: os.write(descriptor, b"x")),
     "prepare_fsync": _on_open(FILE, os.O_WRONLY, os.fsync),
     "release": lambda scene: _closing(scene.file),
@@ -123,16 +126,15 @@ _BOTH: dict[str, Callable[[Scene], Act]] = {
 }
 _OWN: dict[str, dict[str, Callable[[Scene], Act]]] = {
     engines.PYFUSE3: {
-        "lookup": lambda scene: lambda: os.lstat(scene.directory / "absent"),
         "read": _read_lower,
         "open_dir": lambda scene: lambda: os.listdir(scene.directory),
         "read_dir": lambda scene: lambda: os.listdir(scene.directory),
         "prepare_fsync_dir": _on_open(HERE, os.O_RDONLY, os.fsync),
     },
     engines.KERNEL: {
-        "find": lambda scene: lambda: os.lstat(scene.directory / "absent"),
+        "copy_up_at_once": lambda scene: lambda: os.mkdir(scene.directory / "new"),
         "fill": _read_lower,
-        "read_dir_at": lambda scene: lambda: os.listdir(scene.directory),
+        "dir_offsets.read": lambda scene: lambda: os.listdir(scene.directory),
         "prepare_fsync_dir": _on_open(HERE, os.O_RDONLY, os.fsync),
         "writable": lambda scene: lambda: scene.opened(scene.file, os.O_RDWR),
         "masked": lambda scene: lambda: os.mkdir(scene.directory / "new"),
@@ -147,7 +149,7 @@ _OWN: dict[str, dict[str, Callable[[Scene], Act]]] = {
     },
 }
 CALLS = _BOTH | _OWN[engines.current()]
-ABSENT = {"lookup", "find"}  # without a fault the result is ENOENT
+ABSENT = {"find"}  # without a fault the result is ENOENT
 
 
 def _outcome(act: Act) -> int:

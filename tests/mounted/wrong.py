@@ -13,6 +13,8 @@ from typing import Any
 from overlayfs import sysio
 from overlayfs.errors import oserror
 from overlayfs.fs.files import Files
+from overlayfs.fs.metadata import Metadata
+from overlayfs.fs.names import Names
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.kernel import passthrough
 from overlayfs.fuse.kernel.connection import Connection
@@ -72,15 +74,15 @@ def _pages_survive_writes_in_passthrough() -> None:
 
 def _set_id_bits_stay() -> None:
     """They are never cleared, though the handshake promised it."""
-    _replace(Overlay, "strip_set_id", lambda *_: None)
+    _replace(Metadata, "strip_set_id", lambda *_: None)
     change = Overlay.set_attributes
     _replace(
         Overlay,
         "set_attributes",
-        lambda self, node, changes, *rest: change(self, node, changes._replace(strip=False), *rest),
+        lambda self, node, changes: change(self, node, changes._replace(strip=False)),
     )
     opens = Files.open
-    _replace(Files, "open", lambda self, node, flags, strip: opens(self, node, flags, False))
+    _replace(Files, "open", lambda self, node, flags, strip=False: opens(self, node, flags))
 
 
 def _the_capability_is_kept() -> None:
@@ -98,14 +100,14 @@ def _stale_every_time() -> None:
 
 def _entries_are_dropped_from_the_loop() -> None:
     """The loop notifies the kernel of each removed name, and is also to answer the request that holds its lock."""
-    unlink = Overlay.unlink
+    unlink = Names.unlink
 
-    def tell(self: Overlay, parent: Any, name: bytes) -> None:
+    def tell(self: Names, parent: Any, name: bytes) -> None:
         unlink(self, parent, name)
         header = LAYOUTS["inval_entry"].pack(parent.number, len(name), 0)
         CONNECTIONS[0]._notify(Notify.INVAL_ENTRY, header, name + b"\0")
 
-    _replace(Overlay, "unlink", tell)
+    _replace(Names, "unlink", tell)
     begin = Connection.__init__
 
     def note(self: Connection, fd: int) -> None:

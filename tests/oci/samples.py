@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from overlayfs import Overlay, StackConfig
-from overlayfs.fs import Caller, Changes
+from overlayfs.fs import Changes
 from overlayfs.store.layers import Layer
 from overlayfs.store.manifest import Manifest
 from overlayfs.store.records import History, ImageRecord
@@ -82,9 +82,9 @@ def add_marked_image(store: LayerStore, place: Path, name: str) -> ImageRecord:
     for directory in ("upper", "work"):
         (place / directory).mkdir()
     overlay = Overlay(StackConfig((base.tree_path,), os.fsencode(place / "upper"), os.fsencode(place / "work")))
-    overlay.rename(overlay.root, b"d", overlay.resolve(b"other"), b"moved")
-    overlay.unlink(overlay.resolve(b"other/moved/sub"), b"g")
-    overlay.set_attributes(overlay.resolve(b"big"), Changes(mode=0o4711), Caller(0, 0))
+    overlay.names.rename(overlay.root, b"d", overlay.resolve(b"other"), b"moved")
+    overlay.names.unlink(overlay.resolve(b"other/moved/sub"), b"g")
+    overlay.set_attributes(overlay.resolve(b"big"), Changes(mode=0o4711))
     overlay.close()
     with store.layers.stage() as staged:
         subprocess.run(["cp", "-aT", place / "upper", os.fsdecode(staged.tree_path)], check=True)

@@ -223,13 +223,13 @@ def _place(overlay: Overlay, path: str) -> tuple[Node, bytes]:
 def _step(overlay: Overlay, verb: str, path: str, *more: str | int) -> None:
     match verb, more:
         case "move", (str(new),):
-            overlay.rename(*_place(overlay, path), *_place(overlay, new))
+            overlay.names.rename(*_place(overlay, path), *_place(overlay, new))
         case "chmod", (int(mode),):
-            overlay.set_attributes(overlay.resolve(path.encode()), Changes(mode=mode), ROOT)
+            overlay.set_attributes(overlay.resolve(path.encode()), Changes(mode=mode))
         case "remove", ():
-            overlay.unlink(*_place(overlay, path))
+            overlay.names.unlink(*_place(overlay, path))
         case "mkdir", ():
-            overlay.mkdir(*_place(overlay, path), 0o755, ROOT)
+            overlay.names.mkdir(*_place(overlay, path), 0o755, ROOT)
 
 
 CHANGES: dict[str, list[tuple[str | int, ...]]] = {

@@ -69,27 +69,27 @@ def _change(store: LayerStore, name: str, change: object) -> None:
 def _first(overlay: Overlay) -> None:
     root = overlay.root
     etc = overlay.lookup(root, b"etc")
-    overlay.unlink(etc, b"hosts")
-    overlay.set_attributes(overlay.lookup(etc, b"motd"), Changes(mode=0o600), ROOT)
-    overlay.rename(root, b"share", root, b"moved")
+    overlay.names.unlink(etc, b"hosts")
+    overlay.set_attributes(overlay.lookup(etc, b"motd"), Changes(mode=0o600))
+    overlay.names.rename(root, b"share", root, b"moved")
     old = overlay.lookup(root, b"old")
-    overlay.unlink(old, b"x")
-    overlay.rmdir(root, b"old")
-    overlay.mkdir(root, b"old", 0o755, ROOT)
+    overlay.names.unlink(old, b"x")
+    overlay.names.rmdir(root, b"old")
+    overlay.names.mkdir(root, b"old", 0o755, ROOT)
     _append(overlay, b"one", b"more\n")
 
 
 def _second(overlay: Overlay) -> None:
     # No hard links: what the work directory knows of them holds on this file system only.
     _append(overlay, b"sparse", b"end\n")
-    overlay.unlink(overlay.root, b"link")
+    overlay.names.unlink(overlay.root, b"link")
 
 
 def _append(overlay: Overlay, name: bytes, data: bytes) -> None:
     node = overlay.lookup(overlay.root, name)
-    fh = overlay.open(node, os.O_WRONLY, ROOT)
-    overlay.write(fh, overlay.attributes(node).size, data)
-    overlay.release(fh)
+    fh = overlay.files.open(node, os.O_WRONLY)
+    overlay.files.write(fh, overlay.attributes(node).size, data)
+    overlay.files.release(fh)
 
 
 def pack(base: Path, target: Path) -> None:

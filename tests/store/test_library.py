@@ -121,5 +121,5 @@ def _rename(store: Store, name: str, old: bytes, new: bytes) -> None:
     workspace = store.workspace(name)
     lower = tuple(layer.tree_path for layer in store.stack_of(name))
     overlay = Overlay(StackConfig(lower=lower, upper=workspace.upper_path, work=workspace.work_path))
-    overlay.rename(overlay.root, old, overlay.root, new)
+    overlay.names.rename(overlay.root, old, overlay.root, new)
     overlay.close()

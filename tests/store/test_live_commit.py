@@ -55,19 +55,19 @@ def numbers(overlay: Overlay) -> dict[bytes, int]:
 
 def read(overlay: Overlay, path: str) -> bytes:
     """The content of a file."""
-    fh = overlay.open(at(overlay, path), os.O_RDONLY, ROOT)
+    fh = overlay.files.open(at(overlay, path), os.O_RDONLY)
     try:
-        return overlay.read(fh, 0, 1 << 20)
+        return overlay.files.read(fh, 0, 1 << 20)
     finally:
-        overlay.release(fh)
+        overlay.files.release(fh)
 
 
 def make(overlay: Overlay, path: str, data: bytes) -> None:
     """Make a file."""
     directory, _, name = path.rpartition("/")
     _, fh = overlay.create(at(overlay, directory), os.fsencode(name), 0o644, os.O_RDWR | os.O_EXCL, ROOT)
-    overlay.write(fh, 0, data)
-    overlay.release(fh)
+    overlay.files.write(fh, 0, data)
+    overlay.files.release(fh)
 
 
 def layer_file(used: Used, path: str) -> Path:
@@ -158,7 +158,7 @@ def test_an_empty_upper(site: Site) -> None:
         assert used.commit(allow_empty=True).layer
         with pytest.raises(UserError, match="nothing to commit"):
             used.commit()
-        used.overlay.set_attributes(used.overlay.root, Changes(mode=0o711), ROOT)
+        used.overlay.set_attributes(used.overlay.root, Changes(mode=0o711))
         used.commit()
         assert used.overlay.attributes(used.overlay.root).mode & 0o777 == 0o711
     assert len(site.layers()) == 4
@@ -172,52 +172,52 @@ def test_a_writer_goes_on_in_the_new_upper(used: Used, path: str) -> None:
     overlay = used.overlay
     if path == "new":
         make(overlay, path, b"0123456789")
-    fh = overlay.open(at(overlay, path), os.O_RDWR, ROOT)
-    overlay.write(fh, 0, b"before")
-    reader = overlay.open(at(overlay, path), os.O_RDONLY, ROOT)
+    fh = overlay.files.open(at(overlay, path), os.O_RDWR)
+    overlay.files.write(fh, 0, b"before")
+    reader = overlay.files.open(at(overlay, path), os.O_RDONLY)
     used.commit()
     committed = layer_file(used, path).read_bytes()
-    assert overlay.read(fh, 0, 6) == overlay.read(reader, 0, 6) == b"before"
-    overlay.write(fh, 0, b"AFTER!")
-    assert overlay.read(fh, 0, 6) == overlay.read(reader, 0, 6) == b"AFTER!"
+    assert overlay.files.read(fh, 0, 6) == overlay.files.read(reader, 0, 6) == b"before"
+    overlay.files.write(fh, 0, b"AFTER!")
+    assert overlay.files.read(fh, 0, 6) == overlay.files.read(reader, 0, 6) == b"AFTER!"
     assert layer_file(used, path).read_bytes() == committed
     overlay.fsync(fh)
     for handle in (fh, reader):
-        overlay.release(handle)
+        overlay.files.release(handle)
     assert read(overlay, path)[:6] == b"AFTER!"
 
 
 def test_reading_through_an_old_handle_moves_no_time_of_the_layer(used: Used) -> None:
     overlay = used.overlay
     make(overlay, "new", b"new")
-    handles = [overlay.open(at(overlay, "new"), flags, ROOT) for flags in (os.O_RDWR, os.O_RDONLY)]
+    handles = [overlay.files.open(at(overlay, "new"), flags) for flags in (os.O_RDWR, os.O_RDONLY)]
     used.commit()
     os.utime(layer_file(used, "new"), ns=(0, layer_file(used, "new").stat().st_mtime_ns))
     for fh in handles:
-        assert overlay.read(fh, 0, 3) == b"new"
-        overlay.release(fh)
+        assert overlay.files.read(fh, 0, 3) == b"new"
+        overlay.files.release(fh)
     assert layer_file(used, "new").stat().st_atime_ns == 0
 
 
 def test_writers_survive_many_commits(used: Used) -> None:
     overlay = used.overlay
     make(overlay, "log", b"")
-    fh = overlay.open(at(overlay, "log"), os.O_RDWR, ROOT)
+    fh = overlay.files.open(at(overlay, "log"), os.O_RDWR)
     for turn in range(20):
-        overlay.write(fh, turn * 4, b"%03d\n" % turn)
+        overlay.files.write(fh, turn * 4, b"%03d\n" % turn)
         used.commit()
-    assert overlay.read(fh, 0, 100) == b"".join(b"%03d\n" % turn for turn in range(20))
-    overlay.release(fh)
+    assert overlay.files.read(fh, 0, 100) == b"".join(b"%03d\n" % turn for turn in range(20))
+    overlay.files.release(fh)
 
 
 def test_a_writer_goes_on_after_others_have_changed_attributes(used: Used) -> None:
     """The file is in the new upper then, without its data."""
     overlay = used.overlay
-    fh = overlay.open(at(overlay, "file"), os.O_RDWR, ROOT)
+    fh = overlay.files.open(at(overlay, "file"), os.O_RDWR)
     used.commit(allow_empty=True)
-    overlay.set_attributes(at(overlay, "file"), Changes(mode=0o640), ROOT)
-    overlay.write(fh, 0, b"CONTENT")
-    overlay.release(fh)
+    overlay.set_attributes(at(overlay, "file"), Changes(mode=0o640))
+    overlay.files.write(fh, 0, b"CONTENT")
+    overlay.files.release(fh)
     assert read(overlay, "file").startswith(b"CONTENT of a lower file")
 
 
@@ -227,7 +227,7 @@ def test_a_number_outlives_data_over_attributes_over_data(site: Site, flags: int
     with site.used() as used:
         write(used.overlay, b"file", b"CONTENT")
         used.commit()
-        used.overlay.set_attributes(at(used.overlay, "file"), Changes(mode=0o640), ROOT)
+        used.overlay.set_attributes(at(used.overlay, "file"), Changes(mode=0o640))
         used.commit()
         write(used.overlay, b"file", b"again", flags=flags)
         before = numbers(used.overlay)
@@ -238,65 +238,65 @@ def test_a_number_outlives_data_over_attributes_over_data(site: Site, flags: int
 def test_an_unlinked_file_stays_writable_and_out_of_the_layer(used: Used) -> None:
     overlay = used.overlay
     make(overlay, "doomed", b"here")
-    fh = overlay.open(at(overlay, "doomed"), os.O_RDWR, ROOT)
-    overlay.unlink(overlay.root, b"doomed")
+    fh = overlay.files.open(at(overlay, "doomed"), os.O_RDWR)
+    overlay.names.unlink(overlay.root, b"doomed")
     make(overlay, "kept", b"")
     used.commit()
-    overlay.write(fh, 4, b", still")
-    assert overlay.read(fh, 0, 100) == b"here, still"
+    overlay.files.write(fh, 4, b", still")
+    assert overlay.files.read(fh, 0, 100) == b"here, still"
     assert not layer_file(used, "doomed").exists()
-    overlay.release(fh)
+    overlay.files.release(fh)
 
 
 def test_an_unlinked_file_with_a_name_nobody_has_looked_up(site: Site) -> None:
     """What is written through it must show under the other name, and not in the layer."""
     with site.used() as used:
         make(used.overlay, "first", b"here")
-        used.overlay.link(at(used.overlay, "first"), at(used.overlay, "lower"), b"other")
+        used.overlay.names.link(at(used.overlay, "first"), at(used.overlay, "lower"), b"other")
     with site.used("site:1") as used:
         overlay = used.overlay
-        fh = overlay.open(at(overlay, "first"), os.O_RDWR, ROOT)
-        overlay.unlink(overlay.root, b"first")
+        fh = overlay.files.open(at(overlay, "first"), os.O_RDWR)
+        overlay.names.unlink(overlay.root, b"first")
         used.commit()
-        overlay.write(fh, 0, b"HERE")
+        overlay.files.write(fh, 0, b"HERE")
         assert read(overlay, "lower/other") == b"HERE"
         assert layer_file(used, "lower/other").read_bytes() == b"here"
-        overlay.release(fh)
+        overlay.files.release(fh)
 
 
 def test_a_removed_directory_stays_empty(used: Used) -> None:
     overlay = used.overlay
-    overlay.mkdir(overlay.root, b"dir", 0o755, ROOT)
+    overlay.names.mkdir(overlay.root, b"dir", 0o755, ROOT)
     node = at(overlay, "dir")
-    fh = overlay.open_dir(node)
-    overlay.rmdir(overlay.root, b"dir")
+    fh = overlay.files.open_dir(node)
+    overlay.names.rmdir(overlay.root, b"dir")
     make(overlay, "kept", b"")
     used.commit()
-    assert list(overlay.read_dir(fh, 0)) == []
+    assert list(overlay.files.read_dir(fh, 0)) == []
     assert overlay.attributes(node).nlink == 0
-    overlay.release(fh)
+    overlay.files.release(fh)
 
 
 def test_a_listing_goes_on(used: Used) -> None:
     overlay = used.overlay
     for number in range(50):
         make(overlay, f"lower/{number}", b"")
-    fh = overlay.open_dir(at(overlay, "lower"))
-    entries = overlay.read_dir(fh, 0)
+    fh = overlay.files.open_dir(at(overlay, "lower"))
+    entries = overlay.files.read_dir(fh, 0)
     first = [next(entries) for _ in range(20)]
     used.commit()
-    rest = list(overlay.read_dir(fh, first[-1].offset))
+    rest = list(overlay.files.read_dir(fh, first[-1].offset))
     assert sorted(child.name for child in (*first, *rest)) == sorted([b"inner", *(b"%d" % n for n in range(50))])
-    overlay.release(fh)
+    overlay.files.release(fh)
 
 
 def test_a_read_only_mode_does_not_stop_a_writer(used: Used) -> None:
     overlay = used.overlay
-    node, fh = overlay.create(overlay.root, b"object", 0o444, os.O_WRONLY | os.O_EXCL, ROOT)
-    overlay.write(fh, 0, b"first")
+    (node, _), fh = overlay.create(overlay.root, b"object", 0o444, os.O_WRONLY | os.O_EXCL, ROOT)
+    overlay.files.write(fh, 0, b"first")
     used.commit()
-    overlay.write(fh, 5, b" second")
-    overlay.release(fh)
+    overlay.files.write(fh, 5, b" second")
+    overlay.files.release(fh)
     assert read(overlay, "object") == b"first second"
     assert overlay.attributes(node).mode & 0o777 == 0o444
 
@@ -323,10 +323,10 @@ def test_names_that_only_the_index_joins(site: Site) -> None:
 
 def test_such_a_name_in_a_moved_directory(site: Site) -> None:
     with site.used() as used:
-        used.overlay.link(at(used.overlay, "file"), at(used.overlay, "lower"), b"second")
+        used.overlay.names.link(at(used.overlay, "file"), at(used.overlay, "lower"), b"second")
         used.commit()
     with site.used() as used:
-        used.overlay.rename(used.overlay.root, b"lower", used.overlay.root, b"moved")
+        used.overlay.names.rename(used.overlay.root, b"lower", used.overlay.root, b"moved")
         write(used.overlay, b"file", b"CHANGED")
         used.commit("site:2")
         assert read(used.overlay, "moved/second")[:7] == b"CHANGED"
@@ -342,7 +342,7 @@ def test_a_failed_move_changes_nothing(site: Site) -> None:
     with site.used() as used:
         overlay = used.overlay
         make(overlay, "new", b"new")
-        fh = overlay.open(at(overlay, "new"), os.O_RDWR, ROOT)
+        fh = overlay.files.open(at(overlay, "new"), os.O_RDWR)
         shown = view(overlay)
         upcoming = site.place / "upcoming"
         upcoming.mkdir()
@@ -352,9 +352,9 @@ def test_a_failed_move_changes_nothing(site: Site) -> None:
 
         with pytest.raises(OSError, match="cross-device"):
             overlay.rotation().rotate(os.fsencode(upcoming), os.fsencode(site.place / "layer"), fail)
-        overlay.write(fh, 0, b"NEW")
+        overlay.files.write(fh, 0, b"NEW")
         assert (site.place / "store" / "workspaces" / NAME / "upper" / "new").read_bytes() == b"NEW"
-        overlay.release(fh)
+        overlay.files.release(fh)
         write(overlay, b"new", b"new")
         assert view(overlay) == shown
         assert len(overlay.config.lower) == 2
@@ -373,7 +373,7 @@ def test_files_that_are_written_past_us(used: Used, monkeypatch: pytest.MonkeyPa
 def test_fsync_waits_until_the_commit_is_durable(used: Used) -> None:
     overlay = used.overlay
     make(overlay, "new", b"new")
-    fh = overlay.open(at(overlay, "new"), os.O_RDWR, ROOT)
+    fh = overlay.files.open(at(overlay, "new"), os.O_RDWR)
     barrier = overlay.hold_syncs()
     done = threading.Event()
 
@@ -387,13 +387,13 @@ def test_fsync_waits_until_the_commit_is_durable(used: Used) -> None:
     overlay.release_syncs(barrier)
     waiting.join()
     assert done.is_set()
-    overlay.release(fh)
+    overlay.files.release(fh)
 
 
 def test_fsync_tells_that_the_commit_is_not_durable(used: Used) -> None:
     overlay = used.overlay
     make(overlay, "new", b"new")
-    fh = overlay.open(at(overlay, "new"), os.O_RDWR, ROOT)
+    fh = overlay.files.open(at(overlay, "new"), os.O_RDWR)
     barrier = overlay.hold_syncs()
     call = overlay.prepare_fsync(fh)
     overlay.release_syncs(barrier, oserror(errno.EIO))
@@ -401,19 +401,19 @@ def test_fsync_tells_that_the_commit_is_not_durable(used: Used) -> None:
         call()
     with pytest.raises(OSError, match="Input/output"):
         overlay.fsync(fh)
-    overlay.release(fh)
+    overlay.files.release(fh)
 
 
 def test_a_new_upper_keeps_the_root_as_it_was(site: Site) -> None:
     with site.used() as used:
         overlay = used.overlay
-        overlay.set_attributes(overlay.root, Changes(uid=7, gid=8, mode=0o1775, mtime_ns=10**18), ROOT)
+        overlay.set_attributes(overlay.root, Changes(uid=7, gid=8, mode=0o1775, mtime_ns=10**18))
         overlay.setxattr(overlay.root, b"user.kept", b"value")
         before = overlay.attributes(overlay.root)
         used.commit()
         after = overlay.attributes(overlay.root)
         assert after._replace(ctime_ns=0, blocks=0, size=0) == before._replace(ctime_ns=0, blocks=0, size=0)
-        assert overlay.getxattr(overlay.root, b"user.kept") == b"value"
+        assert overlay.metadata.getxattr(overlay.root, b"user.kept") == b"value"
         upper = site.place / "store" / "workspaces" / NAME / "upper"
         assert not [name for name in os.listxattr(upper) if "overlay." in name]
 

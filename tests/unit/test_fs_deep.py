@@ -10,7 +10,6 @@ import pytest
 from overlayfs import Overlay
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.metadata import Changes
-from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Node
 from tests.hostile import forms
 from tests.support.requirements import need_root
@@ -43,9 +42,9 @@ def bottom(overlay: Overlay) -> Node:
 def test_the_file_at_the_bottom_is_changed_and_made_durable(overlay: Overlay) -> None:
     """First its mode, in a copy without data, then its data."""
     file = bottom(overlay)
-    overlay.set_attributes(file, Changes(mode=0o600), Caller(0, 0))
-    fh = overlay.open(file, os.O_RDWR, Caller(0, 0))
-    overlay.write(fh, 0, b"changed")
+    overlay.set_attributes(file, Changes(mode=0o600))
+    fh = overlay.files.open(file, os.O_RDWR)
+    overlay.files.write(fh, 0, b"changed")
     overlay.fsync(fh)
-    assert overlay.read(fh, 0, 100) == b"changed"
-    overlay.release(fh)
+    assert overlay.files.read(fh, 0, 100) == b"changed"
+    overlay.files.release(fh)

@@ -10,22 +10,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from overlayfs.fs import dir_offsets
 from overlayfs.fs.dir_offsets import DirOffsets
-from overlayfs.fs.nodes import Dir, File
+from overlayfs.fs.lookup import Lookup
+from overlayfs.fs.nodes import Dir, File, Node
 
 NAMES = [b"%d" % number for number in range(8)]
 
 
-class FakeLookup:
+class FakeLookup(Lookup):
     """A directory that the test changes."""
 
     def __init__(self, names: list[bytes]) -> None:
-        self.names = dict.fromkeys(names)
+        self.names = dict.fromkeys(names)  # and nothing else that a lookup has
 
     def listing(self, node: Dir) -> list[bytes]:
         return list(self.names)
 
-    def lookup(self, node: Dir, name: bytes) -> File | None:
-        return File(int(name) + 10, stat.S_IFREG, True, None) if name in self.names else None
+    def find(self, node: Node, name: bytes) -> tuple[File, None] | None:
+        return (File(int(name) + 10, stat.S_IFREG, True, None), None) if name in self.names else None
 
 
 def directory(number: int = 1) -> Dir:
@@ -36,7 +37,7 @@ def directory(number: int = 1) -> Dir:
 def made(*names: bytes) -> tuple[FakeLookup, DirOffsets]:
     """Cursors over a directory with these names."""
     lookup = FakeLookup(list(names))
-    return lookup, DirOffsets(lookup)  # type: ignore[arg-type]
+    return lookup, DirOffsets(lookup)
 
 
 def read_all(found: DirOffsets, node: Dir, position: int = 0) -> list[bytes]:
@@ -152,7 +153,7 @@ class Machine(RuleBasedStateMachine):
     def read(self, which: int, count: int) -> None:
         reader = self.readers[which]
         taken = [child for child, _ in zip(self.found.read(self.node, reader["position"]), range(count), strict=False)]
-        for name, node, position in taken:
+        for name, node, position, _ in taken:
             assert node is not None
             assert name in self.lookup.names and node.number == int(name) + 10
             assert position > reader["position"], "positions grow"

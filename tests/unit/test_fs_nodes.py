@@ -8,23 +8,21 @@ from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, NodeTable
 def directory(table: NodeTable, number: int, parent: Dir, name: bytes) -> Dir:
     """A directory that nobody counts on."""
     made = Dir(number, parent, name, False, (), False)
-    table.attach(made, parent, name, False)
-    table.add(made)
+    table.add(made, parent, name, False)
     return made
 
 
 def file(table: NodeTable, number: int, parent: Dir) -> File:
     """A file that nobody counts on."""
     made = File(number, stat.S_IFREG, False, None)
-    table.attach(made, parent, b"file", False)
-    table.add(made)
+    table.add(made, parent, b"file", False)
     return made
 
 
 def root(table: NodeTable) -> Dir:
     """The root, which never rests."""
     made = Dir(ROOT_NUMBER, None, b"", True, (), False)
-    table.add(made)
+    table.add_root(made)
     return made
 
 

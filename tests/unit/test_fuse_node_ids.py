@@ -16,11 +16,10 @@ def table(*numbers: int) -> tuple[NodeTable, list[Node]]:
     """A table with files of these numbers."""
     nodes = NodeTable(ino32=False)
     root = Dir(ROOT_NUMBER, None, b"", True, (), False)
-    nodes.add(root)
+    nodes.add_root(root)
     files: list[Node] = [File(number, stat.S_IFREG, True, None) for number in numbers]
     for file in files:
-        nodes.attach(file, root, b"%d" % file.number, True)
-        nodes.add(file)
+        nodes.add(file, root, b"%d" % file.number, True)
     return nodes, files
 
 

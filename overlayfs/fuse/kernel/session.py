@@ -9,12 +9,12 @@ import errno
 import logging
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
-from typing import TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
-from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.copyup import Requirements
 from overlayfs.fs.files import FileHandle
 from overlayfs.fs.metadata import Attributes
 from overlayfs.fs.nodes import Node
@@ -26,11 +26,12 @@ from overlayfs.fuse.kernel.passthrough import OpenFiles
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, encode_device
 from overlayfs.fuse.kernel.request import KINDS, Reply, Request
 from overlayfs.fuse.threads import Workers
+from overlayfs.tree.stats import AnyStat
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-Requirements: TypeAlias = Callable[[], Iterable[tuple[Node, Requirement]]]
+Required = TypeVar("Required", bound=Requirements)
 
 _OUT = LAYOUTS["out_header"]
 _ENTRY = LAYOUTS["entry_reply"]
@@ -84,7 +85,7 @@ class Session:
 
     def masked(self, parent: Node, mode: int, umask: int) -> int:
         """Return the mode of an object to be made, without the bits of the umask if the kernel leaves that to us."""
-        return self.overlay.masked(parent, mode, umask) if self._applies_umask else mode
+        return self.overlay.names.masked(parent, mode, umask) if self._applies_umask else mode
 
     # --- replies ---------------------------------------------------------------------------------------
 
@@ -102,9 +103,9 @@ class Session:
             return self.error(request, errno.EINVAL)
         return self.error(request, reply_errno(error, KINDS.get(request.op, str(request.op))))
 
-    def entry(self, request: Request, node: Node, found: Attributes | None = None) -> bytes:
-        """Return the reply that makes the kernel know a node, and count the look-up."""
-        found = found or self.overlay.attributes(node)
+    def entry(self, request: Request, node: Node, stat: AnyStat | None) -> bytes:
+        """Return the reply that makes the kernel know a node, and count the lookup. `stat`: if there is a new one."""
+        found = self.overlay.metadata.attributes(node, stat)
         nodeid = self.node_ids.remember(node)
         return _ENTRY.pack(_ENTRY.size, 0, request.unique, *self.entry_fields(nodeid, node, found))
 
@@ -139,36 +140,21 @@ class Session:
 
     # --- now or later ----------------------------------------------------------------------------------
 
-    def change(self, request: Request, requirements: Requirements, act: Callable[[], Reply]) -> Reply:
-        """Return what `act` returns once every node is in the upper as required: now if possible, else later.
+    def change(self, request: Request, requirements: Callable[[], Required], act: Callable[[Required], Reply]) -> Reply:
+        """Return what `act` returns once its requirements are met: now if no data must be copied up, else later.
 
-        `act` runs on the loop without a wait and must not use the request's body.
+        `act` gets the requirements, runs on the loop without a wait and must not use the request's body.
         """
-        if not self.gate.closed and self._copied_up_now(requirements):
-            return act()
+        if not self.gate.closed:
+            required = requirements()
+            if self.overlay.copyup.copy_up_at_once(required):
+                return act(required)
         self.later(request, lambda: self._change_later(requirements, act))
         return None
 
-    def _copied_up_now(self, requirements: Requirements) -> bool:
-        """Copy up what takes no data along; return whether all requirements are met."""
-        complete = False
-        while not complete:
-            complete = True
-            for node, requirement in requirements():
-                step = self.overlay.next_copy_up(node, requirement)
-                if step is None:
-                    continue
-                if step.heavy or step.node.copying_up:
-                    return False
-                step.run()
-                complete = False
-                break
-        return True
-
-    async def _change_later(self, requirements: Requirements, act: Callable[[], Reply]) -> Reply:
+    async def _change_later(self, requirements: Callable[[], Required], act: Callable[[Required], Reply]) -> Reply:
         async with self.gate.change():
-            await self._copy_up_all(requirements)
-            return act()
+            return act(await self._copy_up_all(requirements))
 
     def later(self, request: Request, answer: Callable[[], Awaitable[Reply]]) -> None:
         """Let a task answer; the kernel may interrupt it while it waits."""
@@ -209,7 +195,7 @@ class Session:
     def change_in_thread(
         self,
         request: Request,
-        requirements: Requirements,
+        requirements: Callable[[], Requirements],
         prepare: Callable[[], Callable[[], R]],
         reply: Callable[[R], Reply],
     ) -> None:

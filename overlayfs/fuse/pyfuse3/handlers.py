@@ -19,13 +19,14 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from overlayfs.errors import oserror
-from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.files import DirHandle, FileHandle
+from overlayfs.fs.lookup import Child
 from overlayfs.fs.metadata import Attributes, Changes
 from overlayfs.fs.names import Caller
 from overlayfs.fs.nodes import Dir, Node
-from overlayfs.fuse import needs, request_log
+from overlayfs.fuse import request_log
 from overlayfs.fuse.engine import UNKNOWN_NUMBER, Engine, MountSettings, reply_errno
+from overlayfs.tree.stats import AnyStat
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,11 +74,11 @@ class Handlers(pyfuse3.Operations):
         self.ready: Callable[[], None] = lambda: None
         self._overlay = engine.overlay
         self._files = engine.overlay.files
+        self._names = engine.overlay.names
+        self._requirements = engine.overlay.requirements
         self._policy = engine.policy
         self._gate = engine.gate
-        self._locks = engine.locks
         self._threads = engine.threads
-        self._copy_up = engine.copyup_runner.copy_up
         self._copy_up_all = engine.copyup_runner.copy_up_all
         self._xattrs = settings.xattrs
         self._handles: dict[int, FileHandle] = {}  # open files by their number, `fh`
@@ -132,9 +133,9 @@ class Handlers(pyfuse3.Operations):
             raise oserror(errno.ESTALE)
         return node
 
-    def _entry(self, node: Node) -> EntryAttributes:
+    def _entry(self, node: Node, stat: AnyStat | None) -> EntryAttributes:
         """Return the reply that makes the kernel know `node`: from now on it holds one lookup more."""
-        entry = self._attributes(node, self._overlay.attributes(node))
+        entry = self._attributes(node, self._overlay.metadata.attributes(node, stat))
         self._overlay.nodes.remember(node)
         return entry
 
@@ -166,11 +167,8 @@ class Handlers(pyfuse3.Operations):
     @_request("LOOKUP")
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Answer with the node under `name`, or with an absence that may be remembered."""
-        parent = self._node(parent_inode)
-        try:
-            return self._entry(self._overlay.lookup(parent, name))
-        except FileNotFoundError:
-            return self._absent()
+        found = self._overlay.find(self._node(parent_inode), name)
+        return self._absent() if found is None else self._entry(*found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take back lookups. There is no reply that could carry an error, so none may leave."""
@@ -197,15 +195,14 @@ class Handlers(pyfuse3.Operations):
         if changes == Changes():
             return self._attributes(node, self._overlay.attributes(node))
         async with self._gate.change():
-            await self._copy_up(node, self._overlay.requirement_of_change(changes))
-            async with self._locks.hold(node.number):
-                found = self._overlay.set_attributes(node, changes, _caller(ctx), self._handles.get(fh or 0))
+            await self._copy_up_all(lambda: self._requirements.set_attributes(node, changes))
+            found = self._overlay.set_attributes(node, changes)
         return self._attributes(node, found)
 
     @_request("READLINK")
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         """Answer with the target of a symbolic link."""
-        return self._overlay.readlink(self._node(inode))
+        return self._overlay.metadata.readlink(self._node(inode))
 
     # names
 
@@ -214,43 +211,45 @@ class Handlers(pyfuse3.Operations):
         """Make a directory."""
         async with self._gate.change():
             parent = await self._parent(parent_inode)
-            return self._entry(self._overlay.mkdir(parent, name, mode, _caller(ctx)))
+            return self._entry(*self._names.mkdir(parent, name, mode, _caller(ctx)))
 
     @_request("MKNOD")
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         """Make a device, FIFO, socket or plain file."""
         async with self._gate.change():
             parent = await self._parent(parent_inode)
-            return self._entry(self._overlay.mknod(parent, name, mode, rdev, _caller(ctx)))
+            return self._entry(*self._names.mknod(parent, name, mode, rdev, _caller(ctx)))
 
     @_request("SYMLINK")
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         """Make a symbolic link."""
         async with self._gate.change():
             parent = await self._parent(parent_inode)
-            return self._entry(self._overlay.symlink(parent, name, target, _caller(ctx)))
+            return self._entry(*self._names.symlink(parent, name, target, _caller(ctx)))
 
     @_request("LINK")
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Give a node one more name."""
         async with self._gate.change():
             node, parent = self._node(inode), self._node(new_parent_inode)
-            await self._copy_up_all(lambda: ((node, Requirement.METADATA), (parent, Requirement.METADATA)))
-            return self._entry(self._overlay.link(node, parent, new_name))
+            await self._copy_up_all(lambda: self._requirements.link(node, parent))
+            return self._entry(*self._names.link(node, parent, new_name))
 
     @_request("UNLINK")
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove a name of a non-directory."""
         async with self._gate.change():
             parent = self._node(parent_inode)
-            await self._copy_up_all(lambda: needs.of_unlink(self._overlay, parent, name))
-            self._overlay.unlink(parent, name)
+            await self._copy_up_all(lambda: self._requirements.unlink(parent, name))
+            self._names.unlink(parent, name)
 
     @_request("RMDIR")
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove an empty directory."""
         async with self._gate.change():
-            self._overlay.rmdir(await self._parent(parent_inode), name)
+            parent = self._node(parent_inode)
+            await self._copy_up_all(lambda: self._requirements.rmdir(parent))
+            self._names.rmdir(parent, name)
 
     @_request("RENAME")
     async def rename(
@@ -265,13 +264,13 @@ class Handlers(pyfuse3.Operations):
         """Rename; the overlay refuses flags other than NOREPLACE and EXCHANGE."""
         async with self._gate.change():
             old, new = self._node(parent_inode_old), self._node(parent_inode_new)
-            await self._copy_up_all(lambda: needs.of_rename(self._overlay, old, name_old, new, name_new, flags))
-            self._overlay.rename(old, name_old, new, name_new, flags)
+            plan = await self._copy_up_all(lambda: self._requirements.rename(old, name_old, new, name_new, flags))
+            self._names.move(plan)
 
     async def _parent(self, number: int) -> Node:
-        """Return the directory `number`, ready to be changed."""
+        """Return the directory `number`, ready for a new entry."""
         parent = self._node(number)
-        await self._copy_up(parent, Requirement.METADATA)
+        await self._copy_up_all(lambda: self._requirements.make(parent))
         return parent
 
     # open files
@@ -283,10 +282,11 @@ class Handlers(pyfuse3.Operations):
         """Make and open a file."""
         flags = self._policy.backing_flags(flags)
         async with self._gate.change():
-            parent = await self._parent(parent_inode)
-            node, handle = self._overlay.create(parent, name, mode, flags, _caller(ctx))
+            parent = self._node(parent_inode)
+            await self._copy_up_all(lambda: self._requirements.create(parent, name, flags))
+            found, handle = self._overlay.create(parent, name, mode, flags, _caller(ctx))
         try:
-            entry = self._entry(node)
+            entry = self._entry(*found)
         except OSError:
             self._files.release(handle)
             raise
@@ -297,13 +297,11 @@ class Handlers(pyfuse3.Operations):
         """Open a file; O_TRUNC arrives here and no SETATTR follows."""
         node = self._node(inode)
         flags = self._policy.backing_flags(flags)
-        requirement = self._overlay.requirement_of_open(node, flags)
-        if requirement is None and not flags & os.O_TRUNC:
-            return self._file_info(self._overlay.open(node, flags, _caller(ctx)))
+        if not self._requirements.open(node, flags):
+            return self._file_info(self._files.open(node, flags))
         async with self._gate.change():
-            if requirement is not None:
-                await self._copy_up(node, requirement)
-            handle = self._overlay.open(node, flags, _caller(ctx))
+            await self._copy_up_all(lambda: self._requirements.open(node, flags))
+            handle = self._files.open(node, flags, strip=ctx.uid != 0)
         if flags & os.O_TRUNC and ctx.uid:
             self._mode_changed(inode)
         return self._file_info(handle)
@@ -346,7 +344,7 @@ class Handlers(pyfuse3.Operations):
         """Write to a file, which its open has copied up; after a commit it may have to be copied up again."""
         handle = self._file(fh)
         async with self._gate.change():
-            await self._copy_up(handle.node, Requirement.DATA)
+            await self._copy_up_all(lambda: self._requirements.write(handle.node))
             return self._files.write(handle, off, buf)
 
     async def flush(self, fh: int) -> None:
@@ -382,8 +380,8 @@ class Handlers(pyfuse3.Operations):
         handle = self._dir_handles[fh]
         if start_id < DOTS and not self._reply_dots(handle.node, start_id, token):
             return
-        for name, node, offset in self._files.read_dir(handle, max(start_id - DOTS, 0)):
-            if not self._reply_entry(token, name, node, offset + DOTS):
+        for child in self._files.read_dir(handle, max(start_id - DOTS, 0)):
+            if not self._reply_entry(token, child):
                 return
 
     def _reply_dots(self, node: Dir, start: int, token: pyfuse3.ReaddirToken) -> bool:
@@ -400,9 +398,12 @@ class Handlers(pyfuse3.Operations):
         yield b".", node.number
         yield b"..", (node.parent or node).number
 
-    def _reply_entry(self, token: pyfuse3.ReaddirToken, name: bytes, node: Node | None, offset: int) -> bool:
+    def _reply_entry(self, token: pyfuse3.ReaddirToken, child: Child) -> bool:
+        name, node, offset = child.name, child.node, child.offset + DOTS
         try:
-            entry = None if node is None else self._attributes(node, self._overlay.attributes(node))
+            entry = None
+            if node is not None:
+                entry = self._attributes(node, self._overlay.metadata.attributes(node, child.stat))
         except OSError:
             entry = None
         if node is None or entry is None:
@@ -428,13 +429,13 @@ class Handlers(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Answer with a value, ENODATA without one."""
         self._check_xattrs()
-        return self._overlay.getxattr(self._node(inode), name)
+        return self._overlay.metadata.getxattr(self._node(inode), name)
 
     @_request("LISTXATTR")
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         """Answer with the visible names."""
         self._check_xattrs()
-        return self._overlay.listxattr(self._node(inode))
+        return self._overlay.metadata.listxattr(self._node(inode))
 
     def _check_xattrs(self) -> None:
         if not self._xattrs:
@@ -449,11 +450,10 @@ class Handlers(pyfuse3.Operations):
         self._check_xattrs()
         node = self._node(inode)
         async with self._gate.change():
-            await self._copy_up(node, Requirement.METADATA)
-            async with self._locks.hold(node.number):
-                self._overlay.setxattr(node, name, value)
-                if name == ACL_ACCESS:
-                    self._drop_foreign_sgid(node, ctx)
+            await self._copy_up_all(lambda: self._requirements.setxattr(node, name))
+            self._overlay.setxattr(node, name, value)
+            if name == ACL_ACCESS:
+                self._drop_foreign_sgid(node, ctx)
 
     def _drop_foreign_sgid(self, node: Node, ctx: RequestContext) -> None:
         """Clear S_ISGID as chmod would when an ACL is set by somebody outside the file's group.
@@ -463,28 +463,26 @@ class Handlers(pyfuse3.Operations):
         found = self._overlay.attributes(node)
         if found.mode & stat.S_ISGID and ctx.uid and not _in_group(ctx, found.gid):
             mode = stat.S_IMODE(found.mode) & ~stat.S_ISGID
-            self._overlay.set_attributes(node, Changes(mode=mode), _caller(ctx))
+            self._overlay.set_attributes(node, Changes(mode=mode))
 
     @_request("REMOVEXATTR")
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove a value; one that is not there is refused before anything is lifted."""
         self._check_xattrs()
         node = self._node(inode)
-        self._overlay.getxattr(node, name)
         async with self._gate.change():
-            await self._copy_up(node, Requirement.METADATA)
-            async with self._locks.hold(node.number):
-                self._overlay.removexattr(node, name)
+            await self._copy_up_all(lambda: self._requirements.removexattr(node, name))
+            self._overlay.removexattr(node, name)
 
     @_request("STATFS")
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """Answer with the figures of the file system that takes the writes."""
-        found = self._overlay.statfs()
+        found = self._overlay.metadata.statfs()
         reply = StatvfsData()
         reply.f_bsize, reply.f_frsize = found.f_bsize, found.f_frsize
         reply.f_blocks, reply.f_bfree, reply.f_bavail = found.f_blocks, found.f_bfree, found.f_bavail
         reply.f_files, reply.f_ffree, reply.f_favail = found.f_files, found.f_ffree, found.f_favail
-        reply.f_namemax = min(found.f_namemax, self._overlay.longest_name)
+        reply.f_namemax = min(found.f_namemax, self._overlay.metadata.longest_name)
         return reply
 
 

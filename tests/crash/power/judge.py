@@ -24,8 +24,8 @@ def look(config: StackConfig, directory: bytes) -> View:
         top = overlay.resolve(directory)
         found = view(overlay, top)
         _, handle = overlay.create(top, b"probe", 0o600, os.O_RDWR, ROOT)
-        overlay.release(handle)
-        overlay.unlink(top, b"probe")
+        overlay.files.release(handle)
+        overlay.names.unlink(top, b"probe")
         return found
     finally:
         overlay.close()

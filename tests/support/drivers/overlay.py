@@ -28,25 +28,25 @@ class FsHandle:
         raw.open_handles.add(self)
 
     def read(self, offset: int = 0, size: int = 1 << 20) -> bytes:
-        return self.raw.overlay.read(self.fh, offset, size)
+        return self.raw.overlay.files.read(self.fh, offset, size)
 
     def write(self, data: bytes, offset: int = 0) -> int:
-        return self.raw.overlay.write(self.fh, offset, data)
+        return self.raw.overlay.files.write(self.fh, offset, data)
 
     def truncate(self, size: int) -> None:
-        self.raw.overlay.set_attributes(self.node, Changes(size=size), self.raw.caller, self.fh)
+        self.raw.overlay.set_attributes(self.node, Changes(size=size))
 
     def stat(self) -> Stat:
         return _stat(self.raw.overlay.attributes(self.node))
 
     def chmod(self, mode: int) -> None:
-        self.raw.overlay.set_attributes(self.node, Changes(mode=mode), self.raw.caller, None)
+        self.raw.overlay.set_attributes(self.node, Changes(mode=mode))
 
     def setxattr(self, name: str, value: bytes) -> None:
         self.raw.overlay.setxattr(self.node, os.fsencode(name), value)
 
     def getxattr(self, name: str) -> bytes:
-        return self.raw.overlay.getxattr(self.node, os.fsencode(name))
+        return self.raw.overlay.metadata.getxattr(self.node, os.fsencode(name))
 
     def fsync(self, datasync: bool = False) -> None:
         self.raw.overlay.fsync(self.fh, datasync)
@@ -54,7 +54,7 @@ class FsHandle:
     def close(self) -> None:
         if self in self.raw.open_handles:
             self.raw.open_handles.remove(self)
-            self.raw.overlay.release(self.fh)
+            self.raw.overlay.files.release(self.fh)
             self.raw.overlay.nodes.forget(self.node.number, 1)
 
 
@@ -140,11 +140,11 @@ class FsRaw:
     def _scan(self, node: Node) -> list[Listed]:
         if not modes.S_ISDIR(self.overlay.attributes(node).mode):
             raise oserror(ENOTDIR)
-        fh = self.overlay.open_dir(node)
+        fh = self.overlay.files.open_dir(node)
         try:
-            return [self._listed(name, child) for name, child, _ in self.overlay.read_dir(fh, 0)]
+            return [self._listed(name, child) for name, child, *_ in self.overlay.files.read_dir(fh, 0)]
         finally:
-            self.overlay.release(fh)
+            self.overlay.files.release(fh)
 
     def _listed(self, name: bytes, child: Node | None) -> Listed:
         if child is None:
@@ -158,46 +158,46 @@ class FsRaw:
     def _readlink(self, node: Node) -> bytes:
         if not modes.S_ISLNK(self.overlay.attributes(node).mode):
             raise oserror(EINVAL)
-        return self.overlay.readlink(node)
+        return self.overlay.metadata.readlink(node)
 
     def statvfs(self) -> os.statvfs_result:
-        return self.overlay.statfs()
+        return self.overlay.metadata.statfs()
 
     # Names
 
     def mkdir(self, path: bytes, mode: int) -> None:
         def make(parent: Node, name: bytes) -> None:
             self._absent(parent, name)
-            self.overlay.mkdir(parent, name, mode & ~self.caller.umask, self.caller)
+            self.overlay.names.mkdir(parent, name, mode & ~self.caller.umask, self.caller)
 
         self._below(path, make)
 
     def mknod(self, path: bytes, mode: int, rdev: int) -> None:
         def make(parent: Node, name: bytes) -> None:
             self._absent(parent, name)
-            self.overlay.mknod(parent, name, mode & ~self.caller.umask, rdev, self.caller)
+            self.overlay.names.mknod(parent, name, mode & ~self.caller.umask, rdev, self.caller)
 
         self._below(path, make)
 
     def symlink(self, target: bytes, path: bytes) -> None:
         def make(parent: Node, name: bytes) -> None:
             self._absent(parent, name)
-            self.overlay.symlink(parent, name, target, self.caller)
+            self.overlay.names.symlink(parent, name, target, self.caller)
 
         self._below(path, make)
 
     def link(self, old: bytes, new: bytes) -> None:
         def make(node: Node, parent: Node, name: bytes) -> None:
             self._absent(parent, name)
-            self.overlay.link(node, parent, name)
+            self.overlay.names.link(node, parent, name)
 
         self._with(old, lambda node: self._below(new, lambda parent, name: make(node, parent, name)))
 
     def unlink(self, path: bytes) -> None:
-        self._below(path, self.overlay.unlink)
+        self._below(path, self.overlay.names.unlink)
 
     def rmdir(self, path: bytes) -> None:
-        self._below(path, self.overlay.rmdir)
+        self._below(path, self.overlay.names.rmdir)
 
     def rename(self, old: bytes, new: bytes, flags: int) -> None:
         """What do_renameat2 checks before it asks."""
@@ -212,14 +212,14 @@ class FsRaw:
                 raise oserror(EINVAL)
             if old.startswith(new + b"/"):
                 raise oserror(ENOTEMPTY)
-            self.overlay.rename(parent, name, target, last, flags)
+            self.overlay.names.rename(parent, name, target, last, flags)
 
         self._below(old, lambda parent, name: self._below(new, lambda target, last: move(parent, name, target, last)))
 
     # Attributes
 
     def _change(self, path: bytes, changes: Changes) -> None:
-        self._with(path, lambda node: self.overlay.set_attributes(node, changes, self.caller, None))
+        self._with(path, lambda node: self.overlay.set_attributes(node, changes))
 
     def chmod(self, path: bytes, mode: int) -> None:
         self._change(path, Changes(mode=mode))
@@ -239,12 +239,12 @@ class FsRaw:
             kind = modes.S_IFMT(self.overlay.attributes(node).mode)
             if kind != modes.S_IFREG:
                 raise oserror(EISDIR if kind == modes.S_IFDIR else EINVAL)
-            self.overlay.set_attributes(node, Changes(size=size), self.caller, None)
+            self.overlay.set_attributes(node, Changes(size=size))
 
         self._with(path, cut)
 
     def getxattr(self, path: bytes, name: str) -> bytes:
-        return self._with(path, lambda node: self.overlay.getxattr(node, os.fsencode(name)))
+        return self._with(path, lambda node: self.overlay.metadata.getxattr(node, os.fsencode(name)))
 
     def setxattr(self, path: bytes, name: str, value: bytes, flags: int) -> None:
         self._with(path, lambda node: self.overlay.setxattr(node, os.fsencode(name), value, flags))
@@ -253,7 +253,7 @@ class FsRaw:
         self._with(path, lambda node: self.overlay.removexattr(node, os.fsencode(name)))
 
     def listxattr(self, path: bytes) -> list[str]:
-        names = self._with(path, self.overlay.listxattr)
+        names = self._with(path, self.overlay.metadata.listxattr)
         return [os.fsdecode(name) for name in names]
 
     # Data
@@ -266,7 +266,7 @@ class FsRaw:
         node = self._walk(path)
         try:
             self._check_openable(node, flags)
-            return FsHandle(self, node, self.overlay.open(node, flags & ~os.O_CREAT, self.caller))
+            return FsHandle(self, node, self.overlay.files.open(node, flags & ~os.O_CREAT, strip=self.caller.uid != 0))
         except BaseException:
             self._forget(node)
             raise
@@ -275,7 +275,7 @@ class FsRaw:
         try:
             self.overlay.lookup(parent, name)
         except FileNotFoundError:
-            node, fh = self.overlay.create(parent, name, mode & ~self.caller.umask, flags, self.caller)
+            (node, _), fh = self.overlay.create(parent, name, mode & ~self.caller.umask, flags, self.caller)
             self.overlay.nodes.remember(node)
             return FsHandle(self, node, fh)
         if flags & os.O_EXCL:

@@ -4,13 +4,13 @@ from contextlib import AbstractContextManager
 from unittest import mock
 
 from overlayfs import sysio
-from overlayfs.fs import copyup
+from overlayfs.fs.copyup_steps import Build
 from overlayfs.fs.nodes import Dir, File, Node
 from overlayfs.tree.upper import Place, Upper
 from overlayfs.tree.workdir import WorkDir
 from overlayfs.union.plans import Create, Move
 
-_begin = copyup._Build.begin
+_begin = Build.begin
 _move = Upper._move
 
 
@@ -48,18 +48,18 @@ def _final_place(node: Node) -> tuple[Dir, bytes] | None:
     return (node.parent, node.name) if isinstance(node, Dir) and node.parent is not None else None
 
 
-def _begin_in_place(self: copyup._Build) -> None:
+def _begin_in_place(self: Build) -> None:
     _begin(self)
     place = _final_place(self.node)
     if place is not None:
-        dirfd = self._upper.dirfd(self._copyup.lookup.path(place[0]))
+        dirfd = self._upper.dirfd(self._context.nodes.path(place[0]))
         work = _PlaceOfItsOwn(self._upper.work, dirfd, place[1])
         object.__setattr__(self, "_upper", _InPlace(self._upper, work))
 
 
 def copy_up_in_place() -> AbstractContextManager[object]:
     """Return the patch for M2: data and attributes are written under the final name, one after the other."""
-    return mock.patch.object(copyup._Build, "begin", _begin_in_place)
+    return mock.patch.object(Build, "begin", _begin_in_place)
 
 
 def _move_in_two_steps(self: Upper, source: Place, target: Place, move: Move) -> None:

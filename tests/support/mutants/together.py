@@ -6,7 +6,8 @@ from typing import Any
 from unittest import mock
 
 from overlayfs.fs import rotate
-from overlayfs.fs.copyup import CopyUp, CopyUpStep, Requirement
+from overlayfs.fs.copyup import Requirement, is_met
+from overlayfs.fs.copyup_steps import StepContext
 from overlayfs.fs.metadata import Attributes, Changes
 from overlayfs.fs.nodes import File, Node, NodeTable
 from overlayfs.fs.overlay import Overlay
@@ -32,14 +33,15 @@ def _writer_kept(node: File, writer: int) -> None:
 
 @contextmanager
 def _no_lock() -> Iterator[None]:
-    async def take(self: CopyUpRunner, step: CopyUpStep, node: Node, requirement: Requirement) -> None:
+    async def perform(self: CopyUpRunner, node: Node, requirement: Requirement) -> None:
         """Copy at once."""
-        await self._carry_out(step)
+        if not is_met(node, requirement):
+            await self._carry_out(self._copyup.step(node, requirement))
 
-    def begun(self: CopyUp, node: Node) -> None:
+    def begin(self: StepContext, node: Node) -> None:
         """Let others begin too."""
 
-    with mock.patch.object(CopyUpRunner, "_take", take), mock.patch.object(CopyUp, "begun", begun):
+    with mock.patch.object(CopyUpRunner, "_perform", perform), mock.patch.object(StepContext, "begin", begin):
         yield
 
 
@@ -47,10 +49,10 @@ def _deaf(self: NodeTable, number: int, count: int) -> None:
     """Count the look-ups of a number for ever."""
 
 
-def _cut(self: Overlay, node: Node, changes: Changes, *rest: Any) -> Attributes:
+def _cut(self: Overlay, node: Node, changes: Changes) -> Attributes:
     """Change anything but make a file shorter."""
     keeps = changes.size is not None and changes.size < self.attributes(node).size
-    return _CHANGE(self, node, changes._replace(size=None) if keeps else changes, *rest)
+    return _CHANGE(self, node, changes._replace(size=None) if keeps else changes)
 
 
 _CHANGE = Overlay.set_attributes

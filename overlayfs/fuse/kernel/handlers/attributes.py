@@ -3,7 +3,7 @@
 import os
 
 from overlayfs import sysio
-from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.copyup import Requirements
 from overlayfs.fs.metadata import Attributes, Changes
 from overlayfs.fs.space import CHANGING_REQUESTS
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Attr, Init, Op
@@ -79,14 +79,10 @@ class AttributeHandlers:
         node, changes = self._session.node(request.nodeid), self._changes(fields)
         if changes == _NOTHING:
             return self.getattr(request)
-        handle = self._session.handles.get(fields[2]) if fields[0] & _FH else None
-        caller = request.caller()
         return self._session.change(
             request,
-            lambda: ((node, self._overlay.requirement_of_change(changes)),),
-            lambda: self._session.attributes(
-                request, node, self._overlay.set_attributes(node, changes, caller, handle)
-            ),
+            lambda: self._overlay.requirements.set_attributes(node, changes),
+            lambda _: self._session.attributes(request, node, self._overlay.set_attributes(node, changes)),
         )
 
     def _changes(self, fields: tuple[int, ...]) -> Changes:
@@ -110,11 +106,11 @@ class AttributeHandlers:
             return self._session.ok(request, _IOCTL_OUT.encode() + found[:out_size])
         value = bytes(request.body[_IOCTL.size : _IOCTL.size + in_size])
 
-        def act() -> Reply:
+        def act(_: Requirements) -> Reply:
             self._overlay.space.change_flags(node, command, value)
             return self._session.ok(request, _IOCTL_OUT.encode())
 
-        return self._session.change(request, lambda: ((node, Requirement.METADATA),), act)
+        return self._session.change(request, lambda: self._overlay.requirements.set_flags(node), act)
 
 
 def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:

@@ -4,13 +4,13 @@ import errno
 import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from overlayfs.errors import oserror
-from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.copyup import Requirements, is_met
 from overlayfs.fs.files import FileHandle, Files
-from overlayfs.fs.metadata import after_change
 from overlayfs.fs.nodes import File, Node
+from overlayfs.fs.objects import after_change
 from overlayfs.fuse.kernel.handshake import MAX_WRITE
 from overlayfs.fuse.kernel.passthrough import KEEP_CACHE, Target
 from overlayfs.fuse.kernel.protocol import (
@@ -23,6 +23,7 @@ from overlayfs.fuse.kernel.protocol import (
 )
 from overlayfs.fuse.kernel.request import Handler, Reply, Request
 from overlayfs.fuse.kernel.session import Session
+from overlayfs.tree.stats import AnyStat
 
 _OPEN = LAYOUTS["open_in"]
 _OPEN_REPLY = LAYOUTS["open_reply"]
@@ -108,13 +109,13 @@ class FileHandlers:
             return self._session.error(request, errno.ENOSYS)
         flags, open_flags = _OPEN.unpack_from(request.body)
         node = self._session.node(request.nodeid)
-        requirement = self._overlay.requirement_of_open(node, flags)
-        if requirement is None:
+        required = self._overlay.requirements.open(node, flags)
+        if not required:
             return self._open_complete(request, node) or self._open(request, node, flags, False)
         strip = bool(open_flags & OPEN_KILL_SUIDGID) if self._kills else request.uid != 0
-        changed = bool(flags & os.O_TRUNC) or self._overlay.next_copy_up(node, requirement) is not None
+        changed = bool(flags & os.O_TRUNC) or not all(is_met(*each) for each in required)
         return self._session.change(
-            request, lambda: ((node, requirement),), lambda: self._open(request, node, flags, strip, changed)
+            request, lambda: required, lambda _: self._open(request, node, flags, strip, changed)
         )
 
     def _open_complete(self, request: Request, node: Node) -> Reply:
@@ -182,44 +183,38 @@ class FileHandlers:
         flags, mode, umask, _ = _CREATE.unpack_from(request.body)
         name, parent = request.name(_CREATE.size), self._session.node(request.nodeid)
 
-        def act() -> Reply:
+        def act(_: Requirements) -> Reply:
             masked = self._session.masked(parent, mode, umask)
             is_new = self._overlay.find(parent, name) is None
-            node, handle = self._overlay.create(
+            found, handle = self._overlay.create(
                 parent, name, masked, self._session.policy.backing_flags(flags), request.caller(umask)
             )
-            reply = self._created(request, node, handle, flags)
+            reply = self._created(request, *found, handle, flags)
             if is_new:
                 self._session.no_caps.add(handle.nodeid)
             return reply
 
-        return self._session.change(request, lambda: self._requirements_of_create(parent, name, flags), act)
-
-    def _requirements_of_create(self, parent: Node, name: bytes, flags: int) -> Iterator[tuple[Node, Requirement]]:
-        yield parent, Requirement.METADATA
-        existing = self._overlay.find(parent, name)
-        if existing is not None and (requirement := self._overlay.requirement_of_open(existing, flags)) is not None:
-            yield existing, requirement
+        return self._session.change(request, lambda: self._overlay.requirements.create(parent, name, flags), act)
 
     def tmpfile(self, request: Request) -> Reply:
         """Make and open a file without a name."""
         flags, mode, umask, _ = _CREATE.unpack_from(request.body)
         parent = self._session.node(request.nodeid)
 
-        def act() -> Reply:
+        def act(_: Requirements) -> Reply:
             masked = self._session.masked(parent, mode, umask)
-            node, handle = self._overlay.create_unnamed(parent, masked, request.caller(umask))
-            return self._created(request, node, handle, flags)
+            found, handle = self._overlay.create_unnamed(parent, masked, request.caller(umask))
+            return self._created(request, *found, handle, flags)
 
-        return self._session.change(request, lambda: ((parent, Requirement.METADATA),), act)
+        return self._session.change(request, lambda: self._overlay.requirements.make(parent), act)
 
-    def _created(self, request: Request, node: Node, handle: FileHandle, flags: int) -> Reply:
+    def _created(self, request: Request, node: Node, stat: AnyStat | None, handle: FileHandle, flags: int) -> Reply:
         session = self._session
         if self._is_stale(session.node_ids.nodeid(node), node):
             session.node_ids.renew(node)  # the file existed; the reply names the node id that is to be used
         number, reply_flags, backing_id = self._choose_mode(handle, session.node_ids.nodeid(node), flags)
         try:
-            found = self._overlay.attributes(node)
+            found = self._overlay.metadata.attributes(node, stat)
         except BaseException:
             self._close(number)
             raise
@@ -274,14 +269,14 @@ class FileHandlers:
         kept = bytes(data)  # the next request overwrites the buffer
         return self._session.change(
             request,
-            lambda: ((node, Requirement.DATA),),
-            lambda: self._write(request, handle, offset, kept, strip),
+            lambda: self._overlay.requirements.write(node),
+            lambda _: self._write(request, handle, offset, kept, strip),
         )
 
     def _write(self, request: Request, handle: FileHandle, offset: int, data: bytes | memoryview, strip: bool) -> Reply:
         written = self._files.write(handle, offset, data)
         if strip:
-            self._overlay.strip_set_id(handle.node)
+            self._overlay.metadata.strip_set_id(handle.node)
             self._session.connection.forget_attributes(request.nodeid)
         return _WRITE_REPLY.pack(_WRITE_REPLY.size, 0, request.unique, written, 0)
 
@@ -300,12 +295,12 @@ class FileHandlers:
         number, offset, length, mode, _ = _FALLOCATE.unpack_from(request.body)
         handle = self._handle(number)
 
-        def act() -> Reply:
+        def act(_: Requirements) -> Reply:
             self._overlay.space.allocate(handle, mode, offset, length)
             self._strip_for(request, handle.node, request.nodeid)
             return self._session.ok(request)
 
-        return self._session.change(request, lambda: ((handle.node, Requirement.DATA),), act)
+        return self._session.change(request, lambda: self._overlay.requirements.write(handle.node), act)
 
     def _strip_for(self, request: Request, node: Node, nodeid: int) -> None:
         """Clear set-id bits after a change for which the kernel neither does so nor says whether the caller keeps them.
@@ -313,7 +308,7 @@ class FileHandlers:
         Only root is assumed to keep them: a user who has CAP_FSETID and is not root loses them.
         """
         if self._kills and request.uid != 0:
-            self._overlay.strip_set_id(node)
+            self._overlay.metadata.strip_set_id(node)
             self._session.connection.forget_attributes(nodeid)
 
     def lseek(self, request: Request) -> Reply:
@@ -335,8 +330,8 @@ class FileHandlers:
         source, target = self._handle(number), self._handle(target_number)
         length = min(length, most)
 
-        def requirements() -> tuple[tuple[Node, Requirement]]:
-            return ((target.node, Requirement.DATA),)
+        def requirements() -> Requirements:
+            return self._overlay.requirements.write(target.node)
 
         def prepare() -> Callable[[], int]:
             return self._overlay.space.prepare_copy(source, offset, target, target_offset, length)
@@ -346,7 +341,7 @@ class FileHandlers:
             return self._session.ok(request, body(copied))
 
         if length <= _QUICK:
-            return self._session.change(request, requirements, lambda: reply(prepare()()))
+            return self._session.change(request, requirements, lambda _: reply(prepare()()))
         self._session.change_in_thread(request, requirements, prepare, reply)
         return None
 

@@ -22,7 +22,7 @@ class FilesystemHandlers:
 
     def statfs(self, request: Request) -> Reply:
         """Answer with the figures of the file system that takes the writes."""
-        found = self._overlay.statfs()
+        found = self._overlay.metadata.statfs()
         body = LAYOUTS["statfs_out"].encode(
             blocks=found.f_blocks,
             bfree=found.f_bfree,
@@ -30,7 +30,7 @@ class FilesystemHandlers:
             files=found.f_files,
             ffree=found.f_ffree,
             bsize=found.f_bsize,
-            namelen=min(found.f_namemax, self._overlay.longest_name),
+            namelen=min(found.f_namemax, self._overlay.metadata.longest_name),
             frsize=found.f_frsize,
         )
         return self._session.ok(request, body)

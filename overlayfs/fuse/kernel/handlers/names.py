@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.copyup import Requirements
+from overlayfs.fs.names import Made
 from overlayfs.fs.nodes import Node
-from overlayfs.fuse import needs
+from overlayfs.fs.rename import RenamePlan
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Op, decode_device
 from overlayfs.fuse.kernel.request import Handler, Reply, Request
 from overlayfs.fuse.kernel.session import Session
@@ -25,6 +26,8 @@ class NameHandlers:
     def __init__(self, session: Session, forgotten: tuple[Callable[[int], None], ...]) -> None:
         self._session = session
         self._overlay = session.overlay
+        self._names = session.overlay.names
+        self._requirements = session.overlay.requirements
         self._forgotten = forgotten
         self.handlers: dict[int, Handler] = {
             Op.LOOKUP: self.lookup,
@@ -45,12 +48,12 @@ class NameHandlers:
         """Answer with the node under a name, or with an absence that may be remembered."""
         if self._session.sent_back:
             self._session.sent_back.pop(request.pid, None)
-        node = self._overlay.find(self._session.node(request.nodeid), request.name())
-        return self._session.absent(request) if node is None else self._session.entry(request, node)
+        found = self._overlay.find(self._session.node(request.nodeid), request.name())
+        return self._session.absent(request) if found is None else self._session.entry(request, *found)
 
     def readlink(self, request: Request) -> Reply:
         """Answer with the target of a symbolic link."""
-        return self._session.ok(request, self._overlay.readlink(self._session.node(request.nodeid)))
+        return self._session.ok(request, self._overlay.metadata.readlink(self._session.node(request.nodeid)))
 
     def forget(self, request: Request) -> Reply:
         """Take back look-ups of one node."""
@@ -77,9 +80,7 @@ class NameHandlers:
         mode, umask = _MKDIR.unpack_from(request.body)
         name, caller = request.name(_MKDIR.size), request.caller(umask)
         parent, masked = self._session.node(request.nodeid), self._session.masked
-        return self._make(
-            request, parent, lambda: self._overlay.mkdir(parent, name, masked(parent, mode, umask), caller)
-        )
+        return self._make(request, parent, lambda: self._names.mkdir(parent, name, masked(parent, mode, umask), caller))
 
     def mknod(self, request: Request) -> Reply:
         """Make a device, FIFO, socket or plain file."""
@@ -87,18 +88,18 @@ class NameHandlers:
         name, caller = request.name(_MKNOD.size), request.caller(umask)
         parent, masked, device = self._session.node(request.nodeid), self._session.masked, decode_device(rdev)
         return self._make(
-            request, parent, lambda: self._overlay.mknod(parent, name, masked(parent, mode, umask), device, caller)
+            request, parent, lambda: self._names.mknod(parent, name, masked(parent, mode, umask), device, caller)
         )
 
     def symlink(self, request: Request) -> Reply:
         """Make a symbolic link."""
         name, target = request.two_names()
         parent, caller = self._session.node(request.nodeid), request.caller()
-        return self._make(request, parent, lambda: self._overlay.symlink(parent, name, target, caller))
+        return self._make(request, parent, lambda: self._names.symlink(parent, name, target, caller))
 
-    def _make(self, request: Request, parent: Node, make: Callable[[], Node]) -> Reply:
+    def _make(self, request: Request, parent: Node, make: Callable[[], Made]) -> Reply:
         return self._session.change(
-            request, lambda: ((parent, Requirement.METADATA),), lambda: self._session.entry(request, make())
+            request, lambda: self._requirements.make(parent), lambda _: self._session.entry(request, *make())
         )
 
     def link(self, request: Request) -> Reply:
@@ -107,8 +108,8 @@ class NameHandlers:
         node, parent, name = self._session.node(old), self._session.node(request.nodeid), request.name(_LINK.size)
         return self._session.change(
             request,
-            lambda: ((node, Requirement.METADATA), (parent, Requirement.METADATA)),
-            lambda: self._session.entry(request, self._overlay.link(node, parent, name)),
+            lambda: self._requirements.link(node, parent),
+            lambda _: self._session.entry(request, *self._names.link(node, parent, name)),
         )
 
     # --- removing and moving ---------------------------------------------------------------------------
@@ -117,21 +118,21 @@ class NameHandlers:
         """Remove a name of a non-directory."""
         parent, name = self._session.node(request.nodeid), request.name()
 
-        def act() -> Reply:
-            self._overlay.unlink(parent, name)
+        def act(_: Requirements) -> Reply:
+            self._names.unlink(parent, name)
             return self._session.ok(request)
 
-        return self._session.change(request, lambda: needs.of_unlink(self._overlay, parent, name), act)
+        return self._session.change(request, lambda: self._requirements.unlink(parent, name), act)
 
     def rmdir(self, request: Request) -> Reply:
         """Remove an empty directory."""
         parent, name = self._session.node(request.nodeid), request.name()
 
-        def act() -> Reply:
-            self._overlay.rmdir(parent, name)
+        def act(_: Requirements) -> Reply:
+            self._names.rmdir(parent, name)
             return self._session.ok(request)
 
-        return self._session.change(request, lambda: ((parent, Requirement.METADATA),), act)
+        return self._session.change(request, lambda: self._requirements.rmdir(parent), act)
 
     def rename(self, request: Request) -> Reply:
         """Move a name, over what is there."""
@@ -147,10 +148,10 @@ class NameHandlers:
         name, new_name = request.two_names(start)
         parent, new_parent = self._session.node(request.nodeid), self._session.node(new)
 
-        def act() -> Reply:
-            self._overlay.rename(parent, name, new_parent, new_name, flags)
+        def act(plan: RenamePlan) -> Reply:
+            self._names.move(plan)
             return self._session.ok(request)
 
         return self._session.change(
-            request, lambda: needs.of_rename(self._overlay, parent, name, new_parent, new_name, flags), act
+            request, lambda: self._requirements.rename(parent, name, new_parent, new_name, flags), act
         )

@@ -4,6 +4,7 @@ import errno
 import stat
 
 from overlayfs.errors import oserror
+from overlayfs.fs.lookup import Child
 from overlayfs.fs.nodes import Dir, Node
 from overlayfs.fuse.engine import UNKNOWN_NUMBER
 from overlayfs.fuse.kernel.protocol import LAYOUTS, Init, Op, file_type, padded
@@ -35,7 +36,8 @@ class DirectoryHandlers:
         """Decline for good where listings stay true: the kernel then keeps them, and asks by node."""
         if self._session.policy.keep_cache and self._session.features & Init.NO_OPENDIR_SUPPORT:
             return self._session.error(request, errno.ENOSYS)
-        self._overlay.release(self._overlay.open_dir(self._session.node(request.nodeid)))
+        files = self._overlay.files
+        files.release(files.open_dir(self._session.node(request.nodeid)))
         return self._session.ok(request, LAYOUTS["open_out"].encode())
 
     def releasedir(self, request: Request) -> Reply:
@@ -51,8 +53,8 @@ class DirectoryHandlers:
         reply = bytearray()
         if position < DOTS:
             self._add_dots(reply, node, position)
-        for name, child, onward in self._overlay.read_dir_at(node, max(position - DOTS, 0)):
-            shown, record = self._record(name, child, onward + DOTS)
+        for child in self._overlay.dir_offsets.read(node, max(position - DOTS, 0)):
+            shown, record = self._record(child)
             if len(reply) + len(record) > size:
                 break
             reply += record
@@ -60,16 +62,17 @@ class DirectoryHandlers:
                 self._session.node_ids.remember(shown)
         return self._session.ok(request, bytes(reply))
 
-    def _record(self, name: bytes, child: Node | None, onward: int) -> tuple[Node | None, bytes]:
+    def _record(self, child: Child) -> tuple[Node | None, bytes]:
         """Return the node that counts as looked up, and the record: a name alone for what cannot be looked at."""
+        name, node, onward = child.name, child.node, child.offset + DOTS
         try:
-            found = None if child is None else self._overlay.attributes(child)
+            found = None if node is None else self._overlay.metadata.attributes(node, child.stat)
         except OSError:
             found = None
-        if child is None or found is None:
+        if node is None or found is None:
             return None, _NO_NODE + _DIRENT.pack(UNKNOWN_NUMBER, onward, len(name), 0) + padded(name)
-        fields = self._session.entry_fields(self._session.node_ids.nodeid(child), child, found)
-        return child, _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
+        fields = self._session.entry_fields(self._session.node_ids.nodeid(node), node, found)
+        return node, _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
 
     def _add_dots(self, reply: bytearray, node: Dir, position: int) -> None:
         """Add "." and ".."; the kernel takes only their numbers and counts no look-up for them."""

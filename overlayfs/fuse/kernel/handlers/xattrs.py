@@ -4,7 +4,7 @@ import errno
 import stat
 
 from overlayfs.errors import oserror
-from overlayfs.fs.copyup import Requirement
+from overlayfs.fs.copyup import Requirements
 from overlayfs.fs.metadata import Changes
 from overlayfs.fs.nodes import Node
 from overlayfs.fuse.kernel.protocol import LAYOUTS, SETXATTR_ACL_KILL_SGID, Init, Op
@@ -44,10 +44,10 @@ class XattrHandlers:
             return self._session.error(request, errno.ENODATA)
         size, _ = _GETXATTR.unpack_from(request.body)
         node, name = self._session.node(request.nodeid), request.name(_GETXATTR.size)
-        if name == _CAPABILITY and self._overlay.find_xattr(node, name) is None:
+        if name == _CAPABILITY and self._overlay.metadata.find_xattr(node, name) is None:
             self._no_caps.add(request.nodeid)
             return self._session.error(request, errno.ENODATA)
-        return self._sized(request, size, self._overlay.getxattr(node, name))
+        return self._sized(request, size, self._overlay.metadata.getxattr(node, name))
 
     def forget(self, nodeid: int) -> None:
         """The kernel has let a number go."""
@@ -58,7 +58,7 @@ class XattrHandlers:
         if not self._session.settings.xattrs:
             return self._session.error(request, errno.ENOSYS)
         size, _ = _GETXATTR.unpack_from(request.body)
-        names = self._overlay.listxattr(self._session.node(request.nodeid))
+        names = self._overlay.metadata.listxattr(self._session.node(request.nodeid))
         return self._sized(request, size, b"".join(name + b"\0" for name in names))
 
     def _sized(self, request: Request, size: int, value: bytes) -> Reply:
@@ -77,32 +77,27 @@ class XattrHandlers:
         node, kill = self._session.node(request.nodeid), bool(more and more[0] & SETXATTR_ACL_KILL_SGID)
         self._no_caps.discard(request.nodeid)
 
-        def act() -> Reply:
+        def act(_: Requirements) -> Reply:
             self._overlay.setxattr(node, name, value[:size], flags)
             if kill:
-                self._drop_set_gid(request, node)
+                self._drop_set_gid(node)
             return self._session.ok(request)
 
-        return self._session.change(request, lambda: self._requirements_of_xattr(node, name), act)
+        return self._session.change(request, lambda: self._overlay.requirements.setxattr(node, name), act)
 
-    def _requirements_of_xattr(self, node: Node, name: bytes) -> tuple[tuple[Node, Requirement]]:
-        self._overlay.check_xattr(name)
-        return ((node, Requirement.METADATA),)
-
-    def _drop_set_gid(self, request: Request, node: Node) -> None:
+    def _drop_set_gid(self, node: Node) -> None:
         mode = self._overlay.attributes(node).mode & 0o7777
         if mode & stat.S_ISGID:
-            self._overlay.set_attributes(node, Changes(mode=mode & ~stat.S_ISGID), request.caller())
+            self._overlay.set_attributes(node, Changes(mode=mode & ~stat.S_ISGID))
 
     def removexattr(self, request: Request) -> Reply:
         """Remove a value; one that is not there is refused before anything is lifted."""
         if not self._session.settings.xattrs:
             return self._session.error(request, errno.ENOSYS)
         node, name = self._session.node(request.nodeid), request.name()
-        self._overlay.getxattr(node, name)
 
-        def act() -> Reply:
+        def act(_: Requirements) -> Reply:
             self._overlay.removexattr(node, name)
             return self._session.ok(request)
 
-        return self._session.change(request, lambda: self._requirements_of_xattr(node, name), act)
+        return self._session.change(request, lambda: self._overlay.requirements.removexattr(node, name), act)
