@@ -1,5 +1,8 @@
 """How Sphinx builds the documentation site: `make docs`; docs/decisions/0012-documentation-site.md says why so."""
 
+import re
+from pathlib import Path
+
 from sphinx.application import Sphinx
 
 import overlayfs
@@ -34,12 +37,21 @@ copybutton_prompt_text = r"[$#] "
 copybutton_prompt_is_regexp = True
 
 
-def _lead_to_included(_: Sphinx, __: str, source: list[str]) -> None:
-    """Pages link the files at the root of the repository; on the site these are pages that include them."""
-    for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"):
-        source[0] = source[0].replace(f"](../{name}.md", f"]({name.lower()}.md")
+# Pages at the root of the repository have a page on the site, whose text they are; links lead there.
+ROOT = Path(__file__).resolve().parents[1]
+INCLUDED = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "security": "SECURITY.md"}
+
+
+def _include(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Give an included page its text, and lead links to included pages to those of the site."""
+    if docname in INCLUDED:
+        path = ROOT / INCLUDED[docname]
+        app.env.note_dependency(str(path))
+        source[0] = path.read_text().replace("](docs/", "](")
+    for page, name in INCLUDED.items():
+        source[0] = re.sub(rf"\]\((?:\.\./)*{name}", f"]({page}.md", source[0])
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("source-read", _lead_to_included)
+    app.connect("source-read", _include)

@@ -54,7 +54,7 @@ class Durability(Verbs):
     def of_file(self, node: File, datasync: bool) -> Callable[[], None]:
         """Return the call that makes a file durable.
 
-        A failed one is reported by every later one of the node until its last handle goes (reliability, C3).
+        A failed one is reported by every later one of the node until its last handle goes (C3 of docs/reliability.md).
         """
         if self._stack.config.volatile or not (node.in_upper or self.barrier or node.sync_error):
             return _nothing

@@ -1,4 +1,4 @@
-"""Owners as the mount shows them and as the layers hold them: id maps, then squashing (ecosystem, section 1)."""
+"""Owners as the mount shows them and as the layers hold them: id maps, then squashing (fuse-overlayfs(1))."""
 
 from collections.abc import Sequence
 

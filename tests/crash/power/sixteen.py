@@ -1,4 +1,4 @@
-"""The load of reliability, section 1: sixteen files of a lower layer get one byte changed, some are made durable."""
+"""Sixteen files of a lower layer get one byte changed, and some of them are made durable."""
 
 from collections.abc import Iterator
 from pathlib import Path
