@@ -191,7 +191,7 @@ def decode_request(line: bytes) -> AnyRequest:
         raise UserError("the daemon does not know this command; is it of another version?")
     try:
         request: AnyRequest = msgspec.convert(message, AnyRequest)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter: a surrogate where no text belongs
         raise UserError(f"the daemon does not understand the request {command}: {error}") from None
     return request
 

@@ -116,7 +116,7 @@ def test_no_command_shows_the_help(overlayfs: Run) -> None:
     assert ended.code == 2 and ended.out == "" and all(name in ended.err for name in COMMANDS)
 
 
-def test_a_work_directory_that_cannot_be_made(overlayfs: Run, tmp_path: Path) -> None:
+def test_a_work_directory_that_cannot_be_created(overlayfs: Run, tmp_path: Path) -> None:
     upper = tmp_path / ("u" * 253)
     upper.mkdir()
     ended = overlayfs("mount", "--lower", "/a", "--upper", str(upper), "/m")
@@ -153,7 +153,7 @@ def test_a_failed_mount_leaves_a_work_directory_that_was_there(
     assert (tmp_path / "up.work").is_dir()
 
 
-def test_the_sentence_of_the_daemon_is_passed_on(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_the_daemon_is_passed_on(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control.Client, "at", _raising(UserError("no daemon of this user answers for /m")))
     assert overlayfs("stats", "/m") == (1, "", "overlayfs: no daemon of this user answers for /m\n")
 
@@ -166,8 +166,8 @@ def test_an_error_of_the_system_is_a_sentence(overlayfs: Run, monkeypatch: pytes
 def test_a_sentence_is_one_line_whatever_names_are_in_it(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     name = os.fsdecode(b"a\nb\x1b[31m\xff") + "\u202e"
     monkeypatch.setattr(mounts, "list_mounts", _raising(OSError(5, "Input/output error", name)))
-    told = "a\\nb\\x1b[31m\\udcff\\u202e"
-    assert overlayfs("mounts") == (1, "", f"overlayfs: {told}: Input/output error\n")
+    shown = "a\\nb\\x1b[31m\\udcff\\u202e"
+    assert overlayfs("mounts") == (1, "", f"overlayfs: {shown}: Input/output error\n")
 
 
 def test_a_defect_is_a_sentence_too(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_an_interrupt_ends_the_line_and_is_130(overlayfs: Run, monkeypatch: pyte
     assert overlayfs("mounts") == (130, "", "\n")
 
 
-def test_a_reader_that_has_gone_hears_no_traceback() -> None:
+def test_a_closed_pipe_gets_no_traceback() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([program("overlayfs"), "mounts", "--json"], stdout=writing, stderr=subprocess.PIPE, text=True)

@@ -100,7 +100,7 @@ def _stop_at(make_site: MakeSite, tree: View, calls: list[str], fuses: Iterable[
 
 
 def _commit_and_die(site: Site, fuse: Fuse) -> None:
-    """Commit in a process that ends at a changing call, so that the kernel alone cleans up."""
+    """Commit in a process that ends at a changing call, so that only the kernel cleans up."""
     child = os.fork()
     if child == 0:
         try:
@@ -149,7 +149,7 @@ def _check_records(site: Site, tree: View, where: str) -> None:
 
 
 def _check_leftovers(site: Site, where: str) -> None:
-    """Nothing is left that the next commit, and gc, have not taken away."""
+    """Nothing is left that the next commit and gc have not removed."""
     with site.open() as store:
         store.gc()
         kept: list[Layer] = list(store.layers())
@@ -163,7 +163,7 @@ def _check_leftovers(site: Site, where: str) -> None:
 @pytest.mark.campaign("T3")
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "for good"])
 def test_failing_at_every_call(campaign: Campaign, make_site: MakeSite, lasting: bool) -> None:
-    """The tree stays, who asked hears of it unless the call did not matter, and the next commit succeeds."""
+    """The tree stays, the error is raised unless the call did not matter, and the next commit succeeds."""
     tree, calls = undisturbed(make_site)
     points = Points()
     for error in ERRORS if campaign.full else ERRORS[:1]:

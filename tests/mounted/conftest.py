@@ -90,7 +90,7 @@ class Mount:
         environment: dict[str, str] | None = None,
         log: IO[str] | int = subprocess.PIPE,
     ) -> "Foreground":
-        """Mount in the foreground and return when it answers; `log` takes more than a pipe that nobody reads can."""
+        """Mount in the foreground and return when it answers; `log` takes more output than an unread pipe."""
         command = self.stack.command("-f", *flags, options=options)
         return self._watch(command, log, environment or {})
 

@@ -1,4 +1,4 @@
-"""Daemons that are killed at a chosen moment of their life.
+"""Daemons that are killed at a chosen moment.
 
 What stands in the tables puts the kill into this process; the daemon that it forks then meets it.
 """
@@ -43,14 +43,14 @@ def _after(owner: Any, name: str) -> Callable[[], None]:
 
 MOUNTING: dict[str, Callable[[], None]] = {
     "the upper is locked and prepared": _dying(daemon, "build_engine"),
-    "the kernel has the mount, nobody serves": _dying(daemon, "_serve"),
-    "it answers, nobody has been told": _dying(runtime_state, "write"),
+    "the kernel has the mount, it is not served": _dying(daemon, "_serve"),
+    "it answers, it is not announced": _dying(runtime_state, "write"),
     "the record is written": _after(runtime_state, "write"),
 }
 """By what is true at that moment. The mount that was asked for never comes."""
 
 UNMOUNTING: dict[str, Callable[[], None]] = {
-    "the kernel has let go": _dying(daemon, "_close_overlay"),
+    "the kernel has destroyed the mount": _dying(daemon, "_close_overlay"),
     "the upper is synced, still locked": _dying(Overlay, "close"),
     "all is closed, the record is there": _dying(runtime_state, "remove"),
 }
@@ -76,7 +76,7 @@ def serve_until_call(number: int, spec: MountSpec) -> int:
 
 
 def serve_never_writing(by_handle: bool, spec: MountSpec) -> int:
-    """Mount with a daemon that, once it is told to sync, waits for dirty pages and takes none.
+    """Mount with a daemon that, at the command sync, waits for dirty pages but serves no WRITE.
 
     Without `by_handle` it may not open files by their handles, as one that an unprivileged user has mounted.
     """
@@ -89,7 +89,7 @@ def serve_never_writing(by_handle: bool, spec: MountSpec) -> int:
 async def _wait_in_vain(control: ControlServer, _: object) -> object:
     await control._engine.gate.close()
     await control._write_back()
-    raise AssertionError("who has taken the pages?")
+    raise AssertionError("the pages were written back")
 
 
 def _refused(*_: Any) -> NoReturn:

@@ -9,7 +9,7 @@ from overlayfs.tree import staging
 from overlayfs.tree.staging import Content, Source, Staged
 from overlayfs.tree.upper import Upper
 
-LIMIT = 10.0  # seconds; whoever waits longer hangs
+LIMIT = 10.0  # seconds; a longer wait is a hang
 MANY = 64
 
 
@@ -30,7 +30,7 @@ class Hold:
             made = build(upper, source)
             if source.content is Content.COPY:
                 self._begun.release()
-                assert self._go.acquire(timeout=LIMIT), "nobody lets the copy go on"
+                assert self._go.acquire(timeout=LIMIT), "the copy was not released"
             return made
 
         with mock.patch.object(staging, "build", held):

@@ -62,11 +62,11 @@ class ImageMount:
         self.pids += sorted(processes.children() - before)
 
     def commit(self, *words: str) -> dict[str, Any]:
-        """Commit, wait for the hash, and return what was told."""
+        """Commit, wait for the hash, and return the JSON document."""
         before = processes.children()
-        told = self._run("commit", str(self.point), "--wait", "--json", *words)
+        printed = self._run("commit", str(self.point), "--wait", "--json", *words)
         processes.reap_since(before)
-        found: dict[str, Any] = json.loads(told)
+        found: dict[str, Any] = json.loads(printed)
         assert found["state"] == "complete"
         return found
 

@@ -37,7 +37,7 @@ def test_a_dead_daemons_mount_is_replaced(mount: Mount) -> None:
     assert not os.path.ismount(mount.point)
 
 
-def test_even_with_somebody_in_it(mount: Mount) -> None:
+def test_a_dead_mount_with_a_working_directory_is_replaced(mount: Mount) -> None:
     mount.start()
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, cwd=mount.point / "d") as inside:
         _kill(mount)
@@ -49,7 +49,7 @@ def test_even_with_somebody_in_it(mount: Mount) -> None:
 
 
 def test_a_kill_in_the_middle_of_work_leaves_files_whole(mount: Mount) -> None:
-    """kill -9 while files of a lower layer are changed: each is old or new at the next mount, and nothing is stuck."""
+    """kill -9 during copy-ups: at the next mount each file is the old or the new one, and nothing hangs."""
     old, new = b"o" * 200_000, b"n" * 200_000
     for number in range(40):
         (mount.stack.base / "low" / "d" / f"f{number}").write_bytes(old)
@@ -132,7 +132,7 @@ def test_an_upper_in_use_is_known_by_any_path(mount: Mount) -> None:
     assert mount.unmount() == 0
 
 
-def test_the_lock_of_a_dead_daemon_blocks_nobody(mount: Mount) -> None:
+def test_the_lock_of_a_dead_daemon_is_free(mount: Mount) -> None:
     mount.start()
     _kill(mount)
     point = _second_point(mount)

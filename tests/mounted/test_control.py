@@ -1,4 +1,4 @@
-"""The control socket: who may ask, what it answers, and that no client harms the mount."""
+"""The control socket: access, replies, and that no client can harm the mount."""
 
 import json
 import mmap
@@ -32,7 +32,7 @@ def _client(mount: Mount) -> Client:
 
 
 def _ask(mount: Mount, command: object, **fields: object) -> Any:
-    """Ask as a client of another version does, which sends what it likes; return the result or the error."""
+    """Send a command as a client of another version might; return the result, or the error."""
     line = json.dumps({"command": command, **fields}).encode() + b"\n"
     answer = json.loads(_exchange(_socket(mount), line))
     return answer["result"] if "result" in answer else answer["error"]
@@ -59,7 +59,7 @@ def test_directory_record_and_socket_are_private(mount: Mount) -> None:
 def test_another_user_is_refused_even_at_the_socket(mount: Mount) -> None:
     mount.start()
     _socket(mount).chmod(0o666)
-    handle = os.open(_socket(mount), os.O_PATH)  # the directory would not let her pass
+    handle = os.open(_socket(mount), os.O_PATH)  # Alice cannot search the directory
     path = Path(f"/proc/self/fd/{handle}")
     answer = json.loads(run_as(ALICE, lambda: _exchange(path, b'{"command": "stats"}\n')))
     os.close(handle)
@@ -101,7 +101,7 @@ def test_changes_and_reasons(mount: Mount) -> None:
     mount.unmount()
 
 
-def test_an_error_is_a_sentence(mount: Mount) -> None:
+def test_an_error_has_a_sentence(mount: Mount) -> None:
     mount.start()
     with pytest.raises(UserError, match="No such file or directory"):
         _client(mount).why(b"no/such")
@@ -150,7 +150,7 @@ _NOT_UNDERSTOOD: list[tuple[tuple[object, dict[str, object]], str]] = [
 ]
 
 
-def test_a_request_that_is_not_understood_is_told_why(mount: Mount) -> None:
+def test_a_request_that_is_not_understood_gets_the_reason(mount: Mount) -> None:
     mount.start()
     for (command, fields), sentence in _NOT_UNDERSTOOD:
         assert _ask(mount, command, **fields) == sentence
@@ -159,7 +159,7 @@ def test_a_request_that_is_not_understood_is_told_why(mount: Mount) -> None:
 
 
 def test_a_report_names_no_file(mount: Mount) -> None:
-    """Whatever has happened: names are in options, in notices and in the arguments of log messages."""
+    """Names of files are in options, in notices and in the arguments of log messages."""
     mount.start(options=",fsname=secretsource,timeout=1")
     (mount.point / "secretname").write_bytes(b"secretcontent")
     with pytest.raises(UserError):
@@ -186,7 +186,7 @@ def test_a_report_names_no_file(mount: Mount) -> None:
     ],
     ids=range(12),
 )
-def test_nonsense_is_answered(mount: Mount, data: bytes) -> None:
+def test_malformed_input_gets_an_error(mount: Mount, data: bytes) -> None:
     mount.start()
     answer = json.loads(_exchange(_socket(mount), data))
     assert answer["exit_code"] == 1
@@ -195,7 +195,7 @@ def test_nonsense_is_answered(mount: Mount, data: bytes) -> None:
     mount.unmount()
 
 
-def test_too_much_is_refused(mount: Mount) -> None:
+def test_an_overlong_request_is_refused(mount: Mount) -> None:
     mount.start()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.connect(str(_socket(mount)))
@@ -205,7 +205,7 @@ def test_too_much_is_refused(mount: Mount) -> None:
     mount.unmount()
 
 
-def test_clients_that_say_nothing_or_go_away(mount: Mount) -> None:
+def test_clients_that_send_nothing_or_disconnect(mount: Mount) -> None:
     mount.start()
     silent = []
     for _ in range(20):
@@ -221,20 +221,20 @@ def test_clients_that_say_nothing_or_go_away(mount: Mount) -> None:
     mount.unmount()
 
 
-def test_a_silent_client_does_not_keep_the_daemon(mount: Mount) -> None:
+def test_a_silent_client_does_not_delay_the_unmount(mount: Mount) -> None:
     mount.start()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.connect(str(_socket(mount)))
         assert mount.unmount() == 0
 
 
-def test_no_daemon_no_answer(mount: Mount) -> None:
+def test_without_a_mount_there_is_no_client(mount: Mount) -> None:
     with pytest.raises(UserError, match="is not a mount of overlayfs"):
         _client(mount).stats()
 
 
-def test_a_commit_holds_writers_and_has_all_that_was_acknowledged(mount: Mount) -> None:
-    """Four writers number their lines; the layer has each one's lines up to some moment within the commit."""
+def test_a_commit_pauses_writers_and_has_all_acknowledged_writes(mount: Mount) -> None:
+    """Four writers number their lines; the layer has the lines of each up to some moment within the commit."""
     mount.start()
     done = threading.Event()
     counts = [0] * 4
@@ -277,8 +277,8 @@ def test_a_commit_has_mapped_pages(mount: Mount) -> None:
     mount.unmount()
 
 
-def test_a_commit_waits_for_pages_that_are_on_their_way(mount: Mount) -> None:
-    """The kernel's syncfs does not wait for a FUSE daemon to take its pages."""
+def test_a_commit_waits_for_writeback(mount: Mount) -> None:
+    """syncfs(2) does not wait for a FUSE daemon."""
     fault = mount.stack.base / "fault"
     with open(mount.stack.base / "log", "w") as log:
         daemon = mount.faulty(fault, log)
@@ -319,7 +319,7 @@ def test_a_refused_commit_lets_changes_go_on(mount: Mount) -> None:
     mount.unmount()
 
 
-def test_syncing(mount: Mount) -> None:
+def test_sync(mount: Mount) -> None:
     mount.start()
     (mount.point / "new").write_bytes(b"x")
     _client(mount).sync()

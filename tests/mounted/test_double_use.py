@@ -25,7 +25,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process nobody waits long for a workspace, either."""
+    """Do not wait long for a workspace in this process either."""
     monkeypatch.setattr(workspaces, "_LEAVING", PATIENCE)
 
 
@@ -154,13 +154,13 @@ OF_LOCKS = tuple(CASES)[:7]
 def _violations(
     place: Path, fork_server: ForkServer, engine: str, names: Iterable[str] = CASES, mutant: str | None = None
 ) -> list[str]:
-    """Return the cases in which a second user was let in, or sent away with other words."""
+    """Return the cases in which a second mount was accepted, or refused with another sentence."""
     found = []
     for number, name in enumerate(names):
         case, wanted = CASES[name]
         sentence = case(Scene(place / f"{engine}{number}", fork_server, engine, mutant))
         if re.search(wanted, sentence) is None or "[exit code" in sentence:
-            found.append(f"{name}: {sentence or 'let in'}")
+            found.append(f"{name}: {sentence or 'accepted'}")
     return found
 
 
@@ -198,8 +198,10 @@ def _hashing(scene: Scene) -> Iterator[None]:
 
 @pytest.mark.campaign("T16")
 @pytest.mark.parametrize("what", ["directories", "a workspace", "a workspace whose layer is being hashed"])
-def test_a_dead_owner_blocks_nobody(campaign: Campaign, fork_server: ForkServer, place: Path, what: str) -> None:
-    """kill -9 of the daemon, whatever it has begun and left behind."""
+def test_the_locks_of_a_dead_daemon_are_free(
+    campaign: Campaign, fork_server: ForkServer, place: Path, what: str
+) -> None:
+    """kill -9 of the daemon, with work in progress."""
     for engine in engines.NAMES if campaign.full else (engines.current(),):
         scene = Scene(place / engine, fork_server, engine)
         more = {} if what == "directories" else scene.image()

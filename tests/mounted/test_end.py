@@ -33,7 +33,7 @@ def test_umount_ends_the_daemon(mount: Mount) -> None:
     assert not list(RECORDS.glob(f"{pid}.*"))
 
 
-def test_our_own_umount_returns_when_the_daemon_is_gone(mount: Mount) -> None:
+def test_our_own_umount_returns_when_the_daemon_has_ended(mount: Mount) -> None:
     mount.start()
     subprocess.run([PROGRAM, "umount", str(mount.point)], check=True, timeout=30)
     assert processes.reap(mount.pids.pop(), limit=0.5) == 0
@@ -51,7 +51,7 @@ def test_our_own_umount_of_a_mount_in_use(mount: Mount) -> None:
 
 
 def test_mounting_again_at_once(mount: Mount) -> None:
-    """Nobody waits for the daemon that is just going: the next one waits for its lock."""
+    """The command does not wait for the daemon that is ending: the next daemon waits for its lock."""
     for turn in range(4):
         mount.start()
         (mount.point / str(turn)).write_bytes(b"x" * 100_000)
@@ -62,7 +62,7 @@ def test_mounting_again_at_once(mount: Mount) -> None:
     assert {processes.reap(mount.pids.pop()) for _ in range(4)} == {0}
 
 
-def test_a_mount_taken_out_lazily_serves_who_still_uses_it(mount: Mount) -> None:
+def test_a_lazily_unmounted_mount_serves_open_files(mount: Mount) -> None:
     mount.start()
     with open(mount.point / "d" / "f", "r+b") as file:
         syscalls.umount(os.fsencode(mount.point), DETACH)
@@ -95,7 +95,7 @@ def test_sigterm_ends_a_mount_in_use_in_time(mount: Mount) -> None:
         os.close(file)
 
 
-def test_sigterm_writes_mapped_pages_out(mount: Mount) -> None:
+def test_sigterm_flushes_mapped_pages(mount: Mount) -> None:
     mount.start()
     file = os.open(mount.point / "d" / "f", os.O_RDWR)
     with mmap.mmap(file, 0) as pages:
@@ -107,7 +107,7 @@ def test_sigterm_writes_mapped_pages_out(mount: Mount) -> None:
     assert (mount.stack.upper / "d" / "f").read_bytes()[10:17] == b"changed"
 
 
-def test_umount_writes_mapped_pages_out(mount: Mount) -> None:
+def test_umount_flushes_mapped_pages(mount: Mount) -> None:
     mount.start()
     with open(mount.point / "d" / "f", "r+b") as file, mmap.mmap(file.fileno(), 0) as pages:
         pages[10:17] = b"changed"
@@ -116,7 +116,7 @@ def test_umount_writes_mapped_pages_out(mount: Mount) -> None:
 
 
 def test_sigterm_under_load(mount: Mount) -> None:
-    """What a create or write returned for is there; the writer, whose directory is gone, gets an error and no hang."""
+    """All acknowledged writes are there; the writer, whose directory is gone, gets an error and does not hang."""
     mount.start()
     acknowledged: list[int] = []
     directory = os.open(mount.point, os.O_RDONLY | os.O_DIRECTORY)
@@ -168,7 +168,7 @@ def test_sigusr1_logs_the_counters(mount: Mount) -> None:
     assert process.ended() == (0, "")
 
 
-def test_a_cut_connection_is_cleared_away_and_told_by_the_exit_code(mount: Mount) -> None:
+def test_an_aborted_connection_is_unmounted_and_an_error(mount: Mount) -> None:
     process = mount.foreground()
     unmount.abort(mounts.find(os.fsencode(mount.point)))
     code, written = process.ended()
@@ -177,8 +177,8 @@ def test_a_cut_connection_is_cleared_away_and_told_by_the_exit_code(mount: Mount
     assert not _is_mounted(mount.point)
 
 
-def test_who_gets_the_number_of_a_mount_is_not_cut_off_for_it(mount: Mount) -> None:
-    """The kernel names connections by numbers that it gives out again at once."""
+def test_the_next_mount_with_the_same_number_is_not_aborted(mount: Mount) -> None:
+    """The kernel reuses the numbers of connections at once."""
     mount.start()
     gone = mounts.find(os.fsencode(mount.point))
     known = gone

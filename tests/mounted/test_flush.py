@@ -21,24 +21,24 @@ from tests.support.outcome import errno_of
 from tests.support.serving import MountSpec
 
 
-def test_a_descriptor_is_not_there_and_stays_open(tmp_path: Path) -> None:
+def test_descriptors_are_absent_and_stay_open(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
     assert flush.run_unshared(lambda: errno_of(os.fstat, fd)) == errno.EBADF
     assert os.listdir(fd) == []
     os.close(fd)
 
 
-def test_the_standard_streams_are_there() -> None:
+def test_the_standard_streams_are_kept() -> None:
     for stream in range(3):
         assert flush.run_unshared(lambda: os.fstat(stream)) == os.fstat(stream)  # noqa: B023
 
 
-def test_an_error_is_for_who_asked(tmp_path: Path) -> None:
+def test_an_error_is_raised_in_the_caller(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         flush.run_unshared(lambda: os.stat(tmp_path / "absent"))
 
 
-def test_where_a_sandbox_refuses_it_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_a_sandbox_refuses_the_work_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse() -> NoReturn:
         raise oserror(errno.EPERM)
 
@@ -49,15 +49,15 @@ def test_where_a_sandbox_refuses_it_is_done_all_the_same(monkeypatch: pytest.Mon
 
 
 def serve_without_syncfs(spec: MountSpec) -> int:
-    """Mount with a daemon for which nobody writes pages out but itself, file by file."""
+    """Mount with a daemon that has to flush file by file, since its syncfs does nothing."""
     mock.patch.object(flush, "sysio", SimpleNamespace(syncfs=lambda _: None)).start()
     with unhashed():
         return serving.serve(spec)
 
 
 @pytest.mark.root
-def test_each_commit_waits_for_what_is_mapped(fork_server: ForkServer, place: Path) -> None:
-    """Also where the commit before has made a layer's file of it, which is written to through the old mapping."""
+def test_each_commit_waits_for_mapped_pages(fork_server: ForkServer, place: Path) -> None:
+    """Also if the previous commit made the file part of a layer, and the old mapping writes to it."""
     scene = Scene(place / "s", fork_server, engines.current())
     cached = "io=cached" if scene.engine == engines.KERNEL else "timeout=1"
     pid = scene.start(scene.spec(cached, **scene.image()), serve_without_syncfs)

@@ -9,7 +9,7 @@ from tests.mounted.conftest import Mount, Stack
 
 
 class Nested(Stack):
-    """A stack of which everything lies in the lower layer `low`."""
+    """A stack whose upper, work directory and mount point are in the lower layer `low`."""
 
     def __init__(self, base: Path) -> None:
         super().__init__(base)
@@ -36,7 +36,7 @@ def test_the_upper_is_not_part_of_the_layer(nested: Mount) -> None:
     assert (nested.stack.base / "low" / "d" / "f").read_bytes() == b"low" * 1000
 
 
-def test_the_mount_does_not_meet_itself(nested: Mount) -> None:
+def test_the_mount_does_not_show_itself(nested: Mount) -> None:
     assert os.listdir(nested.point / "m") == []
     (nested.point / "m" / "new").write_bytes(b"x")
     assert os.listdir(nested.point / "m") == ["new"]

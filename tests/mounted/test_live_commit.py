@@ -79,10 +79,10 @@ def test_tree_numbers_and_the_layer(image: ImageMount) -> None:
     os.symlink("new", point / "link")
     (point / "one").write_bytes(b"written by one name")
     shown, numbers = shown_by(point), inodes(point)
-    told = image.commit("-t", "site:2", "-m", "first")
+    made = image.commit("-t", "site:2", "-m", "first")
     assert shown_by(point) == shown
     assert inodes(point) == numbers
-    assert (image.tree(told) / "new").read_bytes() == b"new"
+    assert (image.tree(made) / "new").read_bytes() == b"new"
     assert not os.listdir(image.workspace / "upper")
     (point / "moved" / "inner" / "leaf").write_bytes(b"changed")
     (point / "dir").rmdir()
@@ -111,7 +111,7 @@ def test_open_files(image: ImageMount) -> None:
         fcntl.flock(writer, fcntl.LOCK_EX)
         (image.point / "unnamed").unlink()
         number = os.fstat(writer.fileno()).st_ino
-        told = image.commit()
+        made = image.commit()
         assert reader.read() == b"before, "
         appender.write(b"appended, ")
         writer.write(b"WRITTEN, ")
@@ -122,8 +122,8 @@ def test_open_files(image: ImageMount) -> None:
         os.fsync(writer.fileno())
         assert path.read_bytes() == b"before, WRITTEN,  "  # the append was one byte longer
         assert os.pread(unnamed.fileno(), 100, 0) == b"before, after"
-        assert (image.tree(told) / "file").read_bytes() == b"before, "
-        assert not (image.tree(told) / "unnamed").exists()
+        assert (image.tree(made) / "file").read_bytes() == b"before, "
+        assert not (image.tree(made) / "unnamed").exists()
     image.unmount()
 
 
@@ -144,14 +144,14 @@ def test_shared_mappings(image: ImageMount) -> None:
     path.write_bytes(bytes(8192))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 8192) as memory:
         memory[0:6] = b"before"
-        told = image.commit()
+        made = image.commit()
         memory[4096:4101] = b"after"
         assert memory[0:6] == b"before"
         again = image.commit()
         assert (image.tree(again) / "mapped").read_bytes() == b"before".ljust(4096, b"\0") + b"after".ljust(4096, b"\0")
         memory[4096:4102] = b"latest"
         memory.flush()
-        committed = (image.tree(told) / "mapped").read_bytes()
+        committed = (image.tree(made) / "mapped").read_bytes()
         assert committed == b"before".ljust(8192, b"\0")
         assert path.read_bytes() == b"before".ljust(4096, b"\0") + b"latest".ljust(4096, b"\0")
     image.unmount()
@@ -231,14 +231,14 @@ def _commits_until_killed(made: ImageMount) -> threading.Thread:
     return thread
 
 
-# --- what is told ------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------
 
 
 def _overlayfs(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([PROGRAM, *words], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_what_the_commands_tell(image: ImageMount) -> None:
+def test_the_results_of_the_commands(image: ImageMount) -> None:
     point = str(image.point)
     refused = _overlayfs("commit", point, "-t", "site:2")
     assert refused.returncode == 1
@@ -246,13 +246,13 @@ def test_what_the_commands_tell(image: ImageMount) -> None:
         "overlayfs: there is nothing to commit: the mount has no changes; --allow-empty makes a layer all the same\n"
     )
     (image.point / "new").touch()
-    told = image.commit("-t", "site:2", "-m", "words", "--author", "me")
-    assert told["image"] == "site:2"
+    made = image.commit("-t", "site:2", "-m", "words", "--author", "me")
+    assert made["image"] == "site:2"
     (mount,) = (m for m in json.loads(_overlayfs("mounts", "--json").stdout)["mounts"] if m["mountpoint"] == point)
     assert mount["image"] == "site:2"
     assert len(mount["lower"]) == 2
     with LayerStore(os.fsencode(image.store)) as store:
-        record = store.layers.find(told["layer"]).record
+        record = store.layers.find(made["layer"]).record
     assert (record.message, record.author, record.state) == ("words", "me", "complete")
     image.unmount()
 
@@ -324,9 +324,9 @@ def test_a_mount_over_layers_by_their_paths(made: ImageMount, mount: Mount) -> N
 def test_a_layer_in_use_is_not_garbage(image: ImageMount) -> None:
     """The newest layer is referred to by the workspace and held by the mount."""
     (image.point / "new").write_bytes(b"new")
-    told = image.commit()
+    made = image.commit()
     with LayerStore(os.fsencode(image.store)) as store:
         assert [found.kind for found in store.gc()] == []
     assert (image.point / "new").read_bytes() == b"new"
-    assert image.tree(told).exists()
+    assert image.tree(made).exists()
     image.unmount()

@@ -34,7 +34,7 @@ def _work(point: Path) -> None:
         path.unlink()
 
 
-def test_descriptors_come_back(mount: Mount) -> None:
+def test_descriptors_are_closed(mount: Mount) -> None:
     mount.start()
     _work(mount.point)
     subprocess.run(["sync", "-f", str(mount.point)], check=True)
@@ -46,7 +46,7 @@ def test_descriptors_come_back(mount: Mount) -> None:
 
 
 def test_many_open_files(mount: Mount) -> None:
-    """More files are open than the process that mounted might have opened."""
+    """More files than the soft limit of the process that mounted."""
     mount.start("-q")
     for number in range(3000):
         (mount.point / f"f{number}").touch()
@@ -62,7 +62,7 @@ def test_many_open_files(mount: Mount) -> None:
     mount.unmount()
 
 
-def test_few_descriptors_are_an_errno_and_no_end(mount: Mount) -> None:
+def test_too_few_descriptors_are_an_errno(mount: Mount) -> None:
     import resource
 
     for number in range(200):

@@ -40,7 +40,7 @@ def works(scene: Scene) -> list[str]:
         return [f"the next mount: {error}"]
     found = []
     if scene.mounts() != 1:
-        found.append(f"{scene.mounts()} mounts lie upon each other")
+        found.append(f"{scene.mounts()} mounts are stacked")
     (scene.point / "new").write_bytes(b"new")
     if (scene.point / "f").read_bytes() != b"f" or (scene.point / "new").read_bytes() != b"new":
         found.append("the next mount shows something else")
@@ -63,7 +63,7 @@ def _killed(scene: Scene) -> int:
 
 # --- ways to die ---------------------------------------------------------------------------------------------
 
-IoMode = Callable[[Scene], list[str]]
+Way = Callable[[Scene], list[str]]
 """Lets a daemon die, or hang; returns what is wrong before the next mount is tried."""
 
 
@@ -79,7 +79,7 @@ def _with_open_files(scene: Scene) -> list[str]:
     directory = os.open(scene.point, os.O_RDONLY)
     os.kill(pid, signal.SIGKILL)
     processes.reap(pid)
-    told = {
+    answers = {
         "fstat": errno_of(os.statvfs, reader),
         "write": errno_of(os.write, writer, b"x"),
         "list": errno_of(os.listdir, directory),
@@ -87,10 +87,10 @@ def _with_open_files(scene: Scene) -> list[str]:
     for fd in (reader, writer, directory):
         errno_of(os.close, fd)
     (scene.base / "u" / "made").unlink()
-    return [f"{what}: {name_of(answer)}" for what, answer in told.items() if answer not in GONE | {None}]
+    return [f"{what}: {name_of(answer)}" for what, answer in answers.items() if answer not in GONE | {None}]
 
 
-def _with_somebody_in_it(scene: Scene) -> list[str]:
+def _with_working_directory(scene: Scene) -> list[str]:
     (scene.base / "low" / "d").mkdir()
     pid = scene.start(scene.spec())
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, cwd=scene.point / "d") as inside:
@@ -116,7 +116,7 @@ def _then_unmounted(scene: Scene) -> list[str]:
 
 
 def _listed(scene: Scene) -> list[str]:
-    """A dead mount is listed, and `overlayfs commit` says that nobody answers."""
+    """A dead mount is listed, and `overlayfs commit` reports that no daemon answers."""
     _killed(scene)
     words = [PROGRAM, "commit", str(scene.point), "--to", str(scene.base / "layer")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, check=False)
@@ -143,11 +143,11 @@ def _limited(act: Callable[[], object], wanted: str) -> list[str]:
     try:
         act()
     except MountError as error:
-        told = str(error)
+        sentence = str(error)
     else:
-        told = "nothing"
+        sentence = "nothing"
     late = [f"it took {time.monotonic() - began:.0f} s"] if time.monotonic() - began > LIMIT else []
-    return late if wanted in told else [f"it said {told!r}", *late]
+    return late if wanted in sentence else [f"it said {sentence!r}", *late]
 
 
 def _stopped_and_unmounted(scene: Scene) -> list[str]:
@@ -156,7 +156,7 @@ def _stopped_and_unmounted(scene: Scene) -> list[str]:
 
 
 def _stopped_in_the_middle(scene: Scene) -> list[str]:
-    """With a client that waits for an answer: it is let go."""
+    """With a client that waits for a reply: it gets an error."""
     with _stopped(scene), subprocess.Popen(["stat", scene.point / "f"], stderr=subprocess.DEVNULL) as client:
         until(lambda: "request_wait_answer" in Path(f"/proc/{client.pid}/stack").read_text())
         mount = mounts.find(os.fsencode(scene.point))
@@ -166,7 +166,7 @@ def _stopped_in_the_middle(scene: Scene) -> list[str]:
 
 
 def _stopped_and_mounted_over(scene: Scene) -> list[str]:
-    """A mount over it does not wait for it."""
+    """Mounting over it does not wait for it."""
     with _stopped(scene) as pid:
         return _limited(lambda: scene.start(scene.spec()), f"(pid {pid}); it has not answered for 5 s")
 
@@ -180,10 +180,10 @@ def _stopped_and_killed(scene: Scene) -> list[str]:
 
 
 @contextmanager
-def _killed_writing_out(scene: Scene, by_handle: bool = True) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon that was killed while a thread of it waited for the kernel to hand over a page of a client, which lives.
+def _killed_flushing(scene: Scene, by_handle: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+    """A daemon that was killed while a thread of it waited for the writeback of a page of a client, which lives.
 
-    Such a wait ends with the write that the daemon would have to take, and with nothing else.
+    Only the reply of the daemon to that WRITE ends such a wait.
     """
     cached = ",io=cached" if scene.engine == "kernel" else ""
     pid = scene.start(scene.spec(scene.words() + cached), partial(dying.serve_never_writing, by_handle))
@@ -234,28 +234,28 @@ def _stacks(pid: int) -> list[str]:
 
 
 def _restore(scene: Scene) -> None:
-    """Take back what the client has changed; what it wrote to memory was never acknowledged."""
+    """Undo the change of the client; what it stored in the mapping was never acknowledged."""
     scene.clear()
     with suppress(FileNotFoundError):
         (scene.base / "u" / "f").unlink()
 
 
-def _writing_out(scene: Scene) -> list[str]:
-    """The client is let go by itself."""
-    with _killed_writing_out(scene) as client:
+def _flushing(scene: Scene) -> list[str]:
+    """The client ends by itself."""
+    with _killed_flushing(scene) as client:
         return [] if _ends(client) else ["the client hangs"]
 
 
-def _writing_out_and_unmounted(scene: Scene) -> list[str]:
-    """Where the daemon could not help hanging, unmounting lets the client go."""
-    with _killed_writing_out(scene, by_handle=False) as client:
+def _flushing_and_unmounted(scene: Scene) -> list[str]:
+    """Where the daemon cannot avoid the hang, unmounting ends the wait of the client."""
+    with _killed_flushing(scene, by_handle=False) as client:
         unmount.unmount(os.fsencode(scene.point))
         return [] if _ends(client) else ["the client hangs"]
 
 
-def _writing_out_and_mounted_over(scene: Scene) -> list[str]:
+def _flushing_and_mounted_over(scene: Scene) -> list[str]:
     """So does mounting."""
-    with _killed_writing_out(scene, by_handle=False) as client:
+    with _killed_flushing(scene, by_handle=False) as client:
         found = works(scene)
         return found if _ends(client) else ["the client hangs", *found]
 
@@ -268,17 +268,17 @@ def _ends(client: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def _cut_off(scene: Scene) -> list[str]:
+def _aborted(scene: Scene) -> list[str]:
     pid = scene.start(scene.spec())
     unmount.abort(mounts.find(os.fsencode(scene.point)))
     code = processes.reap(pid)
     return [] if (code, scene.mounts()) == (MountError.exit_code, 0) else [f"exit {code}, {scene.mounts()} mounts"]
 
 
-WAYS: dict[str, IoMode] = {
+WAYS: dict[str, Way] = {
     "kill -9 at rest": _at_rest,
     "kill -9 with open files": _with_open_files,
-    "kill -9 with somebody in it": _with_somebody_in_it,
+    "kill -9 with a working directory in it": _with_working_directory,
     "kill -9 three times": _thrice,
     "kill -9, then unmounted": _then_unmounted,
     "kill -9, then asked": _listed,
@@ -286,10 +286,10 @@ WAYS: dict[str, IoMode] = {
     "stopped in the middle of a request": _stopped_in_the_middle,
     "stopped and mounted over": _stopped_and_mounted_over,
     "stopped and killed": _stopped_and_killed,
-    "kill -9 while pages are written out": _writing_out,
-    "the same without privilege, then unmounted": _writing_out_and_unmounted,
-    "the same without privilege, then mounted over": _writing_out_and_mounted_over,
-    "cut off": _cut_off,
+    "kill -9 while pages are flushed": _flushing,
+    "the same without privilege, then unmounted": _flushing_and_unmounted,
+    "the same without privilege, then mounted over": _flushing_and_mounted_over,
+    "aborted": _aborted,
 }
 
 
@@ -311,7 +311,7 @@ def _dies_unmounting(moment: str, scene: Scene) -> list[str]:
     return [] if (code, kept) == (-signal.SIGKILL, b"kept") else [f"it ended with {code}, kept {kept!r}"]
 
 
-EVERY: dict[str, IoMode] = {
+EVERY: dict[str, Way] = {
     **WAYS,
     **{f"mounting: {moment}": partial(_dies_mounting, moment) for moment in dying.MOUNTING},
     **{f"unmounting: {moment}": partial(_dies_unmounting, moment) for moment in dying.UNMOUNTING},

@@ -26,7 +26,7 @@ def test_success_means_that_the_mount_answers(mount: Mount) -> None:
     assert mount.unmount() == 0
 
 
-def test_the_kernel_is_told_what_was_asked(mount: Mount) -> None:
+def test_the_kernel_gets_the_options(mount: Mount) -> None:
     mount.start(options="fsname=a source\\, strange")
     (line,) = _lines(mount.point)
     assert line[-3] == "fuse.overlayfs"
@@ -47,7 +47,7 @@ def test_flags_on_request(mount: Mount) -> None:
     mount.unmount()
 
 
-def test_a_caller_that_reads_standard_error_to_its_end_is_let_go(mount: Mount) -> None:
+def test_a_caller_that_reads_standard_error_to_its_end_returns(mount: Mount) -> None:
     command = ["sh", "-c", 'exec "$@" 2>&1 | cat', "sh", *mount.stack.command()]
     before = processes.children()
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -58,7 +58,7 @@ def test_a_caller_that_reads_standard_error_to_its_end_is_let_go(mount: Mount) -
     mount.unmount()
 
 
-def test_closed_standard_streams_are_no_place_for_our_files(mount: Mount) -> None:
+def test_closed_standard_streams_are_not_reused(mount: Mount) -> None:
     before = processes.children()
     subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *mount.stack.command()], timeout=30, check=True)
     mount.note_daemons(before)
@@ -69,26 +69,26 @@ def test_closed_standard_streams_are_no_place_for_our_files(mount: Mount) -> Non
     mount.unmount()
 
 
-def test_the_daemon_is_on_its_own(mount: Mount) -> None:
+def test_the_daemon_has_a_session_of_its_own(mount: Mount) -> None:
     mount.start()
     assert os.getsid(mount.pid) == mount.pid
     assert os.readlink(f"/proc/{mount.pid}/cwd") == "/"
     mount.unmount()
 
 
-def test_what_the_caller_had_open_is_not_kept(mount: Mount) -> None:
-    """A lock that a script holds around the mount would else be held as long as the mount is."""
+def test_inherited_descriptors_are_closed(mount: Mount) -> None:
+    """Otherwise a lock that a script holds around the mount command would last as long as the mount."""
     reading, writing = os.pipe()
     before = processes.children()
     subprocess.run(mount.stack.command(), pass_fds=[writing], timeout=30, check=True)
     mount.note_daemons(before)
     os.close(writing)
-    assert os.read(reading, 1) == b""  # the end, for nobody has the other side open
+    assert os.read(reading, 1) == b""  # end of file: no process has the other end open
     os.close(reading)
     mount.unmount()
 
 
-def test_the_daemon_leaves_no_file_open_to_children_but_the_streams(mount: Mount) -> None:
+def test_children_of_the_daemon_inherit_only_the_streams(mount: Mount) -> None:
     mount.start()
     inherited = []
     for name in os.listdir(f"/proc/{mount.pid}/fdinfo"):
@@ -101,7 +101,7 @@ def test_the_daemon_leaves_no_file_open_to_children_but_the_streams(mount: Mount
 
 
 def test_a_mount_point_on_its_own_layer(mount: Mount) -> None:
-    """The layer is held by its descriptor before the mount covers it."""
+    """The layer is opened before the mount covers it."""
     point = mount.stack.base / "low"
     mount.start(point=point)
     assert sorted(os.listdir(point)) == ["d", "t"]
@@ -168,7 +168,7 @@ def test_a_daemon_that_dies_at_once_is_an_error(mount: Mount, descriptors: int) 
     assert _lines(mount.point) == []
 
 
-def test_in_the_foreground_a_service_manager_is_told(mount: Mount) -> None:
+def test_in_the_foreground_a_service_manager_is_notified(mount: Mount) -> None:
     address = str(mount.stack.base / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address)

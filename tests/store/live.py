@@ -1,4 +1,4 @@
-"""A workspace in use, without a mount: what a daemon does for a commit, on an engine that serves nobody."""
+"""A workspace in use, without a mount: what a daemon does for a commit, on an engine without a kernel."""
 
 import os
 import shutil
@@ -105,7 +105,7 @@ class Site:
 
     @contextmanager
     def used(self, image: str = IMAGE) -> Iterator[Used]:
-        """Use the workspace, which is made the first time; at the end all is let go."""
+        """Use the workspace, which is created the first time; at the end everything is closed."""
         with ExitStack() as stack:
             store = stack.enter_context(self.open())
             claim = store.workspaces.claim(image, NAME)

@@ -1,4 +1,4 @@
-"""A commit of a workspace in use: nothing that anybody can see changes, and the layer holds what was there."""
+"""A commit of a workspace in use: nothing visible changes, and the layer has what was there."""
 
 import errno
 import os
@@ -223,7 +223,7 @@ def test_a_writer_goes_on_after_others_have_changed_attributes(used: Used) -> No
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_WRONLY | os.O_TRUNC])
 def test_a_number_outlives_data_over_attributes_over_data(site: Site, flags: int) -> None:
-    """Three uppers hold the file: with data, with new attributes alone, and with data again."""
+    """Three uppers hold the file: with data, with only new attributes, and with data again."""
     with site.used() as used:
         write(used.overlay, b"file", b"CONTENT")
         used.commit()

@@ -38,10 +38,10 @@ def test_the_journal_is_recognised_by_its_stream(monkeypatch: pytest.MonkeyPatch
     assert not logs._is_journal(0)
 
 
-def test_without_syslog_a_file_is_made_when_there_is_something_to_say(
+def test_without_syslog_a_file_is_created_with_the_first_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "SYSLOG", str(tmp_path / "nobody"))
+    monkeypatch.setattr(logs, "SYSLOG", str(tmp_path / "absent"))
     file = tmp_path / "x.log"
     logs.set_up(foreground=False, debug=False, fallback=file)
     logging.debug("too fine")
@@ -50,8 +50,8 @@ def test_without_syslog_a_file_is_made_when_there_is_something_to_say(
     assert "INFO requests: LOOKUP=1" in file.read_text()
 
 
-def test_a_file_that_cannot_be_made_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "SYSLOG", str(tmp_path / "nobody"))
+def test_a_file_that_cannot_be_created_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "SYSLOG", str(tmp_path / "absent"))
     for fallback in (tmp_path / "missing" / "x.log", None):
         logs.set_up(foreground=False, debug=False, fallback=fallback)
         logging.error("into the void")
@@ -70,7 +70,7 @@ def test_syslog_gets_the_message_with_its_level(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "unused").exists()
 
 
-def test_a_log_daemon_that_does_not_read_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_log_daemon_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = str(tmp_path / "log")
     monkeypatch.setattr(logs, "SYSLOG", address)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
@@ -78,3 +78,25 @@ def test_a_log_daemon_that_does_not_read_stops_nobody(tmp_path: Path, monkeypatc
         logs.set_up(foreground=False, debug=False, fallback=tmp_path / "unused")
         for number in range(5000):  # more than the kernel queues
             logging.info("message %d", number)
+
+
+def test_recent_messages_are_kept_without_their_arguments() -> None:
+    logs.set_up(foreground=True, debug=True, fallback=None)
+    logging.getLogger("overlayfs.x").debug("too fine")
+    try:
+        raise KeyError("/secret")
+    except KeyError:
+        logging.getLogger("overlayfs.x").exception("cannot read %s", "/secret")
+    for number in range(logs.RECENT - 1):
+        logging.info("number %d", number)
+    first, *rest = logs.recent()
+    assert (first.level, first.logger, first.text, first.error) == (
+        "ERROR",
+        "overlayfs.x",
+        "cannot read %s",
+        "KeyError",
+    )
+    assert "secret" not in repr(first)
+    assert {each.text for each in rest} == {"number %d"}
+    logging.info("one more")
+    assert len(logs.recent()) == logs.RECENT

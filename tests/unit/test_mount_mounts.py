@@ -43,7 +43,7 @@ def test_this_machine_has_a_root() -> None:
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> Known:
-    """One mount at /m with the device 0:7, and records of so many daemons: pid, start, mount point, device."""
+    """Set up one mount at /m with the device 0:7, and records of daemons: pid, start, mount point, device."""
     mount = KernelMount(mountpoint=b"/m", root=b"/", device=b"0:7", type=TYPE, source=b"s", options=frozenset())
     monkeypatch.setattr(mounts, "kernel_mounts", lambda: [mount])
 
@@ -55,17 +55,17 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Known:
 
 
 @pytest.mark.parametrize("turn", [1, -1])
-def test_a_daemon_that_is_ending_is_not_asked(known: Known, turn: int) -> None:
+def test_the_newest_daemon_of_a_device_is_found(known: Known, turn: int) -> None:
     known(*[(10, 1, "/m", "0:7"), (9, 2, "/m", "0:7")][::turn])
     assert mounts.find(b"/m").pid == 9
 
 
 @pytest.mark.parametrize("turn", [1, -1])
-def test_nor_is_one_of_another_place(known: Known, turn: int) -> None:
+def test_a_daemon_of_another_mount_point_is_not(known: Known, turn: int) -> None:
     known(*[(10, 1, "/m", "0:7"), (9, 2, "/other", "0:7"), (8, 3, "/m", "0:6")][::turn])
     assert mounts.find(b"/m").pid == 10
 
 
-def test_a_place_that_was_renamed_keeps_its_daemon(known: Known) -> None:
+def test_a_renamed_mount_point_keeps_its_daemon(known: Known) -> None:
     known((10, 1, "/former", "0:7"))
     assert mounts.find(b"/m").pid == 10

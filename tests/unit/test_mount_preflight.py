@@ -1,4 +1,4 @@
-"""Where a mount point may not lie."""
+"""Where a mount point may be."""
 
 import os
 from pathlib import Path
@@ -21,19 +21,19 @@ def _stack(base: Path) -> StackConfig:
 
 
 @pytest.mark.parametrize("name", ["mnt", "lower", "upper", "work"])
-def test_beside_a_layer_or_on_it_is_fine(tmp_path: Path, name: str) -> None:
+def test_beside_a_layer_or_on_it_is_allowed(tmp_path: Path, name: str) -> None:
     preflight.check_mountpoint(os.fsencode(tmp_path / name), _stack(tmp_path))
 
 
 @pytest.mark.parametrize("below", ["deep", "deep/er"])
-def test_inside_a_layer_that_is_held_as_a_private_copy_is_fine(tmp_path: Path, below: str) -> None:
+def test_inside_a_layer_with_a_private_clone_is_allowed(tmp_path: Path, below: str) -> None:
     need_root()
     preflight.check_mountpoint(os.fsencode(tmp_path / "lower" / below), _stack(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["upper", "work"])
 @pytest.mark.parametrize("below", ["deep", "deep/er"])
-def test_inside_what_changes_is_refused(tmp_path: Path, name: str, below: str) -> None:
+def test_inside_the_upper_or_work_directory_is_refused(tmp_path: Path, name: str, below: str) -> None:
     stack = _stack(tmp_path)
     with pytest.raises(MountError, match=r"is inside .*; choose a mount point outside") as caught:
         preflight.check_mountpoint(os.fsencode(tmp_path / name / below), stack)
@@ -41,14 +41,14 @@ def test_inside_what_changes_is_refused(tmp_path: Path, name: str, below: str) -
     assert caught.value.exit_code == 32
 
 
-def test_another_path_to_a_layer_does_not_hide_it(tmp_path: Path) -> None:
+def test_a_layer_is_found_by_another_path(tmp_path: Path) -> None:
     stack = _stack(tmp_path)
     (tmp_path / "link").symlink_to("upper")
     with pytest.raises(MountError, match="is inside"):
         preflight.check_mountpoint(os.fsencode(tmp_path / "link" / "deep"), stack)
 
 
-def test_a_layer_that_is_not_there_is_for_others_to_report(tmp_path: Path) -> None:
+def test_a_missing_layer_is_reported_later(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     preflight.check_mountpoint(os.fsencode(tmp_path / "mnt"), StackConfig((os.fsencode(tmp_path / "gone"),)))
 

@@ -31,14 +31,14 @@ def _own() -> Record:
     return _record(os.getpid(), started)
 
 
-def test_what_is_written_is_read(directory: Path) -> None:
+def test_a_record_is_read_as_written(directory: Path) -> None:
     runtime_state.write(_own())
     assert runtime_state.read_all() == [_own()]
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert [path.suffix for path in directory.iterdir()] == [".json"]
 
 
-def test_nothing_is_there_before_the_first_mount() -> None:
+def test_there_are_no_records_before_the_first_mount() -> None:
     assert runtime_state.read_all() == []
 
 
@@ -50,8 +50,8 @@ def test_the_record_of_a_dead_daemon_is_removed(directory: Path) -> None:
     assert list(directory.iterdir()) == []
 
 
-def test_a_process_whose_first_thread_has_ended_is_still_there() -> None:
-    """As the daemon that was killed while another thread of it waits where no signal reaches."""
+def test_a_process_whose_first_thread_has_ended_exists() -> None:
+    """As a daemon that was killed while another thread of it waits uninterruptibly."""
     with subprocess.Popen([sys.executable, "-c", _HALF_ENDED], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         until(lambda: runtime_state.is_dying(process.pid))
@@ -69,7 +69,7 @@ ctypes.CDLL(None).syscall(60, 0)
 """
 
 
-def test_only_what_lives_or_is_dying_is_there() -> None:
+def test_a_zombie_does_not_exist() -> None:
     with subprocess.Popen(["true"]) as process:
         until(lambda: b") Z " in Path(f"/proc/{process.pid}/stat").read_bytes())
         assert not runtime_state.is_dying(process.pid)
@@ -77,12 +77,12 @@ def test_only_what_lives_or_is_dying_is_there() -> None:
     assert not runtime_state.is_dying(os.getpid())
 
 
-def test_a_pid_in_other_hands_is_not_the_daemon() -> None:
+def test_a_reused_pid_is_not_the_daemon() -> None:
     runtime_state.write(dataclasses.replace(_own(), started=1))
     assert runtime_state.read_all() == []
 
 
-def test_nonsense_is_passed_over(directory: Path) -> None:
+def test_malformed_records_are_skipped(directory: Path) -> None:
     runtime_state.make_run_directory()
     (directory / "1.json").write_text("{")
     (directory / "2.json").write_text("[]")
@@ -90,7 +90,7 @@ def test_nonsense_is_passed_over(directory: Path) -> None:
     assert runtime_state.read_all() == []
 
 
-def test_what_others_can_have_written_is_not_read(directory: Path) -> None:
+def test_a_directory_of_other_users_is_not_read(directory: Path) -> None:
     runtime_state.write(_own())
     directory.chmod(0o777)
     assert runtime_state.read_all() == []
@@ -100,7 +100,7 @@ def test_what_others_can_have_written_is_not_read(directory: Path) -> None:
     assert runtime_state.read_all() == []
 
 
-def test_a_directory_that_others_may_enter_is_refused(directory: Path) -> None:
+def test_a_directory_with_access_for_others_is_refused(directory: Path) -> None:
     directory.mkdir()
     directory.chmod(0o755)
     with pytest.raises(PermissionError, match="0700"):
