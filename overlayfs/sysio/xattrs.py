@@ -72,14 +72,18 @@ def find_xattr(dirfd: int, name: bytes, attr: bytes) -> bytes | None:
         raise
 
 
-@restarted
-def listxattr_at(dirfd: int, name: bytes, /) -> list[bytes]:
+def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
     """Return the names of all extended attributes that the caller may see."""
     if _HAS_GETXATTRAT and name:  # listxattrat(2) came with it
         names = _Value()
         size = _listxattrat(_NR_LISTXATTRAT, dirfd, component(name), AT_SYMLINK_NOFOLLOW, names, _USUAL_VALUE)
         if size >= 0:
             return names.raw[:size].split(b"\0")[:-1]
+    return _listxattr_through_proc(dirfd, name)
+
+
+@restarted
+def _listxattr_through_proc(dirfd: int, name: bytes, /) -> list[bytes]:
     try:
         return [os.fsencode(attr) for attr in os.listxattr(through_proc(dirfd, name), follow_symlinks=not name)]
     except OSError as error:
