@@ -61,7 +61,7 @@ def _is_of_campaigns(item: pytest.Item, asked: set[str]) -> bool:
 
 
 def _is_of_this_engine(item: pytest.Item) -> bool:
-    """Whether the engine of this run does what the test asks for; for tests with drivers `_drivers` has seen to it."""
+    """Return whether the engine of this run is the one that the test needs; `_drivers` checks tests with drivers."""
     marker = item.get_closest_marker("engine")
     has_driver = "driver" in getattr(getattr(item, "callspec", None), "params", {})
     return marker is None or has_driver or marker.args[0] == engines.current()
@@ -77,12 +77,12 @@ def _drivers(metafunc: pytest.Metafunc) -> list[object]:
 
 
 def _both_engines(names: tuple[str, ...]) -> tuple[str, ...]:
-    """What holds for our mount holds for both engines."""
+    """Run what is marked for our mount with both engines."""
     return tuple(each for name in names for each in ((name, "pyfuse3") if name == "fuse" else (name,)))
 
 
 def _is_served(name: str, metafunc: pytest.Metafunc) -> bool:
-    """Whether a driver's mounts have the engine that the test names, and are not another driver's under `--engine`."""
+    """Return whether a driver runs the engine that a test needs, and no other driver does under `--engine`."""
     engine = {"fuse": engines.current(), "command": engines.current(), "pyfuse3": engines.PYFUSE3}.get(name)
     marker = next(iter(metafunc.definition.iter_markers("engine")), None)
     if engine is None or (marker is not None and marker.args[0] != engine):

@@ -32,11 +32,11 @@ def inherit(default: bytes, mode: int) -> Inherited:
     group_tag = _MASK if any(tag == _MASK for tag, _, _ in entries) else _GROUP_OBJ
     shifts = {_USER_OBJ: 6, group_tag: 3, _OTHER: 0}
     masked, bits = [], mode & ~0o777
-    for tag, allowed, who in entries:
+    for tag, allowed, identifier in entries:
         if tag in shifts:
             allowed &= mode >> shifts[tag] & 7
             bits |= allowed << shifts[tag]
-        masked.append((tag, allowed, who))
+        masked.append((tag, allowed, identifier))
     minimal = not any(tag in _NAMED or tag == _MASK for tag, _, _ in entries)
     return Inherited(None if minimal else _VERSION + b"".join(_ENTRY.pack(*entry) for entry in masked), bits)
 

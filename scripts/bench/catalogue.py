@@ -32,12 +32,12 @@ def chosen(words: Sequence[str]) -> list[Workload]:
 
 
 def specials(words: Sequence[str], kind: str) -> list[special.Special]:
-    """Return the measurements of their own way that were asked for, on one kind of file system."""
+    """Return the selected special measurements for one kind of file system."""
     return [
         each for each in special.ALL if kind in each.kinds and (not words or each.group in words or each.name in words)
     ]
 
 
 def special_names(group: str) -> list[str]:
-    """Return the names of the measurements of their own way in a group."""
+    """Return the names of the special measurements in a group."""
     return [each.name for each in special.ALL if each.group == group]

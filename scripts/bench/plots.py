@@ -224,7 +224,7 @@ def start_up(report: Report) -> "Figure | None":
         axes.barh(len(names), value, left=left, height=0.6, color=pyplot.get_cmap("Reds")(0.3 + 0.14 * number))
         axes.annotate(f"{name}\n{value:.0f} ms", (left + value / 2, len(names) + 0.75), ha="center", fontsize=8)
         left += value
-    axes.set_yticks(range(len(names) + 1), [*names, "ours, taken apart"])
+    axes.set_yticks(range(len(names) + 1), [*names, "ours, by part"])
     axes.set_ylim(len(names) + 1.1, -0.6)
     axes.set_title("Time until the mount command returns, and what our quickest start is made of", fontsize=12)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} ms")

@@ -104,7 +104,7 @@ def fresh_stack(site: Site, name: str) -> Iterator[Stack]:
 def anatomy(site: Site, each: Contender) -> dict[str, float]:
     """Return the parts of our time until ready in milliseconds: the fastest of several, so that parts add up.
 
-    Python alone; trio with what it loads; our own modules with what they load beside; and the rest, which is fork,
+    The parts: the interpreter; trio and its imports; our own modules and their other imports; the rest, which is fork,
     opening the stack, mount(2), handshake, record and socket.
     """
     each = as_engines_call(each)

@@ -145,7 +145,7 @@ def _old_forms(text: str, _: Path) -> Found:
 
 
 def _pages(text: str, root: Path) -> Found:
-    """Pages with a path, or by name alone, and the heading that is named with them."""
+    """Find pages, with a path or only a name, and the heading that follows."""
     for match in _PAGE.finditer(text):
         page = root / match[1]
         if not page.exists():

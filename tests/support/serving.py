@@ -1,5 +1,6 @@
-"""Daemons for tests, forked from the calling process: in the foreground, with a log of their own, and with a bug if
-one is wanted. What forks them is best an act of `apart`, which is small and has loaded the program already.
+"""Daemons for tests, forked from the calling process: in the foreground, with their own log, optionally with a bug.
+
+The calling process is best that of a fork server (`fork_server`), which is small and has loaded the program already.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
-"""The house: which room may import which, where waiting is allowed, and where the outside world is touched."""
+"""The layers of the code: allowed imports, confined third-party modules, pure packages, sizes of modules."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,47 +13,47 @@ PACKAGE = ROOT / "overlayfs"
 BELOW_TREE = {"union", "format", "sysio", "errors"}
 BELOW_FS = BELOW_TREE | {"tree"}
 
-# room -> (rooms it may import, the reason)
+# package or module of overlayfs -> (those it may import, the reason)
 ALLOWED: dict[str, tuple[set[str], str]] = {
-    "errors": (set(), "the words for failure are used by everybody and so know nobody"),
-    "sysio": ({"errors"}, "system calls: values in, values out; it must not know what they are for"),
-    "format": ({"errors"}, "pure: a format that could look at a disk could not be tested on bytes alone"),
-    "union": ({"format", "errors"}, "pure: rules decide from facts, others collect the facts and act"),
-    "tree": (BELOW_TREE, "one layer as an object; it does not know that there are nodes, or other layers"),
+    "errors": (set(), "used by all, so it may use none"),
+    "sysio": ({"errors"}, "system calls: values in, values out, whatever they are for"),
+    "format": ({"errors"}, "pure: tests need only bytes"),
+    "union": ({"format", "errors"}, "pure: rules decide from facts that others collect"),
+    "tree": (BELOW_TREE, "one layer as an object, independent of nodes and of other layers"),
     "fs": (BELOW_FS, "the meaning of the overlay, usable from Python without a mount"),
     "store": (
         BELOW_FS | {"fs"},
-        "layers at rest; a commit asks fs what a stack shows, fs knows none at rest",
+        "layers at rest; a commit needs the merged tree of a stack, fs needs no store",
     ),
     "oci": (
         BELOW_FS | {"fs", "store"},
-        "layers on their way to and from other programs, which the store knows not",
+        "exchange of layers with other programs, of which the store is independent",
     ),
-    "library": (BELOW_FS | {"fs", "store", "oci"}, "the store with all that can be done to it, without a mount"),
-    "fuse": (BELOW_FS | {"__init__", "fs", "store"}, "translates requests; what they mean is said below"),
+    "library": (BELOW_FS | {"fs", "store", "oci"}, "the public API of the store"),
+    "fuse": (BELOW_FS | {"__init__", "fs", "store"}, "translates requests; their meaning is in the packages below"),
     "mount": (
         BELOW_FS | {"__init__", "fs", "store", "oci", "library", "fuse"},
-        "the life of one mount, from the lock to the unmount",
+        "the lifetime of one mount, from the lock to the unmount",
     ),
-    "__init__": (BELOW_FS | {"fs", "library"}, "what users of the library see: the overlay without a mount, the store"),
+    "__init__": (BELOW_FS | {"fs", "library"}, "the public API: the overlay without a mount, and the store"),
 }
 
-# module from outside -> (rooms or files that may import it, the reason)
+# third-party or standard module -> (packages or files that may import it, the reason)
 CONFINED: dict[str, tuple[set[str], str]] = {
     "pyfuse3": (
         {"fuse/pyfuse3/engine.py", "fuse/pyfuse3/handlers.py"},
         "the kernel engine must run where pyfuse3 is missing",
     ),
-    "trio": ({"fuse", "mount"}, "only what waits is async; all else can be called from anywhere"),
-    "isal": ({"oci/compression.py"}, "bytes that depend on a library are made in one place"),
+    "trio": ({"fuse", "mount"}, "only code that waits is async; everything else can be called from anywhere"),
+    "isal": ({"oci/compression.py"}, "output that depends on the version of a library is produced in one place"),
     "backports": ({"oci/compression.py"}, "Python 3.14 has it under another name"),
-    "urllib3": ({"oci/http_client.py"}, "one place decides which host sees a secret, and what is tried again"),
+    "urllib3": ({"oci/http_client.py"}, "one place decides which host gets a secret, and what is retried"),
     "asyncio": (set(), "one event loop is enough"),
     "ctypes": (
         {"sysio", "mount"},
-        "raw system calls on layers have one door; mounting itself is not one on a layer",
+        "system calls on layers are in one package; mounting is not a call on a layer",
     ),
-    "overlayfs_cli": (set(), "the library does not know its command line"),
+    "overlayfs_cli": (set(), "the library is independent of its command line"),
     "click": (set(), "parsing of arguments belongs to the command line"),
 }
 
@@ -63,10 +64,26 @@ PURE_MODULES = {
 }  # fmt: skip
 PURE_OS_FUNCTIONS = {"fsdecode", "fsencode", "major", "makedev", "minor", "strerror"}
 
+SHORTEST, LONGEST = 40, 600  # lines of a module, without a reason to be another size
+
+# module -> the reason why it is shorter than SHORTEST lines
+SHORT = {
+    "cli/command.py": "helpers of all commands that only click needs",
+    "cli/push.py": "one module per command",
+    "cli/tag.py": "one module per command",
+    "overlayfs/__init__.py": "the names of the public API",
+    "overlayfs/format/metacopy.py": "one module per mark of the format",
+    "overlayfs/format/nlink.py": "one module per mark of the format",
+    "overlayfs/format/opaque.py": "one module per mark of the format",
+    "overlayfs/fs/core.py": "the parts of an overlay that its verbs share, in one value",
+    "overlayfs/fuse/request_log.py": "used by both engines",
+    "overlayfs/sysio/capabilities.py": "the only part that is about the process, not about files",
+}
+
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-def _room(path: Path) -> str:
+def _package(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -79,7 +96,7 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def _imports_from(path: Path, node: ast.ImportFrom) -> Iterator[str]:
-    assert node.level == 0, f"{path}:{node.lineno}: relative imports hide the room they lead to"
+    assert node.level == 0, f"{path}:{node.lineno}: relative imports hide the package they lead to"
     module = node.module or ""
     if module == "overlayfs":
         yield from (f"overlayfs.{alias.name}" for alias in node.names)
@@ -87,7 +104,7 @@ def _imports_from(path: Path, node: ast.ImportFrom) -> Iterator[str]:
         yield module
 
 
-def _room_of(module: str) -> str:
+def _package_of(module: str) -> str:
     name = (module + ".__init__").split(".")[1]
     return name if name in ALLOWED else "__init__"  # from overlayfs import Overlay
 
@@ -99,27 +116,27 @@ def _ids(path: Path) -> str:
 every_source = pytest.mark.parametrize("path", SOURCES, ids=_ids)
 
 
-def test_every_room_has_a_row() -> None:
-    assert {_room(path) for path in SOURCES} <= set(ALLOWED)
+def test_every_package_has_a_row() -> None:
+    assert {_package(path) for path in SOURCES} == set(ALLOWED)
 
 
 def test_rows_lead_downwards() -> None:
-    for room, (below, _) in ALLOWED.items():
+    for package, (below, _) in ALLOWED.items():
         for other in below:
-            assert room not in ALLOWED[other][0], f"{room} and {other} import each other"
-            assert ALLOWED[other][0] < below or other in ("store", "__init__") or room == "__init__", (
-                f"{room} skips what {other} uses"
+            assert package not in ALLOWED[other][0], f"{package} and {other} import each other"
+            assert ALLOWED[other][0] < below or other in ("store", "__init__") or package == "__init__", (
+                f"{package} may not import all that {other} imports"
             )
 
 
 @every_source
 def test_imports_lead_downwards(path: Path) -> None:
-    room = _room(path)
-    allowed, reason = ALLOWED[room]
+    package = _package(path)
+    allowed, reason = ALLOWED[package]
     for module in _imports(path):
         if module == "overlayfs" or module.startswith("overlayfs."):
-            other = _room_of(module)
-            assert other == room or other in allowed, f"{room} imports {module}; {reason}"
+            other = _package_of(module)
+            assert other == package or other in allowed, f"{package} imports {module}; {reason}"
 
 
 @every_source
@@ -134,25 +151,49 @@ def test_confined_modules_stay_confined(path: Path) -> None:
 @every_source
 def test_waiting_happens_only_in_engines_and_mounts(path: Path) -> None:
     waiting = (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)
-    if _room(path) not in ("fuse", "mount"):
+    if _package(path) not in ("fuse", "mount"):
         found = [node.lineno for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, waiting)]
         assert not found, f"waits in lines {found}"
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if _room(path) in PURE], ids=_ids)
+@pytest.mark.parametrize("path", [path for path in SOURCES if _package(path) in PURE], ids=_ids)
 def test_rules_and_formats_are_pure(path: Path) -> None:
     for module in _imports(path):
         assert module.startswith("overlayfs.") or module in PURE_MODULES, f"imports {module}"
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
-            assert node.attr.isupper() or node.attr in PURE_OS_FUNCTIONS, f"line {node.lineno} asks the system"
+            assert node.attr.isupper() or node.attr in PURE_OS_FUNCTIONS, f"line {node.lineno} makes a system call"
 
 
-def test_nothing_imports_the_directory_cli() -> None:
-    """It installs as overlayfs_cli; `import cli` would work in a checkout and nowhere else."""
+def test_the_directory_cli_is_not_imported() -> None:
+    """It is installed as overlayfs_cli; `import cli` would work only in a checkout."""
     for folder in ("overlayfs", "cli", "tests", "scripts"):
         for path in (ROOT / folder).rglob("*.py"):
             assert "cli" not in {module.split(".")[0] for module in _imports(path)}, path
+
+
+def test_modules_are_neither_tiny_nor_huge() -> None:
+    """A newcomer opens few files, and none without an end. A package without code has only a docstring."""
+    sizes = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in (*SOURCES, *(ROOT / "cli").rglob("*.py"))
+        if path.name != "__init__.py" or len(ast.parse(path.read_bytes()).body) > 1
+    }
+    short = {name for name, lines in sizes.items() if lines < SHORTEST}
+    assert short == set(SHORT), f"without a reason: {short - set(SHORT)}; no longer short: {set(SHORT) - short}"
+    assert {name for name, lines in sizes.items() if lines > LONGEST} == set()
+
+
+def test_programs_without_a_suffix_are_linted_and_typed() -> None:
+    """ruff and mypy do not find them by themselves."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    programs = {
+        f"scripts/{path.name}"
+        for path in (ROOT / "scripts").iterdir()
+        if path.is_file() and not path.suffix and "python" in path.read_text().partition("\n")[0]
+    }
+    assert programs == {name for name in settings["ruff"]["extend-include"] if name.startswith("scripts/")}
+    assert programs == {name for name in settings["mypy"]["files"] if (ROOT / name).is_file()}
 
 
 def test_sysio_is_imported_whole() -> None:
@@ -170,7 +211,7 @@ def _from_imports(path: Path) -> list[str]:
     return [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
 
 
-def test_the_walk_sees_what_it_forbids(tmp_path: Path) -> None:
+def test_the_scan_finds_imports(tmp_path: Path) -> None:
     source = tmp_path / "sample.py"
     source.write_text("import cli.main\nfrom overlayfs import fs\nfrom overlayfs.tree.layer import Layer\n")
     assert list(_imports(source)) == ["cli.main", "overlayfs.fs", "overlayfs.tree.layer"]

@@ -124,7 +124,7 @@ class FsRaw:
         return self._with(parent, checked)
 
     def _absent(self, parent: Node, name: bytes) -> None:
-        """The kernel looks a name up before it asks to create it."""
+        """Raise EEXIST if the name exists: the kernel looks a name up before it sends a request to create it."""
         with suppress(FileNotFoundError):
             self.overlay.lookup(parent, name)
             raise oserror(EEXIST)
@@ -200,7 +200,7 @@ class FsRaw:
         self._below(path, self.overlay.names.rmdir)
 
     def rename(self, old: bytes, new: bytes, flags: int) -> None:
-        """What do_renameat2 checks before it asks."""
+        """Rename, after the checks that do_renameat2() of the kernel makes before it calls the file system."""
 
         def move(parent: Node, name: bytes, target: Node, last: bytes) -> None:
             self.overlay.lookup(parent, name)
@@ -225,7 +225,7 @@ class FsRaw:
         self._change(path, Changes(mode=mode))
 
     def chown(self, path: bytes, uid: int, gid: int) -> None:
-        """As the kernel asks for it: the new mode of a file comes along."""
+        """Change the owner and, as the kernel does in the same request, drop set-id bits of a file."""
         mode = self.stat(path).mode
         kept = mode & (~0o6000 if mode & 0o010 else ~0o4000)
         stripped = None if modes.S_ISDIR(mode) or kept == mode else modes.S_IMODE(kept)
@@ -320,7 +320,7 @@ class FsDriver(Tree):
         commit_mounted(self.overlay, os.fsencode(layer))
 
     def rotation(self) -> None:
-        """Make the upper a layer and go on with a fresh one, handles and numbers included, as a live commit does."""
+        """Make the upper a layer and continue with a new one, as a live commit does; handles and numbers are kept."""
         stack = self.stack
         assert stack.upper is not None
         layer, upcoming = stack.next_layer(), stack.base / "u.next"
