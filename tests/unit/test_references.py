@@ -11,6 +11,11 @@ from tests.support.references import ROOT, Passage
 DECISIONS = ROOT / "docs/decisions"
 
 
+def test_every_reference_leads_somewhere() -> None:
+    found = [str(fault) for passage in references.passages() for fault in references.faults(passage)]
+    assert found == []
+
+
 def test_decisions_are_numbered_without_gaps_and_listed() -> None:
     pages = sorted(path.name for path in DECISIONS.glob("[0-9]*.md"))
     assert [int(name[:4]) for name in pages] == list(range(1, len(pages) + 1))
