@@ -19,8 +19,10 @@ _fchmodat2 = function("syscall", ctypes.c_long, ctypes.c_int, ctypes.c_char_p, c
 _utimensat = function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int)
 _statx = function("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 
-_UTIME_NOW = (1 << 30) - 1
-_UTIME_OMIT = (1 << 30) - 2
+_SPECIAL_TIMES: dict[int | None, tuple[int, int]] = {
+    NOW: (0, (1 << 30) - 1),  # UTIME_NOW
+    None: (0, (1 << 30) - 2),  # UTIME_OMIT
+}
 _TIMES = struct.Struct("=qqqq")  # two of struct timespec: seconds, nanoseconds
 
 _STATX_BTIME = 0x800
@@ -89,20 +91,13 @@ def chown_at(dirfd: int, name: bytes, uid: int, gid: int, /) -> None:
         os.chown(through_proc(dirfd, b""), uid, gid)
 
 
-def _timespec(nanoseconds: int | None) -> tuple[int, int]:
-    if nanoseconds is None:
-        return 0, _UTIME_OMIT
-    if nanoseconds == NOW:
-        return 0, _UTIME_NOW
-    return divmod(nanoseconds, 1_000_000_000)
-
-
 @changing
 def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, /) -> None:
     """Set the times of the object itself, in nanoseconds since 1970 or NOW; None keeps one."""
-    times = _TIMES.pack(*_timespec(atime_ns), *_timespec(mtime_ns))
+    atime = _SPECIAL_TIMES.get(atime_ns) or divmod(atime_ns or 0, 1_000_000_000)
+    mtime = _SPECIAL_TIMES.get(mtime_ns) or divmod(mtime_ns or 0, 1_000_000_000)
     flags = AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH
-    if _utimensat(dirfd, component(name), times, flags) < 0:
+    if _utimensat(dirfd, component(name), _TIMES.pack(*atime, *mtime), flags) < 0:
         raise failed(name)
 
 

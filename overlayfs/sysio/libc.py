@@ -6,6 +6,7 @@ same on every architecture.
 
 import ctypes
 import errno
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ def failed(name: bytes | None = None) -> OSError:
     return oserror(ctypes.get_errno(), name)
 
 
+@functools.lru_cache(maxsize=4096)  # one operation checks the same names several times
 def component(name: bytes) -> bytes:
     """Return `name` if it is one component of a path, or empty; EINVAL otherwise.
 
@@ -42,6 +44,7 @@ def component(name: bytes) -> bytes:
     return name
 
 
+@functools.lru_cache(maxsize=1024)
 def through_proc(dirfd: int, name: bytes) -> bytes:
     """Return a path of the object for calls that take neither an O_PATH descriptor nor a directory descriptor.
 

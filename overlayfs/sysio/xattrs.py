@@ -4,7 +4,7 @@ import ctypes
 import errno
 import os
 
-from overlayfs.sysio.calls import changing, restarted
+from overlayfs.sysio.calls import changing
 from overlayfs.sysio.libc import AT_SYMLINK_NOFOLLOW, component, function, through_proc
 
 _NR_GETXATTRAT = 464
@@ -45,10 +45,13 @@ def _has_getxattrat() -> bool:
 _HAS_GETXATTRAT = _has_getxattrat()
 
 
-@restarted
-def getxattr_at(dirfd: int, name: bytes, attr: bytes, /) -> bytes:
+def getxattr_at(dirfd: int, name: bytes, attr: bytes) -> bytes:
     """Return the value of an extended attribute; ENODATA when there is none."""
-    return os.getxattr(through_proc(dirfd, name), attr, follow_symlinks=not name)
+    while True:
+        try:
+            return os.getxattr(through_proc(dirfd, name), attr, follow_symlinks=not name)
+        except InterruptedError:
+            continue
 
 
 def find_xattr(dirfd: int, name: bytes, attr: bytes) -> bytes | None:
@@ -79,17 +82,15 @@ def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
         size = _listxattrat(_NR_LISTXATTRAT, dirfd, component(name), AT_SYMLINK_NOFOLLOW, names, _USUAL_VALUE)
         if size >= 0:
             return names.raw[:size].split(b"\0")[:-1]
-    return _listxattr_through_proc(dirfd, name)
-
-
-@restarted
-def _listxattr_through_proc(dirfd: int, name: bytes, /) -> list[bytes]:
-    try:
-        return [os.fsencode(attr) for attr in os.listxattr(through_proc(dirfd, name), follow_symlinks=not name)]
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return []
-        raise
+    while True:
+        try:
+            return list(map(os.fsencode, os.listxattr(through_proc(dirfd, name), follow_symlinks=not name)))
+        except InterruptedError:
+            continue
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return []
+            raise
 
 
 @changing

@@ -42,12 +42,10 @@ class Upper(Layer):
 
     def set_mark(self, dirfd: int, name: bytes, suffix: bytes, value: bytes) -> None:
         """Write a mark. Without extended attributes only the opaque mark can be written, as a file."""
-        if self.mode is not None:
-            self._set_mark_xattr(dirfd, name, suffix, value)
-        elif suffix == xattrs.OPAQUE:
-            self._set_opaque_file(dirfd, name)
-
-    def _set_mark_xattr(self, dirfd: int, name: bytes, suffix: bytes, value: bytes) -> None:
+        if self.mode is None:
+            if suffix == xattrs.OPAQUE:
+                self._set_opaque_file(dirfd, name)
+            return
         try:
             sysio.setxattr_at(dirfd, name, self._prefix + suffix, value)
         except OSError as error:
