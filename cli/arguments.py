@@ -81,7 +81,7 @@ def _mounts() -> list[str]:
 def _stored(kind: str, store: bytes | None) -> list[str]:
     """Return the names of the images or workspaces of a store; a store that does not exist is not created."""
     from overlayfs import Store
-    from overlayfs_cli import storage
+    from overlayfs_cli import store_option
 
-    with Store(storage.path(store), create=False) as opened:
+    with Store(store_option.path(store), create=False) as opened:
         return [each.name for each in (opened.images() if kind == "image" else opened.workspaces())]

@@ -10,7 +10,7 @@ import click
 
 from overlayfs import __version__
 from overlayfs.errors import UserError
-from overlayfs_cli import arguments, storage
+from overlayfs_cli import arguments, store_option
 from overlayfs_cli.command import command
 from overlayfs_cli.main import complain
 
@@ -30,7 +30,7 @@ _LABEL = 18
     """,
 )
 @click.argument("mountpoint", metavar="[MNT]", required=False, type=arguments.mountpoint)
-@storage.option
+@store_option.option
 def bugreport(mountpoint: bytes | None, store: bytes | None) -> int:
     """Print versions, the findings of doctor and, of the mount at MNT, what its daemon reports.
 
@@ -72,7 +72,7 @@ def _findings(store: bytes | None) -> Iterator[str]:
     """What `overlayfs doctor` finds, without its advice, which may name files."""
     from overlayfs_cli.diagnosis import examine
 
-    for finding in examine(storage.path(store)):
+    for finding in examine(store_option.path(store)):
         yield from _fact(finding.name, f"{finding.state}: {finding.fact}")
 
 

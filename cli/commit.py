@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from overlayfs.errors import InUseError, MountError, UsageError, UserError
-from overlayfs_cli import arguments, output, progress, storage
+from overlayfs_cli import arguments, output, progress, store_option
 from overlayfs_cli.command import command
 from overlayfs_cli.default_workdir import default_workdir
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--upper", metavar="DIR", type=arguments.path, help="An upper that is not mounted.")
 @click.option("--lower", metavar="DIR", multiple=True, type=arguments.path, help="Its layers, top first.")
 @click.option("--work", metavar="DIR", type=arguments.path, help="Its work directory [UPPER.work].")
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def commit(
@@ -173,7 +173,7 @@ def _commit_to_store(
 ) -> None:
     from overlayfs.mount.protocol import CommitImage
 
-    author = storage.author() if author is None else author
+    author = store_option.author() if author is None else author
     request = CommitImage(image=image, message=message, author=author, allow_empty=allow_empty)
     client = _client(source)
     if client is not None and client.mount.workspace is not None:
@@ -181,7 +181,7 @@ def _commit_to_store(
             raise UsageError("a mount of an image knows its store; leave --store out")
         _commit_mounted_image(client, request, as_json, wait, quiet)
         return
-    with storage.opened(store) as opened:
+    with store_option.opened(store) as opened:
         layer = _commit_in_store(opened, source, client, _for_store(request), quiet)
         name = None if image is None else opened.images.find(image).name
     if as_json:

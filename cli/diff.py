@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import arguments, output, progress, storage
+from overlayfs_cli import arguments, output, progress, store_option
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ WORDS = {"A": "added", "C": "changed", "D": "deleted"}
 )
 @click.argument("what", metavar="MNT|WORKSPACE|IMAGE", type=arguments.operand)
 @click.argument("base", metavar="[IMAGE]", required=False, type=arguments.operand)
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--stat", is_flag=True, help="Print only how many paths and bytes were added, changed and deleted.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
@@ -82,7 +82,7 @@ class _Comparison:
             return self._tree_of_mount(mount)
         if name.startswith((b"/", b".")):
             mounts.find(name)  # UserError: it is not a mount
-        opened = self._holds.enter_context(storage.opened(self._store))
+        opened = self._holds.enter_context(store_option.opened(self._store))
         self._holds.enter_context(diff_operands.hold(opened, os.fsdecode(name)))
         workspace = opened.workspaces.get(os.fsdecode(name))
         if workspace is not None:
@@ -139,4 +139,4 @@ def _sizes(changes: "list[Change]") -> dict[str, int]:
 def _summary(changes: "list[Change]") -> str:
     words = ", ".join(f"{count} {word}" for word, count in _counts(changes).items())
     sizes = _sizes(changes)
-    return f"{words}; {storage.size_text(sizes['bytes_in'])} in, {storage.size_text(sizes['bytes_out'])} out"
+    return f"{words}; {output.size_text(sizes['bytes_in'])} in, {output.size_text(sizes['bytes_out'])} out"

@@ -4,7 +4,7 @@ import dataclasses
 
 import click
 
-from overlayfs_cli import output, storage
+from overlayfs_cli import output, store_option
 from overlayfs_cli.command import command
 from overlayfs_cli.diagnosis import Finding, can_mount, examine
 
@@ -16,7 +16,7 @@ from overlayfs_cli.diagnosis import Finding, can_mount, examine
     overlayfs doctor --store /data/store --json
     """,
 )
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def doctor(store: bytes | None, as_json: bool) -> int:
     """Check what overlayfs can use here, and say for each missing thing what to do about it.
@@ -24,7 +24,7 @@ def doctor(store: bytes | None, as_json: bool) -> int:
     A stack is mounted for a moment in the directory for temporary files, and files are created in the file system of
     the store; nothing is left behind. The exit code is 1 if the stack could not be mounted.
     """
-    findings = examine(storage.path(store))
+    findings = examine(store_option.path(store))
     mounts = can_mount(findings)
     if as_json:
         output.show_json({"can_mount": mounts, "findings": [dataclasses.asdict(finding) for finding in findings]})

@@ -5,7 +5,7 @@ import os
 import click
 
 from overlayfs.errors import UsageError
-from overlayfs_cli import arguments, output, progress, storage
+from overlayfs_cli import arguments, output, progress, store_option
 from overlayfs_cli.command import command
 
 _FORMATS = ("oci", "oci-archive", "docker-archive", "tar", "dir")
@@ -32,7 +32,7 @@ _COMPRESSIONS = ("gzip", "zstd", "none")
     help="[oci-archive for -, pipes and names ending in .tar, else oci]",
 )
 @click.option("--compression", type=click.Choice(_COMPRESSIONS), help="[gzip for oci and oci-archive, else none]")
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def export(
@@ -52,7 +52,7 @@ def export(
     chosen = kind or _usual_format(destination)
     to_stdout = destination == b"-"
     _check(chosen, compression, to_stdout, as_json)
-    with storage.opened(store) as opened, progress.line(quiet) as show:
+    with store_option.opened(store) as opened, progress.line(quiet) as show:
         opened.export_image(
             image,
             destination,

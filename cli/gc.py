@@ -1,10 +1,10 @@
-"""`overlayfs gc`: what nothing needs goes."""
+"""`overlayfs gc`: deletes what nothing in the store needs."""
 
 from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import output, progress, storage
+from overlayfs_cli import output, progress, store_option
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -20,30 +20,30 @@ HEADINGS = ("KIND", "NAME", "SIZE")
     overlayfs gc
     """,
 )
-@storage.option
-@click.option("--dry-run", is_flag=True, help="Say what would go and delete nothing.")
+@store_option.option
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted, and delete nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the names alone.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the names.")
 def gc(store: bytes | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """Delete layers that no image and no workspace names, ephemeral workspaces, and what killed processes left.
+    """Delete layers that no image and no workspace uses, ephemeral workspaces, and what killed processes have left.
 
-    What is mounted or being made stays. --dry-run prints exactly what would go. Layers that a killed process has left
-    unhashed are hashed.
+    What is mounted or being made is kept. --dry-run prints exactly what would be deleted. Layers that a killed process
+    has left unhashed are hashed.
     """
-    with storage.opened(store) as opened, progress.waiting("deleting", quiet or dry_run):
-        gone = opened.gc(dry_run)
+    with store_option.opened(store) as opened, progress.waiting("deleting", quiet or dry_run):
+        garbage = opened.gc(dry_run)
         if not dry_run:
-            _finish(opened)
+            _hash_unfinished(opened)
     if as_json:
-        output.show_json({"garbage": [each._asdict() for each in gone], "size": sum(each.size for each in gone)})
+        output.show_json({"garbage": [each._asdict() for each in garbage], "size": sum(each.size for each in garbage)})
     elif quiet:
-        for each in gone:
+        for each in garbage:
             click.echo(each.name)
     else:
-        output.show_table(HEADINGS, [(each.kind, each.name, storage.size_text(each.size)) for each in gone])
+        output.show_table(HEADINGS, [(each.kind, each.name, output.size_text(each.size)) for each in garbage])
 
 
-def _finish(store: "Store") -> None:
+def _hash_unfinished(store: "Store") -> None:
     from overlayfs.store import hashing
 
     hashing.hash_unfinished(store)

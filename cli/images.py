@@ -1,10 +1,10 @@
-"""`overlayfs images`: the names in the store."""
+"""`overlayfs images`: lists the images of the store."""
 
 from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import output, storage
+from overlayfs_cli import output, store_option
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -21,26 +21,23 @@ HEADINGS = ("IMAGE", "LAYERS", "CREATED", "SIZE", "OWN", "SHARED")
     overlayfs images --json
     """,
 )
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the names alone.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the names.")
 def images(store: bytes | None, as_json: bool, quiet: bool) -> None:
-    """List images: own bytes lie in layers that no other image uses, shared ones in layers that others use too."""
-    with storage.opened(store) as opened:
-        if quiet:
-            for image in opened.images():
-                click.echo(image.name)
-            return
-        found = _documents(opened)
-    if as_json:
-        output.show_json({"images": found})
-    else:
-        output.show_table(HEADINGS, [_row(document) for document in found])
-
-
-def _documents(store: "Store") -> list[dict[str, object]]:
-    users = storage.names_of_layers(store)
-    return [_document(store, image, users) for image in store.images()]
+    """List images: OWN is the size of layers that no other image uses, SHARED that of layers that others use too."""
+    with store_option.opened(store) as opened:
+        found = list(opened.images())
+        users = {} if quiet else store_option.images_by_layer(opened)
+        output.show_list(
+            "images",
+            documents=(_document(opened, image, users) for image in found),
+            names=(image.name for image in found),
+            headings=HEADINGS,
+            rows=(_row(_document(opened, image, users)) for image in found),
+            as_json=as_json,
+            quiet=quiet,
+        )
 
 
 def _document(store: "Store", image: "ImageRecord", users: dict[str, list[str]]) -> dict[str, object]:
@@ -65,5 +62,5 @@ def _document(store: "Store", image: "ImageRecord", users: dict[str, list[str]])
 def _row(document: dict[str, object]) -> tuple[str, ...]:
     layers = document["layers"]
     assert isinstance(layers, list)
-    sizes = (storage.size_text(int(str(document[key]))) for key in ("size", "own", "shared"))
-    return (str(document["name"]), str(len(layers)), storage.time_text(str(document["created"])), *sizes)
+    sizes = (output.size_text(int(str(document[key]))) for key in ("size", "own", "shared"))
+    return (str(document["name"]), str(len(layers)), output.time_text(str(document["created"])), *sizes)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import arguments, output, progress, storage
+from overlayfs_cli import arguments, output, progress, store_option
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("-t", "--tag", "name", metavar="IMAGE", required=True, help="Name of the image.")
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Which one of several platforms [this machine's].")
 @click.option("-m", "--message", metavar="TEXT", default="", help="Description of a layer without a history.")
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def import_(
@@ -35,12 +35,12 @@ def import_(
     docker-archive, or - for one of these archives on standard input. SRC:NAME is one of several images in it. Layers
     that the store has are not read again.
     """
-    with storage.opened(store, create=True) as opened, progress.line(quiet) as show:
+    with store_option.opened(store, create=True) as opened, progress.line(quiet) as show:
         made = opened.import_image(
             source,
             name,
             platform=platform,
-            author=storage.author(),
+            author=store_option.author(),
             message=message,
             progress=lambda layer, layers, done: show(progress.layer_text(layer, layers, done)),
             notice=progress.note,

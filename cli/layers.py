@@ -1,10 +1,10 @@
-"""`overlayfs layers`: what lies in the store."""
+"""`overlayfs layers`: lists the layers of the store."""
 
 from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import output, storage
+from overlayfs_cli import output, store_option
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -21,21 +21,23 @@ IMAGES_SHOWN = 2
     overlayfs layers -q
     """,
 )
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the ids alone.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the ids.")
 def layers(store: bytes | None, as_json: bool, quiet: bool) -> None:
     """List layers, oldest first, with the images that use them."""
-    with storage.opened(store) as opened:
+    with store_option.opened(store) as opened:
         found = sorted(opened.layers(), key=lambda layer: (layer.record.created, layer.id))
-        users = {} if quiet else storage.names_of_layers(opened)
-    if as_json:
-        output.show_json({"layers": [_document(layer, users.get(layer.id, [])) for layer in found]})
-    elif quiet:
-        for layer in found:
-            click.echo(layer.id)
-    else:
-        output.show_table(HEADINGS, [_row(layer, users.get(layer.id, [])) for layer in found])
+        users = {} if quiet else store_option.images_by_layer(opened)
+    output.show_list(
+        "layers",
+        documents=(_document(layer, users.get(layer.id, [])) for layer in found),
+        names=(layer.id for layer in found),
+        headings=HEADINGS,
+        rows=(_row(layer, users.get(layer.id, [])) for layer in found),
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def _document(layer: "Layer", images: list[str]) -> dict[str, object]:
@@ -66,11 +68,11 @@ def _row(layer: "Layer", images: list[str]) -> tuple[str, ...]:
     more = len(images) - IMAGES_SHOWN
     shown = ", ".join(images[:IMAGES_SHOWN]) + (f" and {more} more" if more > 0 else "")
     return (
-        storage.short(record.id),
+        output.short_id(record.id),
         record.state,
-        storage.time_text(record.created),
-        storage.size_text(record.size) if known else "-",
+        output.time_text(record.created),
+        output.size_text(record.size) if known else "-",
         str(record.entries) if known else "-",
         shown or "-",
-        storage.first_line(record.message),
+        output.first_line(record.message),
     )

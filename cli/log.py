@@ -1,10 +1,10 @@
-"""`overlayfs log`: how an image came to be."""
+"""`overlayfs log`: lists the layers of an image or a workspace."""
 
 from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import arguments, output, storage
+from overlayfs_cli import arguments, output, store_option
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -21,20 +21,22 @@ HEADINGS = ("LAYER", "CREATED", "AUTHOR", "SIZE", "MESSAGE")
     """,
 )
 @click.argument("image", metavar="IMAGE|WORKSPACE", type=arguments.image_or_workspace)
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the ids alone.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the ids.")
 def log(image: str, store: bytes | None, as_json: bool, quiet: bool) -> None:
     """Show the layers of an image or a workspace, newest first: id, time, author, size, message."""
-    with storage.opened(store) as opened:
+    with store_option.opened(store) as opened:
         found = opened.stack_of(image)
-    if as_json:
-        output.show_json({"layers": [_document(layer) for layer in found]})
-    elif quiet:
-        for layer in found:
-            click.echo(layer.id)
-    else:
-        output.show_table(HEADINGS, [_row(layer) for layer in found])
+    output.show_list(
+        "layers",
+        documents=(_document(layer) for layer in found),
+        names=(layer.id for layer in found),
+        headings=HEADINGS,
+        rows=(_row(layer) for layer in found),
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def _document(layer: "Layer") -> dict[str, object]:
@@ -53,9 +55,9 @@ def _document(layer: "Layer") -> dict[str, object]:
 def _row(layer: "Layer") -> tuple[str, ...]:
     record = layer.record
     return (
-        storage.short(record.id),
-        storage.time_text(record.created),
-        storage.first_line(record.author) or "-",
-        storage.size_text(record.size) if record.state == "complete" else record.state,
-        storage.first_line(record.message),
+        output.short_id(record.id),
+        output.time_text(record.created),
+        output.first_line(record.author) or "-",
+        output.size_text(record.size) if record.state == "complete" else record.state,
+        output.first_line(record.message),
     )

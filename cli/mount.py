@@ -8,7 +8,7 @@ import click
 
 from overlayfs.errors import UsageError
 from overlayfs.mount.options import Draft, MountOptions
-from overlayfs_cli import arguments, storage
+from overlayfs_cli import arguments, store_option
 from overlayfs_cli.command import command
 from overlayfs_cli.default_workdir import default_workdir
 from overlayfs_cli.main import complain
@@ -33,7 +33,7 @@ from overlayfs_cli.main import complain
 )
 @click.option("--name", "workspace", metavar="WORKSPACE", help="Where the store keeps the changes [a new name].")
 @click.option("--ephemeral", is_flag=True, help="Do not keep the changes.")
-@storage.option
+@store_option.option
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("-d", "--debug", is_flag=True, help="Log to standard error; implies -f.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not say which features are off.")
@@ -100,8 +100,8 @@ def _mount_image(
     """Mount an image, and print the name of its workspace if that was generated."""
     from overlayfs.mount import image_mount
 
-    may_create = store is None and storage.VARIABLE not in os.environ
-    with image_mount.lease_workspace(storage.path(store), image, workspace, ephemeral, may_create) as lease:
+    may_create = store is None and store_option.VARIABLE not in os.environ
+    with image_mount.lease_workspace(store_option.path(store), image, workspace, ephemeral, may_create) as lease:
         draft.lower, draft.upper, draft.work = list(lease.lower), lease.upper, lease.work
         options = dataclasses.replace(draft.build(), image_mount=lease.image_mount)
         if lease.behind:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import output, storage
+from overlayfs_cli import output
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -29,13 +29,15 @@ def mounts(as_json: bool, quiet: bool) -> None:
     from overlayfs.mount import mounts
 
     found = mounts.list_mounts()
-    if as_json:
-        output.show_json({"mounts": [_document(mount) for mount in found]})
-    elif quiet:
-        for mount in found:
-            click.echo(output.path_text(mount.mountpoint))
-    else:
-        output.show_table(HEADINGS, [_row(mount) for mount in found])
+    output.show_list(
+        "mounts",
+        documents=(_document(mount) for mount in found),
+        names=(output.path_text(mount.mountpoint) for mount in found),
+        headings=HEADINGS,
+        rows=(_row(mount) for mount in found),
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def _row(mount: "Mount") -> tuple[str, ...]:
@@ -49,7 +51,7 @@ def _layers(mount: "Mount") -> str:
     """Return the first few layers: by path, layers of a store by the start of their ids."""
     named = [output.path_text(path) for path in mount.lower[:LAYERS_SHOWN]]
     if mount.store is not None:
-        named = [storage.short(os.path.basename(os.path.dirname(path))) for path in named]
+        named = [output.short_id(os.path.basename(os.path.dirname(path))) for path in named]
     shown = ":".join(named)
     hidden = len(mount.lower) - LAYERS_SHOWN
     return f"{shown} and {hidden} more" if hidden > 0 else shown or "-"

@@ -2,7 +2,7 @@
 
 import click
 
-from overlayfs_cli import output, registry, storage
+from overlayfs_cli import output, registry, store_option
 from overlayfs_cli.command import command
 
 
@@ -19,7 +19,7 @@ from overlayfs_cli.command import command
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Which one of several platforms [this machine's].")
 @registry.plain_http
 @registry.ca
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only the digest; no progress on the terminal.")
 def pull(
@@ -36,7 +36,7 @@ def pull(
 
     Logins are those of podman and docker. An interrupted pull continues where it stopped when it is run again.
     """
-    with storage.opened(store, create=True) as opened, registry.lines(quiet) as (show, notice):
+    with store_option.opened(store, create=True) as opened, registry.lines(quiet) as (show, notice):
         pulled = opened.pull(
             reference, name=name, platform=platform, plain_http=plain_http, ca=ca, progress=show,
             notice=notice,

@@ -2,7 +2,7 @@
 
 import click
 
-from overlayfs_cli import arguments, output, progress, registry, storage
+from overlayfs_cli import arguments, output, progress, registry, store_option
 from overlayfs_cli.command import command
 
 
@@ -17,7 +17,7 @@ from overlayfs_cli.command import command
 @click.argument("reference", metavar="REGISTRY/REPO[:TAG]")
 @registry.plain_http
 @registry.ca
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only the digest; no progress on the terminal.")
 def push(
@@ -27,7 +27,7 @@ def push(
 
     Logins are those of podman and docker. The same image always gives the same digest.
     """
-    with storage.opened(store) as opened, registry.lines(quiet) as (show, notice):
+    with store_option.opened(store) as opened, registry.lines(quiet) as (show, notice):
         pushed = opened.push(image, reference, plain_http=plain_http, ca=ca, progress=show, notice=notice)
     if pushed.same is False and not quiet:
         progress.note("the digest is not that of the pulled image: its layers had to be compressed again")

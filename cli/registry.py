@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overlayfs_cli import progress, storage
+from overlayfs_cli import output, progress
 
 if TYPE_CHECKING:
     from overlayfs.oci.blobs import Notice
@@ -44,5 +44,5 @@ def line(step: "LayerProgress") -> str:
 
 def _amount(step: "LayerProgress") -> str:
     if not step.total:
-        return storage.size_text(step.done) if step.done else ""
-    return f"{100 * step.done // step.total:3}%  {storage.size_text(step.done)} of {storage.size_text(step.total)}"
+        return output.size_text(step.done) if step.done else ""
+    return f"{100 * step.done // step.total:3}%  {output.size_text(step.done)} of {output.size_text(step.total)}"

@@ -1,11 +1,11 @@
-"""`overlayfs rm`: names and workspaces go."""
+"""`overlayfs rm`: removes images and workspaces."""
 
 import os
 
 import click
 
 from overlayfs.errors import UserError
-from overlayfs_cli import arguments, storage
+from overlayfs_cli import arguments, store_option
 from overlayfs_cli.command import command
 from overlayfs_cli.main import complain
 
@@ -14,22 +14,22 @@ from overlayfs_cli.main import complain
     "Remove images and workspaces.",
     """
     overlayfs rm site:v1
-    overlayfs rm draft        # a workspace, with all that was changed in it
+    overlayfs rm draft        # a workspace, with all its changes
     """,
 )
 @click.argument("names", metavar="IMAGE|WORKSPACE...", nargs=-1, required=True, type=arguments.image_or_workspace)
-@click.option("--workspace", is_flag=True, help="The names are workspaces, also where images have them too.")
-@storage.option
+@click.option("--workspace", is_flag=True, help="The names are workspaces, even if there are images of the same names.")
+@store_option.option
 def rm(names: tuple[str, ...], workspace: bool, store: bytes | None) -> int:
-    """Remove the name of an image, or a workspace with its changes; layers that nothing needs any more go by gc."""
+    """Remove images, or workspaces with their changes. Layers that are no longer needed are removed by gc."""
     from overlayfs.mount import mounts
     from overlayfs.store.workspaces import WorkspaceInUseError
 
     failed = 0
-    with storage.opened(store) as opened:
+    with store_option.opened(store) as opened:
         for name in names:
             try:
-                (opened.remove_workspace if workspace else opened.remove)(name)
+                (opened.workspaces.remove if workspace else opened.remove)(name)
             except WorkspaceInUseError as error:
                 complain(str(mounts.name_workspace_holder(error)))
             except UserError as error:

@@ -1,8 +1,8 @@
-"""`overlayfs tag`: a second name for an image."""
+"""`overlayfs tag`: gives an image a second name."""
 
 import click
 
-from overlayfs_cli import arguments, storage
+from overlayfs_cli import arguments, store_option
 from overlayfs_cli.command import command
 
 
@@ -14,8 +14,8 @@ from overlayfs_cli.command import command
 )
 @click.argument("image", metavar="IMAGE", type=arguments.image)
 @click.argument("name", metavar="NAME")
-@storage.option
+@store_option.option
 def tag(image: str, name: str, store: bytes | None) -> None:
-    """Let NAME[:TAG] stand for the layers of IMAGE too; what it stood for before loses the name."""
-    with storage.opened(store) as opened:
+    """Make NAME[:TAG] a name of the layers of IMAGE too; an image that had the name before loses it."""
+    with store_option.opened(store) as opened:
         opened.images.tag(image, name)

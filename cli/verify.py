@@ -1,21 +1,26 @@
-"""`overlayfs verify`: whether everything in the store is as it was when it was put there."""
+"""`overlayfs verify`: compares the content of the store with what was recorded when it was made."""
 
 import os
 from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import arguments, output, progress, storage
+from overlayfs_cli import arguments, output, progress, store_option
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
     from overlayfs.store.verify import Checked, Problem
 
-FILES = ("record", "manifest", "index", "remote")  # of the store itself: what is named is not a path of a tree
+FILES = (
+    "record",
+    "manifest",
+    "index",
+    "remote",
+)  # kinds of problems of the store's own files: no path of a tree is printed
 
 
 @command(
-    "Read everything in the store again and name what is damaged.",
+    "Read everything in the store and print what is damaged.",
     """
     overlayfs verify
     overlayfs verify site
@@ -27,12 +32,12 @@ FILES = ("record", "manifest", "index", "remote")  # of the store itself: what i
     "--repair-from",
     "source",
     metavar="IMAGE|STORE|REGISTRY",
-    help="Put right what can be: from an image here, the directory of another store, or REGISTRY/REPO[:TAG].",
+    help="Repair from an image of this store, the directory of another store, or REGISTRY/REPO[:TAG].",
 )
-@click.option("--plain-http", is_flag=True, help="Speak to a registry on this machine without TLS.")
-@storage.option
+@click.option("--plain-http", is_flag=True, help="Do not use TLS for a registry on this machine.")
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong, and no progress.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only problems, and no progress.")
 @click.pass_context
 def verify(
     context: click.Context,
@@ -43,21 +48,21 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Hold every file of an image, of a layer or of the whole store against what was recorded when it was made.
+    """Compare every file of an image, of a layer or of the whole store with what was recorded when it was made.
 
-    Each line names one thing that is damaged, missing, extra or unreadable, and what differs; the exit code is 1 then.
-    With --repair-from, the lines begin with "repaired" for what is as it was again.
+    Each line names one thing that is damaged, missing, extra or unreadable, and the differences; the exit code is then
+    1. With --repair-from, lines that begin with "repaired" name what was repaired.
     """
-    with storage.opened(store) as opened, progress.line(quiet) as show:
-        total = storage.size_text(opened.recorded_size(what))
+    with store_option.opened(store) as opened, progress.line(quiet) as show:
+        total = output.size_text(opened.recorded_size(what))
 
-        def tell(entries: int, size: int) -> None:
-            show(f"{entries} entries, {storage.size_text(size)} of {total}")
+        def count(entries: int, size: int) -> None:
+            show(f"{entries} entries, {output.size_text(size)} of {total}")
 
         if source is None:
-            before = after = opened.verify(what, progress=tell)
+            before = after = opened.verify(what, progress=count)
         else:
-            before, after = opened.repair(what, source=source, progress=tell, report=show, plain_http=plain_http)
+            before, after = opened.repair(what, source=source, progress=count, report=show, plain_http=plain_http)
     repaired = [each for each in before.problems if each not in after.problems]
     if as_json:
         output.show_json({**_document(after), "repaired": [_problem(each) for each in repaired]})
@@ -94,9 +99,9 @@ def _show(checked: "Checked", repaired: "list[Problem]", quiet: bool) -> None:
     if quiet:
         return
     for layer_id in checked.unfinished:
-        click.echo(f"layer {storage.short(layer_id)} has not been hashed yet: nothing to hold it against", err=True)
+        click.echo(f"layer {output.short_id(layer_id)} has not been hashed yet, so it cannot be verified", err=True)
     if not checked.problems:
-        size = storage.size_text(checked.size)
+        size = output.size_text(checked.size)
         layers = "1 layer" if checked.layers == 1 else f"{checked.layers} layers"
         click.echo(f"{layers}, {checked.entries} entries, {size}: as recorded")
 
@@ -105,7 +110,7 @@ def _line(problem: "Problem") -> str:
     differs = f": {', '.join(problem.differs)}" if problem.differs else ""
     if not problem.layer:
         return f"{_word(problem.kind)} {output.path_text(problem.path)}{differs}"
-    where = f"layer {storage.short(problem.layer)}"
+    where = f"layer {output.short_id(problem.layer)}"
     if problem.kind in FILES:
         return f"{_word(problem.kind)} {where} {problem.kind}{differs}"
     return f"{problem.kind} {where} {output.path_text(b'/' + problem.path)}{differs}"

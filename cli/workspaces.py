@@ -1,10 +1,10 @@
-"""`overlayfs workspaces`: the uppers that the store keeps."""
+"""`overlayfs workspaces`: lists the workspaces of the store."""
 
 from typing import TYPE_CHECKING
 
 import click
 
-from overlayfs_cli import output, storage
+from overlayfs_cli import output, store_option
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
@@ -20,27 +20,27 @@ HEADINGS = ("WORKSPACE", "IMAGE", "CREATED", "KEPT", "MOUNTED")
     overlayfs workspaces --json
     """,
 )
-@storage.option
+@store_option.option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the names alone.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the names.")
 def workspaces(store: bytes | None, as_json: bool, quiet: bool) -> None:
     """List workspaces, the images they belong to, and where they are mounted."""
-    with storage.opened(store) as opened:
+    with store_option.opened(store) as opened:
         found = list(opened.workspaces())
-    if quiet:
-        for workspace in found:
-            click.echo(workspace.name)
-        return
-    mounted = _mount_points()
-    documents = [_document(workspace, mounted.get(workspace.upper_path)) for workspace in found]
-    if as_json:
-        output.show_json({"workspaces": documents})
-    else:
-        output.show_table(HEADINGS, [_row(each, mounted.get(each.upper_path)) for each in found])
+    mounted = {} if quiet else _mount_points()
+    output.show_list(
+        "workspaces",
+        documents=(_document(workspace, mounted.get(workspace.upper_path)) for workspace in found),
+        names=(workspace.name for workspace in found),
+        headings=HEADINGS,
+        rows=(_row(workspace, mounted.get(workspace.upper_path)) for workspace in found),
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def _mount_points() -> dict[bytes, bytes]:
-    """Return the mount points by upper."""
+    """Return the mount point of each mounted upper."""
     from overlayfs.mount import mounts
 
     return {mount.upper: mount.mountpoint for mount in mounts.list_mounts() if mount.upper is not None}
@@ -64,7 +64,7 @@ def _row(workspace: "Workspace", mountpoint: bytes | None) -> tuple[str, ...]:
     return (
         record.name,
         record.image,
-        storage.time_text(record.created),
+        output.time_text(record.created),
         "no" if record.ephemeral else "yes",
         "-" if mountpoint is None else output.path_text(mountpoint),
     )

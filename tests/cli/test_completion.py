@@ -113,7 +113,7 @@ def test_fish(shop: Path) -> None:
     offered = completed_by_fish(shop, "overlayfs ")
     assert sorted(line.split("\t")[0] for line in offered) == sorted(COMMANDS)
     assert completed_by_fish(shop, "overlayfs log s") == ["site:v1\timage"]
-    assert completed_by_fish(shop, "overlayfs log --q") == ["--quiet\tPrint the ids alone."]
+    assert completed_by_fish(shop, "overlayfs log --q") == ["--quiet\tPrint only the ids."]
 
 
 @pytest.mark.parametrize("typed", ["overlayfs log ", "overlayfs why m", "overlayfs import "])

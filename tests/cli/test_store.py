@@ -13,7 +13,7 @@ import pytest
 from overlayfs.mount import mounts, unmount
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
-from overlayfs_cli import storage
+from overlayfs_cli import store_option
 from tests.cli.conftest import Ended, Run, process, program
 from tests.store.samples import add_image, add_layer
 from tests.support import leftovers, processes, requirements, syscalls
@@ -339,16 +339,16 @@ def test_the_default_store(overlayfs: Run, place: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("OVERLAYFS_STORE", raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(place))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert storage.path(None) == os.fsencode(place / "overlayfs")
+    assert store_option.path(None) == os.fsencode(place / "overlayfs")
     assert overlayfs("images") == (0, "", "")
     assert json.loads(overlayfs("images", "--json").out) == {"images": []}
     monkeypatch.setenv("OVERLAYFS_STORE", str(place / "named"))
-    assert storage.path(None) == os.fsencode(place / "named")
+    assert store_option.path(None) == os.fsencode(place / "named")
     assert overlayfs("images").code == 1
-    assert storage.path(b"given") == b"given"
+    assert store_option.path(b"given") == b"given"
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.delenv("OVERLAYFS_STORE")
-    assert storage.path(None) == b"/var/lib/overlayfs"
+    assert store_option.path(None) == b"/var/lib/overlayfs"
 
 
 def test_another_format_is_refused(site: Path) -> None:

@@ -1,8 +1,7 @@
-"""Which store a command works on, and how what lies in it is written in a line."""
+"""The option --store: which store a command uses, and who its user is."""
 
 import os
 from collections.abc import Callable
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from overlayfs import Store
 
 VARIABLE = "OVERLAYFS_STORE"
-_ID_SHOWN = 12
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
     "--store", metavar="DIR", type=arguments.path, help=f"The store [${VARIABLE}, else the user's own]."
@@ -34,7 +31,10 @@ def path(given: bytes | None) -> bytes:
 
 
 def opened(given: bytes | None, create: bool = False) -> "Store":
-    """Open the store. One that is not there is made if `create`, or if nobody has named it."""
+    """Open the store; it is created if `create`, or if neither --store nor $OVERLAYFS_STORE names it.
+
+    Raises UserError if it cannot be opened.
+    """
     from overlayfs import Store
 
     named = given or os.environb.get(VARIABLE.encode())
@@ -51,37 +51,8 @@ def author() -> str:
         return str(os.getuid())
 
 
-def short(layer_id: str) -> str:
-    """Return as much of an id as people read."""
-    return layer_id[:_ID_SHOWN]
-
-
-def size_text(size: int) -> str:
-    """Return a number of bytes for people: three digits and a unit."""
-    amount = float(size)
-    for unit in _UNITS:
-        if amount < 1000 or unit == _UNITS[-1]:
-            return f"{size} B" if unit == "B" else f"{amount:.3g} {unit}"
-        amount /= 1024
-    raise AssertionError(size)
-
-
-def time_text(recorded: str) -> str:
-    """Return a time of a record in local time, to the second; what is no time stays as it is."""
-    try:
-        return datetime.fromisoformat(recorded).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    except ValueError:
-        return recorded
-
-
-def first_line(text: str) -> str:
-    """Return the first line of a message, fit for a line of output."""
-    line = next(iter(text.splitlines()), "")
-    return "".join(character if character.isprintable() else "?" for character in line)
-
-
-def names_of_layers(store: "Store") -> dict[str, list[str]]:
-    """Return the names of the images that use each layer, by id."""
+def images_by_layer(store: "Store") -> dict[str, list[str]]:
+    """Return the names of the images that use each layer, by layer id."""
     found: dict[str, list[str]] = {}
     for image in store.images():
         for layer_id in dict.fromkeys(image.layers):
