@@ -1,1 +1,1 @@
-"""Layers, archives, users and neighbours that mean harm."""
+"""Hostile layers, archives and users."""

@@ -1,7 +1,7 @@
-"""What is done with each entry of the corpus, called by a fork server: import, stack, read, copy-up, commit.
+"""The five actions on each entry of the corpus, run by a fork server: import, stack, read, copy-up, commit.
 
-An act goes through the tree like a program that has no idea of what it may meet: by descriptors, without following
-links, opening only regular files. An error of one object is an answer; it is counted, and the next one follows.
+An action walks the tree like a program that does not know what it will find: by descriptors, without following
+links, opening only regular files. An error for one object is counted, and the walk continues.
 """
 
 import errno
@@ -32,11 +32,11 @@ ANSWERS = frozenset({
     "EACCES", "EIO", "EINVAL", "ENAMETOOLONG", "ENODATA", "ENOENT", "ENOSPC", "ENOTSUP", "ENXIO", "EPERM", "E2BIG",
     "ESTALE", "EROFS", "EBUSY", "ENODEV", "EFBIG", "EOVERFLOW",
 })  # fmt: skip
-"""Errors that a program may get of an object. Others, such as ELOOP or EXDEV, would be our own ways showing."""
+"""Errors that a program may get for an object. Others, such as ELOOP or EXDEV, would expose our implementation."""
 
 
 class Seen:
-    """How many objects a walk met, how many errors of each kind, and what is wrong."""
+    """How many objects a walk found, how many errors of each kind, and what is wrong."""
 
     def __init__(self, secret: bytes) -> None:
         self.secret = secret
@@ -46,19 +46,19 @@ class Seen:
 
     def note(self, error: OSError, what: str, name: bytes) -> None:
         """Count an error."""
-        told = errno.errorcode.get(error.errno or 0, "?").replace("EOPNOTSUPP", "ENOTSUP")
-        self.errors[told] += 1
-        if told not in ANSWERS:
-            self.wrong.append(f"{what} {name!r}: {told}")
+        code = errno.errorcode.get(error.errno or 0, "?").replace("EOPNOTSUPP", "ENOTSUP")
+        self.errors[code] += 1
+        if code not in ANSWERS:
+            self.wrong.append(f"{what} {name!r}: {code}")
 
     def check(self, data: bytes, what: str, name: bytes) -> None:
         """Look for the secret."""
         if self.secret in data:
-            self.wrong.append(f"{what} {name!r} shows what lies outside")
+            self.wrong.append(f"{what} {name!r} shows content from outside")
 
     @contextmanager
     def counted(self, what: str, name: bytes) -> Iterator[None]:
-        """Count the error of one step."""
+        """Count an error in this context."""
         try:
             yield
         except OSError as error:
@@ -100,7 +100,7 @@ def _opened(fd: int) -> tuple[int, list[bytes]]:
 
 
 def import_(store: bytes, source: bytes, name: str) -> str:
-    """Import; return the sentence of a refusal, empty for none."""
+    """Import; return the message of a refusal, empty for none."""
     try:
         with Store(store) as opened:
             opened.import_image(source, name)
@@ -110,7 +110,7 @@ def import_(store: bytes, source: bytes, name: str) -> str:
 
 
 def place(store: bytes, trees: Sequence[bytes], name: str, hashed: bool) -> bool:
-    """Make directories, top first, the layers of an image."""
+    """Make an image whose layers are these directories, top first."""
     with Store(store) as opened:
         layers: list[Layer] = []
         for tree in reversed(trees):
@@ -125,7 +125,7 @@ def place(store: bytes, trees: Sequence[bytes], name: str, hashed: bool) -> bool
 
 
 def read(point: bytes, secret: bytes, shows: Mapping[str, bytes | None]) -> Seen:
-    """Read all that a mount shows: attributes, targets, names and content."""
+    """Read everything in a mount: attributes, targets, names and content."""
     seen = Seen(secret)
     _walk(point, seen, partial(_read_one, seen))
     for path, content in shows.items():
@@ -168,7 +168,7 @@ def _read_file(seen: Seen, dirfd: int, name: bytes, size: int) -> None:
 
 
 def _refused_to_open(seen: Seen, dirfd: int, name: bytes) -> None:
-    """A device of a layer must not open: mounts are nodev."""
+    """Opening a device of a layer must fail: mounts are nodev."""
     try:
         os.close(os.open(name, os.O_RDONLY | _NOWAIT, dir_fd=dirfd))
     except OSError as error:
@@ -178,7 +178,7 @@ def _refused_to_open(seen: Seen, dirfd: int, name: bytes) -> None:
 
 
 def copy_up(point: bytes, secret: bytes) -> Seen:
-    """Change everything, or as much of it: mode, owner, times, attributes, content, names."""
+    """Change as many objects as `_MOST_CHANGED`: mode, owner, times, xattrs, content, names."""
     seen = Seen(secret)
     _walk(point, seen, partial(_change_one, seen))
     for name in os.listdir(point)[:_MOST_CHANGED]:
@@ -218,7 +218,7 @@ def _write(dirfd: int, name: bytes) -> None:
 
 
 def commit_copy(point: bytes, destination: bytes) -> str:
-    """Commit a mount to a directory; return the sentence of a refusal, empty for none."""
+    """Commit a mount to a directory; return the message of a refusal, empty for none."""
     try:
         control.Client.at(point).commit(destination)
     except UserError as error:
@@ -237,7 +237,7 @@ def commit_live(point: bytes, image: str) -> None:
 
 
 def commit_workspace(store: bytes, workspace: str, image: str, hashed: bool) -> bool:
-    """Commit a workspace that is not mounted any more; hashed False: to read it all there is no time."""
+    """Commit an unmounted workspace; hashed False: do not hash it, which would take too long."""
     with Store(store) as opened:
         if hashed:
             opened.commit_workspace(workspace, image=image, allow_empty=True)
@@ -247,7 +247,7 @@ def commit_workspace(store: bytes, workspace: str, image: str, hashed: bool) -> 
 
 
 def export(store: bytes, image: str, target: bytes) -> str:
-    """Export an image; return the sentence of a refusal, for no archive can hold every layer, empty for none."""
+    """Export an image; return the message of a refusal (archives cannot hold every layer), empty for none."""
     try:
         with Store(store) as opened:
             opened.export_image(image, target, form="oci-archive")
@@ -257,13 +257,13 @@ def export(store: bytes, image: str, target: bytes) -> str:
 
 
 def verify(store: bytes) -> list[str]:
-    """Verify a store; return what is not as it was when it was committed."""
+    """Verify a store; return the problems."""
     with Store(store) as opened:
         return [f"{found.path!r} is {found.kind}: {found.differs}" for found in opened.verify().problems]
 
 
 def time_of(pid: int) -> float:
-    """Return how many seconds of the processors a process has used; 0 for one that is gone."""
+    """Return the seconds of CPU time that a process has used; 0 for one that has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stream:
             fields = stream.read().rpartition(b")")[2].split()

@@ -13,7 +13,7 @@ _CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 
 
 class Canary:
-    """The tree at `path`; `secret` is what its files hold."""
+    """The tree at `path`; `secret` is the content of its files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,7 +32,7 @@ class Canary:
         }
 
     def picture(self) -> tuple[dict[bytes, Print], dict[bytes, bytes]]:
-        """Return all attributes and a digest of all content; taking it leaves no trace."""
+        """Return all attributes and a digest of all content, without changing access times."""
         found = fingerprint(self.path)
         return found, {path: _digest(path) for path in found if path and stat.S_ISREG(os.lstat(path).st_mode)}
 

@@ -41,7 +41,7 @@ _XATTR = b"SCHILY.xattr."
 
 
 class Hostile(NamedTuple):
-    """One entry of the corpus. seconds: what each action may take of a processor."""
+    """One entry of the corpus. seconds: the CPU time that each action may take."""
 
     number: int
     what: str
@@ -53,7 +53,7 @@ CORPUS: dict[int, Hostile] = {}
 
 
 def entry(number: int, what: str, seconds: float = 10.0) -> Callable[[Objects], Objects]:
-    """Enter the forms that a function yields as a number of the corpus."""
+    """Register the forms that a function yields under a number of the corpus."""
 
     def enter(objects: Objects) -> Objects:
         CORPUS[number] = Hostile(number, what, objects, seconds)
@@ -158,7 +158,7 @@ def _strange(at: Outside) -> Iterator[Form]:
 
 
 def _symlink(name: bytes, target: bytes) -> bytes:
-    """A symbolic link whose target may be longer than a header can hold."""
+    """A symbolic link whose target may be too long for a header."""
     return pax({b"linkpath": target}) + symlink(name, b"x")
 
 
@@ -166,7 +166,7 @@ def _symlink(name: bytes, target: bytes) -> bytes:
 
 
 def _under_a_link(target: bytes) -> Stack:
-    """A directory over a symbolic link of the same name: what is in the link's target is no part of it."""
+    """A directory over a symbolic link of the same name: the content of the link's target is not part of it."""
     shows = {"s/etc/mine": b"mine", "s/etc/shadow": None}
     return Stack((files(s__etc__mine=b"mine"), linked("s", target)), shows=shows)
 
@@ -179,7 +179,7 @@ def _through_absolute(at: Outside) -> Iterator[Form]:
 
 
 def _reaching(path: bytes) -> Iterator[tuple[str, bytes]]:
-    """Every kind of entry that would change something in a directory, or link to it."""
+    """Every kind of entry that would change a directory, or link to it."""
     yield "file", file(path + b"/new", b"x")
     yield "over a file", file(path + b"/shadow", b"overwritten")
     yield "directory", directory(path + b"/d/e", mode=0o777)
@@ -273,7 +273,7 @@ def _hard_through(at: Outside) -> Iterator[Form]:
 
 
 def _without_data(target: bytes) -> Callable[[Path], None]:
-    """A metadata-only file whose data lies where `target` says."""
+    """A metacopy whose data is at `target`."""
 
     def build(root: Path) -> None:
         with open(root / "f", "wb") as stream:
@@ -334,7 +334,7 @@ def _replaced(at: Outside) -> Iterator[Form]:
 
 
 def _named(*names: str) -> Callable[[Path], None]:
-    """A layer with a file and a directory of each name, the one in `f`, the other in `d`."""
+    """A layer with a file of each name in `f`, and a directory of each name in `d`."""
 
     def build(root: Path) -> None:
         put(root, {"f/here": b"here", "d/here": b"here"} | {f"f/{name}": b"content" for name in names})
@@ -350,7 +350,7 @@ def _with_below(*names: str, **shows: bytes | None) -> Stack:
     return Stack((_named(*names), below), shows={"f/here": b"here", "f/below": b"below", "d/below": b"below", **shows})
 
 
-@entry(26, ".wh. alone")
+@entry(26, "a bare .wh.")
 def _bare(at: Outside) -> Iterator[Form]:
     yield archive("bare", file(b".wh."), refused="whiteout without a name")
     yield archive("below", file(b".wh./x"), refused="inside a whiteout")
@@ -399,7 +399,7 @@ def _odd_deletions(at: Outside) -> Iterator[Form]:
         os.symlink(at.canary, os.fsencode(root / ".wh.b"))
         os.mkfifo(root / ".wh.d")
 
-    shows = {"a": b"a", "b": b"b", "c": None, "d": b"d"}  # a regular file alone deletes
+    shows = {"a": b"a", "b": b"b", "c": None, "d": b"d"}  # only a regular file is a whiteout
     yield Stack((build, files(a=b"a", b=b"b", c=b"c", d=b"d")), shows=shows)
 
 
@@ -445,7 +445,7 @@ MARKS: dict[str, tuple[bytes, ...]] = {
 
 
 def forge_marks(root: Path, canary: bytes, prefix: str) -> None:
-    """Make a directory and a file with every mark and value, and some that lead to an object outside by its handle."""
+    """Make a directory and a file with every mark and value, some of them with the file handle of an object outside."""
     values = {**MARKS, "origin": (b"", b"\0\xfb", b"\0\xfb\x15" + bytes(18), _handle(canary), b"\0" * 150)}
     for mark, each in values.items():
         for number, value in enumerate(each):
@@ -470,7 +470,7 @@ def _handle(canary: bytes) -> bytes:
     return origin.encode(origin.Origin(uuid or bytes(16), kind, handle))
 
 
-@entry(34, "attributes of an overlay: every mark, every value, handles of what lies outside")
+@entry(34, "attributes of an overlay: every mark, every value, file handles of objects outside")
 def _forged(at: Outside) -> Iterator[Form]:
     names = ("trusted.overlay.opaque", "trusted.overlay.redirect", "user.overlay.metacopy", "trusted.overlaypy.lazy",
              "user.fuseoverlayfs.opaque", "user.containers.override_stat")  # fmt: skip
@@ -661,7 +661,7 @@ def _damaged(at: Outside) -> Iterator[Form]:
 
 
 def crowd(files_: int, directories: int) -> Iterator[bytes]:
-    """An archive of empty files, 1,000 to a directory, and of so many directories in one."""
+    """An archive of empty files, 1,000 in each directory, and of `count` directories in one."""
     for number in range(files_ // 1000):
         yield b"".join(file(b"f%d/%d" % (number, each)) for each in range(1000))
     for number in range(directories // 1000):

@@ -1,6 +1,6 @@
-"""What no user may make, see or reach through a mount, whoever it is: forged marks, private attributes, closed places.
+"""What no user may make, see or reach through a mount: forged marks, private xattrs, the program's own files.
 
-Each rule is an act with the one answer that is right; ext4 has none to compare with.
+Each rule is an act with its only correct result; there is nothing on ext4 to compare with.
 """
 
 import errno
@@ -28,7 +28,7 @@ BELOW: Tree = {"open": Dir({"d": {"below": b"below"}}, mode=0o777), "marked": {"
 
 
 class Rule(NamedTuple):
-    """An act in the directory of the mount, and the errno that it gives everybody; None for success."""
+    """An act in the directory of the mount, and the errno that every user gets; None for success."""
 
     what: str
     act: Callable[[str], object]
@@ -76,7 +76,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule("list marks", _on("marked", _unmarked), None)
     yield Rule("look behind a mark", _on("marked/hidden", os.stat), errno.ENOENT)
     yield Rule("set user.overlay.opaque", _on("open/d", os.setxattr, "user.overlay.opaque", b"y"), None)
-    yield Rule("what lies below is still there", _on("open/d/below", os.stat), None)
+    yield Rule("the lower object is still there", _on("open/d/below", os.stat), None)
 
 
 def _is_plain(path: str) -> None:
@@ -94,15 +94,15 @@ RULES_OF_ROOT = (
 
 
 def break_rules(point: Path) -> tuple[int, list[str]]:
-    """Have every user try everything; return how many acts there were, and the wrong answers."""
+    """Run every act as every user; return how many there were, and the wrong results."""
     wrong, count = [], 0
-    for who, user in USERS.items():
-        rules = RULES + (RULES_OF_ROOT if who == "root" else ())
-        told = run_as(user, partial(_answers, rules, point))
+    for role, user in USERS.items():
+        rules = RULES + (RULES_OF_ROOT if role == "root" else ())
+        results = run_as(user, partial(_answers, rules, point))
         count += len(rules)
-        for rule, answer in zip(rules, told, strict=True):
+        for rule, answer in zip(rules, results, strict=True):
             if answer != rule.answer:
-                wrong.append(f"{who}: {rule.what}: {name_of(answer)} instead of {name_of(rule.answer)}")
+                wrong.append(f"{role}: {rule.what}: {name_of(answer)} instead of {name_of(rule.answer)}")
     return count, wrong
 
 
@@ -111,17 +111,17 @@ def _answers(rules: Sequence[Rule], point: Path) -> list[int | None]:
 
 
 def reach_into(places: list[Path], sockets: list[Path]) -> tuple[int, list[str]]:
-    """Have users other than root look into places and talk to sockets that are not theirs."""
+    """Access files and sockets that other users must not reach, as users other than root."""
     acts: dict[str, Callable[[], object]] = {}
     acts |= {f"list {place}": partial(os.listdir, place) for place in places if place.is_dir()}
     acts |= {f"read {place}": partial(_read, place) for place in places}
     acts |= {f"write into {place}": partial(_made, place / "new") for place in places}
     acts |= {f"connect to {path}": partial(_connect, path) for path in sockets}
     wrong = []
-    for who in ("owner", "other"):
-        told = run_as(USERS[who], lambda: [errno_of(act) for act in acts.values()])
-        answers = zip(acts, told, strict=True)
-        wrong += [f"{who}: {what}: {name_of(answer)}" for what, answer in answers if answer != errno.EACCES]
+    for role in ("owner", "other"):
+        results = run_as(USERS[role], lambda: [errno_of(act) for act in acts.values()])
+        answers = zip(acts, results, strict=True)
+        wrong += [f"{role}: {what}: {name_of(answer)}" for what, answer in answers if answer != errno.EACCES]
     return 2 * len(acts), wrong
 
 

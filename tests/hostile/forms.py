@@ -1,4 +1,4 @@
-"""How an entry of the hostile corpus is put before the program: as an archive, as a directory to import, by hand."""
+"""The forms of an entry of the hostile corpus: an archive, a directory to import, or layers made by hand."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ class Outside(NamedTuple):
         return b"../" * 40 + self.canary.lstrip(b"/")
 
     def size(self, quick: int, full: int) -> int:
-        """Return how much of something there is to be."""
+        """Return the size for this run."""
         return full if self.full else quick
 
 
@@ -36,7 +36,7 @@ Build = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Archive:
-    """What is given to import. refused: part of the sentence, None for what must be taken; `name` tells forms apart.
+    """An archive to import. refused: part of the message, None if it must be accepted. name: identifies the form.
 
     is_image: an image of several layers, not one layer.
     """
@@ -48,7 +48,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory that is given to import."""
+    """A directory to import."""
 
     name: str
     build: Build
@@ -75,17 +75,17 @@ Form = Archive | Directory | Stack
 
 
 def archive(name: str, *parts: bytes, refused: str | None = None) -> Archive:
-    """An archive of entries, with its end."""
+    """Return an archive of these entries, with its end mark."""
     return Archive(name, lambda: (*parts, bytes(1024)), refused)
 
 
 def taken(name: str, *parts: bytes) -> Archive:
-    """An archive that is harmless."""
+    """Return an archive that must be accepted."""
     return archive(name, *parts)
 
 
 def each_refused(sentence: str, **archives: bytes) -> Iterator[Archive]:
-    """Archives that are all refused for the same reason."""
+    """Yield archives that must all be refused for the same reason."""
     for name, entries in archives.items():
         yield archive(name.replace("_", " "), entries, refused=sentence)
 
@@ -132,7 +132,7 @@ def whiteout(path: Path) -> None:
 
 
 def deep(root: Path, depth: int, name: bytes) -> None:
-    """Make directories inside each other, deeper than a path can be long, and a file in the last."""
+    """Make nested directories, deeper than PATH_MAX, and a file in the last one."""
     at = os.open(root, os.O_RDONLY)
     for _ in range(depth):
         os.mkdir(name, dir_fd=at)
@@ -146,7 +146,7 @@ def deep(root: Path, depth: int, name: bytes) -> None:
 
 
 def widest(path: Path, value: bytes) -> None:
-    """Give a file as many attributes with this value as it takes."""
+    """Give a file as many xattrs with this value as the file system allows."""
     number = 0
     while errno_of(os.setxattr, path, f"user.{number}", value) is None:
         number += 1

@@ -1,7 +1,7 @@
 """Seeded changes of valid inputs, on three levels: bytes, JSON documents, tar archives.
 
-A random string is refused by the first check of any parser. What has been changed in one place, with its sums made
-right again, is looked at to the end.
+A random string fails the first check of any parser. An input with one change, and with its checksums corrected,
+is parsed to the end.
 """
 
 import json
@@ -22,7 +22,7 @@ _DEEP, _DEPTH = "as deep as can be", 20_000
 
 
 def spoil(random: Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
-    """Return the bytes with one to four changes; `others` are inputs that pieces may come from."""
+    """Return the bytes with one to four changes; `others` are inputs from which parts may be copied."""
     changed = bytearray(data)
     for _ in range(random.randint(1, 4)):
         random.choice(_SPOILERS)(random, changed, others)
@@ -72,14 +72,14 @@ _SPOILERS: tuple[Callable[[Random, bytearray, Sequence[bytes]], None], ...] = (
 
 
 def document(random: Random, valid: Any) -> bytes:
-    """Return a JSON document like `valid`, changed in one to three places; rarely spoilt as bytes besides."""
+    """Return the JSON document `valid` with one to three changes; rarely, its bytes are damaged too."""
     changed = json.loads(json.dumps(valid))
     for _ in range(random.randint(1, 3)):
         changed = _changed(random, changed)
     text = json.dumps(changed)
     if random.random() < 0.1:
         text = text.replace("{", '{"digest": 1, ', 1)  # a member twice
-    text = text.replace(f'"{_DEEP}"', "[" * _DEPTH + "]" * _DEPTH)  # what no encoder of ours would write
+    text = text.replace(f'"{_DEEP}"', "[" * _DEPTH + "]" * _DEPTH)  # which no encoder writes
     data = text.encode("utf-8", "surrogatepass")
     return spoil(random, data) if random.random() < 0.1 else data
 
@@ -101,7 +101,7 @@ def _changed(random: Random, value: Any) -> Any:
 
 
 def strange(random: Random, value: Any) -> Any:
-    """Return something that does not belong where `value` stands."""
+    """Return something that is invalid in place of `value`."""
     return random.choice((
         lambda: None, lambda: True, list, dict, lambda: random.choice(NUMBERS), lambda: 1.5,
         lambda: random.choice(TEXTS), lambda: random.choice(TEXTS), lambda: [value], lambda: {"x": value},
@@ -110,7 +110,7 @@ def strange(random: Random, value: Any) -> Any:
 
 
 def nested(depth: int) -> Any:
-    """Return lists and objects inside each other."""
+    """Return nested lists and objects."""
     value: Any = 1
     for number in range(depth):
         value = [value] if number % 2 else {"a": value}
@@ -130,14 +130,14 @@ _KEYS = (b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime", b"GNU.sparse.m
 
 
 def tar(random: Random, blocks: Sequence[bytes]) -> bytes:
-    """Return an archive of some of these entries, headers changed and sealed again, now and then spoilt as bytes."""
+    """Return an archive of some of these entries, with changed headers and correct checksums, or damaged bytes."""
     parts = [_entry(random, random.choice(blocks)) for _ in range(random.randint(1, 6))]
     archive = b"".join(parts) + archives.END
     return spoil(random, archive) if random.random() < 0.2 else archive
 
 
 def _entry(random: Random, entry: bytes) -> bytes:
-    """Change one header of an entry, and the sum with it, or put an extended header before it."""
+    """Change one header of an entry and its checksum, or put an extended header before it."""
     choice = random.random()
     if choice < 0.25:
         return entry

@@ -1,6 +1,6 @@
-"""Every parser of something that others have written, with valid inputs, a way to change them, and how it may refuse.
+"""Every parser of untrusted input, with valid inputs, a way to change them, and the errors that it may raise.
 
-`fuzz` is an act of `tests.support.fork_server`: its memory is bounded, and so is the time for each input.
+`fuzz` is run by `tests.support.fork_server`, with limits for its memory and for the time of each input.
 """
 
 import io
@@ -29,9 +29,9 @@ from tests.hostile import mutate
 from tests.oci import archives
 
 MEMORY = 192 << 20
-"""Bytes of address space that inputs of a few KiB may make a parser take, beyond what the process has before."""
+"""Bytes of address space that a parser may allocate for inputs of a few KiB."""
 SLOWEST = 2.0
-"""Seconds of a processor for one input; a garbage collection may fall into any of them."""
+"""Seconds of CPU time for one input, which may include a garbage collection."""
 
 Make = Callable[[Random], Any]
 Parse = Callable[[Any], object]
@@ -49,19 +49,19 @@ class Parser:
 
 @dataclass
 class Found:
-    """How many inputs were taken and refused, and what went wrong otherwise."""
+    """How many inputs were accepted and refused, and what went wrong."""
 
     answers: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
 
 def fuzz(name: str, seed: int, count: int) -> Found:
-    """Give a parser so many inputs that follow from a seed."""
+    """Run a parser on `count` inputs made from a seed."""
     return run(PARSERS[name], name, seed, count)
 
 
 def run(parser: Parser, name: str, seed: int, count: int) -> Found:
-    """Do that with any parser."""
+    """Run a parser that is not in the table."""
     random, found = Random(f"{name} {seed}"), Found()
     _bound_memory()
     for number in range(count):
@@ -140,7 +140,7 @@ def _expand(given: tuple[Compression, bytes]) -> None:
     kind, data = given
     compression.detect(data)
     expanded = DecompressingReader(io.BytesIO(data).read, kind)
-    for _ in range(200):  # a bomb comes in pieces: whoever reads it decides when it is enough
+    for _ in range(200):  # a compression bomb is read in pieces; the reader decides when to stop
         if not expanded.read(1 << 16):
             return
 
@@ -183,7 +183,7 @@ class _Files:
 
 
 def _make_layout(random: Random) -> dict[bytes, bytes]:
-    """A layout in which one document is changed, and all digests fit again; or what ``docker save`` writes."""
+    """A layout in which one document is changed and all digests are corrected; or a docker-archive."""
     spoilt = random.choice(("layout", "index", "manifest", "config"))
     if random.random() < 0.3:
         saved = mutate.document(random, SAVED) if spoilt in ("index", "manifest") else json.dumps(SAVED).encode()
@@ -213,15 +213,17 @@ def _find_image(members: dict[bytes, bytes]) -> None:
 
 def _make_manifest(random: Random) -> tuple[bytes, str]:
     kind, valid = random.choice(((image_spec.OCI_MANIFEST, MANIFEST), (image_spec.OCI_INDEX, INDEX)))
-    told = kind if random.random() < 0.9 else random.choice((*image_spec.MANIFESTS, *image_spec.INDEXES, "text/plain"))
-    return mutate.document(random, valid), told
+    announced = (
+        kind if random.random() < 0.9 else random.choice((*image_spec.MANIFESTS, *image_spec.INDEXES, "text/plain"))
+    )
+    return mutate.document(random, valid), announced
 
 
 def _make_config(random: Random) -> bytes:
     return mutate.document(random, CONFIG)
 
 
-# --- what the store holds ----------------------------------------------------------------------------------
+# --- records of the store ----------------------------------------------------------------------------------
 
 ID = "ab" * 16
 RECORDS: dict[type, Any] = {
@@ -264,7 +266,7 @@ def _manifest_bytes() -> bytes:
 
 
 def _make_layer_manifest(valid: bytes, random: Random) -> bytes:
-    """Mostly changed within the block, its length made right again."""
+    """Mostly changed within the block, with its length corrected."""
     head, start = 21, 25
     if random.random() < 0.2:
         return mutate.spoil(random, valid)
@@ -311,7 +313,7 @@ def _read_mark(given: tuple[str, bytes]) -> None:
         assert not {b"", b".", b".."} & set(found.removeprefix(b"/").split(b"/"))
 
 
-# --- words of the user -------------------------------------------------------------------------------------
+# --- arguments of the user -------------------------------------------------------------------------------------
 
 OPTIONS = (b"lowerdir=/a:/b,upperdir=/u,workdir=/w", b"lowerdir=/a\\:b,ro", b"lowerdir+=/a,lowerdir+=/b,timeout=1.5",
            b"lowerdir=/a,uidmapping=:0:1000:1,squash_to_uid=7", b'context="a,b",lowerdir=/x', b"lowerdir=/a,spin=auto",
@@ -387,7 +389,9 @@ def _parsers() -> dict[str, Parser]:
         "records": Parser(_make_record, _read_record, (UserError,)),
         "layer manifests": Parser(partial(_make_layer_manifest, stored), _read_layer_manifest, (DamagedError,)),
         "overlay attributes": Parser(_make_mark, _read_mark, (OSError,)),
-        "option strings": Parser(_make_options, _read_options, (UsageError,), longest=40_000),  # it repeats the word
+        "option strings": Parser(
+            _make_options, _read_options, (UsageError,), longest=40_000
+        ),  # the message repeats the input
         "references": Parser(_make_reference, _read_reference, (UsageError,), longest=40_000),
     }
 

@@ -1,4 +1,4 @@
-"""Who may do what: each check is one act of one user on one object of its own, on plain ext4 and on a mount alike."""
+"""Permission checks: each is one act of one user on its own object, on plain ext4 and on a mount."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ Act = Callable[[str], object]
 class Check(NamedTuple):
     """One act of one user on an object."""
 
-    who: str
+    role: str
     object: str
     act: str
 
@@ -113,9 +113,9 @@ OBJECTS: dict[str, Short] = {**FILES, **DIRECTORIES, **SET_ID}
 
 
 def checks(objects: Iterable[str] = OBJECTS) -> list[Check]:
-    """Every user, every act, on each of these objects; but for what FUSE's own rule decides (docs/deviations.md)."""
-    every = [Check(who, each, act) for each in objects for who in USERS for act in _acts(each)]
-    return [check for check in every if (check.who, check.object) != ("other", _NOT_RUN)]
+    """Every act of every user on each of these objects, except where FUSE itself decides (docs/deviations.md)."""
+    every = [Check(role, each, act) for each in objects for role in USERS for act in _acts(each)]
+    return [check for check in every if (check.role, check.object) != ("other", _NOT_RUN)]
 
 
 def _acts(name: str) -> dict[str, Act]:
@@ -123,22 +123,22 @@ def _acts(name: str) -> dict[str, Act]:
 
 
 def tree(wanted: Iterable[Check]) -> Dir:
-    """Objects for checks, each in a directory of its own that everybody may write to."""
+    """Objects for checks, each in its own directory, which all users may write to."""
     return Dir({str(number): Dir({"o": OBJECTS[check.object]}, mode=0o777) for number, check in enumerate(wanted)})
 
 
 def results(top: Path, wanted: list[Check]) -> list[str]:
-    """Make the checks in a tree; return for each what the user was told."""
+    """Run the checks in a tree; return the result of each."""
     found = [""] * len(wanted)
-    for who, user in USERS.items():
-        own = [number for number, check in enumerate(wanted) if check.who == who]
-        told = run_as(user, partial(_told, top, [(number, wanted[number]) for number in own]))
-        for number, answer in zip(own, told, strict=True):
+    for role, user in USERS.items():
+        own = [number for number, check in enumerate(wanted) if check.role == role]
+        results = run_as(user, partial(_results, top, [(number, wanted[number]) for number in own]))
+        for number, answer in zip(own, results, strict=True):
             found[number] = answer
     return found
 
 
-def _told(top: Path, wanted: list[tuple[int, Check]]) -> list[str]:
+def _results(top: Path, wanted: list[tuple[int, Check]]) -> list[str]:
     return list(_answers(top, wanted))
 
 

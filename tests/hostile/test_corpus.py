@@ -1,4 +1,4 @@
-"""T13: what hostile layers and archives cannot do, whatever is done with them."""
+"""T13: hostile layers and archives do no harm, whichever action is run on them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ LINKED = (12, 13, 14, 16, 20)
 
 @pytest.fixture(scope="module")
 def fork_server() -> Iterator[ForkServer]:
-    """Processes for the actions."""
+    """Runs the actions in processes."""
     need_root()
     with ForkServer(*MODULES) as started:
         yield started
@@ -27,7 +27,7 @@ def fork_server() -> Iterator[ForkServer]:
 
 @pytest.fixture
 def make_trial(campaign: Campaign, fork_server: ForkServer, place: Path) -> Callable[..., Trial]:
-    """A maker of trials of the size of this run."""
+    """A function that makes trials of the size of this run."""
 
     def make(engine: str, mutant: str | None = None) -> Trial:
         (place / engine).mkdir()
@@ -40,8 +40,10 @@ def make_trial(campaign: Campaign, fork_server: ForkServer, place: Path) -> Call
 @pytest.mark.campaign("T13")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", CORPUS)
-def test_nothing_gets_out_and_nothing_ends(campaign: Campaign, make_trial: Callable[..., Trial], number: int) -> None:
-    """Each entry, five actions: a point is one of them with all forms of the entry."""
+def test_nothing_outside_is_reached_and_no_process_dies(
+    campaign: Campaign, make_trial: Callable[..., Trial], number: int
+) -> None:
+    """Five actions on each entry; a point is one action on all forms of the entry."""
     for engine in engines.NAMES if campaign.full else (engines.current(),):
         trial = make_trial(engine)
         trial.run(number)
@@ -50,7 +52,7 @@ def test_nothing_gets_out_and_nothing_ends(campaign: Campaign, make_trial: Calla
 
 
 @pytest.mark.campaign("T13")
-def test_joined_paths_are_noticed(campaign: Campaign, make_trial: Callable[..., Trial]) -> None:
+def test_a_mutant_that_joins_paths_is_caught(campaign: Campaign, make_trial: Callable[..., Trial]) -> None:
     trial = make_trial(engines.current(), mutant="M4")
     for number in LINKED:
         trial.run(number)

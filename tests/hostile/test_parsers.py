@@ -1,4 +1,4 @@
-"""T14: whatever a parser is given, it takes it or refuses it as it says it does, in bounded memory and time."""
+"""T14: a parser accepts or refuses any input, as documented, in bounded memory and time."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from tests.support.requirements import need_root
 
 QUICK, FULL = 500, 100_000
 CHUNK = 20_000
-"""Inputs of one seed, which one process gets: it says after how many the rest is another process's."""
+"""Inputs per seed and process."""
 PATIENCE = 900.0
 SEED = 1
 ROOM = 64 << 20  # bytes of the disk that a parser may write to
@@ -23,13 +23,13 @@ ROOM = 64 << 20  # bytes of the disk that a parser may write to
 
 @pytest.fixture(scope="module")
 def fork_server() -> Iterator[ForkServer]:
-    """Processes for the parsers."""
+    """Runs the parsers in processes."""
     with ForkServer("tests.hostile.trees") as started:
         yield started
 
 
 def _fuzzed(count: int, act: Callable[[int, int], Found]) -> Found:
-    """Give so many inputs, a seed for each chunk of them."""
+    """Run a fuzzer on `count` inputs, with a seed for each chunk."""
     answers: Counter[str] = Counter()
     wrong: list[str] = []
     for number, begun in enumerate(range(0, count, CHUNK)):
@@ -42,7 +42,7 @@ def _fuzzed(count: int, act: Callable[[int, int], Found]) -> Found:
 @pytest.mark.campaign("T14")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", parsers.PARSERS)
-def test_it_is_taken_or_refused(campaign: Campaign, fork_server: ForkServer, name: str) -> None:
+def test_every_input_is_accepted_or_refused(campaign: Campaign, fork_server: ForkServer, name: str) -> None:
     count = campaign.size(QUICK, FULL)
     found = _fuzzed(count, lambda seed, some: fork_server.run(parsers.fuzz, name, seed, some, limit=PATIENCE).value)
     assert min(found.answers["taken"], found.answers["refused"]) > count // 100, "nothing of it is tested"
@@ -60,7 +60,7 @@ ON_A_DISK = {
 @pytest.mark.campaign("T14")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ON_A_DISK)
-def test_it_is_answered_on_a_disk(campaign: Campaign, fork_server: ForkServer, place: Path, name: str) -> None:
+def test_every_input_is_answered_on_a_disk(campaign: Campaign, fork_server: ForkServer, place: Path, name: str) -> None:
     need_root()
     act, quick, full = ON_A_DISK[name]
     count = campaign.size(quick, full)

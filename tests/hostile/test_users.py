@@ -1,4 +1,4 @@
-"""T15: what each of several users may do, and what becomes of owners, set-id bits and capabilities, is as on ext4."""
+"""T15: permissions, and the effects on owners, set-id bits and capabilities, are those of ext4."""
 
 import errno
 import os
@@ -38,12 +38,12 @@ pytestmark = pytest.mark.root
 WHERE = ("lower", "upper")
 _DETACH = 2
 _NOSUID, _NODEV, _REMOUNT = 2, 4, 32  # mount(2)
-_LAG = 10**9  # nanoseconds by which the clock of a file system may be behind, and more
+_LAG = 10**9  # nanoseconds; more than the clock of a file system may be behind
 
 
 @pytest.fixture(scope="module")
 def fork_server() -> Iterator[ForkServer]:
-    """Processes that daemons come from."""
+    """Runs daemons in processes."""
     need_root()
     with ForkServer(*MODULES) as started:
         yield started
@@ -64,9 +64,9 @@ def mounted(fork_server: ForkServer, base: Path, words: str, **more: Any) -> Ite
 
 
 class Seen(NamedTuple):
-    """What users were told, and what the tree was afterwards."""
+    """The results of the checks, and the tree afterwards."""
 
-    told: list[str]
+    results: list[str]
     tree: Dump
 
 
@@ -83,11 +83,11 @@ class Scene:
         self._began = time.time_ns() - _LAG
 
     def plain(self) -> Seen:
-        """Make the checks on the plain tree."""
+        """Run the checks on the plain tree."""
         return Seen(rights.results(self.base / "plain", self.wanted), self._dump(self.base / "plain"))
 
     def mounted(self, where: str, engine: str, mutant: str | None = None) -> tuple[Seen, Dump]:
-        """Make the checks on a mount; return what was seen, and what another mount shows afterwards."""
+        """Run the checks on a mount; return the results, and the tree that another mount shows afterwards."""
         with self._mount(where, engine, mutant) as (point, _):
             seen = Seen(rights.results(point, self.wanted), self._dump(point))
         with self._mount(where, engine, mutant) as (point, _):
@@ -99,7 +99,7 @@ class Scene:
             found = dump(raw, times_before=self._began)
         finally:
             raw.close()
-        del found[b""]  # of a mount it is the upper's own
+        del found[b""]  # the root of a mount is that of the upper
         return found
 
     def _mount(self, where: str, engine: str, mutant: str | None) -> AbstractContextManager[tuple[Path, int]]:
@@ -112,11 +112,11 @@ class Scene:
 
 
 def violations(wanted: list[Check], plain: Seen, seen: Seen, later: Dump) -> list[str]:
-    """Every answer that differs, and everything that was left otherwise than on ext4."""
+    """Every result and every object that differs from ext4."""
     lines = [
-        f"{check.who}, {check.act}, {check.object}: {told}, on ext4 {expected}"
-        for check, told, expected in zip(wanted, seen.told, plain.told, strict=True)
-        if told != expected
+        f"{check.role}, {check.act}, {check.object}: {result}, on ext4 {expected}"
+        for check, result, expected in zip(wanted, seen.results, plain.results, strict=True)
+        if result != expected
     ]
     for when, tree in (("", seen.tree), ("mounted again, ", later)):
         for line in differences(tree, plain.tree):
@@ -127,7 +127,7 @@ def violations(wanted: list[Check], plain: Seen, seen: Seen, later: Dump) -> lis
 
 
 @pytest.mark.campaign("T15")
-def test_everybody_may_do_what_ext4_allows(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
+def test_each_user_may_do_what_ext4_allows(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
     wanted = rights.checks()
     for engine in engines.NAMES if campaign.full else (engines.current(),):
         with disk("ext4", place / engine, 512 << 20) as point:
@@ -140,7 +140,7 @@ def test_everybody_may_do_what_ext4_allows(campaign: Campaign, fork_server: Fork
 
 
 @pytest.mark.campaign("T15")
-def test_bits_that_stay_are_noticed(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
+def test_a_mutant_that_keeps_set_id_bits_is_caught(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
     wanted = rights.checks(rights.SET_ID)
     with disk("ext4", place / "disk", 128 << 20) as point:
         scene = Scene(point, fork_server, wanted)
@@ -154,21 +154,21 @@ def test_bits_that_stay_are_noticed(campaign: Campaign, fork_server: ForkServer,
 
 
 @pytest.mark.campaign("T15")
-def test_nobody_forges_a_mark(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
+def test_no_user_can_forge_a_mark(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
     for engine in engines.NAMES if campaign.full else (engines.current(),):
         base = place / engine
         for name, tree in (("top", forgery.TREE), ("low", forgery.BELOW), ("u", {}), ("w", {})):
             (base / name).mkdir(parents=True)
             build(base / name, tree)
         words = f"lowerdir={base}/top:{base}/low,upperdir={base}/u,workdir={base}/w,engine={engine}"
-        for turn in ("first", "again"):  # what was set the first time is no mark the second time either
+        for turn in ("first", "again"):  # what was set the first time is not a mark the second time
             with mounted(fork_server, base, words) as (point, _):
                 points, wrong = forgery.break_rules(point)
             campaign.held(f"forged marks, engine {engine}", points, [f"{turn}: {each}" for each in wrong])
 
 
 @pytest.mark.campaign("T15")
-def test_what_is_the_programs_is_closed_to_others(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
+def test_the_programs_own_files_are_closed_to_users(campaign: Campaign, fork_server: ForkServer, place: Path) -> None:
     store = os.fsencode(place / "store")
     umask = os.umask(0)
     try:
@@ -194,7 +194,7 @@ _GIVES, _TAKES = ("0", "secret", None), (str(ALICE.uid), "", errno.EACCES)
 def test_a_layer_gives_the_rights_of_its_own_mount(
     campaign: Campaign, fork_server: ForkServer, place: Path, restricted: bool
 ) -> None:
-    """Set-id programs, programs with capabilities, devices: nobody gains by a stack over them (CVE-2016-1576)."""
+    """Set-id bits, capabilities and devices of a layer give no rights through another mount (CVE-2016-1576)."""
     expected = _TAKES if restricted else _GIVES
     wrong: list[str] = []
     (place / "secret").write_text("secret")
@@ -208,8 +208,8 @@ def test_a_layer_gives_the_rights_of_its_own_mount(
             words = f"lowerdir={layer},upperdir={upper},workdir={upper}.work,suid,dev,engine={engine}"
             with mounted(fork_server, place / engine, words) as (point, _):
                 for when in ("below", "copied up"):
-                    told = run_as(ALICE, partial(_use, point, place / "secret"))
-                    wrong += [f"{when}, {engine}: {told}"] * (told != expected)
+                    result = run_as(ALICE, partial(_use, point, place / "secret"))
+                    wrong += [f"{when}, {engine}: {result}"] * (result != expected)
                     os.utime(point / "id")
                     os.utime(point / "cat")
             wrong += [f"copied up, {engine}: {each}" for each in _rights_in(upper) if restricted]
@@ -232,7 +232,7 @@ def _upper(base: Path) -> Path:
 
 
 def _use(point: Path, secret: Path) -> tuple[str, str, int | None]:
-    """Return who `id` says that one is, what `cat` shows of a file that is root's alone, and how the device opens."""
+    """Return the output of `id`, of `cat` for a file that only root may read, and the result of opening a device."""
     shown = [
         subprocess.run([point / program, *words], capture_output=True, text=True, check=False).stdout.strip()
         for program, words in (("id", ["-u"]), ("cat", [secret]))
@@ -241,7 +241,7 @@ def _use(point: Path, secret: Path) -> tuple[str, str, int | None]:
 
 
 def _rights_in(upper: Path) -> list[str]:
-    """Return what in an upper would give rights to whoever finds a way to it."""
+    """Return what in an upper would give rights to a user who can reach it."""
     found = [
         f"{path.name} is set-id" for path in upper.iterdir() if path.stat().st_mode & (stat.S_ISUID | stat.S_ISGID)
     ]

@@ -1,6 +1,6 @@
-"""What parsers hand on, on a real disk: archives unpacked, stacks looked at whose marks are anything, odd requests.
+"""What parsers accept, on a real disk: unpacked archives, stacks with arbitrary marks, invalid requests.
 
-Each function here is an act of `tests.support.fork_server`; `place` is a directory on a small file system of its own.
+Each function is run by `tests.support.fork_server`; `place` is a directory on its own small file system.
 """
 
 import io
@@ -56,7 +56,7 @@ def unpack(place: str, seed: int, count: int) -> Found:
 
 
 def stacks(place: str, seed: int, count: int) -> Found:
-    """Look at everything in stacks of three layers, with marks of any value on any object, and change some of it."""
+    """Read everything in stacks of three layers, with marks of any value on any object, and change some of it."""
     top = Path(place)
     layers = [top / name for name in ("top", "middle", "low")]
     for layer in layers:
@@ -66,7 +66,7 @@ def stacks(place: str, seed: int, count: int) -> Found:
 
 
 def _marked(layers: list[Path], random: Random) -> dict[str, bytes]:
-    """Take away all marks, put others in their place, and return those."""
+    """Replace all marks by others, and return those."""
     for layer in layers:
         for path in (layer / name for name in _OBJECTS):
             for attribute in os.listxattr(path):
@@ -102,7 +102,7 @@ def _look(top: Path, layers: list[Path], _: dict[str, bytes]) -> None:
 
 
 def _walk(overlay: Overlay) -> list[OSError]:
-    """Do everything to every object; return the errors that it gave."""
+    """Call everything on every object; return the errors."""
     errors: list[OSError] = []
     pending: list[Node] = [overlay.root]
     list(overlay.changes())
@@ -139,6 +139,6 @@ def _acts(overlay: Overlay, node: Node, pending: list[Node]) -> tuple[Callable[[
 
 
 def requests(place: str, seed: int, count: int) -> Found:
-    """Give the kernel engine requests that no kernel sends."""
+    """Send the kernel engine requests that no kernel sends."""
     found = campaign(Path(place), count, seed, *((Io.PASSTHROUGH, None), (Io.CACHED, None), (Io.AUTO, 0.0))[seed % 3])
     return Found(found.answers, found.wrong)

@@ -1,4 +1,4 @@
-"""One entry of the corpus against the five actions: what is tried, what it took, what went wrong."""
+"""Running the five actions on one entry of the corpus: time and memory taken, and violations."""
 
 import os
 import signal
@@ -20,27 +20,27 @@ from tests.support.serving import MountSpec
 T = TypeVar("T")
 ACTIONS = ("import", "stack", "read", "copy-up", "commit")
 MEMORY = 256 << 20
-"""Bytes of resident memory, the interpreter included, that an action may take, or the daemon during all of them."""
+"""Bytes of resident memory, with the interpreter, that an action may take, and the daemon during all of them."""
 MODULES = ("tests.hostile.actions", "tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.live_commit",
            "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3.engine", "overlayfs.oci.image_import",
            "overlayfs.oci.image_export", "overlayfs.store.commit")  # fmt: skip
 _DETACH = 2
-_HANG = 12  # times what an action may take of a processor is how long it is waited for on a busy machine
+_HANG = 12  # timeout of an action, as a multiple of its CPU time, for busy machines
 _COMPLAINTS = ("Traceback", " ERROR: ", " CRITICAL: ")
 
 
 class Taken(NamedTuple):
-    """What one action took at most: seconds of the processors, those of the daemon with them, and bytes."""
+    """What one action took at most: seconds of CPU time, with the daemon's, and bytes of memory."""
 
     seconds: float
     memory: int
 
 
 class Trial:
-    """Tries entries in `place`. taken: what each (number, action) took; violations: sentences.
+    """Runs entries in `place`. taken: what each (number, action) took. violations: messages.
 
-    full: at full size. every: each form that is taken is mounted, not only what is made by hand. mutant: the bug of
-    whoever imports, places and serves.
+    full: at full size. every: mount every form that is accepted, not only those made by hand. mutant: the planted bug
+    of the import, the stack and the daemon.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Trial:
         self.forms = 0
 
     def run(self, number: int, wanted: Sequence[str] = ACTIONS) -> None:
-        """Try one entry in all its forms."""
+        """Run one entry in all its forms."""
         hostile = CORPUS[number]
         forms = list(hostile.objects(self.outside))
         mounted = [form for form in forms if isinstance(form, Stack)] or forms
@@ -113,7 +113,7 @@ class _Attempt:
             self._end()
 
     def _import(self, form: Archive | Directory) -> bool:
-        """Give it to import; return whether there is an image now."""
+        """Import it; return whether there is an image now."""
         source = self._place / "source"
         if isinstance(form, Directory):
             source.mkdir()
@@ -136,7 +136,7 @@ class _Attempt:
             self._violation(f"{form.name}: import left {os.listdir(staging)} behind")
 
     def _import_stack(self, form: Stack) -> bool:
-        """Make the layers; import the top one as a directory, whatever comes of it, and place them as an image."""
+        """Make the layers; import the top one as a directory, with any result, and make an image of all."""
         trees = []
         for number, build in enumerate(form.layers):
             tree = self._place / f"layer{number}"
@@ -169,9 +169,9 @@ class _Attempt:
 
     def _commit(self) -> None:
         point, hashed = os.fsencode(self._point), not isinstance(self._form, Stack) or self._form.hashed
-        told = self._do("commit", actions.commit_copy, point, os.fsencode(self._place / "copy"))
-        if told is not None and bool(told) != (isinstance(self._form, Stack) and self._form.thin):
-            self._violation(f"commit: it said {told!r}")
+        refusal = self._do("commit", actions.commit_copy, point, os.fsencode(self._place / "copy"))
+        if refusal is not None and bool(refusal) != (isinstance(self._form, Stack) and self._form.thin):
+            self._violation(f"commit: it said {refusal!r}")
         if self._trial.full and hashed:
             self._do("commit", actions.commit_live, point, "live")
         self._end()
@@ -182,7 +182,7 @@ class _Attempt:
             self._violation(f"commit: {problem}")
 
     def _end(self) -> None:
-        """Unmount; the daemon must have lived until now, in bounded memory, without a word of a defect."""
+        """Unmount; the daemon must be alive, within its memory, and have logged no defect."""
         assert self._pid is not None
         peak = actions.peak_of(self._pid)
         self._note("stack", 0.0, peak)
@@ -195,7 +195,7 @@ class _Attempt:
     # --- around ---------------------------------------------------------------------------------------------
 
     def _do(self, action: str, act: Callable[..., T], *args: Any) -> T | None:
-        """Do one thing and look at what it took and touched; None when it failed."""
+        """Run one action, and check what it took and touched; return None if it failed."""
         before, used = self._trial.canary.picture(), self._used()
         try:
             done = self._trial.fork_server.run(
@@ -212,7 +212,7 @@ class _Attempt:
         return done.value
 
     def _used(self) -> float:
-        """Return how many seconds of the processors the daemon has used."""
+        """Return the seconds of CPU time that the daemon has used."""
         return 0.0 if self._pid is None else actions.time_of(self._pid)
 
     def _note(self, action: str, seconds: float, memory: int) -> None:
@@ -230,16 +230,16 @@ class _Attempt:
         if processes.ends(self._pid, limit=0):
             self._violation(f"{action}: the daemon has ended")
             return
-        told = (self._place / "log").read_text(errors="replace")
-        if any(word in told for word in _COMPLAINTS):
-            self._violation(f"{action}: the daemon's log says {told[:2000]}")
+        log = (self._place / "log").read_text(errors="replace")
+        if any(word in log for word in _COMPLAINTS):
+            self._violation(f"{action}: the daemon's log says {log[:2000]}")
             (self._place / "log").write_text("")
 
     def _violation(self, sentence: str) -> None:
         self._trial.violations.append(f"{self._hostile.number} ({self._hostile.what}): {sentence}")
 
     def clear(self) -> None:
-        """Take away all that is left of the form; deep trees are too much for shutil."""
+        """Remove what is left of the form; shutil cannot remove deep trees."""
         with suppress(OSError):
             syscalls.umount(os.fsencode(self._point), _DETACH)
         if self._pid is not None:

@@ -1,1 +1,1 @@
-"""Images as others know them, checked with the programs of others."""
+"""Images in OCI's and Docker's formats, tested with podman, buildah, skopeo and umoci."""

@@ -1,4 +1,4 @@
-"""Archives for tests, made block by block, so that they can say what no decent program writes."""
+"""Tar archives for tests, made block by block, so that they can be invalid in any way."""
 
 import io
 import os
@@ -15,7 +15,7 @@ EPOCH = 1_600_000_000
 
 
 def field(value: int | bytes, width: int) -> bytes:
-    """A number as octal digits, or the bytes as they are."""
+    """Return a number as octal digits, or bytes unchanged."""
     return value.ljust(width, b"\0") if isinstance(value, bytes) else b"%0*o\0" % (width - 1, value)
 
 
@@ -95,7 +95,7 @@ def device(name: bytes, major: int, minor: int, flag: bytes = b"3") -> bytes:
 
 
 def unpack(archive: bytes, root: Path) -> Unpacker:
-    """Unpack into a new directory."""
+    """Unpack an archive into a new directory."""
     root.mkdir()
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -105,7 +105,7 @@ def unpack(archive: bytes, root: Path) -> Unpacker:
 
 
 def picture(root: Path) -> Dump:
-    """All that can be seen of a tree but the root's own time."""
+    """Everything that is visible of a tree but the mtime of its root."""
     raw = PosixRaw(os.fsencode(root))
     try:
         found = dump(raw)

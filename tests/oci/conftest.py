@@ -15,7 +15,7 @@ from tests.support.requirements import need_root
 
 @pytest.fixture(autouse=True)
 def _needs(request: pytest.FixtureRequest) -> None:
-    """A test marked `root` is skipped aloud for other users."""
+    """Skip tests marked `root`, with a message, for other users."""
     if request.node.get_closest_marker("root") is not None:
         need_root()
 
@@ -29,14 +29,14 @@ def store(place: Path) -> Iterator[LayerStore]:
 
 @pytest.fixture(scope="module")
 def server(scratch: Path) -> Iterator[str]:
-    """A registry for the tests of one file; each uses repositories of its own."""
+    """A registry for the tests of one file; each test uses its own repositories."""
     with registries.registry(scratch / "transfers") as host:
         yield host
 
 
 @pytest.fixture
 def sides(place: Path) -> Iterator[Callable[[str], Side]]:
-    """Makes sides, each with a store of its own."""
+    """A function that makes sides, each with its own store."""
     with ExitStack() as undo:
 
         def make(name: str) -> Side:

@@ -1,4 +1,4 @@
-"""The programs that others build and read images with, kept in a place of their own: podman, buildah, skopeo, umoci."""
+"""Podman, buildah, skopeo and umoci with a storage of their own."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ _LIMIT = 120
 
 
 class Engines:
-    """Runs the programs on a storage below `base`, which is theirs alone and goes with them."""
+    """Runs the programs on a storage below `base`, which is used by nothing else and removed at the end."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -47,12 +47,12 @@ class Engines:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Where they look for their settings."""
+        """The environment with which the programs find their settings."""
         own = {"CONTAINERS_CONF": "containers.conf", "CONTAINERS_STORAGE_CONF": "storage.conf"}
         return {**os.environ, **{name: str(self.base / file) for name, file in own.items()}}
 
     def run(self, *words: str | Path) -> str:
-        """Run a program; it must succeed. Returns what it prints."""
+        """Run a program, which must succeed; return what it prints."""
         done = subprocess.run(
             list(map(str, words)), env=self.environment, capture_output=True, text=True, timeout=_LIMIT, check=False,
             stdin=subprocess.DEVNULL,
@@ -61,12 +61,12 @@ class Engines:
         return done.stdout.strip()
 
     def skopeo(self, source: str, destination: str) -> None:
-        """Copy an image from one form to another."""
+        """Copy an image from one format to another."""
         self.run("skopeo", "copy", "-q", "--policy", self.base / "policy.json", source, destination)
 
     @contextmanager
     def container(self, image: str) -> Iterator[tuple[str, Path]]:
-        """Give a working container of buildah and the directory where it is mounted."""
+        """Yield a working container of buildah and the directory where it is mounted."""
         name = self.run("buildah", "from", "--pull-never", image)
         try:
             yield name, Path(self.run("buildah", "mount", name))
@@ -76,7 +76,7 @@ class Engines:
 
     @contextmanager
     def mounted(self, image: str) -> Iterator[Path]:
-        """Give the directory where podman, that is the kernel, shows an image."""
+        """Yield the directory where podman, with the kernel's overlayfs, mounts an image."""
         point = Path(self.run("podman", "image", "mount", image))
         try:
             yield point
@@ -84,7 +84,7 @@ class Engines:
             self.run("podman", "image", "umount", image)
 
     def close(self) -> None:
-        """Take away all images and what podman has bound."""
+        """Remove all images and podman's bind mounts."""
         self.run("podman", "rmi", "-a", "-f")
         for point in (self.base / "graph" / "overlay", self.base / "graph"):
             if os.path.ismount(point):
@@ -93,7 +93,7 @@ class Engines:
 
 @contextmanager
 def engines(base: Path) -> Iterator[Engines]:
-    """Give the programs, or skip aloud where one is missing."""
+    """Yield the programs, or skip the test with a message if one is missing."""
     need_root()
     need_program("podman", "buildah", "skopeo", "umoci")
     base.mkdir()
@@ -105,7 +105,7 @@ def engines(base: Path) -> Iterator[Engines]:
 
 
 def build_two(peers: Engines) -> None:
-    """Make localhost/two:1 of two layers: deletions, opaque directories, hard links, setuid, capabilities."""
+    """Make localhost/two:1 of two layers: whiteouts, opaque directories, hard links, setuid, capabilities."""
     _build_base(peers)
     _build_top(peers)
 
@@ -143,12 +143,12 @@ def _build_top(peers: Engines) -> None:
 
 
 def filled(found: Dump) -> Dump:
-    """A tree that had its holes filled on the way: we make them again."""
+    """Ignore the blocks of a tree whose holes were filled in transit; the import makes them again."""
     return {path: entry._replace(sparse=False) for path, entry in samples.unlinked(found).items()}
 
 
 def like_podman(found: Dump) -> Dump:
-    """Podman unpacks times in whole seconds and fills holes."""
+    """Ignore fractions of seconds and holes, which podman does not unpack."""
     return {
         path: entry._replace(mtime_ns=entry.mtime_ns // 10**9, sparse=False)
         for path, entry in samples.unlinked(found).items()
@@ -156,5 +156,5 @@ def like_podman(found: Dump) -> Dump:
 
 
 def plain(found: Dump) -> Dump:
-    """A directory has true link counts, a view of layers may not; umoci fills holes."""
+    """Ignore link counts of directories, which differ in a merged tree, and holes, which umoci fills."""
     return {path: entry._replace(nlink=0, sparse=False) for path, entry in samples.unlinked(found).items()}

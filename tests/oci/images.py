@@ -1,4 +1,4 @@
-"""Images in one file, made byte by byte, so that they can say what no decent program writes."""
+"""Archives of images for tests, made byte by byte, so that they can be invalid in any way."""
 
 import hashlib
 import json
@@ -7,9 +7,9 @@ from tests.oci.archives import END, file
 
 
 def saved(*layers: bytes, wrong_sum: bool = False) -> bytes:
-    """Return what ``docker save`` would write of layers, the lowest first, given as entries of their archives.
+    """Return what ``docker save`` writes for layers, the lowest first, given as entries of their archives.
 
-    wrong_sum: the configuration does not tell the sums of the layers.
+    wrong_sum: the diff IDs in the configuration are wrong.
     """
     tars = [layer + END for layer in layers]
     sums = ["sha256:" + hashlib.sha256(tar + b"!" * wrong_sum).hexdigest() for tar in tars]

@@ -1,4 +1,4 @@
-"""Registries for tests: docker-registry on a port of this machine, a server of tokens, and a proxy that does harm."""
+"""Registries for tests: docker-registry on a local port, a token server, and a proxy that injects faults."""
 
 import base64
 import contextlib
@@ -25,7 +25,7 @@ BASIC = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 
 
 class Keys(NamedTuple):
-    """A certificate for this machine that signed itself, and its key."""
+    """A self-signed certificate for this machine, and its key."""
 
     certificate: Path
     key: Path
@@ -43,7 +43,7 @@ def make_keys(place: Path, names: str = "IP:127.0.0.1,DNS:localhost") -> Keys:
 
 @contextlib.contextmanager
 def registry(place: Path, through: Sequence[str] = (), **settings: object) -> Iterator[str]:
-    """Run docker-registry with its data in `place`; gives HOST:PORT.
+    """Run docker-registry with its data in `place`; yield HOST:PORT.
 
     `settings` are sections of its configuration, `through` are the words before its own on the command line.
     """
@@ -57,7 +57,7 @@ def registry(place: Path, through: Sequence[str] = (), **settings: object) -> It
         **settings,
     }
     (place / "config.yml").write_text(json.dumps(config))  # JSON is YAML
-    # It takes REGISTRY_... for settings of its own, and podman's REGISTRY_AUTH_FILE for one of them.
+    # It reads its settings from REGISTRY_..., and takes podman's REGISTRY_AUTH_FILE for one of them.
     child = subprocess.Popen(
         [*through, "docker-registry", "serve", place / "config.yml"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
@@ -79,7 +79,7 @@ def registry(place: Path, through: Sequence[str] = (), **settings: object) -> It
 
 
 def _read_log(log: IO[str], ports: "queue.SimpleQueue[str]") -> None:
-    """Find the port, and read on to the end: a full pipe would stop the registry."""
+    """Find the port, and keep reading: a full pipe would block the registry."""
     for line in log:
         if found := re.search(r"listening on (127\.0\.0\.1:[0-9]+)", line):
             ports.put(found[1])
@@ -87,14 +87,14 @@ def _read_log(log: IO[str], ports: "queue.SimpleQueue[str]") -> None:
 
 
 def with_password(place: Path) -> dict[str, object]:
-    """The `auth` section of a registry that wants `USER` and `PASSWORD`."""
+    """The `auth` section of a registry that requires `USER` and `PASSWORD`."""
     place.mkdir(exist_ok=True)
     (place / "htpasswd").write_text(f"{USER}:{HASHED}\n")
     return {"htpasswd": {"realm": "test", "path": str(place / "htpasswd")}}
 
 
 class Server:
-    """An HTTP server in a thread; `answer` gets each request."""
+    """An HTTP server in a thread; `answer(request)` is called for each request."""
 
     def __init__(self, answer: Callable[["Request"], None]) -> None:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
@@ -126,13 +126,13 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._http.shutdown()
         self._thread.join()
-        for connection in tuple(self._connections):  # clients keep theirs for later
+        for connection in tuple(self._connections):  # clients keep them open
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self._http.server_close()
 
     def seen(self, method: str, pattern: str) -> list[dict[str, str]]:
-        """The headers of all requests so far with this method and a path that holds the pattern."""
+        """The headers of all requests so far with this method and a path that contains the pattern."""
         return [headers for name, path, headers in self.requests if name == method and re.search(pattern, path)]
 
 
@@ -148,7 +148,7 @@ class Request(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = lambda self: self.handle_any()
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # clients may leave in the middle
+        with contextlib.suppress(ConnectionError):  # clients may disconnect at any time
             super().handle()
 
     def log_message(self, *_: object) -> None:
@@ -176,7 +176,7 @@ class Request(http.server.BaseHTTPRequestHandler):
 
 
 class Answer(NamedTuple):
-    """What the registry behind a proxy has said."""
+    """The response of the registry behind a proxy."""
 
     status: int
     headers: dict[str, str]
@@ -187,26 +187,26 @@ Harm = Callable[[Request, Answer], None]
 
 
 class Proxy(Server):
-    """Hands requests on to a registry; what `harm` says for a method and a path is done to the answer, once."""
+    """Forwards requests to a registry; `harm` sets faults, by method and path, each for one response."""
 
     def __init__(self, upstream: str) -> None:
         super().__init__(self._answer)
         self._upstream = upstream
-        self.hidden = "$^"  # what of a path the registry does not get to see
+        self.hidden = "$^"  # a part of paths that the registry does not see
         self._harm: list[tuple[str, str, Harm]] = []
         self._lock = threading.Lock()
 
     def harm(self, method: str, pattern: str, *harm: Harm) -> None:
-        """Do these things, in this order, to the next answers whose request fits."""
+        """Inject these faults, in this order, into the next responses to requests that match."""
         self._harm += [(method, pattern, each) for each in harm]
 
     @property
     def harmless(self) -> bool:
-        """Whether all harm is done."""
+        """Whether all faults have been injected."""
         return not self._harm
 
     def deaf_to_ranges(self, request: Request, answer: Answer) -> None:
-        """Send a blob from its beginning, whatever was asked for: a harm that servers may do."""
+        """Send a blob from its beginning, whatever range was requested, which servers may do."""
         del request.headers["Range"]
         request.give(*self._ask(request))
 
@@ -239,13 +239,13 @@ class Proxy(Server):
 
 
 def status(code: int, **headers: str) -> Harm:
-    """Answer with this status instead; `Retry_After` is a header's name."""
+    """Answer with this status instead; the keyword `Retry_After` is the header."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda request, answer: request.give(code, named, b"")
 
 
 def cut(after: int) -> Harm:
-    """Announce the whole and hang up after so many bytes."""
+    """Announce the whole body, and disconnect after so many bytes."""
 
     def harm(request: Request, answer: Answer) -> None:
         request.give(answer.status, {"Content-Length": str(len(answer.data)), **answer.headers}, answer.data[:after])
@@ -255,12 +255,12 @@ def cut(after: int) -> Harm:
 
 
 def hang_up(request: Request, answer: Answer) -> None:
-    """Say nothing at all."""
+    """Disconnect without a response."""
     request.hang_up()
 
 
 def flip(offset: int) -> Harm:
-    """Change one bit."""
+    """Flip one bit."""
 
     def harm(request: Request, answer: Answer) -> None:
         data = bytearray(answer.data)
@@ -271,7 +271,7 @@ def flip(offset: int) -> Harm:
 
 
 def longer(extra: bytes) -> Harm:
-    """Send more than was asked for, announced as if it belonged there."""
+    """Send more than was requested, with a Content-Length to match."""
 
     def harm(request: Request, answer: Answer) -> None:
         data = answer.data + extra
@@ -281,12 +281,12 @@ def longer(extra: bytes) -> Harm:
 
 
 def redirect(url: str, code: int = 307) -> Harm:
-    """Send the client somewhere else."""
+    """Redirect the client."""
     return lambda request, answer: request.give(code, {"Location": url + request.path})
 
 
 class TokenServer(Server):
-    """Gives out tokens as the distribution project specifies, signed with a key that the registry trusts."""
+    """Issues tokens as the distribution project specifies, signed with a key that the registry trusts."""
 
     def __init__(self, keys: Keys, life: int = 300, refresh: str = "") -> None:
         super().__init__(self._give)

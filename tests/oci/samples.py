@@ -1,4 +1,4 @@
-"""Images for tests: stacks of layers as values, in a store, and what they show."""
+"""Images for tests: stacks of layers as values, in a store, and their merged trees."""
 
 import os
 import subprocess
@@ -77,7 +77,7 @@ def add_image(store: LayerStore, name: str = "sample:1", *trees: Tree | Dir) -> 
 
 
 def add_marked_image(store: LayerStore, place: Path, name: str) -> ImageRecord:
-    """Make an image whose top layer has redirects and a metadata-only copy, as a commit of a mount leaves them."""
+    """Make an image whose top layer has redirects and a metacopy, as the commit of a mount makes them."""
     base = add(store, {"d": {"f": b"f", "sub": {"g": b"g"}}, "big": b"b" * 9000, "other": {"x": b"x"}})
     for directory in ("upper", "work"):
         (place / directory).mkdir()
@@ -95,7 +95,7 @@ def add_marked_image(store: LayerStore, place: Path, name: str) -> ImageRecord:
 
 
 def view(store: LayerStore, name: str) -> Dump:
-    """What an image shows."""
+    """The merged tree of an image."""
     stack = tuple(store.layers.find(each).tree_path for each in store.images.find(name).layers)
     overlay = Overlay(StackConfig(lower=stack))
     try:
@@ -105,5 +105,5 @@ def view(store: LayerStore, name: str) -> Dump:
 
 
 def unlinked(found: Dump) -> Dump:
-    """Without what a tree of other file systems cannot agree on: the root's own attributes."""
+    """The tree without the root's attributes, which differ between file systems."""
     return {path: entry for path, entry in found.items() if path}

@@ -1,4 +1,4 @@
-"""Archives that would fill memory if anything in them were believed: imported or refused within a fixed bound."""
+"""Archives that would fill memory if their sizes were trusted: imported or refused within a fixed bound."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ from tests.oci.archives import END, directory, file, header, pax
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-# A process starts with the peak of the one that it was made from: a small one has to stand between it and the tests.
+# A process inherits the peak memory of its parent, so a small process is started between it and the tests.
 MEASURE = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:]).returncode

@@ -1,4 +1,4 @@
-"""Images of podman, buildah, skopeo and umoci, and ours in their hands: the same trees, byte for byte."""
+"""Images of podman, buildah, skopeo and umoci imported, and our exports read by them: the same trees, byte for byte."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def peers(scratch: Path) -> Iterator[Engines]:
 
 @pytest.fixture
 def shown(peers: Engines) -> Dump:
-    """What podman shows of the image."""
+    """The tree of the image as podman mounts it."""
     with peers.mounted("localhost/two:1") as point:
         return filled(archives.picture(point))
 
@@ -79,7 +79,7 @@ def test_our_layers_under_the_kernels_overlayfs(peers: Engines, store: LayerStor
 
 
 def _export(store: LayerStore, place: Path, kind: Format, packing: Compression | None = None) -> Dump:
-    """Export a sample image to `out`; returns what it shows."""
+    """Export a sample image to `out`; return its merged tree."""
     samples.add_image(store, "localhost/sample:1")
     export_image(store, "localhost/sample:1", os.fsencode(place / "out"), ExportOptions(kind, packing))
     return samples.unlinked(samples.view(store, "localhost/sample:1"))
@@ -106,8 +106,8 @@ def test_podman_shows_what_we_export(
         peers.run("podman", "rmi", "-f", "localhost/sample:1")
 
 
-def test_podman_shows_layers_that_had_marks(peers: Engines, store: LayerStore, place: Path) -> None:
-    """A moved directory and a file whose mode alone was changed, of which archives know nothing."""
+def test_podman_shows_layers_with_redirects_and_metacopies(peers: Engines, store: LayerStore, place: Path) -> None:
+    """A moved directory, and a file of which only the mode was changed; archives have no form for either."""
     samples.add_marked_image(store, place, "localhost/marked:1")
     expected = samples.view(store, "localhost/marked:1")
     export_image(store, "localhost/marked:1", os.fsencode(place / "out"), ExportOptions(Format.OCI_ARCHIVE))
@@ -139,13 +139,13 @@ def test_what_umoci_repacks(peers: Engines, store: LayerStore, place: Path) -> N
     made = import_image(store, os.fsencode(place / "out:2"), "again")
     assert len(made.layers) == 3
     assert made.layers[1:] == store.images.find("localhost/sample:1").layers
-    # It rounds times, and invents one for a directory that it writes only because of what is in it.
+    # It rounds times, and sets one for a directory that it writes only as a parent.
     found, expected = plain(samples.view(store, "again")), plain(archives.picture(rootfs))
     same(*({path: entry._replace(mtime_ns=0) for path, entry in tree.items()} for tree in (found, expected)))
 
 
 @pytest.mark.parametrize("kind", [Format.OCI, Format.OCI_ARCHIVE, Format.DOCKER_ARCHIVE])
-def test_skopeo_hands_on_what_we_export(peers: Engines, store: LayerStore, place: Path, kind: Format) -> None:
+def test_skopeo_copies_what_we_export(peers: Engines, store: LayerStore, place: Path, kind: Format) -> None:
     _export(store, place, kind)
     source = f"{kind.value}:{place}/out" + (":1" if kind is Format.OCI else "")
     for target in (f"oci:{place}/layout:x", f"docker-archive:{place}/archive:x:1", f"oci-archive:{place}/oci:x"):
@@ -157,7 +157,7 @@ def test_skopeo_hands_on_what_we_export(peers: Engines, store: LayerStore, place
 
 
 def test_a_round_trip_through_podman(peers: Engines, store: LayerStore, place: Path) -> None:
-    """Podman writes its own tar, with whole seconds: the tree is the same but for those."""
+    """Podman writes a new tar with whole seconds: apart from that, the tree is the same."""
     expected = _export(store, place, Format.OCI_ARCHIVE)
     peers.run("podman", "load", "-q", "-i", place / "out")
     try:

@@ -1,4 +1,4 @@
-"""Import and export when any one call that changes something fails: a sentence or an errno, and nothing left behind."""
+"""Import and export when any single modifying call fails: a UserError or an errno, and nothing left behind."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ TREE: Tree = {"d": {"f": b"content"}, "link": Link("d/f"), "gone": Whiteout()}
 
 @contextmanager
 def failing(number: int, code: int) -> Iterator[list[str]]:
-    """Let the changing call with this number fail; gives the names of the calls so far."""
+    """Make the modifying call with this number fail; yield the names of the calls so far."""
     calls: list[str] = []
 
     def fuse(call: str) -> None:
@@ -52,7 +52,7 @@ def failing(number: int, code: int) -> Iterator[list[str]]:
 
 
 def each_failure(act: Callable[[], object], after: Callable[[], None], code: int) -> None:
-    """Do something again and again, a later call failing each time, until none does."""
+    """Repeat an action, with a later call failing each time, until none fails."""
     number, worked = 0, False
     said: list[str] = []
     while not worked:
@@ -114,7 +114,7 @@ def test_an_export(store: LayerStore, place: Path, kind: Format) -> None:
     )
 
 
-def test_files_without_a_name_on_any_file_system(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unnamed_files_on_any_file_system(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sysio.open_child
 
     def without_tmpfile(dirfd: int, name: bytes, flags: int, mode: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Import and export of images: every form, both ways, whole or not at all."""
+"""Import and export of images: every format, in both directions, completely or not at all."""
 
 import hashlib
 import io
@@ -41,13 +41,13 @@ def export(store: LayerStore, target: Path, kind: Format, packing: Compression |
 
 
 def alike(one: ImageRecord, other: ImageRecord) -> bool:
-    """Whether two images are the same but for their names and ids."""
+    """Whether two images are the same apart from their names and ids."""
     parts = ("created", "author", "architecture", "os", "variant", "config", "history")
     return all(getattr(one, part) == getattr(other, part) for part in parts)
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """All files of a directory, or all members of an archive."""
+    """All files of a directory or of an archive."""
     if path.is_dir():
         return {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*") if each.is_file()}
     with tarfile.open(path) as opened:
@@ -56,7 +56,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def other(place: Path) -> Iterator[LayerStore]:
-    """A second store, which knows nothing of the first."""
+    """A second store, independent of the first."""
     (place / "elsewhere").mkdir()
     with LayerStore(os.fsencode(place / "elsewhere" / "store")) as opened:
         yield opened
@@ -107,7 +107,7 @@ def test_the_same_image_is_the_same_bytes(store: LayerStore, other: LayerStore, 
 
 @pytest.mark.parametrize("kind", [*LAYERED[1:], Format.TAR])
 def test_through_pipes_both_ways(store: LayerStore, other: LayerStore, place: Path, kind: Format) -> None:
-    """What goes through a pipe is what a file would hold; and it is read from one."""
+    """A pipe receives the same bytes as a file, and can be imported from."""
     samples.add_image(store)
     export(store, place / "file", kind)
     os.mkfifo(place / "pipe")
@@ -132,7 +132,7 @@ def test_compressed_as_a_whole(store: LayerStore, place: Path, kind: Format, pac
     assert (got.layers == made.layers) == (kind is not Format.TAR)
 
 
-def test_what_is_there_already_is_not_read(store: LayerStore, place: Path) -> None:
+def test_layers_that_the_store_has_are_not_read(store: LayerStore, place: Path) -> None:
     made = samples.add_image(store)
     out = export(store, place / "out", Format.OCI)
     for blob in (place / "out" / "blobs" / "sha256").iterdir():
@@ -143,7 +143,7 @@ def test_what_is_there_already_is_not_read(store: LayerStore, place: Path) -> No
     assert there(place)["layers"] == before["layers"]
 
 
-def test_a_layer_that_lies_twice_in_a_stack_is_written_once(store: LayerStore, other: LayerStore, place: Path) -> None:
+def test_a_layer_that_occurs_twice_is_written_once(store: LayerStore, other: LayerStore, place: Path) -> None:
     made = samples.add_image(store, "sample:1", {"f": b"1"}, {"f": b"2"}, {"f": b"1"})
     assert made.layers[0] == made.layers[2]
     got = import_image(other, export(store, place / "out", Format.OCI_ARCHIVE), "other")
@@ -151,7 +151,7 @@ def test_a_layer_that_lies_twice_in_a_stack_is_written_once(store: LayerStore, o
     assert len(contents(place / "out")) == 4 + 2
 
 
-def test_the_canonical_digest_is_remembered(store: LayerStore) -> None:
+def test_the_diff_id_of_the_canonical_tar_is_recorded(store: LayerStore) -> None:
     layer = samples.add(store, samples.BASE)
     assert layer.record.diff_id is None
     blob = write_blob(store, layer, lambda piece: None)
@@ -190,7 +190,7 @@ def test_a_directory_is_what_a_mount_of_it_shows(store: LayerStore, place: Path)
     assert found[b"hole"].sparse
 
 
-def test_a_directory_that_holds_the_store_leaves_it_out(store: LayerStore, place: Path) -> None:
+def test_importing_a_directory_leaves_out_the_store_in_it(store: LayerStore, place: Path) -> None:
     (place / "file").write_text("text")
     import_image(store, os.fsencode(place), "all")
     assert set(samples.view(store, "all")) == {b"", b"file"}
@@ -210,9 +210,7 @@ def test_a_layer_with_a_long_first_entry(store: LayerStore, place: Path) -> None
     assert set(samples.view(store, "layer")) == {b"", b"f"}
 
 
-def test_a_root_that_cuts_off_what_lies_below_begins_the_image(
-    store: LayerStore, other: LayerStore, place: Path
-) -> None:
+def test_an_image_begins_with_its_topmost_opaque_root(store: LayerStore, other: LayerStore, place: Path) -> None:
     samples.add_image(store, "sample:1", {"a": b"1"}, Dir({"b": b"2"}, opaque="trusted"), {"c": b"3"})
     got = import_image(other, export(store, place / "out", Format.OCI), "other")
     assert len(got.layers) == 2
@@ -294,7 +292,7 @@ def test_one_of_several_by_its_name(store: LayerStore, place: Path, manifest: di
         import_image(store, source + b":v3", "x")
 
 
-def test_names_of_images_fit_a_sentence(store: LayerStore, place: Path, manifest: dict[str, Any]) -> None:
+def test_long_image_names_are_cut_in_messages(store: LayerStore, place: Path, manifest: dict[str, Any]) -> None:
     names = [{"annotations": {image_spec.REF_NAME: f"{number:03}" + "n" * 5000}} for number in range(100)]
     source = _index(place, *({**manifest, **name} for name in names))
     with pytest.raises(UserError, match="90 more") as caught:
@@ -393,7 +391,7 @@ def test_configurations_that_cannot_be_used(
 
 
 def refused_whole(store: LayerStore, place: Path, source: bytes, reason: str) -> None:
-    """The import ends in a sentence, and nothing of it is in the store, nor open, nor running."""
+    """The import raises a UserError; nothing of it is in the store, and no descriptor or thread is left."""
     before, descriptors = there(place / "elsewhere"), sorted(os.listdir("/proc/self/fd"))
     with pytest.raises(UserError, match=reason) as caught:
         import_image(store, source, "x")
@@ -473,7 +471,7 @@ def test_damaged_compression_is_refused(store: LayerStore, other: LayerStore, pl
 
 
 @pytest.mark.parametrize("name", ["missing", "socket", "text", "xz"])
-def test_what_is_no_image(store: LayerStore, other: LayerStore, place: Path, name: str) -> None:
+def test_files_that_are_not_an_image_are_refused(store: LayerStore, other: LayerStore, place: Path, name: str) -> None:
     (place / "text").write_text("no archive")
     (place / "xz").write_bytes(b"\xfd7zXZ\0" + bytes(100))
     if name == "socket":
@@ -488,11 +486,11 @@ def test_what_is_no_image(store: LayerStore, other: LayerStore, place: Path, nam
     refused_whole(other, place, os.fsencode(place / name), reasons[name])
 
 
-# --- ended early
+# --- interrupted
 
 
 class Interrupted(Exception):
-    """Stands for Ctrl-C, which may come anywhere."""
+    """Stands for a KeyboardInterrupt, which may occur anywhere."""
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -512,7 +510,7 @@ def test_an_import_that_is_interrupted_leaves_nothing(
     assert there(place / "elsewhere") == before
 
 
-def test_more_layers_than_may_wait_for_each_other(
+def test_more_layers_than_are_prepared_together(
     store: LayerStore, other: LayerStore, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples.add_image(store, "sample:1", *({f"f{number}": b"x"} for number in range(5)))
@@ -555,7 +553,7 @@ def test_a_name_is_checked_before_any_work(store: LayerStore, place: Path) -> No
 # --- blobs
 
 
-def test_a_blob_is_checked_against_all_that_is_known(store: LayerStore, other: LayerStore, place: Path) -> None:
+def test_a_blob_is_checked_against_digest_size_and_diff_id(store: LayerStore, other: LayerStore, place: Path) -> None:
     layer = samples.add(store, samples.BASE)
     stream = io.BytesIO()
     blob = write_blob(store, layer, stream.write)

@@ -1,4 +1,4 @@
-"""For any layers: what goes through an archive comes back, and a stack of what came back shows the same tree."""
+"""Property: any layers come back from an archive unchanged, and stacked again they show the same tree."""
 
 import io
 import os
@@ -74,7 +74,7 @@ def test_layers_through_archives(place: Path, stack: list[dict[str, Entry]]) -> 
             originals.append(original)
             copies.append(copy)
         same(view(copies), view(originals))
-        # What lies below is no part of a layer that does not ask for it.
+        # Lower layers are used only for a layer that depends on them.
         assert packed(*originals) == packed(originals[0])
         _check_merged(originals, Path(base, "merged"))
 
@@ -88,7 +88,7 @@ def _check_merged(stack: list[Path], target: Path) -> None:
         layer_tar.unpack_tar(io.BytesIO(archive).read, root, merged=True)
     finally:
         os.close(root)
-    # Merged directories have no true link count, and are as old as their topmost part in both.
+    # Link counts of merged directories differ; their times are those of the topmost layer in both.
     same(_unlinked(view([target])), _unlinked(view(stack)))
     shutil.rmtree(target)
 

@@ -1,4 +1,4 @@
-"""What layers are as archives: canonical, complete, and resolved where archives have no word for a mark."""
+"""Layers as entries of archives: canonical, complete, and resolved where archives have no form for a mark."""
 
 import io
 import os
@@ -44,7 +44,7 @@ def names(archive: bytes) -> list[str]:
 
 
 def view(*layers: Path) -> Dump:
-    """What a stack shows, top first."""
+    """The merged tree of a stack, top first."""
     overlay = Overlay(StackConfig(lower=tuple(map(os.fsencode, layers))))
     try:
         return dump(FsRaw(overlay))
@@ -96,7 +96,7 @@ def test_the_order_of_entries(place: Path) -> None:
     ]  # fmt: skip
 
 
-def test_every_form_of_deletion_and_opaque_directory(place: Path) -> None:
+def test_every_form_of_whiteout_and_opaque_directory(place: Path) -> None:
     tree: Tree = {
         "one": Whiteout(), "two": Whiteout("file"), "three": Whiteout("xattr"),
         "d1": Dir({}, opaque="trusted"), "d2": Dir({}, opaque="user"), "d3": Dir({}, opaque="fuse"),
@@ -110,7 +110,7 @@ def test_every_form_of_deletion_and_opaque_directory(place: Path) -> None:
     assert packed(place / "copy") == archive
 
 
-def test_deletions_have_no_owner_and_no_time(place: Path) -> None:
+def test_whiteouts_have_no_owner_and_no_time(place: Path) -> None:
     root = layer(place, "layer", {"x": Whiteout()})
     before = packed(root)
     os.utime(root / "x", ns=(5, 5), follow_symlinks=False)
@@ -135,7 +135,7 @@ def test_later_times_are_clamped(place: Path, monkeypatch: pytest.MonkeyPatch) -
         layer_tar.source_date_epoch()
 
 
-def test_what_archives_cannot_hold_is_told(place: Path) -> None:
+def test_what_archives_cannot_hold_is_reported(place: Path) -> None:
     root = layer(place, "layer", {"s": Special("s"), "f": File(b"", xattrs={"user.empty": b"", "user.a=b": b"v"})})
     omissions = Omissions()
     assert names(packed(root, omissions=omissions)) == [".", "f"]
@@ -158,7 +158,7 @@ MISSING: Tree = {"d": {"f": File(size=9, xattrs={"trusted.overlay.metacopy": b""
 
 
 @pytest.mark.parametrize(("tree", "reason"), [(DAMAGED, "d/f: Input/output error"), (MISSING, "d/f: Input/output")])
-def test_what_cannot_be_read_is_told_with_its_name(place: Path, tree: Tree, reason: str) -> None:
+def test_what_cannot_be_read_is_reported_with_its_path(place: Path, tree: Tree, reason: str) -> None:
     root = os.fsencode(layer(place, "layer", tree))
     with pytest.raises(UserError, match=f"cannot read {reason}"), merged_entries((root,), Omissions()) as items:
         list(layer_tar.tar_pieces(items))
@@ -201,7 +201,7 @@ LOWER: Tree = {
 
 
 def changed(place: Path, *steps: tuple[str | int, ...]) -> tuple[Path, Path]:
-    """The layer that some steps make over LOWER, and LOWER."""
+    """Make changes over LOWER; return the upper and LOWER."""
     lower = layer(place, "lower", LOWER)
     for name in ("upper", "work"):
         (place / name).mkdir()
@@ -256,7 +256,7 @@ def test_marks_are_resolved_over_the_layers_below(place: Path, name: str) -> Non
     assert attributes <= {"trusted.overlay.opaque"}
 
 
-def test_opaque_marks_only_where_something_is_covered(place: Path) -> None:
+def test_a_moved_directory_is_opaque_only_over_another_one(place: Path) -> None:
     upper, lower = changed(place, *CHANGES["a directory that moved"])
     assert not [name for name in names(packed(upper, lower)) if name.endswith(".opq")]
     other = place / "other"
@@ -265,7 +265,7 @@ def test_opaque_marks_only_where_something_is_covered(place: Path) -> None:
     assert [name for name in names(packed(upper, lower)) if name.endswith(".opq")] == ["target/.wh..wh..opq"]
 
 
-def test_marks_over_nothing_are_refused(place: Path) -> None:
+def test_a_metacopy_without_lower_layers_is_refused(place: Path) -> None:
     upper, _ = changed(place, *CHANGES["a file of metadata"])
     with pytest.raises(UserError, match="big depends on lower layers"):
         packed(upper)

@@ -1,4 +1,4 @@
-"""Choosing among the forms of an image."""
+"""Parsing platforms, and choosing the image for one."""
 
 import pytest
 
@@ -57,7 +57,7 @@ def test_chosen(offered: tuple[str | None, ...], wanted: str, chosen: int) -> No
 
 
 @pytest.mark.parametrize("wanted", ["linux/s390x", "windows/amd64", "linux/arm/v6"])
-def test_what_is_not_there_is_told_with_what_is(wanted: str) -> None:
+def test_a_missing_platform_is_reported_with_those_that_exist(wanted: str) -> None:
     offered = index("linux/amd64", "linux/arm/v7", "unknown/unknown", "linux/amd64")
     with pytest.raises(UserError, match=f"it is not for {wanted}; it has linux/amd64, linux/arm/v7, unknown/unknown: "):
         platforms.choose(offered, platforms.parse(wanted), "it")
@@ -68,5 +68,5 @@ def test_an_index_of_several_without_platforms_is_refused() -> None:
         platforms.choose(index(None, None), platforms.host(), "it")
 
 
-def test_the_host_is_one_of_linux() -> None:
+def test_the_host_is_a_linux_platform() -> None:
     assert platforms.host().os == "linux" and platforms.host().architecture

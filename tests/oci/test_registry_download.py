@@ -1,4 +1,4 @@
-"""A law of downloads: whatever a registry and the disk do, the file is the blob in the end, or the pull is refused."""
+"""Property: whatever a registry and the disk do, the file is the blob in the end, or the pull fails."""
 
 import hashlib
 import os
@@ -20,14 +20,14 @@ ATTEMPTS = 4
 
 
 class Fault(NamedTuple):
-    """What is wrong with one answer, and where."""
+    """A fault of one response, and where it occurs."""
 
     kind: str
     at: int = 0
 
 
 class Answer:
-    """A reply as `fetch` reads it; `sent` bytes come, and then the connection ends well or breaks."""
+    """A response as `fetch` reads it; after `sent` bytes the connection ends or breaks."""
 
     def __init__(self, status: int, headers: dict[str, str], sent: bytes, breaks: bool) -> None:
         self.status = status
@@ -46,7 +46,7 @@ class Answer:
 
 
 class Registry:
-    """Answers with a blob, the first answers with one fault each."""
+    """Responds with a blob; the first responses have one fault each."""
 
     def __init__(self, blob: bytes, faults: list[Fault]) -> None:
         self._blob = blob
@@ -62,12 +62,12 @@ class Registry:
             return Answer(416, {}, b"", False)
         if fault.kind == "deaf":
             start = 0
-        told = min(start + fault.at, len(self._blob)) if fault.kind == "shifted" and start else start
-        return self._answer(fault, start, told)
+        offset = min(start + fault.at, len(self._blob)) if fault.kind == "shifted" and start else start
+        return self._answer(fault, start, offset)
 
-    def _answer(self, fault: Fault, start: int, told: int) -> Answer:
-        rest = bytearray(self._blob[told:])
-        headers = {"Content-Range": f"bytes {told}-{len(self._blob) - 1}/{len(self._blob)}"} if start else {}
+    def _answer(self, fault: Fault, start: int, offset: int) -> Answer:
+        rest = bytearray(self._blob[offset:])
+        headers = {"Content-Range": f"bytes {offset}-{len(self._blob) - 1}/{len(self._blob)}"} if start else {}
         if fault.kind == "flip" and rest:
             rest[fault.at % len(rest)] ^= 1
         if fault.kind == "long":
@@ -84,15 +84,15 @@ BLOBS = st.binary(min_size=0, max_size=100)
 
 
 def run(blob: bytes, faults: list[Fault], left: bytes) -> tuple[bytes, Registry]:
-    """Fetch a blob into a file that holds what an earlier run left; returns the file's content."""
+    """Fetch a blob into a file with what an earlier pull left; return the file's content."""
     registry = Registry(blob, faults)
     descriptor = Descriptor(OCI_LAYER_GZIP, "sha256:" + hashlib.sha256(blob).hexdigest(), len(blob))
-    told: list[int] = []
+    progress: list[int] = []
     with tempfile.TemporaryFile() as file:
         os.pwrite(file.fileno(), left, 0)
         retry = RetryPolicy(attempts=ATTEMPTS, wait=lambda _: None)
-        fetch(cast(Repository, registry), descriptor, file.fileno(), retry, told.append)
-        assert all(done <= len(blob) for done in told)
+        fetch(cast(Repository, registry), descriptor, file.fileno(), retry, progress.append)
+        assert all(done <= len(blob) for done in progress)
         return os.pread(file.fileno(), len(blob) + 200, 0), registry
 
 
@@ -109,7 +109,7 @@ def test_the_blob_or_nothing(blob: bytes, faults: list[Fault], left: bytes, own:
 @settings(max_examples=200, deadline=None)
 @given(blob=BLOBS, faults=st.lists(FAULTS, max_size=ATTEMPTS - 1), left=st.binary(max_size=120))
 def test_a_few_broken_connections_are_survived(blob: bytes, faults: list[Fault], left: bytes) -> None:
-    """Whatever lies there already, as long as the registry does not send wrong bytes."""
+    """Whatever the file contains before, as long as the registry does not send wrong bytes."""
     honest = [fault for fault in faults if fault.kind not in ("flip", "long")]
     content, _ = run(blob, honest, left)
     assert content == blob

@@ -1,4 +1,4 @@
-"""Images by way of a registry: ours in the hands of skopeo, umoci and podman, theirs in ours, byte for byte."""
+"""Images through a registry: ours read by skopeo, umoci and podman, and theirs by us, byte for byte."""
 
 import json
 import os
@@ -39,21 +39,21 @@ def store(place: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def sample(store: Store) -> Dump:
-    """The image sample:1 in our store; what it shows."""
+    """The image sample:1 in our store; its merged tree."""
     samples.add_image(store)
     return samples.view(store, "sample:1")
 
 
 @pytest.fixture
 def shown(peers: Engines) -> Dump:
-    """What podman shows of localhost/two:1."""
+    """The tree of localhost/two:1 as podman mounts it."""
     with peers.mounted("localhost/two:1") as point:
         return filled(archives.picture(point))
 
 
 @contextmanager
 def mounted(place: Path, image: str) -> Iterator[Path]:
-    """Mount an image of the store as its users do."""
+    """Mount an image of the store with the command."""
     point = place / "mnt"
     point.mkdir()
     done = process("overlayfs", "mount", image, str(point), "--ephemeral", "--store", str(place / "store"))
@@ -84,10 +84,10 @@ def test_an_image_of_podman_is_mounted_as_podman_does(
 def test_podman_has_the_digest_that_we_have(peers: Engines, store: Store, server: str) -> None:
     reference = f"{server}/digest/two:1"
     peers.run("podman", "push", "-q", "--tls-verify=false", "localhost/two:1", f"docker://{reference}")
-    told = json.loads(peers.run("skopeo", "inspect", "--tls-verify=false", f"docker://{reference}"))
+    inspected = json.loads(peers.run("skopeo", "inspect", "--tls-verify=false", f"docker://{reference}"))
     pulled = store.pull(reference, plain_http=True)
-    assert pulled.digest == told["Digest"]
-    assert [layer.digest for layer in pulled.layers] == told["Layers"]
+    assert pulled.digest == inspected["Digest"]
+    assert [layer.digest for layer in pulled.layers] == inspected["Layers"]
 
 
 def test_layers_that_skopeo_compresses_with_zstd(
@@ -126,12 +126,14 @@ def test_podman_pulls_what_we_push(peers: Engines, store: Store, server: str, sa
     try:
         with peers.mounted(reference) as point:
             same(like_podman(archives.picture(point)), like_podman(sample))
-        told = json.loads(peers.run("podman", "image", "inspect", reference))[0]
+        inspected = json.loads(peers.run("podman", "image", "inspect", reference))[0]
     finally:
         peers.run("podman", "rmi", "-f", reference)
-    assert told["Digest"] == pushed.digest
-    assert told["Config"]["Env"] == samples.CONFIG["Env"] and told["Author"] == "somebody"
-    assert [each.get("created_by", "") for each in told["History"]] == [each.created_by for each in samples.HISTORY]
+    assert inspected["Digest"] == pushed.digest
+    assert inspected["Config"]["Env"] == samples.CONFIG["Env"] and inspected["Author"] == "somebody"
+    assert [each.get("created_by", "") for each in inspected["History"]] == [
+        each.created_by for each in samples.HISTORY
+    ]
 
 
 def test_there_and_back_by_another_registry(
@@ -146,7 +148,7 @@ def test_there_and_back_by_another_registry(
         pulled = other.pull(f"{second}/moved/on:2", name="sample:1", plain_http=True)
         assert pulled.digest == pushed.digest
         same(filled(samples.view(other, "sample:1")), filled(sample))
-        # Our compression makes the same blobs of the same layers, so a registry that lacks them gets the same image.
+        # Our compression is deterministic, so that a registry without the blobs gets the same ones.
         for layer in other.layers():
             (place / f"other/layers/{layer.id}/remote").unlink()
         assert other.push("sample:1", f"{second}/fresh/sample:1", plain_http=True).digest == pushed.digest
@@ -156,7 +158,7 @@ def test_there_and_back_by_another_registry(
 def test_a_commit_with_renames_is_pulled_by_podman(
     peers: Engines, store: Store, server: str, place: Path, sample: Dump
 ) -> None:
-    """Redirects and metadata-only copies are ours and the kernel's; whoever pulls gets what they mean."""
+    """Archives have no redirects and metacopies; whichever program pulls the image gets the tree that they mean."""
     with mounted(place, "sample:1") as point:
         (point / "lib").rename(point / "libraries")
         (point / "bin" / "su").chmod(0o700)

@@ -1,4 +1,4 @@
-"""Push and pull where something breaks on the way, or the registry answers what it must not."""
+"""Push and pull with broken connections and damaged data, and with invalid responses of a registry."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from tests.oci.registries import Answer, Proxy, Request, Server, cut, flip, long
 from tests.oci.transfers import BASE, TOP, Side, biggest, same
 from tests.store.samples import add_image, there
 
-# --- harm on the way
+# --- faults in transit
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def proxy(server: str) -> Iterator[Proxy]:
         yield proxy
 
 
-def test_a_broken_download_goes_on(server: str, proxy: Proxy, here: Side, away: Side) -> None:
+def test_a_broken_download_continues(server: str, proxy: Proxy, here: Side, away: Side) -> None:
     digest = biggest(here, server, "broken/it")
     proxy.harm("GET", f"/blobs/{digest}", cut(1000), cut(0), status(503), cut(20_000))
     away.pull(f"{proxy.host}/broken/it")
@@ -49,7 +49,7 @@ def test_a_server_without_ranges(server: str, proxy: Proxy, here: Side, away: Si
 
 
 def another_range(request: Request, answer: Answer) -> None:
-    """Answer a range with bytes from somewhere else."""
+    """Answer a range request with another range."""
     request.give(206, {**answer.headers, "Content-Range": "bytes 7-9/10"}, answer.data)
 
 
@@ -61,7 +61,7 @@ def test_a_range_that_was_not_asked_for_is_not_used(server: str, proxy: Proxy, h
     assert [headers.get("range") for headers in proxy.seen("GET", f"/blobs/{digest}")] == [None, "bytes=5000-", None]
 
 
-def test_a_flipped_bit_is_found_and_loaded_again(server: str, proxy: Proxy, here: Side, away: Side) -> None:
+def test_a_blob_with_a_flipped_bit_is_downloaded_again(server: str, proxy: Proxy, here: Side, away: Side) -> None:
     digest = biggest(here, server, "flip/it")
     proxy.harm("GET", f"/blobs/{digest}", flip(12_345))
     away.pull(f"{proxy.host}/flip/it")
@@ -114,7 +114,7 @@ def test_a_wrong_length_is_refused(
 
 
 def endless(request: Request, answer: Answer) -> None:
-    """Send the blob, and then more, without saying how much it will be."""
+    """Send the blob and more, without a Content-Length."""
     request.send_response(200)
     request.send_header("Connection", "close")
     request.end_headers()
@@ -124,14 +124,14 @@ def endless(request: Request, answer: Answer) -> None:
     request.close_connection = True
 
 
-def test_more_than_announced_is_not_taken(server: str, proxy: Proxy, here: Side, away: Side) -> None:
+def test_more_bytes_than_announced_are_refused(server: str, proxy: Proxy, here: Side, away: Side) -> None:
     digest = biggest(here, server, "endless/it")
     proxy.harm("GET", f"/blobs/{digest}", endless)
     with pytest.raises(UserError, match=r"sends more than the \d+ bytes"):
         away.pull(f"{proxy.host}/endless/it")
 
 
-def test_a_connection_that_never_gets_anywhere(server: str, proxy: Proxy, here: Side, away: Side) -> None:
+def test_a_connection_that_makes_no_progress(server: str, proxy: Proxy, here: Side, away: Side) -> None:
     digest = biggest(here, server, "never/it")
     proxy.harm("GET", f"/blobs/{digest}", *[cut(0)] * 4)
     with pytest.raises(UserError, match=rf"broke 4 times at byte 0 of blob {digest} .*to continue from there"):
@@ -139,7 +139,7 @@ def test_a_connection_that_never_gets_anywhere(server: str, proxy: Proxy, here: 
     assert away.waits == [1.0, 2.0, 4.0]
 
 
-def test_the_next_run_goes_on(server: str, proxy: Proxy, here: Side, away: Side) -> None:
+def test_the_next_pull_continues(server: str, proxy: Proxy, here: Side, away: Side) -> None:
     digest = biggest(here, server, "runs/it")
     proxy.harm("GET", f"/blobs/{digest}", cut(30_000), *[cut(0)] * 3)
     with pytest.raises(UserError, match="at byte 30000 "):
@@ -151,7 +151,7 @@ def test_the_next_run_goes_on(server: str, proxy: Proxy, here: Side, away: Side)
     assert same(here, away) and away.is_clean()
 
 
-def test_what_the_last_run_left_is_not_believed(server: str, proxy: Proxy, here: Side, away: Side) -> None:
+def test_what_the_last_pull_left_is_verified(server: str, proxy: Proxy, here: Side, away: Side) -> None:
     digest = biggest(here, server, "damaged/it")
     damages: list[Callable[[bytes], bytes]] = [lambda data: b"x" + data[1:], lambda data: data * 100]
     for damage in damages:
@@ -164,7 +164,7 @@ def test_what_the_last_run_left_is_not_believed(server: str, proxy: Proxy, here:
     assert same(here, away)
 
 
-def test_gc_takes_what_a_broken_pull_left(server: str, proxy: Proxy, here: Side, away: Side) -> None:
+def test_gc_removes_what_a_failed_pull_left(server: str, proxy: Proxy, here: Side, away: Side) -> None:
     digest = biggest(here, server, "left/it")
     proxy.harm("GET", f"/blobs/{digest}", cut(30_000), *[cut(0)] * 3)
     with pytest.raises(UserError):
@@ -180,7 +180,7 @@ def test_a_busy_registry_is_waited_for(server: str, proxy: Proxy, here: Side, aw
     assert away.waits == [7.0, 2.0] and same(here, away)
 
 
-def test_a_broken_upload_is_made_again(server: str, proxy: Proxy, here: Side, away: Side) -> None:
+def test_a_broken_upload_is_repeated(server: str, proxy: Proxy, here: Side, away: Side) -> None:
     proxy.harm("PUT", "/blobs/uploads/", registries.hang_up, status(500))
     proxy.harm("PUT", "/manifests/", status(503))
     pushed = here.push("it", f"{proxy.host}/upload/it")
@@ -214,7 +214,7 @@ def test_one_layer_fails_and_the_others_stop(server: str, proxy: Proxy, here: Si
         request.wfile.flush()
         begun.set()
         request.connection.settimeout(20)
-        assert request.connection.recv(1) == b""  # the client hangs up
+        assert request.connection.recv(1) == b""  # the client disconnects
 
     proxy.harm("GET", f"/blobs/{other}", wait_and_fail)
     proxy.harm("GET", f"/blobs/{digest}", never_ends)
@@ -223,7 +223,7 @@ def test_one_layer_fails_and_the_others_stop(server: str, proxy: Proxy, here: Si
     assert not list(away.store.images())
 
 
-def test_two_pulls_at_once_load_once(server: str, here: Side, away: Side) -> None:
+def test_two_concurrent_pulls_download_once(server: str, here: Side, away: Side) -> None:
     digest = biggest(here, server, "both/it")
     second = LayerStore(away.store.path)
     held = threading.Event()
@@ -278,8 +278,8 @@ def test_a_full_disk(server: str, here: Side, away: Side, monkeypatch: pytest.Mo
         work()
 
 
-def test_gc_at_every_step_takes_nothing_of_it(server: str, here: Side, away: Side) -> None:
-    """Whatever a transfer has in its hands is held, from the first byte to the image that names it."""
+def test_gc_at_every_step_removes_nothing_in_use(server: str, here: Side, away: Side) -> None:
+    """All that a transfer uses is locked, from the first byte to the image that names it."""
     for side in (here, away):
         with LayerStore(side.store.path) as other:
             lock = threading.Lock()
@@ -298,7 +298,7 @@ def test_gc_at_every_step_takes_nothing_of_it(server: str, here: Side, away: Sid
     assert same(here, away) and here.is_clean() and away.is_clean()
 
 
-def test_the_file_for_a_blob_is_held(away: Side) -> None:
+def test_the_file_for_a_blob_is_locked(away: Side) -> None:
     digest = "sha256:" + "0" * 64
 
     class Enough(Exception):
@@ -320,7 +320,7 @@ def test_the_file_for_a_blob_is_held(away: Side) -> None:
 
 
 def hostile(manifest: object, kind: str = image_spec.OCI_MANIFEST, **headers: str) -> Server:
-    """A registry whose every answer is this document."""
+    """A registry that responds to everything with this document."""
     data = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
     return Server(lambda request: request.give(200, {"Content-Type": kind, **headers}, data))
 
@@ -353,7 +353,7 @@ def test_hostile_documents(away: Side, manifest: object, kind: str, reason: str)
     assert away.is_clean() and not list(away.store.images())
 
 
-def test_an_index_that_leads_to_itself_ends(away: Side) -> None:
+def test_an_index_that_points_to_itself_is_refused(away: Side) -> None:
     def answer(request: Request) -> None:
         entry = {"mediaType": image_spec.OCI_INDEX, "digest": "sha256:" + "0" * 64, "size": 1}
         request.give(
@@ -364,7 +364,7 @@ def test_an_index_that_leads_to_itself_ends(away: Side) -> None:
         away.pull(f"{server.host}/a/b")
 
 
-def test_messages_of_a_registry_cannot_write_on_the_terminal(away: Side) -> None:
+def test_messages_of_a_registry_have_no_control_characters(away: Side) -> None:
     errors = json.dumps({"errors": [{"message": "\x1b[2Jgone\n" + "x" * 1000}]}).encode()
     with Server(lambda request: request.give(418, {}, errors)) as server, pytest.raises(UserError) as caught:
         away.pull(f"{server.host}/a/b")
@@ -372,7 +372,7 @@ def test_messages_of_a_registry_cannot_write_on_the_terminal(away: Side) -> None
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
-def test_an_upload_without_a_place(here: Side) -> None:
+def test_an_upload_without_a_location(here: Side) -> None:
     def answer(request: Request) -> None:
         request.body()
         request.give(404 if request.command == "HEAD" else 202)

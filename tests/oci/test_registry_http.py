@@ -1,4 +1,4 @@
-"""HTTP under bad conditions: what is tried again and how long after, who sees a secret, what is refused."""
+"""HTTP under bad conditions: what is retried and when, which host receives a secret, what is refused."""
 
 import threading
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ SECRET = "Basic c2VjcmV0"
 
 
 class Waits:
-    """A clock that only counts."""
+    """A clock that only records how long it should sleep."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -36,7 +36,7 @@ def client(waits: Waits) -> Iterator[HttpClient]:
 
 
 def answers(*statuses: int, **headers: str) -> Server:
-    """A server that gives these statuses in turn, and then 200."""
+    """A server that responds with these statuses in turn, and then with 200."""
     left = list(statuses)
 
     def answer(request: Request) -> None:
@@ -51,7 +51,7 @@ def get(client: HttpClient, server: Server, path: str = "/", secret: str | None 
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_busy_server_is_asked_again_later(client: HttpClient, waits: Waits, status: int) -> None:
+def test_a_busy_server_is_retried(client: HttpClient, waits: Waits, status: int) -> None:
     with answers(status, status, status) as server:
         assert get(client, server) == b"text"
     assert waits.seconds == [1.0, 2.0, 3.0]
@@ -63,20 +63,20 @@ def test_half_of_a_pause_is_random(waits: Waits) -> None:
     assert waits.seconds == [0.5, 1.5]
 
 
-def test_a_server_says_when_to_come_back(client: HttpClient, waits: Waits) -> None:
+def test_retry_after_is_obeyed(client: HttpClient, waits: Waits) -> None:
     with answers(429, 503, **{"Retry-After": "7"}) as server:
         get(client, server)
     assert waits.seconds == [7.0, 7.0]
 
 
-def test_a_date_in_the_past_is_no_pause(client: HttpClient, waits: Waits) -> None:
+def test_retry_after_in_the_past_means_the_usual_backoff(client: HttpClient, waits: Waits) -> None:
     with answers(503, **{"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}) as server:
         get(client, server)
     assert waits.seconds == [1.0]
 
 
 @pytest.mark.parametrize("nonsense", ["soon", "-1", "1e9", "²"])
-def test_nonsense_is_no_pause(client: HttpClient, waits: Waits, nonsense: str) -> None:
+def test_an_invalid_retry_after_is_ignored(client: HttpClient, waits: Waits, nonsense: str) -> None:
     def answer(request: Request) -> None:
         request.give(503 if len(server.requests) == 1 else 200, {"Retry-After": nonsense})
 
@@ -85,13 +85,13 @@ def test_nonsense_is_no_pause(client: HttpClient, waits: Waits, nonsense: str) -
     assert waits.seconds == [1.0]
 
 
-def test_a_server_that_wants_hours_is_not_waited_for(client: HttpClient, waits: Waits) -> None:
+def test_a_long_retry_after_is_an_error(client: HttpClient, waits: Waits) -> None:
     with answers(429, **{"Retry-After": "7200"}) as server, pytest.raises(UserError, match="asks to wait 7200 seconds"):
         get(client, server)
     assert waits.seconds == []
 
 
-def test_a_server_that_stays_busy_is_given_up(client: HttpClient, waits: Waits) -> None:
+def test_a_server_that_stays_busy_is_an_error(client: HttpClient, waits: Waits) -> None:
     with answers(*[503] * 9) as server, pytest.raises(UserError, match=rf"{server.host} is busy \(status 503\)"):
         get(client, server)
     assert len(server.requests) == 4 and len(waits.seconds) == 3
@@ -104,7 +104,7 @@ def test_other_statuses_are_for_the_caller(client: HttpClient, waits: Waits, sta
     assert waits.seconds == []
 
 
-def test_a_connection_that_breaks_is_made_again(client: HttpClient, waits: Waits) -> None:
+def test_a_broken_connection_is_retried(client: HttpClient, waits: Waits) -> None:
     def answer(request: Request) -> None:
         if len(server.requests) < 3:
             request.hang_up()
@@ -116,7 +116,7 @@ def test_a_connection_that_breaks_is_made_again(client: HttpClient, waits: Waits
     assert waits.seconds == [1.0, 2.0]
 
 
-def test_what_may_not_be_repeated_breaks_for_the_caller(client: HttpClient, waits: Waits) -> None:
+def test_without_retries_failures_are_for_the_caller(client: HttpClient, waits: Waits) -> None:
     with Server(Request.hang_up) as server, pytest.raises(BrokenConnectionError):
         client.request("PUT", f"http://{server.host}/", body=b"x", retry_failures=False)
     with answers(503) as server:
@@ -124,12 +124,12 @@ def test_what_may_not_be_repeated_breaks_for_the_caller(client: HttpClient, wait
     assert waits.seconds == []
 
 
-def test_nobody_listens(client: HttpClient, waits: Waits) -> None:
+def test_a_port_without_a_listener_is_an_error_at_once(client: HttpClient, waits: Waits) -> None:
     with Server(Request.hang_up) as server:
         pass
     with pytest.raises(UserError, match=f"cannot reach {server.host}: Connection refused"):
         get(client, server)
-    assert waits.seconds == []  # a name that is wrong stays wrong
+    assert waits.seconds == []  # a wrong name is not retried
 
 
 def test_a_body_that_ends_early_is_broken(client: HttpClient) -> None:
@@ -141,7 +141,7 @@ def test_a_body_that_ends_early_is_broken(client: HttpClient) -> None:
         get(client, server)
 
 
-def test_little_is_expected_and_much_refused(client: HttpClient) -> None:
+def test_a_body_over_the_limit_is_refused(client: HttpClient) -> None:
     with Server(lambda request: request.give(200, data=b"x" * 100)) as server:
         response = client.request("GET", f"http://{server.host}/")
         with pytest.raises(UserError, match="more than 99 bytes"):
@@ -162,7 +162,7 @@ def test_a_body_is_sent_again_from_its_beginning(client: HttpClient) -> None:
     assert {headers["content-length"] for headers in server.seen("PUT", "/")} == {"6"}
 
 
-def test_connections_are_kept(client: HttpClient) -> None:
+def test_connections_are_reused(client: HttpClient) -> None:
     clients = set()
 
     def answer(request: Request) -> None:
@@ -198,7 +198,7 @@ def test_a_secret_does_not_follow_a_redirect_to_another_host(client: HttpClient,
     assert storage.requests[0][1] == "/blob" and "authorization" not in storage.requests[0][2]
 
 
-def test_a_name_is_another_host_even_with_the_same_address(client: HttpClient) -> None:
+def test_two_names_of_one_address_are_different_hosts(client: HttpClient) -> None:
     with answers() as storage:
         port = storage.host.rpartition(":")[2]
         with redirecting(f"http://localhost:{port}/") as server:
@@ -218,12 +218,12 @@ def test_a_secret_follows_a_redirect_on_its_host(client: HttpClient) -> None:
     assert [headers["authorization"] for headers in server.seen("GET", "")] == [SECRET, SECRET]
 
 
-def test_only_reading_follows_redirects(client: HttpClient) -> None:
+def test_only_get_and_head_follow_redirects(client: HttpClient) -> None:
     with redirecting("/else") as server:
         assert client.request("PUT", f"http://{server.host}/", body=b"x").status == 307
 
 
-def test_redirects_without_end(client: HttpClient) -> None:
+def test_too_many_redirects_are_refused(client: HttpClient) -> None:
     with redirecting("/again") as server, pytest.raises(UserError, match="redirects more than 5 times"):
         get(client, server)
     assert len(server.requests) == 6
@@ -238,14 +238,14 @@ def test_a_redirect_may_not_lead_out_of_tls(client: HttpClient, target: str) -> 
 @pytest.mark.parametrize(
     "target", ["http://localhost:x@registry.example/", "http://u:p@127.0.0.1/", "file:///etc/passwd", "http://[::1"]
 )
-def test_an_address_that_two_may_understand_differently(client: HttpClient, target: str) -> None:
+def test_ambiguous_urls_are_refused(client: HttpClient, target: str) -> None:
     with redirecting(target) as server, pytest.raises(UserError, match="is not a URL that can be used"):
         get(client, server)
 
 
 @pytest.mark.parametrize("target", ["http://localhost:1\\@registry.example/", "http://registry.example#@localhost/"])
-def test_a_name_behind_another_one(client: HttpClient, target: str) -> None:
-    """The host that is looked at is the one that is connected to, whatever others may read in an address."""
+def test_the_host_that_is_checked_is_the_one_that_is_connected_to(client: HttpClient, target: str) -> None:
+    """Whatever another parser may take for the host of a URL."""
     with redirecting(target) as server, pytest.raises(UserError, match=r"cannot reach|without TLS"):
         get(client, server)
 
@@ -258,7 +258,7 @@ def test_plain_http_is_for_this_machine() -> None:
         HttpClient(plain_http=True).request("GET", "http://registry.example:5000/")
 
 
-def test_plain_http_wants_to_be_asked_for() -> None:
+def test_plain_http_requires_the_option() -> None:
     with answers() as server, pytest.raises(UserError, match="without TLS"):
         HttpClient().request("GET", f"http://{server.host}/")
     assert server.requests == []
@@ -315,16 +315,16 @@ def test_a_proxy_is_used_but_not_for_this_machine(waits: Waits, monkeypatch: pyt
             assert get(direct, server) == b"text"
         assert proxy.requests == []
         client = HttpClient(retry=waits.retry())
-        with pytest.raises(UserError):  # the tunnel leads to nobody
+        with pytest.raises(UserError):  # the proxy has no tunnel
             client.request("GET", "https://registry.example/v2/", secret=SECRET)
     assert {(name, path) for name, path, _ in proxy.requests} == {("CONNECT", "registry.example:443")}
     assert all("authorization" not in headers for _, _, headers in proxy.requests)
 
 
-# --- giving up
+# --- cancelling
 
 
-def test_stop_ends_a_read_that_waits(client: HttpClient) -> None:
+def test_cancel_interrupts_a_blocked_read(client: HttpClient) -> None:
     begun, ended = threading.Event(), threading.Event()
 
     def answer(request: Request) -> None:
@@ -351,7 +351,7 @@ def test_stop_ends_a_read_that_waits(client: HttpClient) -> None:
     assert [type(error) for error in outcome] == [CancelledError]
 
 
-def test_stop_ends_a_wait_for_an_answer(client: HttpClient) -> None:
+def test_cancel_interrupts_waiting_for_a_response(client: HttpClient) -> None:
     asked, ended = threading.Event(), threading.Event()
 
     def never(request: Request) -> None:
@@ -379,7 +379,7 @@ def test_stop_ends_a_wait_for_an_answer(client: HttpClient) -> None:
     assert [type(error) for error in outcome] == [CancelledError]
 
 
-def test_stop_ends_every_pause() -> None:
+def test_cancel_ends_every_backoff() -> None:
     retry = RetryPolicy(first=1000.0, longest=1000.0)
     retry.cancel()
     with pytest.raises(CancelledError):

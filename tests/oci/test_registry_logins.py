@@ -1,4 +1,4 @@
-"""Logins from the files of podman and docker, from helpers, and the challenges of registries."""
+"""Credentials from the files of podman and docker and from helpers, and the challenges of registries."""
 
 import base64
 import json
@@ -43,7 +43,7 @@ def helper(place: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
 
 
-def test_the_files_are_asked_in_their_order(place: Path, home: dict[str, str]) -> None:
+def test_the_files_are_searched_in_order(place: Path, home: dict[str, str]) -> None:
     assert credentials.find(IMAGE, home) is None
     places = [".docker/config.json", ".config/containers/auth.json", "run/containers/auth.json"]
     for number, path in enumerate(places):
@@ -51,7 +51,7 @@ def test_the_files_are_asked_in_their_order(place: Path, home: dict[str, str]) -
         assert user_of(credentials.find(IMAGE, home)) == f"user{number}"
 
 
-def test_the_variable_names_the_only_file(place: Path, home: dict[str, str]) -> None:
+def test_registry_auth_file_is_the_only_file(place: Path, home: dict[str, str]) -> None:
     write(place / "run/containers/auth.json", auths={"quay.io": entry("other:x")})
     home["REGISTRY_AUTH_FILE"] = str(write(place / "mine.json", auths={}))
     assert credentials.find(IMAGE, home) is None
@@ -63,7 +63,9 @@ def test_the_variable_names_the_only_file(place: Path, home: dict[str, str]) -> 
 @pytest.mark.parametrize(
     ("variable", "path"), [("XDG_CONFIG_HOME", "containers/auth.json"), ("DOCKER_CONFIG", "config.json")]
 )
-def test_other_places_by_variable(place: Path, home: dict[str, str], variable: str, path: str) -> None:
+def test_variables_change_the_directories_of_the_files(
+    place: Path, home: dict[str, str], variable: str, path: str
+) -> None:
     write(place / "else" / path, auths={"quay.io": entry("me:x")})
     assert user_of(credentials.find(IMAGE, {**home, variable: str(place / "else")})) == "me"
 
@@ -95,13 +97,13 @@ def test_an_identity_token_has_no_user(place: Path, home: dict[str, str]) -> Non
     assert found is not None and (found.user, found.secret) == ("", "long")
 
 
-def test_an_empty_entry_is_none(place: Path, home: dict[str, str]) -> None:
+def test_an_empty_entry_is_no_credential(place: Path, home: dict[str, str]) -> None:
     write(place / ".docker/config.json", auths={"quay.io": {}})
     assert credentials.find(IMAGE, home) is None
 
 
 @pytest.mark.parametrize("text", ["", "   \n", "{}", '{"auths": null}'])
-def test_an_empty_file_is_none(place: Path, home: dict[str, str], text: str) -> None:
+def test_an_empty_file_has_no_credential(place: Path, home: dict[str, str], text: str) -> None:
     write(place / ".docker/config.json").write_text(text)
     assert credentials.find(IMAGE, home) is None
 
@@ -126,11 +128,11 @@ def test_broken_files_are_named(place: Path, home: dict[str, str], text: str, re
     assert str(path) in str(caught.value)
 
 
-def test_a_secret_is_not_shown() -> None:
+def test_repr_does_not_show_the_secret() -> None:
     assert "hidden" not in repr(Credential("me", "hidden", "file"))
 
 
-def test_a_helper_gets_the_registry_and_gives_a_login(
+def test_a_helper_receives_the_registry_and_returns_a_credential(
     place: Path, home: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     helper(place, monkeypatch, 'read r; echo "{\\"Username\\": \\"$1 $r\\", \\"Secret\\": \\"s\\"}"')
@@ -141,7 +143,7 @@ def test_a_helper_gets_the_registry_and_gives_a_login(
     assert user_of(credentials.find(parse("docker.io/alpine"), home)) == "get https://index.docker.io/v1/"
 
 
-def test_a_helper_may_give_an_identity_token(
+def test_a_helper_may_return_an_identity_token(
     place: Path, home: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     helper(place, monkeypatch, """echo '{"ServerURL": "x", "Username": "<token>", "Secret": "long"}'""")
@@ -150,7 +152,9 @@ def test_a_helper_may_give_an_identity_token(
     assert found is not None and (found.user, found.secret) == ("", "long")
 
 
-def test_a_helper_without_a_login_is_none(place: Path, home: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_helper_without_a_credential_is_none(
+    place: Path, home: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     helper(place, monkeypatch, "echo credentials not found in native keychain; exit 1")
     write(place / ".docker/config.json", credsStore="vault")
     assert credentials.find(IMAGE, home) is None

@@ -1,4 +1,4 @@
-"""Names of images in registries, and what is refused as one."""
+"""Names of images in registries, valid and invalid."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_docker_hub_is_served_by_another_host() -> None:
     assert parse("quay.io:1/x").host == "quay.io:1"
 
 
-def test_a_digest_is_asked_for_before_the_tag() -> None:
+def test_the_digest_is_requested_rather_than_the_tag() -> None:
     assert parse(f"quay.io/x:1@{DIGEST}").target == DIGEST
     assert parse("quay.io/x").target == "latest"
 

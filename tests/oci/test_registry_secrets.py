@@ -1,4 +1,4 @@
-"""Who sees a password or a token, and who does not."""
+"""Which hosts receive a password or a token, and which do not."""
 
 import hashlib
 import re
@@ -17,14 +17,14 @@ from tests.oci import registries
 from tests.oci.registries import Proxy, Request, Server, TokenServer, redirect, status
 from tests.oci.transfers import Side, biggest, same
 
-# --- who sees a secret
+# --- passwords
 
 
 Find = Callable[[Reference], Credential | None]
 
 
 def as_user(user: str, secret: str) -> Find:
-    """A login for whatever is asked."""
+    """A credential for any registry."""
     return lambda _: Credential(user, secret, "a test")
 
 
@@ -51,8 +51,8 @@ def _blob(host: str, repository: str, digest: str) -> bytes:
         return b"".join(target.blob(digest).pieces())
 
 
-def test_a_stranger_that_asks_for_a_password_gets_none(place: Path, here: Side, away: Side) -> None:
-    """A 401 from where a redirect leads is not the registry's (CVE-2020-15157)."""
+def test_another_host_that_asks_for_a_password_gets_none(place: Path, here: Side, away: Side) -> None:
+    """A 401 from the target of a redirect does not come from the registry (CVE-2020-15157)."""
 
     def ask(request: Request) -> None:
         request.give(401, {"WWW-Authenticate": f'Bearer realm="http://{storage.host}/token",service="x"'})
@@ -82,7 +82,7 @@ def test_an_upload_to_another_host_gets_no_password(place: Path, here: Side) -> 
             proxy.harm("PUT", "/manifests/", status(201))
             here.push("it", f"{proxy.host}/offsite/it")
     assert len(got) == 3 and all("authorization" not in headers for _, _, headers in storage.requests)
-    # Several go at once: the order in which they are taken is not that in which they were noted.
+    # Layers are pushed concurrently: uploads may finish in another order than they start.
     wanted = {f"/up?state=x%3D1&digest=sha256%3A{hashlib.sha256(data).hexdigest()}" for data in got}
     assert {path for _, path, _ in storage.requests} == wanted
 
@@ -110,7 +110,7 @@ class Tokens(NamedTuple):
 
 @pytest.fixture
 def tokens(place: Path) -> Iterator[Tokens]:
-    """A registry that wants tokens, and who gives them out."""
+    """A registry that requires tokens, and the server that issues them."""
     keys = registries.make_keys(place)
     with TokenServer(keys, refresh="identity") as server, registries.registry(place / "t", auth=server.auth()) as host:
         yield Tokens(server, host)
@@ -129,7 +129,7 @@ def test_a_token_for_a_password(tokens: Tokens, here: Side, away: Side) -> None:
     ]
 
 
-def test_the_password_goes_to_the_token_server_alone(tokens: Tokens, here: Side) -> None:
+def test_the_password_goes_only_to_the_token_server(tokens: Tokens, here: Side) -> None:
     here.find = KNOWN
     with Proxy(tokens.host) as proxy:
         here.push("it", f"{proxy.host}/t/it")
@@ -144,7 +144,7 @@ def test_a_token_for_an_identity_token(tokens: Tokens, here: Side) -> None:
     assert {name for name, _, _ in tokens.server.requests} == {"POST"}
 
 
-def test_a_token_for_nobody(tokens: Tokens, here: Side) -> None:
+def test_an_anonymous_token(tokens: Tokens, here: Side) -> None:
     tokens.server.private = False
     here.push("it", f"{tokens.host}/t/it")
     assert all("authorization" not in headers for _, _, headers in tokens.server.requests)
@@ -165,7 +165,7 @@ def test_a_token_that_allows_less_than_was_asked_for(tokens: Tokens, here: Side)
         here.push("it", f"{tokens.host}/t/it")
 
 
-def test_a_token_at_its_end_is_renewed(tokens: Tokens, here: Side, away: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expired_token_is_renewed(tokens: Tokens, here: Side, away: Side, monkeypatch: pytest.MonkeyPatch) -> None:
     here.find = away.find = KNOWN
     here.push("it", f"{tokens.host}/t/it")
     seconds = 0.0
@@ -192,7 +192,7 @@ def test_a_token_at_its_end_is_renewed(tokens: Tokens, here: Side, away: Side, m
         (b'"' + b"x" * (1 << 20) + b'"', "more than 1048576 bytes"),
     ],
 )
-def test_what_is_no_token(away: Side, data: bytes, reason: str) -> None:
+def test_an_answer_without_a_token_is_an_error(away: Side, data: bytes, reason: str) -> None:
     def answer(request: Request) -> None:
         if request.path.startswith("/token"):
             request.give(200, data=data)

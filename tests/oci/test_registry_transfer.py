@@ -1,4 +1,4 @@
-"""Push and pull with a real registry: what is sent, what is not, and images of others."""
+"""Push and pull with docker-registry: what is sent, what is not, and images of other programs."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tests.oci.registries import Proxy
 from tests.oci.transfers import BASE, TOP, Side, foreign, same
 from tests.store.samples import add_image
 
-# --- there and back
+# --- round trips
 
 
 def test_what_is_pushed_is_pulled(server: str, here: Side, away: Side) -> None:
@@ -56,7 +56,7 @@ def test_an_image_without_layers(server: str, sides: Callable[[str], Side], away
     assert away.store.images.find("it").layers == ()
 
 
-def test_a_layer_that_comes_twice_goes_once(server: str, sides: Callable[[str], Side], away: Side) -> None:
+def test_a_layer_that_occurs_twice_is_sent_once(server: str, sides: Callable[[str], Side], away: Side) -> None:
     side = sides("twice")
     add_image(side.store, "it", BASE, TOP, BASE)
     pushed = side.push("it", f"{server}/twice/it")
@@ -65,17 +65,19 @@ def test_a_layer_that_comes_twice_goes_once(server: str, sides: Callable[[str], 
     assert away.files() == [BASE, TOP, BASE]
 
 
-# --- what is there already
+# --- layers and blobs that exist already
 
 
-def test_nothing_is_loaded_twice(server: str, here: Side, away: Side) -> None:
+def test_nothing_is_downloaded_twice(server: str, here: Side, away: Side) -> None:
     here.push("it", f"{server}/again/it")
     with Proxy(server) as proxy:
         away.pull(f"{proxy.host}/again/it")
         again = away.pull(f"{proxy.host}/again/it", "other")
         assert len(proxy.seen("GET", "/blobs/")) == 2 + 2 * 1  # the layers once, the configuration each time
     assert not any(layer.downloaded for layer in again.layers)
-    assert here.pull(f"{server}/again/it", "mine").layers[0].downloaded is False  # it made them itself
+    assert (
+        here.pull(f"{server}/again/it", "mine").layers[0].downloaded is False
+    )  # the store has the layers that it pushed
 
 
 def test_nothing_is_sent_or_compressed_twice(server: str, here: Side) -> None:
@@ -111,11 +113,11 @@ def test_a_registry_that_does_not_mount(server: str, here: Side) -> None:
         proxy.hidden = r"\?mount=.*"
         again = here.push("it", f"{proxy.host}/nomount/b")
         assert len(proxy.seen("POST", "mount=")) == 2
-        assert len(proxy.seen("DELETE", "/nomount/b/blobs/uploads/")) == 2  # no upload is left open there
+        assert len(proxy.seen("DELETE", "/nomount/b/blobs/uploads/")) == 2  # no unfinished upload is left
     assert [layer.how for layer in again.layers] == ["uploaded", "uploaded"]
 
 
-def test_what_is_remembered_wrongly_is_sent(server: str, here: Side, place: Path) -> None:
+def test_a_blob_that_is_not_where_the_cache_says_is_sent(server: str, here: Side, place: Path) -> None:
     here.push("it", f"{server}/forgotten/it")
     with registries.registry(place / "fresh") as fresh:
         again = here.push("it", f"{fresh}/forgotten/it")
@@ -125,7 +127,7 @@ def test_what_is_remembered_wrongly_is_sent(server: str, here: Side, place: Path
     assert [layer.how for layer in here.push("it", f"{server}/forgotten/it").layers] == ["present", "present"]
 
 
-# --- images of others
+# --- images of other programs
 
 
 def test_an_unchanged_image_keeps_its_manifest(server: str, away: Side) -> None:
@@ -147,7 +149,7 @@ def test_a_changed_image_gets_another_manifest(server: str, away: Side) -> None:
     assert [layer.how for layer in pushed.layers] == ["present"]
 
 
-def test_where_the_blobs_are_missing_the_manifest_is_our_own(server: str, away: Side, here: Side, place: Path) -> None:
+def test_without_the_original_blobs_the_manifest_is_new(server: str, away: Side, here: Side, place: Path) -> None:
     digest = foreign(server, "docker/moved")
     away.pull(f"{server}/docker/moved")
     with registries.registry(place / "other") as other:
@@ -160,7 +162,7 @@ def test_where_the_blobs_are_missing_the_manifest_is_our_own(server: str, away: 
 
 
 def put_index(host: str, repository: str, manifests: list[tuple[str, str, str]], tag: str = "latest") -> None:
-    """Put an index of (digest, media type, platform)."""
+    """Upload an index of (digest, media type, platform)."""
     listed = []
     for digest, kind, platform in manifests:
         os_name, architecture = platform.split("/")
@@ -201,7 +203,7 @@ def test_several_platforms(server: str, away: Side) -> None:
         ({"diff_ids": ["sha256:../../x"]}, "is not a sha256 digest"),
     ],
 )
-def test_what_is_no_image_is_refused(server: str, away: Side, words: dict[str, Any], reason: str) -> None:
+def test_what_is_not_an_image_is_refused(server: str, away: Side, words: dict[str, Any], reason: str) -> None:
     foreign(server, "wrong/x", **words)
     with pytest.raises(UserError, match=reason):
         away.pull(f"{server}/wrong/x")

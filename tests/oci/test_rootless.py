@@ -1,4 +1,4 @@
-"""Import and export by somebody who is not root: owners and devices lie in attributes, and come out as they went in."""
+"""Import and export without root: owners and devices are kept in override xattrs, and exported unchanged."""
 
 import io
 import os
@@ -36,7 +36,7 @@ LAYER = (
 
 @pytest.fixture
 def archive(place: Path, store: LayerStore) -> Path:
-    """The layer as a file, in a directory of the user's; the modules are loaded already."""
+    """The layer in a file, in a directory of the user; the modules are loaded before."""
     read_blob(store, io.BytesIO(LAYER).read)
     home = place / "home"
     home.mkdir()
@@ -46,44 +46,44 @@ def archive(place: Path, store: LayerStore) -> Path:
 
 
 def _there_and_back(archive: Path) -> tuple[Dump, list[str]]:
-    """Import as the user, and write what came of it in every form; returns what the user sees, and is told."""
-    told: list[str] = []
+    """Import as the user, and export in every format; return the tree that the user sees, and the notices."""
+    notices: list[str] = []
     with LayerStore(os.fsencode(archive.parent / "store")) as own:
-        import_image(own, os.fsencode(archive), "mine", ImportOptions(notice=told.append))
+        import_image(own, os.fsencode(archive), "mine", ImportOptions(notice=notices.append))
         for kind in (Format.OCI, Format.DIRECTORY):
             target = os.fsencode(archive.parent / kind.value)
-            export_image(own, "mine", target, ExportOptions(kind, notice=told.append))
-        return samples.view(own, "mine"), told
+            export_image(own, "mine", target, ExportOptions(kind, notice=notices.append))
+        return samples.view(own, "mine"), notices
 
 
 def test_owners_come_out_as_they_went_in(archive: Path, store: LayerStore) -> None:
-    seen, told = run_as(ALICE, lambda: _there_and_back(archive))
+    seen, notices = run_as(ALICE, lambda: _there_and_back(archive))
     import_image(store, os.fsencode(archive), "direct")
     import_image(store, os.fsencode(archive.parent / "oci"), "around")
     direct, around = samples.view(store, "direct"), samples.view(store, "around")
-    # Two things are lost on the way: the owner of a symbolic link, and what only root may set.
+    # Two things are lost: the owner of a symbolic link, and xattrs that only root may set.
     assert direct.pop(b"l")._replace(uid=ALICE.uid, gid=ALICE.gid) == around.pop(b"l")
     assert direct.pop(b"t")._replace(xattrs=()) == around.pop(b"t")
     assert direct == around
-    assert told[0] == "1 extended attributes were left out: only root can set them"
-    # A mount by the user shows the same, but for capabilities, which it keeps to itself.
+    assert notices[0] == "1 extended attributes were left out: only root can set them"
+    # A mount by the user shows the same, except for capabilities, which it hides.
     for path, entry in direct.items():
         kept = tuple(each for each in entry.xattrs if each[0] != "security.capability")
         assert seen[path]._replace(links=(), nlink=0) == entry._replace(xattrs=kept, links=(), nlink=0), path
 
 
 def test_a_directory_of_the_users_own(archive: Path) -> None:
-    _, told = run_as(ALICE, lambda: _there_and_back(archive))
+    _, notices = run_as(ALICE, lambda: _there_and_back(archive))
     found = picture(archive.parent / "dir")
     assert {path: (entry.kind, entry.mode, entry.uid) for path, entry in found.items() if path} == {
         b"d": ("dir", 0o750, ALICE.uid), b"d/f": ("file", 0o755, ALICE.uid), b"closed": ("file", 0, ALICE.uid),
         b"o": ("dir", 0o755, ALICE.uid), b"l": ("symlink", 0o777, ALICE.uid), b"pipe": ("fifo", 0o620, ALICE.uid),
         b"t": ("file", 0o644, ALICE.uid),
     }  # fmt: skip
-    assert "1 devices were left out: only root can make them" in told
+    assert "1 devices were left out: only root can make them" in notices
 
 
-def test_blobs_do_not_tell_who_wrote_them(archive: Path, store: LayerStore) -> None:
+def test_blobs_do_not_depend_on_the_user_who_writes_them(archive: Path, store: LayerStore) -> None:
     plain = directory(b"d", uid=5) + file(b"d/f", b"x", mode=0o4711, uid=6) + device(b"null", 1, 3) + END
 
     def own() -> str:

@@ -1,4 +1,4 @@
-"""Streams, threads and compression: the same bytes, errors where they belong, nothing left running."""
+"""Streams, threads and compression: the same bytes, errors in their place, no thread left running."""
 
 import hashlib
 import io
@@ -38,7 +38,7 @@ def expanded(data: bytes, kind: Compression, most: int = 1 << 16) -> bytes:
 
 @pytest.fixture(params=["fast", "plain"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With isal, and as where there is none."""
+    """With isal, and without it."""
     if request.param == "plain":
         monkeypatch.setattr(compression, "_isal", None)
 
@@ -57,7 +57,7 @@ def test_what_was_packed_comes_back(kind: Compression) -> None:
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("kind", PACKED)
-def test_bytes_depend_on_the_input_alone(kind: Compression, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_depend_only_on_the_input(kind: Compression, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = compressed(SAMPLE, kind)
     assert compressed(SAMPLE, kind, 70_000) == packed
     for processors in (1, 7):
@@ -98,7 +98,7 @@ def test_damage_is_found(kind: Compression) -> None:
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("kind", PACKED)
-def test_a_bomb_comes_in_small_pieces(kind: Compression) -> None:
+def test_a_compression_bomb_is_read_in_small_pieces(kind: Compression) -> None:
     packed = compressed(bytes(64 << 20), kind)
     assert len(packed) < 1 << 20
     source = io.BytesIO(packed)
@@ -132,7 +132,7 @@ def test_pieces_come_in_order() -> None:
         assert ahead.read(1) == b""
 
 
-def test_a_failure_takes_its_place_in_the_stream() -> None:
+def test_a_failure_is_raised_in_its_place_in_the_stream() -> None:
     def fails() -> Iterator[bytes]:
         yield b"first"
         raise OSError(5, os.strerror(5))
@@ -143,7 +143,7 @@ def test_a_failure_takes_its_place_in_the_stream() -> None:
             ahead.read(1)
 
 
-def test_a_thread_runs_ahead_only_so_far_and_ends_with_its_reader() -> None:
+def test_prefetch_is_bounded_and_ends_with_its_reader() -> None:
     given, closed = [], threading.Event()
 
     def endless() -> Iterator[bytes]:
@@ -161,7 +161,7 @@ def test_a_thread_runs_ahead_only_so_far_and_ends_with_its_reader() -> None:
     assert not any(thread.name == "test" for thread in threading.enumerate())
 
 
-def test_leaving_waits_for_a_piece_that_is_being_made() -> None:
+def test_leaving_waits_for_the_piece_in_progress() -> None:
     begun, go_on, made = threading.Event(), threading.Event(), []
 
     def slow() -> Iterator[bytes]:
@@ -183,7 +183,7 @@ def test_a_stream_knows_its_digest() -> None:
     assert stream.digest == "sha256:" + hashlib.sha256(b"abc" * 1000).hexdigest()
 
 
-def test_what_was_looked_at_is_read_again() -> None:
+def test_peeked_bytes_are_read_again() -> None:
     source = io.BytesIO(b"abcdef")
     stream = PeekableReader(lambda size: source.read(min(size, 2)))
     assert stream.peek(3) == b"abc"

@@ -1,4 +1,4 @@
-"""Reading tar archives: every form in use, and no damage that goes unnoticed or asks for memory."""
+"""Reading tar archives: every format in use, and damage, which is always noticed and never takes memory."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def entries(archive: bytes) -> list[TarEntry]:
 
 
 def refusal(archive: bytes) -> str:
-    """The sentence with which an archive is refused."""
+    """The message with which an archive is refused."""
     with pytest.raises(ArchiveError) as caught:
         read(archive)
     return str(caught.value)
@@ -81,7 +81,7 @@ def test_a_shown_name_fits_a_line(name: bytes) -> None:
     assert len(shown(name)) < 170
 
 
-# --- what others write
+# --- archives of other programs
 
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -174,25 +174,25 @@ def test_old_archives_have_directories_by_their_slash() -> None:
     assert entry.kind is Kind.DIRECTORY
 
 
-def test_the_prefix_belongs_to_ustar_alone() -> None:
+def test_only_ustar_has_a_prefix() -> None:
     for magic, path in ((b"ustar\x0000", b"p/n"), (b"ustar  \0", b"n"), (bytes(8), b"n")):
         assert [entry.path for entry in entries(header(b"n", prefix=b"p", magic=magic) + END)] == [path]
 
 
-def test_a_global_header_says_nothing() -> None:
-    """As in Go's reader, through which others look at layers."""
+def test_a_global_header_is_ignored() -> None:
+    """As in Go's archive/tar, which other programs use for layers."""
     (entry,) = entries(pax({b"path": b"elsewhere", b"mtime": b"1"}, b"g") + file(b"here") + END)
     assert entry.path == b"here"
     assert entry.mtime_ns == archives.EPOCH * 10**9
 
 
 def test_only_files_have_data() -> None:
-    """A size on a directory or link is not skipped: Go does not, and two readings would hide entries from one."""
+    """The size of a directory or link is ignored, as Go does: with two interpretations, one would miss entries."""
     found = entries(header(b"d", b"5", size=512) + file(b"hidden?") + END)
     assert [entry.path for entry in found] == [b"d", b"hidden?"]
 
 
-def test_a_record_without_a_value_takes_an_earlier_one_away() -> None:
+def test_a_record_without_a_value_removes_an_earlier_one() -> None:
     assert [entry.path for entry in entries(pax(archives.record(b"path", b"x") + b"8 path=\n") + file(b"y") + END)] == [
         b"y"
     ]
@@ -211,7 +211,7 @@ def test_an_archive_may_end_without_its_mark() -> None:
     assert entries(b"") == []
 
 
-# --- what nobody should write
+# --- invalid archives
 
 
 NUMBERS = [
@@ -288,7 +288,7 @@ def test_damaged_maps_are_refused(records: dict[bytes, bytes]) -> None:
     assert "map" in refusal(_sparse(records, b"8 bytes!"))
 
 
-def test_a_map_that_never_ends() -> None:
+def test_an_endless_sparse_map_is_refused() -> None:
     records = {b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.realsize": b"9"}
     assert "too many pieces" in refusal(_sparse(records, padded_map(1 << 40)))
     assert "map" in refusal(_sparse(records, b"3" * 5000))
@@ -298,13 +298,13 @@ def padded_map(count: int) -> bytes:
     return archives.padded(b"%d\n" % count)
 
 
-def test_extents_without_data_are_left_out() -> None:
+def test_empty_extents_are_dropped() -> None:
     ((entry, data),) = read(_sparse({b"GNU.sparse.map": b"0,0,4,8,100,0", b"GNU.sparse.size": b"100"}, b"8 bytes!"))
     assert entry.extents == ((4, 8),)
     assert data == b"8 bytes!"
 
 
-# --- laws
+# --- properties
 
 
 SAMPLE = (
@@ -398,7 +398,7 @@ def test_the_standard_library_reads_what_we_write(made: list[TarEntry]) -> None:
     archive = b"".join(tar_writer.header(e) + b"z" * e.size + tar_writer.padding(e.size) for e in made) + tar_writer.END
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
         found = opened.getmembers()
-    # The library strips slashes at the end and reads an unclean name of PAX as Latin-1; both are its own affair.
+    # tarfile strips trailing slashes, and decodes PAX names that are not UTF-8 as Latin-1.
     assert [os.fsencode(member.name) for member in found if member.name.isascii()] == [
         entry.path for entry, member in zip(made, found, strict=True) if member.name.isascii()
     ]
@@ -406,7 +406,7 @@ def test_the_standard_library_reads_what_we_write(made: list[TarEntry]) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 5, 8**11 - 1, 8**11, 2**40])
-def test_a_header_that_comes_late_is_one_block(size: int) -> None:
+def test_a_file_header_is_always_one_block(size: int) -> None:
     block = tar_writer.file_header(b"blobs/x", size)
     assert len(block) == tar_reader.BLOCK
     reader = TarReader(io.BytesIO(block).read)

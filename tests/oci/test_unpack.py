@@ -1,4 +1,4 @@
-"""What entries of an archive make of a layer, and that nothing they say reaches beyond it."""
+"""Unpacking entries into a layer; nothing outside the layer can be reached."""
 
 import errno
 import io
@@ -27,7 +27,7 @@ OPAQUE = "trusted.overlay.opaque"
 
 @pytest.fixture
 def root(place: Path) -> Iterator[Path]:
-    """Where a layer is made, beside trees that must not change."""
+    """An empty directory for a layer, beside trees that must not change."""
     canary = place / "canary"
     (canary / "etc").mkdir(parents=True)
     (canary / "etc" / "shadow").write_text("secret")
@@ -95,14 +95,14 @@ def test_every_kind_with_its_attributes(root: Path) -> None:
     assert all(found[name].st_mtime_ns == archives.EPOCH * 10**9 for name in ("d", "d/f", "l", "p", "c"))
 
 
-def test_capabilities_outlive_the_owner_and_the_mode(root: Path) -> None:
+def test_capabilities_survive_chown_and_chmod(root: Path) -> None:
     capability = bytes.fromhex("0100000200040000000000000000000000000000")
     made(root, pax({b"SCHILY.xattr.security.capability": capability}) + file(b"f", b"x", uid=7, mode=0o6755))
     assert os.getxattr(root / "f", "security.capability") == capability
     assert (root / "f").stat().st_mode & 0o7777 == 0o6755
 
 
-def test_times_of_directories_are_their_own_whatever_comes_after(root: Path) -> None:
+def test_later_entries_do_not_change_times_of_directories(root: Path) -> None:
     many = b"".join(directory(b"d%d" % n, mtime=1000 + n) for n in range(200))
     later = b"".join(file(b"d%d/f%d" % (n, turn), mtime=5) for turn in range(3) for n in range(200))
     made(root, directory(b"./", mtime=77), many, later)
@@ -110,7 +110,7 @@ def test_times_of_directories_are_their_own_whatever_comes_after(root: Path) -> 
     assert root.stat().st_mtime == 77
 
 
-def test_missing_parents_are_made_for_everybody_to_read(root: Path) -> None:
+def test_missing_parents_are_readable_by_all(root: Path) -> None:
     made(root, file(b"a/b/c", mtime=5), directory(b"a", mode=0o700, uid=9, mtime=6))
     assert (root / "a").stat().st_mode & 0o7777 == 0o700
     found = (root / "a" / "b").stat()
@@ -153,7 +153,7 @@ def test_sparse_files_keep_their_holes(root: Path) -> None:
         )
 
 
-# --- entries that meet
+# --- entries with the same name
 
 
 def test_the_last_of_equal_names_counts(root: Path) -> None:
@@ -192,14 +192,14 @@ def test_links_of_every_shape(root: Path) -> None:
     assert (root / "a").stat().st_nlink == 3
 
 
-def test_a_link_over_the_directory_that_holds_its_target(root: Path) -> None:
+def test_a_link_over_the_directory_of_its_target(root: Path) -> None:
     assert "does not come before it" in refused(root, file(b"d/x"), hardlink(b"d", b"d/x"))
 
 
-# --- deletions
+# --- whiteouts
 
 
-def test_deletions_become_devices(root: Path) -> None:
+def test_whiteouts_become_devices(root: Path) -> None:
     made(root, directory(b"d"), file(b"d/.wh.gone"), pax({b"path": b".wh." + b"n" * 255}) + file(b""), file(b".wh..x"))
     assert is_whiteout(root / "d" / "gone")
     assert is_whiteout(root / ("n" * 255))
@@ -207,18 +207,18 @@ def test_deletions_become_devices(root: Path) -> None:
     assert len(paths(root)) == 4
 
 
-def test_deletions_are_names_of_one_device(root: Path) -> None:
+def test_whiteouts_are_links_to_one_device(root: Path) -> None:
     made(root, file(b".wh.a"), file(b"d/x"), file(b"d/.wh.b"), file(b".wh.c"))
     assert (root / "a").lstat().st_ino == (root / "d" / "b").lstat().st_ino == (root / "c").lstat().st_ino
 
 
-def test_a_device_that_has_lost_its_names(root: Path) -> None:
+def test_a_whiteout_device_without_links_is_replaced(root: Path) -> None:
     made(root, file(b".wh.a"), file(b"a"), file(b".wh.b"))
     assert is_whiteout(root / "b")
     assert not is_whiteout(root / "a")
 
 
-def test_a_device_with_as_many_names_as_can_be(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whiteout_device_with_the_most_links_is_replaced(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(source_fd: int, source: bytes, dirfd: int, name: bytes) -> None:
         raise OSError(errno.EMLINK, "Too many links")
 
@@ -228,7 +228,7 @@ def test_a_device_with_as_many_names_as_can_be(root: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("order", [0, 1])
-def test_a_deletion_never_concerns_its_own_layer(root: Path, order: int) -> None:
+def test_a_whiteout_applies_only_to_lower_layers(root: Path, order: int) -> None:
     parts = [file(b".wh.f") + file(b".wh.d"), file(b"f", b"here") + directory(b"d") + file(b"d/x")]
     made(root, *(parts if order == 0 else reversed(parts)))
     assert paths(root) == ["d", "d/x", "f"]
@@ -236,7 +236,7 @@ def test_a_deletion_never_concerns_its_own_layer(root: Path, order: int) -> None
     assert (root / "f").read_text() == "here"
 
 
-def test_entries_below_a_deletion_make_an_opaque_directory(root: Path) -> None:
+def test_entries_below_a_whiteout_make_an_opaque_directory(root: Path) -> None:
     made(root, file(b".wh.d"), file(b"d/e/f"))
     assert is_opaque(root / "d")
     assert not is_opaque(root / "d" / "e")
@@ -244,13 +244,13 @@ def test_entries_below_a_deletion_make_an_opaque_directory(root: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_deletion_below_a_deletion_says_nothing(root: Path, order: int) -> None:
+def test_a_whiteout_below_a_whiteout_means_nothing(root: Path, order: int) -> None:
     made(root, *[file(b".wh.d"), file(b"d/.wh.x"), file(b"d/e/.wh.y")][::order])
     assert paths(root) == ["d"]
     assert is_whiteout(root / "d")
 
 
-def test_deletions_in_directories_that_come_later_or_never(root: Path) -> None:
+def test_whiteouts_in_directories_that_come_later_or_never(root: Path) -> None:
     made(root, file(b"d/.wh.x"), file(b"e/f/.wh.y"), directory(b"d", mode=0o700, mtime=8))
     assert is_whiteout(root / "d" / "x")
     assert is_whiteout(root / "e" / "f" / "y")
@@ -258,7 +258,7 @@ def test_deletions_in_directories_that_come_later_or_never(root: Path) -> None:
     assert paths(root) == ["d", "d/x", "e", "e/f", "e/f/y"]
 
 
-def test_more_deletions_than_can_wait(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_whiteouts_than_are_deferred(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpacking, "_MAX_DEFERRED", 3)
     made(root, *(file(b"d/.wh.%d" % number) for number in range(6)), file(b".wh.e"), file(b"e/.wh.x"), file(b"f/g"))
     assert all(is_whiteout(root / "d" / str(number)) for number in range(6))
@@ -267,7 +267,7 @@ def test_more_deletions_than_can_wait(root: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_opaque_directories_hold_no_deletions(root: Path, order: int) -> None:
+def test_opaque_directories_have_no_whiteouts(root: Path, order: int) -> None:
     made(root, directory(b"d"), *[file(b"d/.wh..wh..opq"), file(b"d/.wh.x"), file(b"d/y")][::order])
     assert is_opaque(root / "d")
     assert paths(root) == ["d", "d/y"]
@@ -288,17 +288,17 @@ def test_repeated_opaque_marks_cost_nothing(root: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "mark", [header(b".wh.x", b"5"), symlink(b".wh.x", b"/etc"), file(b".wh.x", b"content"), hardlink(b".wh.x", b"y")]
 )
-def test_a_deletion_is_one_whatever_its_type(root: Path, mark: bytes) -> None:
+def test_an_entry_of_any_type_is_a_whiteout(root: Path, mark: bytes) -> None:
     assert is_whiteout(made(root, mark) / "x")
     assert paths(root) == ["x"]
 
 
-def test_what_aufs_keeps_is_no_part_of_a_layer(root: Path) -> None:
+def test_aufs_metadata_is_left_out(root: Path) -> None:
     made(root, directory(b".wh..wh.plnk"), file(b".wh..wh.plnk/1.2"), file(b".wh..wh.aufs"), file(b"f"))
     assert paths(root) == ["f"]
 
 
-def test_attributes_of_a_union_are_the_users_own(root: Path) -> None:
+def test_overlay_xattrs_in_archives_are_escaped(root: Path) -> None:
     names = ("trusted.overlay.opaque", "trusted.overlay.redirect", "user.overlay.metacopy", "trusted.overlaypy.lazy",
              "user.fuseoverlayfs.opaque", "user.containers.override_stat", "security.selinux", "user.kept")  # fmt: skip
     made(root, pax({f"SCHILY.xattr.{name}".encode(): b"y" for name in names}) + directory(b"d"))
@@ -345,12 +345,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_whole_with_the_entry(root: Path, name: str) -> None:
+def test_the_archive_is_refused_with_the_name_of_the_entry(root: Path, name: str) -> None:
     archive, reason = REFUSED[name]
     assert reason in refused(root, file(b"good"), archive, file(b"after"))
 
 
-def test_ten_thousand_attributes_end_in_a_sentence(root: Path) -> None:
+def test_ten_thousand_xattrs_are_a_user_error(root: Path) -> None:
     many = {b"SCHILY.xattr.user.n%d" % n: b"v" * 20 for n in range(10_000)}
     assert "cannot be kept" in refused(root, pax(many) + file(b"f"))
 
@@ -360,21 +360,21 @@ def _hole(name: bytes, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("sizes", [[2**63 - 1], [5 << 20], [1 << 20] * 5])
-def test_holes_out_of_proportion_are_refused(place: Path, sizes: list[int]) -> None:
-    """A file system that takes files of any size takes them all; but they are hashed, and that would never end."""
+def test_excessive_holes_are_refused(place: Path, sizes: list[int]) -> None:
+    """A file system may accept sparse files of any size, but hashing them would take forever."""
     archive = b"".join(_hole(b"f%d" % number, size) for number, size in enumerate(sizes))
     with disk("tmpfs", place / "disk", 1 << 20) as point:
-        told = refused(point / "layer", archive)
-    assert "the files of the layer have" in told
-    assert told.endswith("at most 4 MiB are allowed")
+        message = refused(point / "layer", archive)
+    assert "the files of the layer have" in message
+    assert message.endswith("at most 4 MiB are allowed")
 
 
-def test_a_hole_in_proportion_is_taken(place: Path) -> None:
+def test_a_moderate_hole_is_accepted(place: Path) -> None:
     with disk("tmpfs", place / "disk", 1 << 20) as point:
         assert (made(point / "layer", _hole(b"f", 4 << 20)) / "f").stat().st_size == 4 << 20
 
 
-def test_a_path_as_deep_as_they_go(root: Path) -> None:
+def test_the_longest_path(root: Path) -> None:
     path = b"/".join([b"d"] * 2047)
     made(root, pax({b"path": path}) + file(b""), pax({b"path": path}) + directory(b""), file(b"d"))
     assert paths(root) == ["d"]
@@ -393,7 +393,7 @@ def test_strange_names_are_kept(root: Path) -> None:
 
 def test_many_entries_in_little_memory(root: Path) -> None:
     class Endless(io.RawIOBase):
-        """A million empty files in ten thousand directories would be too slow here: some of them."""
+        """An archive of many empty files in many directories; a million files would be too slow here."""
 
         def __init__(self) -> None:
             self.number = 0
@@ -415,7 +415,7 @@ def test_many_entries_in_little_memory(root: Path) -> None:
     assert sum(len(files) for _, _, files in os.walk(root)) == 4000
 
 
-# --- other places
+# --- other file systems
 
 
 def test_without_the_right_to_make_devices(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,7 +436,7 @@ def test_without_extended_attributes(place: Path) -> None:
         assert paths(point / "layer") == ["d", "d/.wh..wh..opq", "d/f"]
 
 
-def test_what_fails_names_the_entry(place: Path) -> None:
+def test_errors_name_the_entry(place: Path) -> None:
     with disk("tmpfs", place / "disk", 1 << 20) as point:
         sentence = refused(point / "layer", file(b"d/large", b"x" * (2 << 20)))
     assert sentence == "cannot unpack d/large: No space left on device"
@@ -452,7 +452,7 @@ def test_a_merged_tree_has_ordinary_names(root: Path) -> None:
     assert paths(root) == [".wh.x"]
 
 
-def test_holes_are_told_from_edges() -> None:
+def test_a_hole_is_recognised_from_its_edges() -> None:
     zero = bytes(unpacking._HOLE_CHECK)
     assert unpacking._is_zero(memoryview(zero))
     for at in (0, 1, len(zero) // 2, len(zero) - 1):
@@ -461,5 +461,5 @@ def test_holes_are_told_from_edges() -> None:
     assert unpacking._is_zero(memoryview(zero[:4096]))
 
 
-def test_bad_archives_are_sentences() -> None:
+def test_a_damaged_archive_is_a_user_error() -> None:
     assert issubclass(ArchiveError, UserError)

@@ -1,4 +1,4 @@
-"""Two sides of a registry, the images that travel, and images as others push them."""
+"""Sides of a registry with their stores, and images as other programs push them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TOP = {"etc/motd": "bye\n"}
 
 
 class Side:
-    """A store, and push and pull with it; pauses cost nothing and are kept in `waits`."""
+    """A store, and push and pull with it; backoffs take no time and are recorded in `waits`."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -53,7 +53,7 @@ class Side:
         return [_files(Path(os.fsdecode(layer.tree_path))) for layer in self.store.stack_of(name)]
 
     def is_clean(self) -> bool:
-        """Whether nothing half done lies in the store."""
+        """Whether the store has no unfinished files."""
         rooms = there(self.place)
         return not rooms["staging"] and not rooms["trash"]
 
@@ -67,7 +67,7 @@ def same(left: Side, right: Side) -> bool:
 
 
 def foreign(host: str, repository: str, **words: Any) -> str:
-    """Put an image as Docker makes them: other media types, other compression, members unknown to us. Its digest."""
+    """Upload an image as Docker does: other media types, other compression, unknown members; return its digest."""
     with HttpClient(plain_http=True) as client:
         target = Repository(client, parse(f"{host}/{repository}"), lambda: None, push=True)
 
