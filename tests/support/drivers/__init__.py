@@ -1,4 +1,4 @@
-"""One interface over a plain directory, `fs/` without a mount, our mount, and the kernel's overlayfs."""
+"""One interface to a plain directory, `overlayfs.fs` without a mount, our mount, and kernel overlayfs."""
 
 from tests.support.drivers.base import Path, Tree
 from tests.support.drivers.mounts import CommandMount, FuseMount, KernelOverlay, PlainDirectory, Pyfuse3Mount

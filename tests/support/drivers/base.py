@@ -1,4 +1,4 @@
-"""The interface that tests use: operations by path, each with the errno it is expected to fail with."""
+"""The interface that tests use: operations by path, each with the errno that is expected."""
 
 import os
 import stat as modes

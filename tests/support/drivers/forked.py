@@ -1,4 +1,4 @@
-"""Mounts of our program whose daemon is forked from this process: ready in milliseconds, otherwise like any mount."""
+"""Mounts whose daemon is forked from the test process: ready in milliseconds, otherwise like any mount."""
 
 import importlib
 import os
@@ -31,7 +31,7 @@ def load() -> None:
 
 
 class ForkedMount(Tree):
-    """A mount of directories. Its daemon inherits what was patched here."""
+    """A mount of directories. Its daemon inherits what the test has patched."""
 
     name = "forked"
 
@@ -58,12 +58,12 @@ class ForkedMount(Tree):
         assert status == 0, f"the daemon ended with {status}"
 
     def kill(self) -> None:
-        """End it, unless ended, whatever the daemon is doing."""
+        """End the mount if it has not ended, whatever its daemon is doing."""
         if self.in_use:
             self.in_use = False
             os.kill(self.daemon, signal.SIGKILL)
             processes.reap(self.daemon)
-            with suppress(OSError):  # the mount may be gone, so that open files fail
+            with suppress(OSError):  # the mount may have ended, and then open files fail
                 syscalls.umount(self._point, DETACH)
                 self.raw.close()
 
@@ -73,7 +73,7 @@ class ForkedMount(Tree):
 
 
 class ForkedImage(ForkedMount):
-    """A mount of an image: the layers of the stack become those of a store, which brings upper and work directory."""
+    """A mount of an image: the stack's layers are put into a store, which has the upper and work directories."""
 
     name = "forked-image"
     can_rotate = True
@@ -108,7 +108,7 @@ class ForkedImage(ForkedMount):
 
 @contextmanager
 def unhashed() -> Iterator[None]:
-    """Layers that are committed inside are not hashed, which takes a process each."""
+    """Committed layers are not hashed, which would take a process for each."""
 
     async def begin(self: live_commit.LiveCommits, store: bytes, layer_id: str) -> None:
         """Keep the layer."""

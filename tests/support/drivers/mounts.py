@@ -20,7 +20,7 @@ DETACH = 2
 
 
 class PlainDirectory(Tree):
-    """The flattened stack in an ordinary directory: what any file system does."""
+    """The merged tree copied to an ordinary directory, as the reference."""
 
     name = "plain"
     built = False
@@ -38,7 +38,7 @@ class PlainDirectory(Tree):
         pass
 
     def rotate(self) -> None:
-        """Nothing to commit."""
+        """Do nothing: there is no upper."""
         self.remount()
 
     def commit(self, layer: os.PathLike[str]) -> None:
@@ -82,7 +82,7 @@ def run(*command: str) -> str:
 
 
 class FuseMount(Tree):
-    """The mount helper and its daemon, which becomes a child of the tests; `engine` None takes the one of the run."""
+    """The mount helper and its daemon, a child process of the tests; `engine` None is the engine of the test run."""
 
     name = "fuse"
     program: ClassVar[tuple[str, ...]] = (f"{COMMAND}-mount",)
@@ -113,21 +113,21 @@ class FuseMount(Tree):
 
 
 class Pyfuse3Mount(FuseMount):
-    """The same, served by the portable engine."""
+    """A mount by the portable engine."""
 
     name = "pyfuse3"
     engine = "pyfuse3"
 
 
 class CommandMount(FuseMount):
-    """The same mount as people ask for it: it talks, and is nosuid and nodev unless asked."""
+    """A mount by the command, which prints messages, and is nosuid and nodev by default."""
 
     name = "command"
     program = (COMMAND, "mount")
 
 
 class KernelOverlay(Tree):
-    """The kernel's overlayfs with the features on that our semantics ask for."""
+    """Kernel overlayfs with the features that our mounts have by default."""
 
     name = "kernel"
     features: ClassVar[dict[str, str | None]] = {"redirect_dir": "on", "index": "on", "metacopy": "on"}
@@ -149,7 +149,7 @@ class KernelOverlay(Tree):
         unmount(self.stack.mountpoint)
 
     def commit(self, layer: os.PathLike[str]) -> None:
-        """A layer is an upper; but what its index directory knows is lost."""
+        """Make the upper a layer; its index is lost."""
         self.close()
         assert self.stack.upper is not None
         self.stack.upper.rename(layer)

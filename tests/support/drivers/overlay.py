@@ -1,4 +1,4 @@
-"""The verbs of `overlayfs.Overlay` by path, with the path walk that the kernel does for a mount."""
+"""The operations of `overlayfs.Overlay` by path, with the path walk that the kernel does for a mount."""
 
 import os
 import stat as modes
@@ -290,7 +290,7 @@ class FsRaw:
         if modes.S_ISDIR(mode) and writing:
             raise oserror(EISDIR)
         if modes.S_ISFIFO(mode):
-            raise oserror(ENXIO if writing else ESPIPE)  # as the kernel answers without a partner, when read or written
+            raise oserror(ENXIO if writing else ESPIPE)  # as the kernel, if only one end is open
 
 
 class FsDriver(Tree):

@@ -1,4 +1,4 @@
-"""Operations through the kernel, for everything that has a path: a plain directory and every mount."""
+"""Operations through system calls, for plain directories and mounts."""
 
 import os
 from contextlib import suppress
@@ -54,7 +54,7 @@ class PosixHandle:
 
 
 class PosixRaw:
-    """Operations below `root`, by one descriptor of it, so that long paths keep their full length."""
+    """Operations below `root`, relative to its descriptor, so that its path does not count for PATH_MAX."""
 
     def __init__(self, root: bytes) -> None:
         self.root = root
