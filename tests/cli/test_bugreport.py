@@ -63,6 +63,19 @@ def test_a_mount_that_has_names(shop: Path, engine: str) -> None:
     process("overlayfs", "umount", path(shop, "mnt"))
 
 
+@pytest.mark.mounted
+@pytest.mark.root
+def test_an_image_that_has_names(shop: Path) -> None:
+    store = ("--store", path(shop, "store"))
+    assert process("overlayfs", "import", path(shop, "base"), "-t", f"{SECRET}:{SECRET}", *store).code == 0
+    named = (f"{SECRET}:{SECRET}", path(shop, "mnt"), "--name", f"{SECRET}-workspace")
+    assert process("overlayfs", "mount", *named, *store).code == 0
+    report = _reported(shop, path(shop, "mnt"))
+    assert SECRET not in report
+    assert _facts(report)["image"] == "yes"
+    assert process("overlayfs", "umount", path(shop, "mnt")).code == 0
+
+
 def _reported(shop: Path, point: str) -> str:
     """Return the report as a user of a host with telling names gets it."""
     script = 'hostname "$1" && shift && exec "$@"'
