@@ -91,7 +91,7 @@ def _need_space(place: Path, needed: int) -> None:
         raise UsageError(f"{place} is not a directory; name one with --dir")
     free = shutil.disk_usage(place).free
     if free < needed:
-        amounts = f"{copyup_report.size_text(free)} are free and {copyup_report.size_text(needed)} are needed"
+        amounts = f"{output.size_text(free)} are free and {output.size_text(needed)} are needed"
         raise UserError(f"not enough space in {place}: {amounts}; choose another --dir or a smaller --size-limit")
 
 

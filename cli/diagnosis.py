@@ -168,7 +168,7 @@ def _user_namespaces() -> Finding:
         ("unshare", "--user", "--map-root-user", "true"), stdin=subprocess.DEVNULL, capture_output=True, check=False
     )
     if done.returncode:
-        advice = "for rootless containers: not possible after chroot(2); in a container, its seccomp profile must allow it"
+        advice = "for rootless containers: leave the chroot, or allow them in the container's seccomp profile"
         return Finding(name, OFF, "one could not be created", advice)
     return Finding(name, OK, "one could be created")
 

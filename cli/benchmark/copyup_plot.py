@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overlayfs.errors import UsageError
+from overlayfs_cli import output
 from overlayfs_cli.benchmark import copyup_report
 from overlayfs_cli.benchmark.contenders import KERNEL, OURS, PLAIN
 from overlayfs_cli.benchmark.copyup import Cost
@@ -63,7 +64,7 @@ def _panel(axes: "Axes", operation: str, costs: Sequence[Cost]) -> None:
         axes.plot(places, values, marker="o", linewidth=width, color=colour(name, names), label=name)
     axes.set_yscale("log")
     axes.set_title(operation, fontsize=11, loc="left")
-    axes.set_xticks(range(len(sizes)), [copyup_report.size_text(size) for size in sizes])
+    axes.set_xticks(range(len(sizes)), [output.size_text(size) for size in sizes])
     axes.tick_params(labelbottom=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} ms")
     axes.grid(axis="y", alpha=0.3)

@@ -8,6 +8,7 @@ from typing import Any
 from overlayfs_cli.benchmark import machine
 from overlayfs_cli.benchmark.contenders import PLAIN, Contender, Missing
 from overlayfs_cli.benchmark.copyup import OPERATIONS, Case, Cost
+from overlayfs_cli.output import size_text
 
 FORMAT = 1  # of the document
 
@@ -121,14 +122,6 @@ def label(case: Case) -> str:
         "one directory": f"{case.files} files of one directory",
     }
     return f"{size_text(case.size)}{', ' * bool(case.where)}{special.get(case.where, '')}"
-
-
-def size_text(size: int) -> str:
-    """Return bytes as people say them."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.0f} {name}" if size % unit == 0 or size > 10 * unit else f"{size / unit:.1f} {name}"
-    return f"{size} B"
 
 
 def _time_cell(cost: Cost) -> str:
