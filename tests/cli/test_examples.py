@@ -1,5 +1,6 @@
 """The console examples of the README and of the documentation, run word for word."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests.cli import examples
 from tests.cli.examples import Page, Session
 from tests.oci import registries
+from tests.support import requirements
 
 PAGES = examples.pages()
 SESSIONS = [
@@ -45,6 +47,19 @@ def test_the_readme_has_every_step() -> None:
     named = {line[1] for line in words if line[:1] == ["overlayfs"]}
     wanted = {"import", "mount", "commit", "log", "diff", "squash", "export", "push", "pull", "rm", "gc", "verify"}
     assert wanted <= named
+
+
+@pytest.mark.root
+def test_the_python_examples_of_an_overlay_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    requirements.need_root()
+    for name in ("layers/site/etc", "layers/base/etc", "up", "up.work"):
+        (place / name).mkdir(parents=True)
+    text = (examples.ROOT / "docs/python-api.md").read_text()
+    codes = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Overlay(" in code]
+    assert len(codes) == 2
+    for code in codes:
+        exec(re.sub(r'b"/(layers|up)', rf'b"{place}/\1', code), {})
+    assert "[b'file'] Attributes(" in capsys.readouterr().out
 
 
 PLANTED = """
