@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from overlayfs.store.store import LayerStore
-from tests.oci import registries
+from tests.oci import archives, registries
+from tests.oci.engines import Engines, build_two, engines, filled
 from tests.oci.transfers import BASE, TOP, Side
 from tests.store.samples import add_image, open_store
+from tests.support.dump import Dump
 from tests.support.requirements import need_root
 
 
@@ -28,10 +30,25 @@ def store(place: Path) -> Iterator[LayerStore]:
 
 
 @pytest.fixture(scope="module")
-def server(scratch: Path) -> Iterator[str]:
+def server(scratch: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     """A registry for the tests of one file; each test uses its own repositories."""
-    with registries.registry(scratch / "transfers") as host:
+    with registries.registry(scratch / f"{request.module.__name__}-registry") as host:
         yield host
+
+
+@pytest.fixture(scope="module")
+def peers(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Engines]:
+    """Podman, buildah, skopeo and umoci, with the image localhost/two:1 of two layers."""
+    with engines(scratch / request.module.__name__) as found:
+        build_two(found)
+        yield found
+
+
+@pytest.fixture
+def shown(peers: Engines) -> Dump:
+    """The tree of localhost/two:1 as podman mounts it."""
+    with peers.mounted("localhost/two:1") as point:
+        return filled(archives.picture(point))
 
 
 @pytest.fixture

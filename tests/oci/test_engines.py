@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,26 +11,11 @@ from overlayfs.oci.image_export import ExportOptions, Format, export_image
 from overlayfs.oci.image_import import import_image
 from overlayfs.store.store import LayerStore
 from tests.oci import archives, samples
-from tests.oci.engines import Engines, build_two, engines, filled, like_podman, plain
+from tests.oci.engines import Engines, filled, like_podman, plain
 from tests.support import syscalls
 from tests.support.dump import Dump, same
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def peers(scratch: Path) -> Iterator[Engines]:
-    """The programs, with the image localhost/two:1 of two layers."""
-    with engines(scratch / "engines") as found:
-        build_two(found)
-        yield found
-
-
-@pytest.fixture
-def shown(peers: Engines) -> Dump:
-    """The tree of the image as podman mounts it."""
-    with peers.mounted("localhost/two:1") as point:
-        return filled(archives.picture(point))
 
 
 FORMS = {

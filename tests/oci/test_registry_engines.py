@@ -11,24 +11,10 @@ import pytest
 from overlayfs import Store
 from tests.cli.conftest import process
 from tests.oci import archives, registries, samples
-from tests.oci.engines import Engines, build_two, engines, filled, like_podman, plain
+from tests.oci.engines import Engines, filled, like_podman, plain
 from tests.support.dump import Dump, same
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def peers(scratch: Path) -> Iterator[Engines]:
-    """The programs, with the image localhost/two:1 of two layers."""
-    with engines(scratch / "registry-engines") as found:
-        build_two(found)
-        yield found
-
-
-@pytest.fixture(scope="module")
-def server(scratch: Path) -> Iterator[str]:
-    with registries.registry(scratch / "engines-registry") as host:
-        yield host
 
 
 @pytest.fixture
@@ -42,13 +28,6 @@ def sample(store: Store) -> Dump:
     """The image sample:1 in our store; its merged tree."""
     samples.add_image(store)
     return samples.view(store, "sample:1")
-
-
-@pytest.fixture
-def shown(peers: Engines) -> Dump:
-    """The tree of localhost/two:1 as podman mounts it."""
-    with peers.mounted("localhost/two:1") as point:
-        return filled(archives.picture(point))
 
 
 @contextmanager
