@@ -1,4 +1,4 @@
-"""The store as it is typed: images are mounted, changed, committed, listed and taken away, with real mounts."""
+"""The commands for stores, with real mounts: images are mounted, changed, committed, listed and removed."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def cli(shop: Path, *words: str) -> Ended:
 
 
 def done(shop: Path, *words: str) -> str:
-    """Run a command that succeeds without a word on standard error."""
+    """Run a command, which must succeed and print nothing on standard error."""
     ended = cli(shop, *words)
     assert (ended.code, ended.err) == (0, ""), ended
     return ended.out
@@ -162,7 +162,7 @@ def test_a_mount_of_an_image_in_the_foreground(site: Path) -> None:
 
 
 def test_work_survives_a_mount_in_the_foreground_that_ends_by_an_error(site: Path) -> None:
-    """Its workspace is as new as one of a mount that never was, but something was changed in it."""
+    """Its workspace is new, as after a mount that failed, but it has changes."""
     running = subprocess.Popen(
         [program("overlayfs"), "mount", "site:v1", "m", "-f", "--name", "draft"], cwd=site, stderr=subprocess.PIPE
     )
@@ -205,7 +205,7 @@ def test_refusals(site: Path, words: str, code: int, sentence: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["rm", "log", "tag", "commit", "mount"])
-def test_names_that_are_no_text(site: Path, command: str) -> None:
+def test_names_that_are_not_utf8(site: Path, command: str) -> None:
     words: tuple[str | bytes, ...] = (b"\xff", "m") if command in ("tag", "mount") else (b"\xff",)
     ended = process("overlayfs", command, *words, cwd=site)
     assert ended.code == (32 if command == "mount" else 1)
@@ -244,7 +244,7 @@ def test_a_workspace_becomes_an_image(site: Path) -> None:
 
 
 def test_hard_links_stay_linked_through_a_commit(shop: Path) -> None:
-    """The index, which joins names that were never lifted, is not part of a layer."""
+    """The index, which joins names that were never copied up, is not part of a layer."""
     with LayerStore(os.fsencode(shop / "store")) as store, store.layers.stage() as staged:
         tree = Path(os.fsdecode(staged.tree_path))
         (tree / "d").mkdir()
@@ -263,7 +263,7 @@ def test_hard_links_stay_linked_through_a_commit(shop: Path) -> None:
     assert (one.st_ino, one.st_nlink) == (two.st_ino, two.st_nlink) == (one.st_ino, 2)
 
 
-def test_an_upper_of_ones_own_is_copied(site: Path) -> None:
+def test_a_plain_upper_is_copied(site: Path) -> None:
     done(site, "mount", "site:v1", "m", "--ephemeral")
     layers = done(site, "log", "site:v1", "-q").split()
     done(site, "umount", "m")
@@ -327,7 +327,7 @@ def test_a_name_of_an_image_and_a_workspace(site: Path) -> None:
     assert done(site, "images", "-q") == "site:v1\n"
 
 
-def test_layers_are_named_by_the_start_of_their_ids(site: Path) -> None:
+def test_a_layer_is_found_by_the_start_of_its_id(site: Path) -> None:
     top, base = done(site, "log", "site:v1", "-q").split()
     assert done(site, "log", top[:10], "-q") == f"{top}\n"
     digest = answer(site, "log", base)["layers"][0]["digest"]
@@ -335,7 +335,7 @@ def test_layers_are_named_by_the_start_of_their_ids(site: Path) -> None:
 
 
 def test_the_default_store(overlayfs: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default store, unlike one that is named, may be missing: it counts as empty."""
+    """The default store may be missing, unlike a named one: it counts as empty."""
     monkeypatch.delenv("OVERLAYFS_STORE", raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(place))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

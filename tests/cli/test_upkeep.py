@@ -1,4 +1,4 @@
-"""`overlayfs diff`, `squash` and `verify` as they are typed, with real mounts and a real registry."""
+"""`overlayfs diff`, `squash` and `verify` with real mounts and a real registry."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_a_mount_of_plain_directories(shop: Path) -> None:
     assert done(shop, "diff", "m") == "A /one\nA /two\n"
 
 
-def test_what_is_nothing(shop: Path) -> None:
+def test_an_unknown_name(shop: Path) -> None:
     ended = cli(shop, "diff", "nothing")
     assert (ended.code, ended.out) == (1, "")
     assert ended.err == (
@@ -201,7 +201,7 @@ def test_repair_from_another_store(shop: Path) -> None:
     assert path.read_text() == "localhost\n"
 
 
-def test_repair_waits_for_nobody(shop: Path) -> None:
+def test_repair_does_not_wait_for_a_layer_in_use(shop: Path) -> None:
     damage(shop)
     done(shop, "mount", "v1", "m", "--ephemeral")
     ended = cli(shop, "verify", "--repair-from", "v2")

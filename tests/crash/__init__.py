@@ -1,1 +1,1 @@
-"""Every changing system call of every operation is a place where the machine may stop or the disk may fail."""
+"""Crashes and disk failures at every changing system call of every operation."""

@@ -1,7 +1,7 @@
 """Aimed at the real daemon: scenes to mount, what clients do in them, and what must hold when it was hit.
 
 A scene has rooms, equal directories with something of each kind in the layers and in the upper; each act is done in a
-room that nobody has used yet, so that one mount serves many of them.
+room that has not been used yet, so that one mount serves many of them.
 """
 
 import os
@@ -168,7 +168,7 @@ class Scene:
         self._age()
 
     def _age(self) -> None:
-        """Let everything have been changed long ago, so that what an act changes can be told."""
+        """Set all times far back, so that the changes of an act can be recognized."""
         for layer in ("top", "base", "up"):
             for path in (self.place / layer).rglob("*"):
                 os.utime(path, ns=(LONG_AGO, LONG_AGO), follow_symlinks=False)
@@ -184,7 +184,7 @@ class Scene:
         assert launcher.end(self.point, self.pid) == 0, "the daemon did not end well"
 
     def do(self, room: str) -> OSError | None:
-        """Act in a room; return what the caller was told, None for success. Kills the daemon if it hangs."""
+        """Act in a room; return the error that the caller gets, None for success. Kills the daemon if it hangs."""
         limit = threading.Timer(HUNG, os.kill, (self.pid, signal.SIGKILL))
         limit.start()
         try:
@@ -217,7 +217,7 @@ class Scene:
         return is_one_of(self.view(room), new=first.new, **trees) == "new"
 
     def free(self, count: int) -> list[str]:
-        """Return so many rooms that nobody has used."""
+        """Return `count` rooms that have not been used."""
         assert count <= len(self.rooms) - 2, f"{self.name} needs {count} rooms"
         return self.rooms[2 : count + 2]
 
@@ -227,7 +227,7 @@ class Scene:
 
     @property
     def staged(self) -> list[str]:
-        """What lies in the work directory's staging place."""
+        """Return the names in the work directory's staging directory."""
         return os.listdir(self.place / "work" / "work")
 
     def check_layers(self) -> None:

@@ -1,4 +1,4 @@
-"""Where the crash tests lie: no power is cut here, so that a disk in memory will do, and every sync is a quick one."""
+"""The disk of the crash tests: no power is cut here, so it is in memory, where every sync is fast."""
 
 import os
 from collections.abc import Iterator

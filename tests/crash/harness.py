@@ -16,7 +16,7 @@ from tests.support.campaign import Campaign
 from tests.support.points import chosen
 
 ROOT = Caller(0, 0)
-SOMEBODY = Caller(1000, 1000)
+USER = Caller(1000, 1000)
 Operation = Callable[[Overlay], object]
 View = dict[bytes, tuple[object, ...]]
 
@@ -39,7 +39,7 @@ LOOKING = (
 
 @dataclass
 class Fuse:
-    """Counts changing calls and blows at number `at`.
+    """Counts changing calls and fails or stops at number `at`.
 
     `errno` is what that call fails with, and every later one if `lasting`, until the fuse is taken out. Without one the
     process is dead from there on (Stopped); `torn`: after half of the data of that call.
@@ -144,7 +144,7 @@ class Site:
             overlay.close()
 
     def staged(self) -> list[str]:
-        """Return what lies in the work directory's staging place."""
+        """Return the names in the work directory's staging directory."""
         return os.listdir(self.place / "work" / "work")
 
 
@@ -176,7 +176,7 @@ def change_upper(overlay: Overlay) -> None:
 def write(overlay: Overlay, name: bytes, data: bytes, create: bool = False, flags: int = os.O_WRONLY) -> None:
     """Write at the start of a file in the root."""
     if create:
-        _, fh = overlay.create(overlay.root, name, 0o640, os.O_CREAT | os.O_EXCL | os.O_RDWR, SOMEBODY)
+        _, fh = overlay.create(overlay.root, name, 0o640, os.O_CREAT | os.O_EXCL | os.O_RDWR, USER)
     else:
         fh = overlay.files.open(overlay.lookup(overlay.root, name), flags)
     try:
@@ -212,7 +212,7 @@ def _facts(overlay: Overlay, node: Node) -> tuple[object, ...]:
 
 
 def abandon(overlay: Overlay) -> None:
-    """Let go of everything as the kernel does for a process that was killed: descriptors close, nothing else."""
+    """Close all descriptors, as the kernel does for a killed process, and do nothing else."""
     overlay.nodes.close()
     overlay._stack.close(clean=False)
 

@@ -4,7 +4,7 @@ import os
 
 from overlayfs import Overlay, sysio
 from overlayfs.fs import Changes, Node
-from tests.crash.harness import ROOT, SOMEBODY, Operation, write
+from tests.crash.harness import ROOT, USER, Operation, write
 
 
 def _at(overlay: Overlay, *names: bytes) -> Node:
@@ -56,8 +56,8 @@ OPERATIONS: dict[str, Operation] = {
     "link over a whiteout": lambda o: o.names.link(_at(o, b"fresh"), o.root, b"hidden"),
     "create": lambda o: write(o, b"new", b"", create=True),
     "create over a whiteout": lambda o: write(o, b"hidden", b"", create=True),
-    "mkdir": lambda o: o.names.mkdir(o.root, b"new", 0o750, SOMEBODY),
-    "mkdir over a whiteout": lambda o: o.names.mkdir(o.root, b"gone", 0o750, SOMEBODY),
+    "mkdir": lambda o: o.names.mkdir(o.root, b"new", 0o750, USER),
+    "mkdir over a whiteout": lambda o: o.names.mkdir(o.root, b"gone", 0o750, USER),
     "symlink in a lower directory": lambda o: o.names.symlink(_at(o, b"lower", b"inner"), b"new", b"to", ROOT),
     "unlink lower": lambda o: o.names.unlink(o.root, b"file"),
     "unlink upper": lambda o: o.names.unlink(o.root, b"fresh"),

@@ -48,7 +48,7 @@ def prepare(base: Path) -> None:
         add_image(store, "site:1", {"a": "1"}, {"b": "2"})
         add_image(store, "other", {"c": "3"})
         fill(store.workspaces.create("site:1", "mine").upper_path, {"new": "mine"})
-        add_layer(store, {"d": "nobody's"})
+        add_layer(store, {"d": "unused"})
         unhashed = add_layer(store, {"a": "1"}, hashed=False)
         store.images.put(ImageRecord(name="late", layers=(unhashed.id,), created=now()))
     (base / "staging" / "left").mkdir()

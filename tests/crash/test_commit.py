@@ -99,7 +99,7 @@ def test_stopped_in_the_middle_of_copying(campaign: Campaign, changed: MakeSite)
 @pytest.mark.campaign("T3")
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "for good"])
 def test_failing_at_every_call(campaign: Campaign, changed: MakeSite, lasting: bool) -> None:
-    """Who asked hears of it, and gets the layer the next time."""
+    """The caller gets the error, and the layer on the next attempt."""
     shown, calls = undisturbed(changed)
     points = Points()
     for error in ERRORS if campaign.full else ERRORS[:1]:
@@ -116,7 +116,7 @@ def test_failing_at_every_call(campaign: Campaign, changed: MakeSite, lasting: b
 
 
 def _commit_and_die(place: Path, fuse: Fuse) -> None:
-    """Commit in a process that ends at a changing call, so that the kernel alone cleans up."""
+    """Commit in a process that ends at a changing call, so that only the kernel cleans up."""
     child = os.fork()
     if child == 0:
         try:
@@ -141,7 +141,7 @@ def _check_after(stopped: Site, shown: View, where: str) -> None:
     assert sorted(os.listdir(stopped.place)) == ["base", "layer", "top", "up", "work"], where
 
 
-def test_what_cannot_be_read_is_told_with_its_name(place: Path) -> None:
+def test_an_unreadable_file_is_named(place: Path) -> None:
     need_root()
     site = Site(place / "site")
     thin = site.place / "up" / "thin"

@@ -76,23 +76,23 @@ def _named(scene: Scene, first: Undisturbed, aim: Aim) -> str:
 
 def _fail(scene: Scene, room: str, aim: Aim, first: Undisturbed) -> bool:
     with Tracer(scene.pid, aim) as tracer:
-        told = scene.do(room)
-    assert not _has_ended(scene, told), "the daemon has died"
-    assert told is None or told.errno == aim.error != errno.EINTR, f"the caller was told {told!r}"
+        failure = scene.do(room)
+    assert not _has_ended(scene, failure), "the daemon has died"
+    assert failure is None or failure.errno == aim.error != errno.EINTR, f"the caller got {failure!r}"
     done = scene.check(room, first)
-    assert done or told is not None, "it was not done"
+    assert done or failure is not None, "it was not done"
     if aim.times != FOR_GOOD and scene.name not in COMPOUND:
-        assert not done or told is None, "it failed and was done"
-    if told is not None:
+        assert not done or failure is None, "it failed and was done"
+    if failure is not None:
         assert aim.times == FOR_GOOD or scene.staged == [], "something is left in the work directory"
         _do_again(scene, room, aim)
     assert scene.check(room, first), "the second attempt went wrong"
     return tracer.hit
 
 
-def _has_ended(scene: Scene, told: OSError | None) -> bool:
-    """Whether the daemon has died; who is told that the mount is gone may be told before it has."""
-    gone = told is not None and told.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+def _has_ended(scene: Scene, failure: OSError | None) -> bool:
+    """Return whether the daemon has died; a caller may see that the mount is gone before that."""
+    gone = failure is not None and failure.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return processes.ends(scene.pid) if gone else processes.is_dead(scene.pid)
 
 
@@ -119,7 +119,7 @@ def test_every_call_fails(campaign: Campaign, make: Make, engine: str, group: st
 
 
 @pytest.mark.campaign("T3")
-def test_an_unreadable_name_that_is_taken_for_an_absent_one_is_caught(campaign: Campaign, make: Make) -> None:
+def test_treating_an_unreadable_name_as_absent_is_caught(campaign: Campaign, make: Make) -> None:
     with make(engines.KERNEL, "chmod", 40, "M5") as scene:
         points = fail(scene, lambda first: _aims_at(first, "newfstatat", errno.EIO))
     campaign.caught("M5", points.tried, [line for line in points.violations if "FileNotFoundError" in line])
@@ -127,7 +127,7 @@ def test_an_unreadable_name_that_is_taken_for_an_absent_one_is_caught(campaign: 
 
 @pytest.mark.campaign("T3")
 @pytest.mark.parametrize("engine", engines.NAMES)
-def test_exceptions_that_pass_the_edge_are_caught(campaign: Campaign, make: Make, engine: str) -> None:
+def test_exceptions_that_leave_the_filesystem_are_caught(campaign: Campaign, make: Make, engine: str) -> None:
     with make(engine, "chmod", 40, "M7") as scene:
         points = fail(scene, lambda first: _aims_at(first, "openat2", errno.EMFILE))
     campaign.caught("M7", points.tried, [line for line in points.violations if "has died" in line])

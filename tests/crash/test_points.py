@@ -111,7 +111,7 @@ def test_mutants_are_caught(campaign: Campaign, site: MakeSite, mutant: str, nam
 
 
 def fail_at(campaign: Campaign, make: MakeSite, name: str, lasting: bool, quick: int) -> Points:
-    """The caller hears of it and the tree is as before, or the call did not matter; then the same call works."""
+    """The caller gets the error and the tree is as before, or the call did not matter; then the same call works."""
     old, new, calls = outcome(make(), OPERATIONS[name])
     points = Points()
     for error in ERRORS if campaign.full else QUICK_ERRORS:
@@ -138,7 +138,7 @@ def _fail(failing: Site, operation: Operation, fuse: Fuse, old: View, new: View)
 
 
 def _fail_on(failing: Site, operation: Operation, fuse: Fuse, old: View, new: View) -> None:
-    """Who cannot write any more cannot undo either; that is made up for by the next attempt, and by the next mount."""
+    """If nothing can be written, nothing can be undone: the next attempt, or the next mount, does it."""
     overlay = failing.open()
     with fuse:
         failed = _fails(overlay, operation, fuse.errno)
@@ -157,7 +157,7 @@ def _uncounted(tree: View) -> View:
 
 
 def _fails(overlay: Overlay, operation: Operation, error: int) -> bool:
-    """Return whether the operation fails, which it may do with the injected error alone."""
+    """Return whether the operation fails, which it may do with the injected error only."""
     try:
         operation(overlay)
     except OSError as raised:
@@ -183,8 +183,8 @@ def test_failing_from_every_call_on(campaign: Campaign, site: MakeSite, name: st
 
 @pytest.mark.campaign("T3")
 @every_operation
-def test_looking_fails_at_every_call(campaign: Campaign, site: MakeSite, name: str) -> None:
-    """What cannot be seen is not absent: the caller hears of it, and nothing has changed."""
+def test_reading_fails_at_every_call(campaign: Campaign, site: MakeSite, name: str) -> None:
+    """What cannot be read is not absent: the caller gets the error, and nothing has changed."""
     old, new, _ = outcome(site(), OPERATIONS[name])
     calls = looks(site(), OPERATIONS[name])
     points = Points()
@@ -208,7 +208,7 @@ def looks(site: Site, operation: Operation) -> list[str]:
 @pytest.mark.campaign("T3")
 @every_operation
 def test_interrupted_at_every_call(campaign: Campaign, site: MakeSite, name: str) -> None:
-    """Nobody hears of a signal."""
+    """No caller sees EINTR."""
     _, new, calls = outcome(site(), OPERATIONS[name])
     points = Points()
     changing = [at for at, call in enumerate(calls, 1) if call not in REPEATED_BY_THE_INTERPRETER]

@@ -111,7 +111,7 @@ def test_stopped_at_every_call(campaign: Campaign, place: Path, image: Reference
 @pytest.mark.campaign("T3")
 def test_a_full_disk_at_every_call(campaign: Campaign, place: Path, image: Reference) -> None:
     calls = _calls(place, image)
-    points, told = Points(), 0
+    points, reported = Points(), 0
     for at in chosen(campaign, len(calls), 8):
         where = f"at {calls[at - 1]}, call {at} of {len(calls)}"
         with points.at(where):
@@ -119,8 +119,8 @@ def test_a_full_disk_at_every_call(campaign: Campaign, place: Path, image: Refer
             try:
                 _pull(base, image, Fuse(at, errno.ENOSPC))
             except (UserError, OSError) as error:
-                told += "No space left on device" in str(error)
+                reported += "No space left on device" in str(error)
             _check(base, image, where)
             shutil.rmtree(base)
     campaign.held("pulls failing at every changing call", points.tried, points.violations)
-    assert told > points.tried // 2
+    assert reported > points.tried // 2

@@ -56,7 +56,7 @@ class Client:
         return found
 
     def end(self) -> None:
-        """Let it go."""
+        """End it."""
         self._process.communicate(timeout=30)
 
 

@@ -57,7 +57,7 @@ def test_a_truncation_that_was_cut_short_has_not_happened(emptied: Site) -> None
         assert read(overlay) == CONTENT
 
 
-def test_a_size_that_was_lost_does_not_cut_the_data(emptied: Site) -> None:
+def test_a_lost_size_does_not_cut_the_data(emptied: Site) -> None:
     """Not when it grows, not when it is written to, not over the next mount."""
     with closing(emptied.open()) as overlay:
         overlay.set_attributes(overlay.lookup(overlay.root, b"file"), Changes(size=len(CONTENT) + 10))
@@ -74,7 +74,7 @@ def test_a_truncation_after_one_that_was_cut_short(emptied: Site) -> None:
         assert read(overlay) == b"new"
 
 
-def test_a_look_up_that_fails_leaves_no_half_of_a_file(site: Site) -> None:
+def test_a_failed_look_up_leaves_no_partial_file(site: Site) -> None:
     """Found again by its inode, it would be taken for a file with data of its own: zeros."""
     with closing(site.open()) as overlay:
         probe = Layer.probe
@@ -89,7 +89,7 @@ def test_a_look_up_that_fails_leaves_no_half_of_a_file(site: Site) -> None:
         assert read(overlay) == CONTENT
 
 
-def test_data_that_does_not_fit_gives_its_room_back(site: Site) -> None:
+def test_data_that_does_not_fit_frees_its_space(site: Site) -> None:
     """And is tried again, complete, when there is room."""
     copied, before = site.place / "up" / "file", (site.place / "up" / "file").stat()
 

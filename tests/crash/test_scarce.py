@@ -42,7 +42,7 @@ LACKS = {
     "memory": (resource.RLIMIT_AS, _memory, (errno.ENOMEM,)),
     "size of a file": (resource.RLIMIT_FSIZE, _sizes, (errno.EFBIG,)),
 }
-"""What there is too little of: the limit, its values for a process, and what a caller may be told."""
+"""What there is too little of: the limit, its values for a process, and the errors a caller may get."""
 ROOMS = 12
 
 
@@ -67,12 +67,12 @@ def starve(scene: Scene, lack: str, every: int) -> Points:
     """Act with too little, in a room for each value, and again with enough; then look at everything after a remount."""
     points = Points()
     first = scene.undisturbed()
-    limit, values, told = LACKS[lack]
+    limit, values, errors = LACKS[lack]
     tried = list(values(scene.pid))[::every]
     used = scene.free(len(tried))
     for value, room in zip(tried, used, strict=True):
         with points.at(f"{scene.name} by {scene.engine}, {lack}: {value}"):
-            _starve(scene, room, first, (limit, value), told)
+            _starve(scene, room, first, (limit, value), errors)
         if processes.is_dead(scene.pid):
             scene.start()
     with points.at(f"{scene.name} by {scene.engine}, {lack}, at the end"):
@@ -88,12 +88,12 @@ def starve(scene: Scene, lack: str, every: int) -> Points:
 
 def _starve(scene: Scene, room: str, first: Undisturbed, limit: tuple[int, int], expected: tuple[int, ...]) -> None:
     with limited(scene.pid, *limit):
-        told = scene.do(room)
-    assert not processes.is_dead(scene.pid), f"the daemon has died, the caller was told {told!r}"
-    assert told is None or told.errno in expected, f"the caller was told {told!r}"
+        failure = scene.do(room)
+    assert not processes.is_dead(scene.pid), f"the daemon has died, the caller got {failure!r}"
+    assert failure is None or failure.errno in expected, f"the caller got {failure!r}"
     done = scene.check(room, first)
-    assert done == (told is None) or scene.name in COMPOUND, f"the caller was told {told!r}, and it was {done=}"
-    if told is not None:
+    assert done == (failure is None) or scene.name in COMPOUND, f"the caller got {failure!r}, and it was {done=}"
+    if failure is not None:
         again = scene.do(room)
         assert again is None, f"it cannot be done again: {again!r}"
     assert scene.check(room, first), "the second attempt went wrong"
@@ -102,7 +102,7 @@ def _starve(scene: Scene, room: str, first: Undisturbed, limit: tuple[int, int],
 @pytest.mark.campaign("T10")
 @pytest.mark.parametrize("engine", engines.NAMES)
 @pytest.mark.parametrize("lack", LACKS)
-def test_too_little(campaign: Campaign, make: Make, engine: str, lack: str) -> None:
+def test_scarce_resources(campaign: Campaign, make: Make, engine: str, lack: str) -> None:
     points = Points()
     for group in GROUPS:
         for name in acts(campaign, group, 1):

@@ -59,7 +59,7 @@ class Bench:
 
 
 def _die_at(base: Path, operation: Callable[[LayerStore], None], fuse: Fuse) -> None:
-    """Run an operation in a process that ends at a changing call, so that the kernel alone cleans up."""
+    """Run an operation in a process that ends at a changing call, so that only the kernel cleans up."""
     child = os.fork()
     if child == 0:
         try:
@@ -101,7 +101,7 @@ def test_stopped_in_the_middle_of_every_write(campaign: Campaign, place: Path, n
 
 
 def test_opening_with_a_full_disk(place: Path) -> None:
-    """What a killed process left may have to wait for room; the store can be used before, and gc makes some."""
+    """Recovery may have to wait for space; the store can be used before, and gc frees some."""
     bench = Bench(place, "commit")
     at = bench.calls.index("rename_at", bench.calls.index("syncfs")) + 1
     left = bench.copy()
@@ -124,7 +124,7 @@ def test_opening_with_a_full_disk(place: Path) -> None:
 
 
 def _fail_at(campaign: Campaign, place: Path, name: str, lasting: bool, quick: int) -> Points:
-    """A disk that fails, for a moment or until somebody mends it: the same, and the process goes on."""
+    """A disk that fails, once or until it is repaired: the same, and the process continues."""
     bench = Bench(place, name)
     points = Points()
     for error in ERRORS if campaign.full else ERRORS[:1]:

@@ -1,4 +1,4 @@
-"""A workspace in use, without a mount: what a daemon does for a commit, on an engine without a kernel."""
+"""A workspace in use without a mount: a daemon's live commit on an engine without a kernel."""
 
 import os
 import shutil
@@ -95,8 +95,8 @@ class Site:
     def __init__(self, place: Path, *layers: Path) -> None:
         self.place = place
         with self.open() as store:
-            adopted = [store.commit_directory(os.fsencode(layer)) for layer in layers]
-            ids = tuple(layer.id for layer in adopted)
+            committed = [store.commit_directory(os.fsencode(layer)) for layer in layers]
+            ids = tuple(layer.id for layer in committed)
             store.images.put(ImageRecord(name=IMAGE, layers=ids, created=now()))
 
     def open(self) -> LayerStore:

@@ -16,7 +16,7 @@ STEPS = 25
 
 
 def live(place: Path, seed: int, generations: int) -> FsDriver:
-    """A tree that has gone through random changes; each generation but the last ends as a layer, as live commits do.
+    """A tree after random changes; each generation but the last becomes a layer, as after a live commit.
 
     Even generations are taken as they are, with redirects and metadata-only copies; odd ones are copied.
     """
@@ -47,7 +47,7 @@ def tree_with_upper(stack: Stack) -> Tree:
 
 
 def apply(changes: list[Change], target: Driven, source: Driven) -> None:
-    """Make `target` what `source` is, touching nothing but what the changes name."""
+    """Make `target` equal to `source`, touching only the paths of the changes."""
     touched = {change.path for change in changes if change.kind != "D"}
     others = _links(source)
     for change in changes:
@@ -77,7 +77,7 @@ def _links(source: Driven) -> dict[int, list[bytes]]:
 
 
 def _remove(target: Driven, path: bytes, source: Driven, keep: bool) -> None:
-    """Remove what is in the way: everything but a directory that stays one."""
+    """Remove what is in the way: everything except a directory that stays one."""
     try:
         found = target.raw.stat(path)
     except FileNotFoundError:

@@ -54,5 +54,5 @@ def finish(store: LayerStore, layer: Layer) -> Layer:
 
 
 def there(place: Path) -> dict[str, list[str]]:
-    """Return what lies in the rooms of the store, as names."""
+    """Return the names in each subdirectory of the store."""
     return {room.name: sorted(os.listdir(room)) for room in sorted((place / "store").iterdir()) if room.is_dir()}

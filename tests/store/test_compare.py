@@ -1,4 +1,4 @@
-"""Comparison: what differs is told, what does not is not, and what both trees have from the same layers is not read."""
+"""Comparison: exactly the differences are yielded, and what both trees have from the same layers is not read."""
 
 import os
 import subprocess
@@ -123,7 +123,7 @@ def test_hard_links(place: Path, before: Spec, after: Spec, expected: list[str])
     assert lines(*trees(place, before, after)) == expected
 
 
-def test_a_link_that_only_the_index_knows(place: Path) -> None:
+def test_a_link_in_the_index_only(place: Path) -> None:
     tree = FsDriver(Stack(place / "s", [{"a": "old", "d": {"b": Link("a"), "c": "x"}}], {}))
     tree.write("a", b"new", 0)
     assert tree.read("d/b") == b"new"
@@ -134,7 +134,7 @@ def test_a_link_that_only_the_index_knows(place: Path) -> None:
     assert sum(each.after for each in found) == 3 and sum(each.before for each in found) == 3
 
 
-def test_a_link_into_what_is_not_looked_into(place: Path) -> None:
+def test_a_link_into_a_directory_that_is_not_read(place: Path) -> None:
     base = layer(place, "base", {"a": {"x": File(b"1")}, "b": Link("a/x"), "c": File(b"1")})
     parted = layer(place, "parted", {"b": File(b"1")})
     assert lines(Tree((base,)), Tree((parted, base))) == ["C b"]
@@ -147,7 +147,7 @@ def test_a_link_into_what_is_not_looked_into(place: Path) -> None:
 # --- marks
 
 
-def test_redirects_and_opaque_directories_count_by_what_they_show(place: Path) -> None:
+def test_redirects_and_opaque_directories_count_by_their_effect(place: Path) -> None:
     base = layer(place, "base", {"from": {"a": "1", "b": "2"}, "cut": {"c": "3", "same": "4"}})
     top = layer(place, "top", {
         "from": Whiteout(),
@@ -181,7 +181,7 @@ def test_escaped_attributes_are_users_attributes(place: Path) -> None:
 # --- what is the same in both
 
 
-def test_the_same_layers_are_not_looked_into(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_layers_are_not_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = layer(place, "base", {"big": {f"d{i}": {"f": "x"} for i in range(50)}, "small": {"g": "1"}})
     top = layer(place, "top", {"small": {"h": "2"}})
     looked: list[bytes] = []
@@ -237,12 +237,12 @@ def test_bytes(place: Path) -> None:
     one, other = trees(place, before, after)
     found = {each.path: (each.before, each.after) for each in compare(one, other)}
     assert found == {b"gone": (5, 0), b"f": (4, 2), b"d": (1, 6), b"new": (0, 0), b"new/g": (0, 1), b"new/h": (0, 0)}
-    told = [Change(each.kind, each.path) for each in compare(one, other)]
-    assert {each.path: (each.before, each.after) for each in measured(one, other, told)} == found
+    changes = [Change(each.kind, each.path) for each in compare(one, other)]
+    assert {each.path: (each.before, each.after) for each in measured(one, other, changes)} == found
     assert list(measured(one, other, [Change("A", b"went/meanwhile")])) == [Change("A", b"went/meanwhile")]
 
 
-def test_what_cannot_be_read_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_object_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = trees(place, {"f": "data"}, {"f": "atad"})
 
     def fail(fd: int, buffer: memoryview, offset: int) -> int:

@@ -1,4 +1,4 @@
-"""T20: one bit of a store is another one, or a file is cut off: it is found, and nobody takes it for what it was."""
+"""T20: one bit of a store is flipped, or a file is truncated: verification finds it, and no reader accepts it."""
 
 import os
 import stat
@@ -26,7 +26,7 @@ Damage = Callable[[Path, Random], AbstractContextManager[str]]
 
 
 def fill(base: Path) -> None:
-    """Two images, a workspace, and a layer of which much is known."""
+    """Two images, a workspace, and a layer with all optional members in its record."""
     with Store(os.fsencode(base)) as store:
         low = put(store, "site", TREE)
         put(store, "other", {"file": b"another" * 5_000, "d": {"e": b"e"}}, low.id)
@@ -38,7 +38,7 @@ def fill(base: Path) -> None:
 
 
 def answers(base: Path) -> Answers:
-    """What the store says of everything that it vouches for, an error where it says one."""
+    """Everything the store returns of what it has a checksum for, or the error it raises."""
     with Store(os.fsencode(base)) as store:
         asked: dict[str, Callable[[], object]] = {
             "images": lambda: [(image.name, image.layers, image.created) for image in store.images()],
@@ -63,7 +63,7 @@ def _answer(ask: Callable[[], object]) -> object:
 
 @contextmanager
 def flipped(path: Path, random: Random) -> Iterator[str]:
-    """One bit of a file is another one."""
+    """One bit of a file is flipped."""
     was = path.read_bytes()
     at, bit = random.randrange(len(was)), random.randrange(8)
     with _instead(path, was, was[:at] + bytes([was[at] ^ 1 << bit]) + was[at + 1 :]):
@@ -72,7 +72,7 @@ def flipped(path: Path, random: Random) -> Iterator[str]:
 
 @contextmanager
 def cut(path: Path, random: Random) -> Iterator[str]:
-    """A file ends too soon."""
+    """A file is truncated."""
     was = path.read_bytes()
     size = random.randrange(len(was))
     with _instead(path, was, was[:size]):
@@ -81,7 +81,7 @@ def cut(path: Path, random: Random) -> Iterator[str]:
 
 @contextmanager
 def _instead(path: Path, was: bytes, now: bytes) -> Iterator[None]:
-    """The file has another content until the end of the block, and its time does not tell."""
+    """The content of a file differs within the block, and its times do not."""
     times = os.stat(path)
     for content in (now, was):
         with open(path, "r+b") as file:
@@ -94,7 +94,7 @@ def _instead(path: Path, was: bytes, now: bytes) -> Iterator[None]:
 
 @contextmanager
 def other_mode(path: Path, random: Random) -> Iterator[str]:
-    """One permission bit is another one."""
+    """One permission bit is flipped."""
     was = stat.S_IMODE(os.lstat(path).st_mode)
     bit = random.randrange(12)
     path.chmod(was ^ 1 << bit)
@@ -104,7 +104,7 @@ def other_mode(path: Path, random: Random) -> Iterator[str]:
 
 @contextmanager
 def other_time(path: Path, random: Random) -> Iterator[str]:
-    """One bit of the modification time is another one."""
+    """One bit of the modification time is flipped."""
     found, bit = os.lstat(path), random.randrange(40)
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns ^ 1 << bit), follow_symlinks=False)
     yield f"bit {bit} of the time"
@@ -112,7 +112,7 @@ def other_time(path: Path, random: Random) -> Iterator[str]:
 
 
 def _vouched_for(base: Path) -> list[Path]:
-    """Every file of the store that says something: a metadata-only copy is read where its data lies."""
+    """Every file of the store with content of its own; the data of a metadata-only copy is in a layer below."""
     files = (path for path in base.rglob("*") if path.is_file() and not path.is_symlink() and os.lstat(path).st_size)
     return sorted(path for path in files if path.name not in ("lock", "thin"))
 

@@ -1,4 +1,4 @@
-"""Stores of every version of the format stay usable: an example of each is listed, verified, mounted and committed."""
+"""Stores of every format version can be used: an example of each is listed, verified, mounted and committed."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_there_is_an_example_of_every_version() -> None:
     assert names == [f"format-{number}.tar.gz" for number in range(1, layout.FORMAT + 1)]
 
 
-def test_its_records_say_what_they_said(golden: Path) -> None:
+def test_its_records_are_read(golden: Path) -> None:
     with LayerStore(os.fsencode(golden / "store"), create=False) as store:
         one, two = store.images()
         assert (one.name, one.author, one.architecture, one.config["Env"]) == ("site:1", "ann", "amd64", ["LANG=C"])
@@ -84,7 +84,7 @@ def test_it_is_mounted_and_committed(golden: Path) -> None:
 
 
 def test_the_kernel_mounts_it(golden: Path) -> None:
-    """Layers are ordinary overlayfs trees, whatever marks they hold."""
+    """Layers are ordinary overlayfs trees, whatever overlay attributes they have."""
     need_filesystem("overlay")
     with LayerStore(os.fsencode(golden / "store"), create=False) as store:
         lower = ":".join(os.fsdecode(layer.tree_path) for layer in store.stack_of("site:2"))

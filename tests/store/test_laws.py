@@ -1,4 +1,4 @@
-"""Laws of layers at rest: what random trees and changes are after commit, squash, comparison and damage."""
+"""Properties of layers at rest, on random trees: commit, squash, comparison, damage, export."""
 
 import os
 import random
@@ -80,7 +80,7 @@ def shown(stack: Stack, lower: list[Path], kind: type[FsDriver | KernelOverlay] 
 
 @laws
 @given(seed=seeds, generations=generations)
-def test_a_difference_applied_gives_the_other_tree(place: Path, seed: int, generations: int) -> None:
+def test_a_diff_applied_gives_the_other_tree(place: Path, seed: int, generations: int) -> None:
     with scratch(place) as here:
         after = live(here / "life", seed, generations)
         before = FsDriver(Stack(here / "before", [{}], {}))
@@ -97,13 +97,13 @@ def test_a_difference_applied_gives_the_other_tree(place: Path, seed: int, gener
 
 @laws
 @given(seed=seeds)
-def test_a_difference_is_no_longer_than_the_trees_are_different(place: Path, seed: int) -> None:
+def test_a_diff_has_only_what_is_different(place: Path, seed: int) -> None:
     with scratch(place) as here:
         life = live(here / "life", seed, 2)
         old, new = shown(life.stack, life.stack.lower), counted(dump(life))
         changes = compare(tree_of(life.stack.lower), tree_with_upper(life.stack))
-        told = {change.path: change.kind for change in changes}
-        for path, kind in told.items():
+        kinds = {change.path: change.kind for change in changes}
+        for path, kind in kinds.items():
             if kind == "A":
                 assert path not in old and path in new
             elif kind == "D":
@@ -134,7 +134,7 @@ def test_squashed_layers_show_the_same_tree(place: Path, seed: int, generations:
 
 @laws
 @given(seed=seeds, generations=generations)
-def test_a_committed_upper_is_no_different(place: Path, seed: int, generations: int) -> None:
+def test_a_committed_upper_shows_the_same_tree(place: Path, seed: int, generations: int) -> None:
     with scratch(place) as here:
         life = live(here / "life", seed, generations)
         layer = life.stack.next_layer()
@@ -194,14 +194,14 @@ def test_every_flipped_bit_is_found(place: Path, seed: int, data: st.DataObject)
 
 
 def stored(store: Store, layers: list[Path], name: str) -> ImageRecord:
-    """Make directories layers of a store, and an image of them; they are gone from their place."""
+    """Move directories into a store as layers, and put an image of them."""
     ids: tuple[str, ...] = ()
     for path in reversed(layers):
-        adopted = store.commit_directory(os.fsencode(path), NewLayer(below=ids))
-        fd = adopted.tree_fd()
+        committed = store.commit_directory(os.fsencode(path), NewLayer(below=ids))
+        fd = committed.tree_fd()
         try:
             with Manifest.build(fd, threads=2) as manifest:
-                ids = (store.complete_layer(adopted, manifest).id, *ids)
+                ids = (store.complete_layer(committed, manifest).id, *ids)
         finally:
             os.close(fd)
     return store.images.put(ImageRecord(name=name, layers=ids, created=now()))

@@ -1,4 +1,4 @@
-"""Layers at rest: born whole, found by the start of their names, stored once, held while they are used."""
+"""Layers at rest: published atomically, found by the start of their ids, stored once, held while they are used."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ from overlayfs.store.store import LayerStore
 from tests.store.samples import add_image, add_layer, fill, finish, open_store, there
 
 
-def test_a_new_store_is_private_and_says_its_format(store: LayerStore, place: Path) -> None:
+def test_a_new_store_is_private_and_has_a_format(store: LayerStore, place: Path) -> None:
     assert (place / "store" / "store").read_text() == '{"format": 1}\n'
     for directory in (place / "store", *filter(Path.is_dir, (place / "store").iterdir())):
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -94,7 +94,7 @@ def test_equal_layers_are_stored_once(store: LayerStore, place: Path) -> None:
     assert found.id == one.id
 
 
-def test_an_index_is_not_believed(store: LayerStore, place: Path) -> None:
+def test_an_index_is_checked_against_the_records(store: LayerStore, place: Path) -> None:
     one, two = add_layer(store, {"a": "1"}), add_layer(store, {"a": "2"})
     assert one.record.digest is not None
     assert two.record.digest is not None
@@ -108,7 +108,7 @@ def test_an_index_is_not_believed(store: LayerStore, place: Path) -> None:
     assert store.layers.by_digest("sha256:../../x") is None
 
 
-def test_what_is_not_whole_is_not_there(store: LayerStore, place: Path) -> None:
+def test_an_incomplete_layer_is_not_found(store: LayerStore, place: Path) -> None:
     one, two = add_layer(store, {"a": "1"}), add_layer(store, {"a": "2"})
     (place / "store" / "layers" / one.id / "record").unlink()
     (place / "store" / "layers" / two.id / "tree").rename(place / "tree")
@@ -138,7 +138,7 @@ def test_hashing_ends_in_a_complete_layer(store: LayerStore, place: Path) -> Non
 
 
 def test_hashing_finds_an_equal_layer(store: LayerStore) -> None:
-    """Images name the layer that was there first; the new one is garbage as soon as nobody uses it."""
+    """Images name the layer that was there first; the new one is garbage as soon as it is not in use."""
     first = add_layer(store, {"a": "1"})
     second = add_layer(store, {"a": "1"}, hashed=False)
     image = store.images.put(ImageRecord(name="two", layers=(second.id, first.id), created=now()))
@@ -150,8 +150,8 @@ def test_hashing_finds_an_equal_layer(store: LayerStore) -> None:
     assert [each.name for each in store.gc()] == [second.id]
 
 
-def test_marks_that_count_on_layers_below_make_a_layer_different(store: LayerStore) -> None:
-    """A redirect leads elsewhere over another stack, so equal content is not enough."""
+def test_equal_layers_with_redirects_over_other_layers_are_different(store: LayerStore) -> None:
+    """A redirect has another target over another stack, so equal content is not enough."""
     base, other = add_layer(store, {"a": "1"}), add_layer(store, {"a": "2"})
     made = []
     for below in ((base.id,), (other.id,), (base.id,)):
@@ -176,7 +176,7 @@ def test_a_held_layer_stays(store: LayerStore, place: Path) -> None:
             gone.hold()
 
 
-def test_what_is_being_made_stays(store: LayerStore, place: Path) -> None:
+def test_gc_keeps_what_is_being_made(store: LayerStore, place: Path) -> None:
     with store.layers.stage() as staged, open_store(place) as other:
         fill(staged.tree_path, {"a": "1"})
         assert other.gc(dry_run=True) == other.gc() == []
@@ -185,7 +185,7 @@ def test_what_is_being_made_stays(store: LayerStore, place: Path) -> None:
     assert [each.id for each in store.layers()] == [layer.id]
 
 
-def test_a_repair_is_alone(store: LayerStore) -> None:
+def test_a_repair_holds_the_layer_exclusively(store: LayerStore) -> None:
     layer = add_layer(store, {"a": "1"})
     with pytest.raises(UserError, match="is in use"):
         layer.hold_exclusively()
@@ -196,7 +196,7 @@ def test_a_repair_is_alone(store: LayerStore) -> None:
         pass
 
 
-def test_an_image_names_layers_that_are_there(store: LayerStore) -> None:
+def test_an_image_of_missing_layers_is_refused(store: LayerStore) -> None:
     with pytest.raises(UserError, match="is not in the store, so site:latest cannot be made of it"):
         store.images.put(ImageRecord(name="site", layers=("0" * 32,), created=now()))
     assert list(store.images()) == []
@@ -231,8 +231,8 @@ def test_everything_of_an_image_is_kept(store: LayerStore) -> None:
     assert store.images.find("full:1") == record
 
 
-def test_ten_thousand_layers_are_not_looked_at(store: LayerStore, place: Path) -> None:
-    """Opening, and finding one by its id, asks for nothing that lies in the layers' room."""
+def test_opening_does_not_read_ten_thousand_layers(store: LayerStore, place: Path) -> None:
+    """Opening the store, and finding a layer by its id, makes no system call on other layers."""
     layer = add_layer(store, {"a": "1"})
     store.close()
     room = place / "store" / "layers"
@@ -255,7 +255,7 @@ def test_ten_thousand_layers_are_not_looked_at(store: LayerStore, place: Path) -
         b"{}",
     ],
 )
-def test_what_has_its_check_and_is_no_record_is_a_sentence(document: bytes) -> None:
+def test_a_document_with_a_valid_checksum_that_is_no_record_is_refused(document: bytes) -> None:
     with pytest.raises(UserError, match=r"the record is damaged: .*; restore it from a copy, or remove it") as caught:
         records.decode(records.with_checksum(document), ImageRecord, "the record")
     assert len(str(caught.value)) < 400

@@ -1,4 +1,4 @@
-"""The store for Python programs: what docs/python-api.md shows does what it says."""
+"""The store for Python programs: the examples of docs/python-api.md work."""
 
 import os
 import pathlib
@@ -41,7 +41,7 @@ def test_the_example_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.root
-def test_an_upper_of_ones_own(place: Path) -> None:
+def test_a_plain_upper(place: Path) -> None:
     with Store(os.fsencode(place / "store")) as store:
         add_image(store, "base", {"a": "1"}, {"b": "2"})
         lower = tuple(layer.tree_path for layer in store.stack_of("base"))
@@ -61,8 +61,8 @@ def test_an_upper_of_ones_own(place: Path) -> None:
 
 
 @pytest.mark.root
-def test_words_that_are_no_text(place: Path) -> None:
-    """Bytes of the command line that are not UTF-8 harm no record."""
+def test_texts_that_are_not_utf8(place: Path) -> None:
+    """Bytes of the command line that are not UTF-8 are replaced in records."""
     with Store(os.fsencode(place / "store")) as store:
         add_image(store, "base", {"a": "1"})
         fill(store.new_workspace("base", "mine").upper_path, {"b": "2"})
@@ -77,8 +77,8 @@ def test_words_that_are_no_text(place: Path) -> None:
 
 
 @pytest.mark.root
-def test_an_image_goes_on_with_the_words_of_its_base(place: Path) -> None:
-    """Configuration, platform and history are kept; a stack that its base's name left behind has none of them."""
+def test_an_image_keeps_configuration_and_history_of_its_base(place: Path) -> None:
+    """Configuration, platform and history are kept, unless the base image names another stack by now."""
     with Store(os.fsencode(place / "store")) as store:
         base = add_image(store, "base", {"a": "1"})
         record = ImageRecord(
@@ -96,7 +96,7 @@ def test_an_image_goes_on_with_the_words_of_its_base(place: Path) -> None:
 
 
 def test_without_privilege(place: Path) -> None:
-    """A user has a store of his own, private whatever the umask; its layers keep what he may write."""
+    """A user's own store is private whatever the umask; its layers have the attributes that the user may write."""
     need_root()  # to become that user
     os.chown(place, ALICE.uid, ALICE.gid)
 

@@ -168,7 +168,7 @@ def test_an_empty_upper(site: Site) -> None:
 
 
 @pytest.mark.parametrize("path", ["file", "new"], ids=["copied up", "made"])
-def test_a_writer_goes_on_in_the_new_upper(used: Used, path: str) -> None:
+def test_a_writer_continues_in_the_new_upper(used: Used, path: str) -> None:
     overlay = used.overlay
     if path == "new":
         make(overlay, path, b"0123456789")
@@ -187,7 +187,7 @@ def test_a_writer_goes_on_in_the_new_upper(used: Used, path: str) -> None:
     assert read(overlay, path)[:6] == b"AFTER!"
 
 
-def test_reading_through_an_old_handle_moves_no_time_of_the_layer(used: Used) -> None:
+def test_reading_through_an_old_handle_changes_no_time_in_the_layer(used: Used) -> None:
     overlay = used.overlay
     make(overlay, "new", b"new")
     handles = [overlay.files.open(at(overlay, "new"), flags) for flags in (os.O_RDWR, os.O_RDONLY)]
@@ -210,8 +210,8 @@ def test_writers_survive_many_commits(used: Used) -> None:
     overlay.files.release(fh)
 
 
-def test_a_writer_goes_on_after_others_have_changed_attributes(used: Used) -> None:
-    """The file is in the new upper then, without its data."""
+def test_a_writer_continues_after_changes_of_attributes(used: Used) -> None:
+    """The file is then in the new upper, without its data."""
     overlay = used.overlay
     fh = overlay.files.open(at(overlay, "file"), os.O_RDWR)
     used.commit(allow_empty=True)
@@ -222,7 +222,7 @@ def test_a_writer_goes_on_after_others_have_changed_attributes(used: Used) -> No
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_WRONLY | os.O_TRUNC])
-def test_a_number_outlives_data_over_attributes_over_data(site: Site, flags: int) -> None:
+def test_an_inode_number_survives_data_over_attributes_over_data(site: Site, flags: int) -> None:
     """Three uppers hold the file: with data, with only new attributes, and with data again."""
     with site.used() as used:
         write(used.overlay, b"file", b"CONTENT")
@@ -248,8 +248,8 @@ def test_an_unlinked_file_stays_writable_and_out_of_the_layer(used: Used) -> Non
     overlay.files.release(fh)
 
 
-def test_an_unlinked_file_with_a_name_nobody_has_looked_up(site: Site) -> None:
-    """What is written through it must show under the other name, and not in the layer."""
+def test_an_unlinked_file_with_another_name_never_looked_up(site: Site) -> None:
+    """Data written through it must show under the other name, and not in the layer."""
     with site.used() as used:
         make(used.overlay, "first", b"here")
         used.overlay.names.link(at(used.overlay, "first"), at(used.overlay, "lower"), b"other")
@@ -277,7 +277,7 @@ def test_a_removed_directory_stays_empty(used: Used) -> None:
     overlay.files.release(fh)
 
 
-def test_a_listing_goes_on(used: Used) -> None:
+def test_an_open_directory_continues(used: Used) -> None:
     overlay = used.overlay
     for number in range(50):
         make(overlay, f"lower/{number}", b"")
@@ -304,8 +304,8 @@ def test_a_read_only_mode_does_not_stop_a_writer(used: Used) -> None:
 # --- hard links -------------------------------------------------------------------------------------------
 
 
-def test_names_that_only_the_index_joins(site: Site) -> None:
-    """One name of a lower file is written, the other one was never looked at: the layer holds both."""
+def test_aliases_in_the_index_only(site: Site) -> None:
+    """One name of a lower file is written, the other one was never looked up: the layer has both."""
     with site.used() as used:
         write(used.overlay, b"one", b"TWO")
         used.commit("site:2")
@@ -321,7 +321,7 @@ def test_names_that_only_the_index_joins(site: Site) -> None:
         assert image.attributes(at(image, "one")).nlink == 2
 
 
-def test_such_a_name_in_a_moved_directory(site: Site) -> None:
+def test_an_alias_in_a_moved_directory(site: Site) -> None:
     with site.used() as used:
         used.overlay.names.link(at(used.overlay, "file"), at(used.overlay, "lower"), b"second")
         used.commit()
@@ -360,7 +360,7 @@ def test_a_failed_move_changes_nothing(site: Site) -> None:
         assert len(overlay.config.lower) == 2
 
 
-def test_files_that_are_written_past_us(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_written_in_passthrough_mode(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
     make(used.overlay, "new", b"new")
     monkeypatch.setattr(used.engine, "nodes_written_in_passthrough", lambda: {at(used.overlay, "new")})
     with pytest.raises(UserError, match="io=cached"):
@@ -390,7 +390,7 @@ def test_fsync_waits_until_the_commit_is_durable(used: Used) -> None:
     overlay.files.release(fh)
 
 
-def test_fsync_tells_that_the_commit_is_not_durable(used: Used) -> None:
+def test_fsync_fails_if_the_commit_is_not_durable(used: Used) -> None:
     overlay = used.overlay
     make(overlay, "new", b"new")
     fh = overlay.files.open(at(overlay, "new"), os.O_RDWR)
@@ -441,7 +441,7 @@ def test_what_was_left_unhashed_is_hashed_once(site: Site) -> None:
         assert store.layers.find(layer).record.digest is not None
 
 
-def test_a_descriptor_tells_how_it_was_opened(place: Path) -> None:
+def test_the_access_mode_of_a_descriptor(place: Path) -> None:
     for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
         fd = os.open(place / "file", flags | os.O_CREAT)
         assert sysio.access_mode(fd) == flags

@@ -1,4 +1,4 @@
-"""Manifests: the same layer gives the same bytes, all that differs shows, nothing hostile leads out."""
+"""Manifests: equal layers have equal manifests, every difference shows, and no hostile tree leads outside."""
 
 import errno
 import os
@@ -97,13 +97,13 @@ def test_a_hole_is_hashed_as_the_zeros_that_it_reads_as(
 
 @pytest.mark.timeout(60)
 def test_a_hole_is_not_read(place: Path) -> None:
-    """Or a file that takes no room could keep whoever hashes it busy for hours."""
+    """Otherwise a file that takes no space could keep the process that hashes it busy for hours."""
     write_file(place / "f", File(pieces=((40 << 30, b"end"),)))
     with open(place / "f", "rb") as stream:
         assert scan.hash_file(stream.fileno())[1] == (40 << 30) + 3
 
 
-def test_every_entry_is_there_as_it_is(place: Path, opened: Callable[[Path], int]) -> None:
+def test_every_kind_of_entry(place: Path, opened: Callable[[Path], int]) -> None:
     found = {entry.path: entry for entry in _entries(opened(_made(place / "l", EVERYTHING)))}
     file = found[b"dir/hard"]
     assert (file.type, file.mode, file.uid, file.gid, file.size) == (Type.FILE, 0o4755, 3, 4, 4)
@@ -187,9 +187,9 @@ def test_hostile_trees(place: Path, opened: Callable[[Path], int]) -> None:
 
 def test_progress_and_an_early_end(place: Path, opened: Callable[[Path], int]) -> None:
     root = opened(_made(place / "l", {f"f{i}": "12345" for i in range(300)}))
-    told: list[tuple[int, int]] = []
-    Manifest.build(root, progress=lambda entries, size: told.append((entries, size))).close()
-    assert told[-1] == (301, 1500) and told == sorted(told)
+    calls: list[tuple[int, int]] = []
+    Manifest.build(root, progress=lambda entries, size: calls.append((entries, size))).close()
+    assert calls[-1] == (301, 1500) and calls == sorted(calls)
 
     def stop(entries: int, size: int) -> None:
         raise KeyboardInterrupt
@@ -199,7 +199,7 @@ def test_progress_and_an_early_end(place: Path, opened: Callable[[Path], int]) -
     assert os.listdir(place) == ["l"]
 
 
-def test_who_stops_early_leaves_no_thread(place: Path, opened: Callable[[Path], int]) -> None:
+def test_an_early_end_stops_the_threads(place: Path, opened: Callable[[Path], int]) -> None:
     root = opened(_made(place / "l", {f"f{i}": File(pieces=((1 << 24, b"x"),)) for i in range(40)}))
     scanning = scan.scan(root, threads=3)
     next(scanning)
@@ -207,7 +207,7 @@ def test_who_stops_early_leaves_no_thread(place: Path, opened: Callable[[Path], 
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("scan")]
 
 
-def test_what_cannot_be_read_is_named(place: Path, opened: Callable[[Path], int]) -> None:
+def test_an_unreadable_object_is_named(place: Path, opened: Callable[[Path], int]) -> None:
     root = opened(_made(place / "l", {"dir": {"file": "x"}, "other": "y"}))
     with disk("tmpfs", place / "disk") as mnt:
         (mnt / "inside").touch()
@@ -245,9 +245,7 @@ def test_a_file_that_changes_meanwhile_is_named(
 
 
 @pytest.mark.parametrize("at", range(0, 400, 7))
-def test_a_damaged_manifest_never_reads_as_another_tree_without_its_digest_telling(
-    place: Path, opened: Callable[[Path], int], at: int
-) -> None:
+def test_a_damaged_manifest_has_another_digest(place: Path, opened: Callable[[Path], int], at: int) -> None:
     here = opened(place)
     with Manifest.build(opened(_made(place / "l", EVERYTHING)), temp_dir=here) as manifest:
         _write(manifest, place)
@@ -272,7 +270,7 @@ def test_entries_that_no_walk_gives_are_refused(place: Path, opened: Callable[[P
         list(manifest.entries)
 
 
-def test_no_damage_does_worse_than_being_told(place: Path, opened: Callable[[Path], int]) -> None:
+def test_damage_raises_nothing_but_damaged_error(place: Path, opened: Callable[[Path], int]) -> None:
     with Manifest.build(opened(_made(place / "l", EVERYTHING))) as manifest:
         _write(manifest, place)
     good = (place / "manifest").read_bytes()

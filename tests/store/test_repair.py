@@ -1,4 +1,4 @@
-"""Repair: whatever verification finds is put right from where it still is; killed anywhere, it can be done again."""
+"""Repair: what verification finds is restored from other copies; a killed repair can be repeated."""
 
 import os
 import shutil
@@ -102,7 +102,7 @@ DAMAGES: dict[str, Callable[[Layer], object]] = {
     "content of two names": lambda layer: flip(at(layer, "a/file")),
     "a name of two": lambda layer: at(layer, "a/file").unlink(),
     "both names": lambda layer: each(Path.unlink, at(layer, "a/file"), at(layer, "a/twin")),
-    "a parted link": lambda layer: part(at(layer, "a/twin")),
+    "a broken link": lambda layer: part(at(layer, "a/twin")),
     "a file": lambda layer: at(layer, "big").unlink(),
     "a directory": lambda layer: shutil.rmtree(at(layer, "a")),
     "a directory that is a file": lambda layer: replaced(at(layer, "a"), Path.touch),
@@ -165,7 +165,7 @@ def test_from_another_layer_under_another_name(store: Store) -> None:
     assert at(layer, "f").read_bytes() == b"the same content" and at(layer, "f").stat().st_uid == 3
 
 
-def test_a_damaged_copy_is_not_taken(store: Store, other: Store) -> None:
+def test_a_damaged_copy_is_not_used(store: Store, other: Store) -> None:
     layer = put(store, "site", TREE)
     flip(at(layer, "big"))
     wrong = other.layers.find(other.images.find("site").layers[0])

@@ -1,4 +1,4 @@
-"""Comparison, squash, verification and repair by somebody who is not root: owners and devices lie in attributes."""
+"""Comparison, squash, verification and repair without privilege: owners and devices are stored in attributes."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Squash: fewer layers that show the same tree, to us and to the kernel."""
+"""Squash: fewer layers show the same tree, to this program and to the kernel."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ STACK: list[Spec] = [TOP, MIDDLE, BASE]
 
 
 def made(place: Path, layers: list[Spec], count: int) -> Stack:
-    """The stack with its first layers squashed, beside the stack itself."""
+    """The stack with its first layers squashed, next to the stack itself."""
     stack = Stack(place / "s", list(layers), None)
     target, work = place / "squashed", place / "work"
     target.mkdir()
@@ -66,7 +66,7 @@ def over(stack: Stack, place: Path, count: int) -> list[Path]:
 
 
 def shows_the_same(place: Path, stack: Stack, count: int) -> None:
-    """By our view, by the kernel's mount, and by comparison."""
+    """Compared through this program, through the kernel's mount, and by `compare`."""
     before = FsDriver(stack)
     expected = dump(before)
     before.close()
@@ -184,16 +184,16 @@ def test_deeper_than_the_interpreter(place: Path) -> None:
 
 def test_an_image(store: LayerStore) -> None:
     image = add_image(store, "site", {"a": "1"}, {"b": "2"}, {"c": "3"})
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     made = squash_image(
-        store, "site", "small", 2, message="why", author="me", progress=lambda *numbers: told.append(numbers)
+        store, "site", "small", 2, message="why", author="me", progress=lambda *numbers: calls.append(numbers)
     )
     assert made.name == "small:latest" and made.layers[1:] == image.layers[2:] and len(made.layers) == 2
     layer = store.layers.find(made.layers[0])
     assert sorted(os.listdir(layer.tree_path)) == [b"b", b"c"]
     assert (layer.record.message, layer.record.author, layer.record.flags) == ("why", "me", ())
     assert layer.record.state == "complete" and os.listdir(layer.path).count(b"work") == 0
-    assert told[-1][1] == 2
+    assert calls[-1][1] == 2
     assert store.images.find("site") == image
     assert not verify(store.directory, None).problems
 
@@ -222,7 +222,7 @@ def test_too_many(store: LayerStore, last: int) -> None:
         squash_image(store, "site", "small", last)
 
 
-def test_what_cannot_be_a_name_is_refused_before_any_work(store: LayerStore) -> None:
+def test_an_invalid_name_is_refused_before_any_work(store: LayerStore) -> None:
     add_image(store, "site", {"a": "1"}, {"b": "2"})
     with pytest.raises(UserError, match="is not an image name"):
         squash_image(store, "site", "No Name", progress=lambda entries, size: pytest.fail("work"))

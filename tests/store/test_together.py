@@ -1,4 +1,4 @@
-"""Eight processes at once: commits, mounts, gc and rm leave a store that verifies, and nobody loses what he uses.
+"""Eight processes at once: commits, mounts, gc and rm leave a store that verifies, and no process loses what it uses.
 
 Meanwhile a ninth one is killed, again and again.
 
@@ -42,7 +42,7 @@ EXPECTED = (  # what may be refused while others take away what one has just see
 
 
 class Player:
-    """One process: it does something over and over, and notes what it did."""
+    """One process, which repeats random operations and records them."""
 
     def __init__(self, place: Path, number: int) -> None:
         self.place = place
@@ -52,7 +52,7 @@ class Player:
         self.store = LayerStore(os.fsencode(place / "store"))
 
     def play(self, until: float) -> None:
-        """Go on until the time is over; what was not expected ends it."""
+        """Repeat until the time is over, or until something unexpected happens."""
         actions = (self.publish, self.publish, self.commit, self.read, self.tag, self.remove, self.collect)
         while time.monotonic() < until:
             action = self.random.choice(actions)
@@ -69,13 +69,13 @@ class Player:
         self.counts[what] = self.counts.get(what, 0) + 1
 
     def publish(self) -> None:
-        """Make an image of a layer that others make too, and one of its own on top."""
+        """Make an image of a layer that other processes make too, with an own layer on top."""
         shared = {"shared": str(self.random.randrange(4))}
         own = {"own": f"{self.number} {self.random.random()}"}
         add_image(self.store, self.random.choice(IMAGES), shared, own)
 
     def commit(self) -> None:
-        """Make a workspace, change it, commit it, look whether everything is there, and remove it."""
+        """Create a workspace, change it, commit it, check that everything is there, and remove it."""
         name = f"w{self.number}-{self.random.randrange(1 << 30)}"
         workspace = self.store.workspaces.create(self.random.choice(IMAGES), name)
         text = f"{name} was here"
@@ -88,7 +88,7 @@ class Player:
             self.store.workspaces.remove(name)
 
     def read(self) -> None:
-        """Hold the layers of an image: each of them stays whole meanwhile."""
+        """Hold the layers of an image: each of them stays complete meanwhile."""
         for layer in self.store.stack_of(self.random.choice(IMAGES)):
             with layer.hold():
                 before = sorted(os.listdir(layer.tree_path))
@@ -152,7 +152,7 @@ def _start(place: Path, number: int, until: float) -> int:
 
 
 def _kill_others(place: Path, until: float) -> None:
-    """Let one more process after the other begin, and kill each in the middle of something."""
+    """Start one more process after the other, and kill each in the middle of an operation."""
     chance = random.Random(8)
     number = 8
     while time.monotonic() < until:
@@ -196,9 +196,9 @@ def test_eight_processes(shop: Path) -> None:
 
 
 def _check(store: LayerStore, base: Path) -> None:
-    """Everything that is named is there and whole; everything else goes."""
+    """Everything that is referred to is there and intact; gc removes everything else."""
     for layer in list(store.layers.unfinished()):
-        commit.hash_layer(store, layer)  # whoever made it was killed before
+        commit.hash_layer(store, layer)  # the process that made it was killed before
     dry = store.gc(dry_run=True)
     assert store.gc() == dry
     named = {layer for image in store.images() for layer in image.layers}

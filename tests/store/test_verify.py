@@ -1,4 +1,4 @@
-"""Verification: whatever changes in a stored file is found, and named."""
+"""Verification: every change of a stored file is found and named."""
 
 import os
 import shutil
@@ -50,16 +50,16 @@ def at(layer: Layer, path: str = "") -> Path:
 def test_a_store_as_it_was_made(store: LayerStore) -> None:
     layer = built(store, TREE)
     add_image(store, "site", {"index": "x"}, {"more": "y"})
-    told: list[tuple[int, int]] = []
-    checked = verify(store.directory, None, progress=lambda entries, size: told.append((entries, size)))
+    calls: list[tuple[int, int]] = []
+    checked = verify(store.directory, None, progress=lambda entries, size: calls.append((entries, size)))
     assert checked.problems == () and checked.unfinished == ()
     assert (checked.layers, checked.entries) == (3, 9 + 2 + 2)
     assert checked.size == layer.record.size + 2
-    assert told == sorted(told) and told[-1] == (checked.entries, checked.size)
+    assert calls == sorted(calls) and calls[-1] == (checked.entries, checked.size)
 
 
 def _touch(path: Path, change: Callable[[Path], object]) -> None:
-    """Change something and put the times of it and its directory back, as a failing disk does."""
+    """Change an object and restore its times and those of its directory, as a failing disk would."""
     before = [(each, os.lstat(each)) for each in (path, path.parent)]
     change(path)
     for each, times in before:
@@ -135,7 +135,7 @@ def test_all_names_of_a_damaged_file_are_named(store: LayerStore) -> None:
     assert found(store) == {b"a/file": ("damaged", ("content",)), b"a/twin": ("damaged", ("content",))}
 
 
-def test_a_parted_link_is_named(store: LayerStore) -> None:
+def test_a_broken_hard_link_is_named(store: LayerStore) -> None:
     layer = built(store, TREE)
     times = os.stat(at(layer, "a"))
     shutil.copy2(at(layer, "a/twin"), at(layer, "copy"))
@@ -173,7 +173,7 @@ def _flip_bit(path: Path, bit: int) -> None:
         stream.write(data)
 
 
-def test_a_damaged_manifest_and_a_whole_tree(store: LayerStore) -> None:
+def test_a_damaged_manifest_and_an_intact_tree(store: LayerStore) -> None:
     layer = built(store, TREE)
     _flip_bit(Path(os.fsdecode(layer.path)) / "manifest", 999)
     assert check(store).problems == (Problem(layer.id, b"", "manifest", ("content",)),)
@@ -200,13 +200,13 @@ def test_a_missing_layer_is_named_with_its_image(store: LayerStore) -> None:
     assert check(store, layer.id).problems == (Problem(layer.id, b"", "missing"),)
 
 
-def test_an_image_that_is_another_ones(store: LayerStore, place: Path) -> None:
+def test_an_image_record_under_another_name(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"f": "x"})
     (place / "store" / "images" / "site:latest").rename(place / "store" / "images" / "other:latest")
     assert [each.kind for each in check(store).problems] == ["record"]
 
 
-def test_only_what_is_asked_for(store: LayerStore) -> None:
+def test_only_the_given_layers(store: LayerStore) -> None:
     good, bad = add_layer(store, {"f": "x"}), add_layer(store, {"g": "y"})
     _flip_bit(at(bad, "g"), 0)
     assert not check(store, good.id).problems
@@ -228,7 +228,7 @@ def test_names_of_any_bytes(store: LayerStore) -> None:
     assert kinds == {b"": "damaged", b"\xff": "missing", b"a": "damaged", b"a/\xfe": "extra"}
 
 
-def test_a_store_that_says_who_is_missing(store: LayerStore) -> None:
+def test_a_layer_without_an_image_is_no_problem(store: LayerStore) -> None:
     record = ImageRecord(name="x", layers=(add_layer(store, {"f": "x"}).id,), created=now())
     store.images.put(record)
     store.images.remove("x")

@@ -33,7 +33,7 @@ def test_a_workspace_is_made_kept_and_removed(store: LayerStore, place: Path) ->
 
 
 @root
-def test_a_fresh_upper_looks_like_the_top_of_its_image(store: LayerStore) -> None:
+def test_a_new_upper_looks_like_the_top_layer(store: LayerStore) -> None:
     with store.layers.stage() as staged:
         os.chown(staged.tree_fd, 5, 6)
         os.chmod(staged.tree_fd, 0o1751)
@@ -48,7 +48,7 @@ def test_a_fresh_upper_looks_like_the_top_of_its_image(store: LayerStore) -> Non
     assert os.listxattr(upper) == ["user.kept"]
 
 
-def test_a_claimed_workspace_is_the_claimers(store: LayerStore, place: Path) -> None:
+def test_a_claimed_workspace_is_held(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"a": "1"})
     add_image(store, "other", {"a": "2"})
     workspace, hold, *_ = store.workspaces.claim("site", "mine")
@@ -71,7 +71,7 @@ def test_a_claimed_workspace_is_the_claimers(store: LayerStore, place: Path) -> 
             other.workspaces.claim("site", "../mine")
 
 
-def test_a_name_is_made(store: LayerStore) -> None:
+def test_a_workspace_name_is_chosen(store: LayerStore) -> None:
     add_image(store, "registry.example/team/site:v1", {"a": "1"})
     one, first, *_ = store.workspaces.claim("registry.example/team/site:v1")
     two, second, *_ = store.workspaces.claim("registry.example/team/site:v1")
@@ -80,7 +80,7 @@ def test_a_name_is_made(store: LayerStore) -> None:
         assert one.name != two.name
 
 
-def test_an_ephemeral_one_goes_when_nobody_holds_it(store: LayerStore, place: Path) -> None:
+def test_an_ephemeral_workspace_is_removed_once_its_lock_is_free(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"a": "1"})
     workspace, hold, *_ = store.workspaces.claim("site", ephemeral=True)
     with hold, open_store(place) as other:
@@ -92,7 +92,7 @@ def test_an_ephemeral_one_goes_when_nobody_holds_it(store: LayerStore, place: Pa
     assert there(place)["workspaces"] == there(place)["trash"] == []
 
 
-def test_adopting_moves_the_tree_and_renews_the_workspace(store: LayerStore, place: Path) -> None:
+def test_a_commit_moves_the_tree_and_rotates_the_upper(store: LayerStore, place: Path) -> None:
     image = add_image(store, "site", {"a": "1"})
     workspace = store.workspaces.create("site", "mine")
     fill(workspace.upper_path, {"b": "22"})
@@ -115,8 +115,8 @@ def test_adopting_moves_the_tree_and_renews_the_workspace(store: LayerStore, pla
     assert (done.id, done.record.message, done.record.below) == (layer.id, "b", ())
 
 
-def test_an_equal_layer_leaves_no_workspace_behind(store: LayerStore, place: Path) -> None:
-    """Images name the layer that was there first, the workspace goes on with its own: the stack is the same."""
+def test_a_workspace_is_not_behind_an_equal_layer(store: LayerStore, place: Path) -> None:
+    """Images name the layer that was there first, the workspace keeps its own: the stacks are equal."""
     image = add_image(store, "site", {"a": "1"})
     workspace = store.workspaces.create("site", "mine")
     twin = add_layer(store, {"b": "2"})
@@ -137,11 +137,11 @@ def test_an_equal_layer_leaves_no_workspace_behind(store: LayerStore, place: Pat
         assert claim.behind
 
 
-def test_adopting_from_elsewhere(store: LayerStore, place: Path) -> None:
+def test_a_directory_outside_a_workspace_is_committed(store: LayerStore, place: Path) -> None:
     fill(os.fsencode(place / "tree"), {"b": "2"})
-    layer = store.commit_directory(os.fsencode(place / "tree"), NewLayer(message="alone"))
+    layer = store.commit_directory(os.fsencode(place / "tree"), NewLayer(message="a tree"))
     assert not (place / "tree").exists()
-    assert store.layers.find(layer.id).record.message == "alone"
+    assert store.layers.find(layer.id).record.message == "a tree"
 
 
 @root
@@ -155,7 +155,7 @@ def test_another_file_system_is_refused(store: LayerStore, place: Path) -> None:
     assert there(place)["layers"] == there(place)["intents"] == []
 
 
-def test_what_was_prepared_and_not_taken_is_undone(store: LayerStore, place: Path) -> None:
+def test_a_prepared_transaction_is_rolled_back(store: LayerStore, place: Path) -> None:
     image = add_image(store, "site", {"a": "1"})
     workspace = store.workspaces.create("site", "mine")
     fill(workspace.upper_path, {"b": "2"})
@@ -173,8 +173,8 @@ def test_what_was_prepared_and_not_taken_is_undone(store: LayerStore, place: Pat
     assert Path(os.fsdecode(workspace.upper_path), "b").read_text() == "2"
 
 
-def test_an_upper_in_use_is_not_what_a_dead_commit_prepared(store: LayerStore, place: Path) -> None:
-    """Two commits, the first given up where it could not be undone, the second not settled: the next upper is live."""
+def test_rollback_keeps_a_next_upper_that_is_in_use(store: LayerStore, place: Path) -> None:
+    """Of two transactions the first was abandoned, the second not finalized: the next upper is in use."""
     add_image(store, "site", {"a": "1"})
     workspace = store.workspaces.create("site", "mine")
     like, directory = os.open(workspace.upper_path, os.O_RDONLY), os.open(workspace.path, os.O_RDONLY)
@@ -190,7 +190,7 @@ def test_an_upper_in_use_is_not_what_a_dead_commit_prepared(store: LayerStore, p
         assert there(place)["intents"] == []
 
 
-def test_an_image_of_missing_layers_begins_nothing(store: LayerStore, place: Path) -> None:
+def test_an_image_of_missing_layers_prepares_nothing(store: LayerStore, place: Path) -> None:
     before = there(place)
     record = ImageRecord(name="site:2", layers=("0" * 32,), created=now())
     with pytest.raises(UserError, match="is not in the store"):
@@ -199,7 +199,7 @@ def test_an_image_of_missing_layers_begins_nothing(store: LayerStore, place: Pat
 
 
 def test_garbage(store: LayerStore, place: Path) -> None:
-    """Whatever a dry run names goes, and nothing else; what is referred to stays."""
+    """gc removes exactly what a dry run returns, and keeps what is referred to."""
     kept = add_image(store, "site", {"a": "1"})
     used = add_layer(store, {"a": "used by a workspace"})
     store.images.put(ImageRecord(name="old", layers=(used.id,), created=now()))
@@ -215,8 +215,8 @@ def test_garbage(store: LayerStore, place: Path) -> None:
     (base / "trash" / "left").mkdir()
     (base / "workspaces" / "half").mkdir()
     with open_store(place) as other:
-        told = other.gc(dry_run=True)
-        assert {(each.kind, each.name) for each in told} == {
+        garbage = other.gc(dry_run=True)
+        assert {(each.kind, each.name) for each in garbage} == {
             ("layer", lost.id),
             ("layer", "0" * 32),
             ("staging", "left"),
@@ -225,10 +225,10 @@ def test_garbage(store: LayerStore, place: Path) -> None:
             ("workspace", "half"),
         }
         assert there(place)["trash"] == ["left"]
-        sizes = {(each.kind, each.name): each.size for each in told}
+        sizes = {(each.kind, each.name): each.size for each in garbage}
         assert (sizes["staging", "left"], sizes["staging", "file-left"], sizes["trash", "left"]) == (3, 2, 0)
         assert sizes["layer", lost.id] > 8
-        assert other.gc() == told
+        assert other.gc() == garbage
         assert other.gc() == []
         assert sorted(layer.id for layer in other.layers()) == sorted((*kept.layers, used.id))
         assert other.layers.by_digest(lost.record.digest or "") is None

@@ -81,7 +81,7 @@ def _data(path: Path, found: os.stat_result) -> bytes:
     return path.read_bytes() if stat.S_ISREG(found.st_mode) else b""
 
 
-class Twin:
+class Reference:
     """A plain directory in which a load is performed as well; `snapshots[n]` is what it holds after n steps."""
 
     def __init__(self, base: Path) -> None:
@@ -116,38 +116,38 @@ class Promises:
         self.meta: dict[int, int] = {}
         self.lives: dict[int, int] = {}
 
-    def keep(self, twin: Twin, done: int) -> None:
+    def keep(self, reference: Reference, done: int) -> None:
         """Take in what the first `done` steps have made durable, at first all that the load began with."""
-        self._everything(twin, 0)
-        for number, step in enumerate(twin.steps[:done], 1):
+        self._everything(reference, 0)
+        for number, step in enumerate(reference.steps[:done], 1):
             if step.verb == "sync":
-                self._everything(twin, number)
+                self._everything(reference, number)
             elif step.verb == "fsync-dir":
-                self._directory(twin, number, step.path)
+                self._directory(reference, number, step.path)
             elif step.verb.startswith(("fsync", "fdatasync")):
-                self._file(twin, number, step)
+                self._file(reference, number, step)
 
-    def _everything(self, twin: Twin, number: int) -> None:
-        tree = twin.snapshots[number]
+    def _everything(self, reference: Reference, number: int) -> None:
+        tree = reference.snapshots[number]
         self.data = dict.fromkeys(tree.things, number)
         self.meta = dict.fromkeys(tree.things, number)
         self.lives = dict.fromkeys(tree.things, number)
-        self.names = dict.fromkeys(_places(twin, number), number)
+        self.names = dict.fromkeys(_places(reference, number), number)
 
-    def _file(self, twin: Twin, number: int, step: Step) -> None:
-        tree = twin.snapshots[number]
-        file = twin.held[step.path] if step.verb == "fsync-held" else tree.at(step.path)
+    def _file(self, reference: Reference, number: int, step: Step) -> None:
+        tree = reference.snapshots[number]
+        file = reference.held[step.path] if step.verb == "fsync-held" else tree.at(step.path)
         if file in tree.things:
             self.data[file] = number
             if step.verb != "fdatasync":
                 self.meta[file] = number
             self._chain(tree, number, tree.path(file) if step.verb == "fsync-held" else PurePosixPath(step.path))
 
-    def _directory(self, twin: Twin, number: int, path: str) -> None:
-        tree = twin.snapshots[number]
+    def _directory(self, reference: Reference, number: int, path: str) -> None:
+        tree = reference.snapshots[number]
         directory = tree.at(path)
         self.meta[directory] = number
-        self.names |= {(at, name): number for at, name in _places(twin, number) if at == directory}
+        self.names |= {(at, name): number for at, name in _places(reference, number) if at == directory}
         self.lives |= dict.fromkeys(tree.things[directory].entries.values(), number)
         self._chain(tree, number, PurePosixPath(path))
 
@@ -159,8 +159,8 @@ class Promises:
             path = path.parent
 
 
-def _places(twin: Twin, number: int) -> Iterator[tuple[int, str]]:
+def _places(reference: Reference, number: int) -> Iterator[tuple[int, str]]:
     """Yield every directory with every name that it has had up to a snapshot, gone ones too."""
-    for tree in twin.snapshots[: number + 1]:
+    for tree in reference.snapshots[: number + 1]:
         for at, thing in tree.things.items():
             yield from ((at, name) for name in thing.entries)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from overlayfs import Overlay, StackConfig
 from tests.crash.harness import ROOT, View, view
-from tests.crash.power.history import MARK, Promises, Snapshot, Thing, Twin
+from tests.crash.power.history import MARK, Promises, Reference, Snapshot, Thing
 
 BLOCK = 4096
 
@@ -49,13 +49,13 @@ def _thing(facts: tuple[object, ...]) -> Thing:
 class Judge:
     """Judges what was found when `done` steps had returned and `begun` had been started."""
 
-    twin: Twin
+    reference: Reference
     done: int
     begun: int
 
     def __post_init__(self) -> None:
         self._promises = Promises()
-        self._promises.keep(self.twin, self.done)
+        self._promises.keep(self.reference, self.done)
         self._seen: Counter[int] = Counter()
 
     def violations(self, found: dict[str, Thing]) -> list[str]:
@@ -63,11 +63,11 @@ class Judge:
         self._found = found
         if "" not in found:
             return ["the directory of the load is gone"]
-        lines = list(self._directory(self.twin.snapshots[0].root, ""))
+        lines = list(self._directory(self.reference.snapshots[0].root, ""))
         return lines or list(self._counts())
 
     def _trees(self, since: int) -> list[Snapshot]:
-        return self.twin.snapshots[since : self.begun + 1]
+        return self.reference.snapshots[since : self.begun + 1]
 
     def _directory(self, number: int, path: str) -> Iterator[str]:
         trees = [tree for tree in self._trees(0) if number in tree.things]
@@ -89,7 +89,7 @@ class Judge:
         yield from self._one_of([number for number in allowed if number is not None], thing, path)
 
     def _one_of(self, candidates: list[int], thing: Thing, path: str) -> list[str]:
-        """Return why what lies at a path is none of these objects; directories are told apart by what is in them."""
+        """Return why the object at a path is none of these; directories are distinguished by their content."""
         lines = [f"{path}: nothing should be there"]
         for number in candidates:
             before = self._seen.copy()
@@ -125,7 +125,7 @@ class Judge:
         names = [tree.names() for tree in self._trees(0)]
         for number in {number for tree in names for number in tree}:
             since = self._promises.lives.get(number)
-            root = number == self.twin.snapshots[0].root
+            root = number == self.reference.snapshots[0].root
             named = since is not None and all(tree.get(number) for tree in names[since:])
             if named and not root and not self._seen[number]:
                 yield f"{self._path(number)} has lost its name"
@@ -144,7 +144,7 @@ def _content_differs(found: bytes, allowed: list[bytes]) -> str | None:
 
     A write that makes a file longer does so page by page. Where the states differ the user has written or cut, and the
     upper's file system may show zeros that were never there: ext4 makes the new size durable before the data of an
-    append, and truncating fills a block with zeros before the size falls. Nobody above it can prevent that.
+    append, and truncating fills a block with zeros before the size falls. No layer above it can prevent that.
     """
     if found in allowed:
         return None

@@ -66,7 +66,7 @@ def records(first: int, end: int) -> bytes:
 
 
 class LiveCommit:
-    """One commit of a mounted image whose store lies on a watched disk."""
+    """One commit of a mounted image whose store is on a watched disk."""
 
     def __init__(self, disk: WatchedDisk) -> None:
         self._disk = disk

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path, PurePosixPath
 from random import Random
 
-from tests.crash.power.history import Snapshot, Twin
+from tests.crash.power.history import Reference, Snapshot
 from tests.crash.power.steps import Step
 
 LONGEST = 3  # changes
@@ -48,7 +48,7 @@ def build(base: Path) -> None:
 
 
 class Load:
-    """The steps of one seed, found while they are performed on a twin: a step that fails there is none."""
+    """The steps of one seed, found while they are performed on a reference: a step that fails there is none."""
 
     setup = SETUP
 
@@ -61,45 +61,45 @@ class Load:
         """Make the lower objects."""
         build(base)
 
-    def run(self, twin: Twin) -> Iterator[Step]:
-        """Yield each step after it was performed on the twin."""
+    def run(self, reference: Reference) -> Iterator[Step]:
+        """Yield each step after it was performed on the reference."""
         random = self._random
         held = random.choice(("big", "small", "meta", "upper")) if random.random() < 0.25 else None
         if held is not None:
-            yield from self._take(twin, Step("hold", held))
+            yield from self._take(reference, Step("hold", held))
         for _ in range(random.randint(1, LONGEST)):
-            touched = yield from self._change(twin)
+            touched = yield from self._change(reference)
             if random.random() < 0.6:
-                yield from self._make_durable(twin, touched)
+                yield from self._make_durable(reference, touched)
         if held is not None:
-            yield from self._take(twin, Step("fsync-held", held))
-        yield from self._change(twin)
-        yield from self._take(twin, Step("sync", ""))
+            yield from self._take(reference, Step("fsync-held", held))
+        yield from self._change(reference)
+        yield from self._take(reference, Step("sync", ""))
 
-    def _take(self, twin: Twin, *steps: Step) -> Iterator[Step]:
+    def _take(self, reference: Reference, *steps: Step) -> Iterator[Step]:
         for step in steps:
             try:
-                twin.perform(step)
+                reference.perform(step)
             except OSError:
                 return
             yield step
 
-    def _change(self, twin: Twin) -> Generator[Step, None, str]:
+    def _change(self, reference: Reference) -> Generator[Step, None, str]:
         """Yield the steps of one change, and return the path that it touched."""
         while True:
-            steps = self._draw(twin.snapshots[-1])
-            done = [step for each in steps for step in self._take(twin, each)]
+            steps = self._draw(reference.snapshots[-1])
+            done = [step for each in steps for step in self._take(reference, each)]
             yield from done
             if done:
                 return done[-1].other or done[-1].path
 
-    def _make_durable(self, twin: Twin, path: str) -> Iterator[Step]:
+    def _make_durable(self, reference: Reference, path: str) -> Iterator[Step]:
         verb = self._random.choice(DURABLE)
         parent = str(PurePosixPath(path).parent).strip(".")
-        is_file = path in _paths(twin.snapshots[-1], directories=False)
+        is_file = path in _paths(reference.snapshots[-1], directories=False)
         if not is_file and verb != "sync":
             verb = "fsync-dir"
-        yield from self._take(twin, Step(verb, "" if verb == "sync" else parent if verb == "fsync-dir" else path))
+        yield from self._take(reference, Step(verb, "" if verb == "sync" else parent if verb == "fsync-dir" else path))
 
     def _draw(self, tree: Snapshot) -> tuple[Step, ...]:
         return self._random.choice(_KINDS)(self, tree)

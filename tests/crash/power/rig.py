@@ -1,4 +1,4 @@
-"""A mount whose upper lies on a disk that can be made to fail, to stall, or to be slow."""
+"""A mount whose upper is on a disk that can be made to fail, to stall, or to be slow."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def rigged(
 ) -> Iterator[Rig]:
     """A stack of a lower layer beside the disk and an upper on it, mounted. `memory`: an empty place.
 
-    inside: a subvolume of btrfs in which upper and work lie. build: makes more of the lower layer.
+    inside: a subvolume of btrfs that has upper and work. build: makes more of the lower layer.
     """
     stack = Stack(memory, False, inside)
     for name, size in LOWER.items():

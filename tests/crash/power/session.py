@@ -1,4 +1,4 @@
-"""Loads on a real mount whose upper lies on a disk that remembers, and what power cuts at any moment make of them."""
+"""Loads on a real mount whose upper is on a recorded disk, and what power cuts at any moment leave of them."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from random import Random
 from typing import Protocol
 
 from overlayfs import StackConfig
-from tests.crash.power.history import Twin
+from tests.crash.power.history import Reference
 from tests.crash.power.judge import Judge, found_things, look
 from tests.crash.power.steps import Held, Step, let_go, perform
 from tests.support import syscalls
@@ -63,7 +63,7 @@ def mounted(command: list[str], point: Path) -> Iterator["subprocess.Popen[bytes
 
 
 class Program(Protocol):
-    """A load, as it is before it is run: what lies below, what comes before it, and its steps."""
+    """A load before it is run: the lower layers, the preparation, and the steps."""
 
     @property
     def name(self) -> str:
@@ -76,15 +76,15 @@ class Program(Protocol):
     def build(self, base: Path) -> None:
         """Make the objects of the lower layer."""
 
-    def run(self, twin: Twin) -> Iterator[Step]:
-        """Yield each step after it was performed on the twin."""
+    def run(self, reference: Reference) -> Iterator[Step]:
+        """Yield each step after it was performed on the reference."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Where the parts of a stack lie: upper and work on a disk, the lower layer there too, or beside it in `place`.
+    """The places of a stack: upper and work on a disk, the lower layer there too, or next to it in `place`.
 
-    inside: a directory of the disk in which upper and work lie.
+    inside: the directory of the disk that has upper and work.
     """
 
     place: Path
@@ -119,14 +119,14 @@ class Stack:
 
 @dataclass(frozen=True)
 class Run:
-    """One load that was performed on a mount and on a twin, and noted in the log of the disk."""
+    """One load that was performed on a mount and on a reference, and noted in the log of the disk."""
 
     name: str
-    twin: Twin
+    reference: Reference
 
 
 class Session:
-    """Runs loads, one after the other, on one mount whose upper lies on a watched disk; twins lie in `place`."""
+    """Runs loads, one after the other, on one mount whose upper is on a watched disk; references are in `place`."""
 
     def __init__(self, disk: WatchedDisk, stack: Stack, place: Path) -> None:
         self._disk = disk
@@ -137,21 +137,21 @@ class Session:
 
     def run(self, program: Program) -> Run:
         """Perform one load."""
-        twin = self._prepare(program)
+        reference = self._prepare(program)
         try:
-            self._perform(program.name, program.run(twin))
+            self._perform(program.name, program.run(reference))
         finally:
-            twin.close()
-        return Run(program.name, twin)
+            reference.close()
+        return Run(program.name, reference)
 
-    def _prepare(self, program: Program) -> Twin:
+    def _prepare(self, program: Program) -> Reference:
         base = self._place / program.name
         subprocess.run(["cp", "-a", str(self._stack.lower(self._disk.point) / program.name), str(base)], check=True)
         for step in program.setup:
             perform(base, step, {})
             perform(self.point / program.name, step, {})
         self._sync()
-        return Twin(base)
+        return Reference(base)
 
     def _perform(self, name: str, steps: Iterable[Step]) -> None:
         held: Held = {}
@@ -168,7 +168,7 @@ class Session:
         self._disk.mark(f"{name} end")
 
     def _sync(self) -> None:
-        """What sync(2) does, for these two file systems alone."""
+        """What sync(2) does, for these two file systems only."""
         fd = os.open(self.point, os.O_RDONLY | os.O_DIRECTORY)
         try:
             syscalls.syncfs(fd)
@@ -207,7 +207,7 @@ class Replay:
             verdict.states += 1
             wrong = self._wrong(run, state)
             if wrong:
-                steps = ", ".join(map(str, run.twin.steps))
+                steps = ", ".join(map(str, run.reference.steps))
                 verdict.violations.append(f"{self._recording.kind}: {steps}: {wrong}, with {state}")
         return verdict
 
@@ -218,11 +218,11 @@ class Replay:
                 found = found_things(look(self._stack.config(point), run.name.encode()))
         except Exception as error:  # whatever keeps the next mount from showing everything
             return f"with {done} steps done: {error!r}"
-        lines = Judge(run.twin, done, begun).violations(found)
+        lines = Judge(run.reference, done, begun).violations(found)
         return f"with {done} of {begun} steps done: {'; '.join(lines)}" if lines else ""
 
     def _count(self, run: Run, word: str, position: int) -> int:
-        numbers = range(1, len(run.twin.steps) + 1)
+        numbers = range(1, len(run.reference.steps) + 1)
         return sum(self._recording.marked(f"{run.name} {number} {word}") < position for number in numbers)
 
 
@@ -231,7 +231,7 @@ def power_cuts(
 ) -> Verdict:
     """Run loads on a fresh disk of this kind, then cut the power at each moment of each, or at every n-th.
 
-    memory: an empty place. shares: the lower layer lies on the same disk as the upper.
+    memory: an empty place. shares: the lower layer is on the same disk as the upper.
     """
     stack = Stack(memory, shares)
     with watched(kind, memory / "disk") as disk:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.crash.power.history import Twin
+from tests.crash.power.history import Reference
 from tests.crash.power.steps import Step
 
 FILES = [f"f{number:02}" for number in range(16)]
@@ -23,12 +23,12 @@ class Sixteen:
         for number, file in enumerate(FILES, 97):
             (base / file).write_bytes(bytes([number]) * SIZE)
 
-    def run(self, twin: Twin) -> Iterator[Step]:
-        """Yield each step after it was performed on the twin."""
+    def run(self, reference: Reference) -> Iterator[Step]:
+        """Yield each step after it was performed on the reference."""
         for number, file in enumerate(FILES):
             changed = Step("write", file, at=number * 3_000, size=1, tag=number + 1)
             for step in (changed, *([Step("fsync-writer", file)] if number % DURABLE == 0 else [])):
-                twin.perform(step)
+                reference.perform(step)
                 yield step
-        twin.perform(Step("sync", ""))
-        yield twin.steps[-1]
+        reference.perform(Step("sync", ""))
+        yield reference.steps[-1]

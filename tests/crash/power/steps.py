@@ -1,6 +1,6 @@
 """What a load does, step by step: each is one change, or one call that makes changes durable.
 
-A step is performed on a mount and on a twin, a plain directory that shows what the mount should hold.
+A step is performed on a mount and on a reference, a plain directory that shows what the mount should hold.
 """
 
 import os
@@ -98,7 +98,7 @@ def _unset(path: Path, _step: Step) -> None:
 
 
 def _nothing(_base: Path, _step: Step, _held: Held) -> None:
-    """The whole disk is synced by who runs the load."""
+    """The process that runs the load syncs the whole disk."""
 
 
 _VERBS: dict[str, Callable[[Path, Step, Held], None]] = {

@@ -1,4 +1,4 @@
-"""T12: disks that fail, that are full, that may not be written any more: what was lost is told, the rest goes on."""
+"""T12: disks that fail, are full or become read-only: what was lost is reported, and the rest continues."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ def outcome(act: Callable[P, object], *args: P.args, **keywords: P.kwargs) -> in
 
 
 def _on_disk(rig: Rig, _fd: int) -> None:
-    """The kernel writes the pages out by itself: nobody is told."""
+    """The kernel writes the pages out by itself: no caller sees the error."""
     outcome(rig.disk.sync)
 
 
@@ -54,7 +54,7 @@ LOSSES = {"asked": _asked, "unasked": _on_disk}
 @every_engine
 @every_kind
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_is_told_until_the_file_is_opened_again(
+def test_a_loss_is_reported_until_the_file_is_opened_again(
     campaign: Campaign, memory: Memory, kind: str, engine: str, loss: str
 ) -> None:
     """By every fsync, through every descriptor, also when the disk has long been well again."""
@@ -96,10 +96,10 @@ def _recovers(rig: Rig) -> Iterator[str]:
 
 
 def _goes_on(rig: Rig) -> Iterator[str]:
-    """Lower files are there as long as the upper can tell that it does not hide them: xfs lets nobody look any more."""
+    """Lower files show while the upper can tell that it does not hide them; XFS then refuses every look-up."""
     if outcome(os.listdir, rig.disk.point / "up"):
         if outcome(os.lstat, rig.point / "unknown") != errno.EIO:
-            yield "what nobody can know is absent"
+            yield "what cannot be looked up is absent"
         return
     if (rig.point / "c").read_bytes() != b"c" * LOWER["c"]:
         yield "a lower file cannot be read"
@@ -121,16 +121,16 @@ def _write(path: Path, byte: bytes) -> None:
 
 @every_engine
 @every_kind
-def test_what_was_told_durable_is_there(campaign: Campaign, memory: Memory, kind: str, engine: str) -> None:
-    """The disk fails for good before each step of a load: reads go on, the daemon ends, and nothing told is lost."""
+def test_what_was_reported_durable_is_there(campaign: Campaign, memory: Memory, kind: str, engine: str) -> None:
+    """The disk fails for good before each step of a load: reads go on, and nothing reported durable is lost."""
     wrong, points = [], 0
     for at in range(0, len(CHANGES) + 1, campaign.size(4, 1)):
         points += 1
         with rigged(kind, memory.fresh(), ours(f"engine={engine}"), OPTIONS.get(kind, "")) as rig:
-            told = list(_changes_until(rig, at))
+            durable = list(_changes_until(rig, at))
             wrong += [f"failing before change {at}: {line}" for line in _goes_on(rig)]
             rig.end()
-        wrong += [f"failing before change {at}: {line}" for line in _lost(left(rig), told)]
+        wrong += [f"failing before change {at}: {line}" for line in _lost(left(rig), durable)]
     campaign.held(f"errors that stay, engine {engine}", points, wrong)
 
 
@@ -156,7 +156,7 @@ CHANGES = (
 
 
 def _changes_until(rig: Rig, failing: int) -> Iterator[Change]:
-    """Make all changes; yield each that was told durable."""
+    """Make all changes; yield each that was reported durable."""
     for number, change in enumerate(CHANGES):
         if number == failing:
             rig.disk.behave("error")
@@ -167,15 +167,15 @@ def _changes_until(rig: Rig, failing: int) -> Iterator[Change]:
     rig.disk.behave("error")
 
 
-def _lost(found: View, told: list[Change]) -> Iterator[str]:
-    for change in {change.path: change for change in told}.values():
+def _lost(found: View, durable: list[Change]) -> Iterator[str]:
+    for change in {change.path: change for change in durable}.values():
         data = _data(found, change.path)
         later = [each.byte for each in CHANGES if each.path == change.path and each.byte >= change.byte]
         if data[:COMPLETE] not in [byte * COMPLETE for byte in later]:
-            yield f"{change} was told durable and is {data[:COMPLETE]!r}"
+            yield f"{change} was reported durable and is {data[:COMPLETE]!r}"
     for name, size in LOWER.items():
         if _data(found, name)[COMPLETE:] != name[-1].encode() * (size - COMPLETE):
-            yield f"{name} has lost content that nobody has written"
+            yield f"{name} has lost content that was not written"
 
 
 def _data(found: View, path: str) -> bytes:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.crash.power import loads
 from tests.crash.power.conftest import Memory
-from tests.crash.power.history import Twin
+from tests.crash.power.history import Reference
 from tests.crash.power.session import ours, power_cuts
 from tests.crash.power.steps import Step
 
@@ -19,10 +19,10 @@ class Script(loads.Load):
         self.name = name.replace(" ", "-")
         self._steps = steps
 
-    def run(self, twin: Twin) -> Iterator[Step]:
+    def run(self, reference: Reference) -> Iterator[Step]:
         """Yield the steps."""
         for step in (*self._steps, Step("sync", "")):
-            twin.perform(step)
+            reference.perform(step)
             yield step
 
 
@@ -30,7 +30,7 @@ FOUND = {
     "ext4": [
         # Readers of a metadata-only copy have the lower file open, and that was what fsync made durable.
         Script("attribute", Step("fsync-dir", ""), Step("setxattr", "meta", tag=1), Step("fsync", "meta")),
-        # The mark "the data lies below" goes when the data has come: fdatasync leaves that out on ext4.
+        # The metacopy attribute is removed once the data is copied: fdatasync does not sync that on ext4.
         Script(
             "first write",
             Step("create", "n1"),

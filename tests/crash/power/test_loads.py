@@ -48,7 +48,7 @@ def test_sixteen_copies(campaign: Campaign, memory: Memory, kind: str) -> None:
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sixteen_copies_by_others(campaign: Campaign, memory: Memory, kind: str, peer: str) -> None:
-    """The same load on the file systems that people use otherwise: for comparison, in the full run alone."""
+    """The same load on the file systems that people use otherwise: for comparison, in the full run only."""
     if not campaign.full:
         return
     need_program("fuse-overlayfs")

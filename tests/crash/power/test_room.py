@@ -129,7 +129,7 @@ def _btrfs(*words: str) -> None:
 @every_engine
 @every_kind
 def test_an_upper_that_turns_read_only(campaign: Campaign, memory: Memory, kind: str, engine: str) -> None:
-    """As after an error that the file system could not bear; then somebody mends it."""
+    """As after an error that made the file system read-only; then it is remounted."""
     base = memory.fresh()
     with rigged(kind, base, ours(f"engine={engine}"), build=_large) as rig:
         _remount(rig, "ro")

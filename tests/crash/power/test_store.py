@@ -150,7 +150,7 @@ def test_commits_of_a_mounted_image(campaign: Campaign, memory: Memory, kind: st
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_making_a_store(campaign: Campaign, memory: Memory, kind: str) -> None:
-    """Half a store is made whole by whoever opens it next."""
+    """A partly created store is completed by the next process that opens it."""
     with watched(kind, memory.fresh() / "disk") as disk:
         disk.mark("start")
         _store(disk.point / "new").close()

@@ -1,4 +1,4 @@
-"""T11: a disk that keeps somebody waiting does not keep the others waiting, and the daemon ends once it is well."""
+"""T11: a disk that blocks one request does not block the others, and the daemon ends once the disk responds."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ def test_a_frozen_upper_keeps_only_changes_waiting(campaign: Campaign, memory: M
 
 @every_kind
 def test_changes_that_came_while_it_was_frozen(campaign: Campaign, memory: Memory, kind: str) -> None:
-    """All at once: they wait their turn, and nobody who looks at everything meanwhile puts them out."""
+    """All at once: they wait their turn, and reading everything meanwhile does not disturb them."""
     with rigged(kind, memory.fresh(), ours(f"engine={engines.KERNEL},io=cached"), build=_many) as rig:
         places = {name: _prepared(rig, name) for name in changes(Path())}
         with frozen(rig.disk.point):
@@ -75,7 +75,7 @@ def test_changes_that_came_while_it_was_frozen(campaign: Campaign, memory: Memor
     campaign.held("changes while the upper is frozen, engine kernel", len(running), wrong)
 
 
-def test_a_loop_that_is_alone_is_noticed(campaign: Campaign, memory: Memory) -> None:
+def test_a_loop_without_standby_is_noticed(campaign: Campaign, memory: Memory) -> None:
     with rigged("ext4", memory.fresh(), mutant(ALONE), build=build) as rig:
         place = _prepared(rig, "mkdir")
         with frozen(rig.disk.point):
@@ -117,7 +117,7 @@ def _differences(shown: dict[str, bytes | None], found: dict[bytes, tuple[object
 @every_engine
 @every_kind
 def test_a_daemon_that_was_frozen_ends_in_time(campaign: Campaign, memory: Memory, kind: str, engine: str) -> None:
-    """Told so while it hangs: ten seconds count from the moment when the disk is well again."""
+    """Asked to end while it hangs: it has ten seconds from the moment the disk responds again."""
     with rigged(kind, memory.fresh(), ours(f"engine={engine}"), build=build) as rig:
         place = _prepared(rig, "mkdir")
         with frozen(rig.disk.point):
@@ -131,10 +131,10 @@ def test_a_daemon_that_was_frozen_ends_in_time(campaign: Campaign, memory: Memor
 
 
 @every_engine
-def test_a_daemon_that_was_frozen_and_killed_lets_its_clients_go(
+def test_a_daemon_that_was_frozen_and_killed_releases_its_clients(
     campaign: Campaign, memory: Memory, engine: str
 ) -> None:
-    """It cannot end before the disk is well; unmounting frees who waits for it, and says so."""
+    """It cannot end before the disk responds; unmounting releases the waiting clients, and says so."""
     with rigged("ext4", memory.fresh(), ours(f"engine={engine}"), build=build) as rig:
         place = _prepared(rig, "mkdir")
         with frozen(rig.disk.point):
@@ -145,13 +145,13 @@ def test_a_daemon_that_was_frozen_and_killed_lets_its_clients_go(
                 unmount.unmount(os.fsencode(rig.point), wait=1.0)
             why = change.wrong()
         rig.daemon.wait()
-    wrong = [] if "ConnectionAbortedError" in why else [f"who waited: {why or 'was answered'}"]
+    wrong = [] if "ConnectionAbortedError" in why else [f"the waiting client: {why or 'was answered'}"]
     campaign.held(f"kill -9 while the upper is frozen, engine {engine}", 1, wrong)
 
 
 @every_engine
-def test_an_fsync_that_waits_keeps_nobody_waiting(campaign: Campaign, memory: Memory, engine: str) -> None:
-    """The disk holds every flush until all others have had their answers, those who write included."""
+def test_a_waiting_fsync_blocks_no_other_request(campaign: Campaign, memory: Memory, engine: str) -> None:
+    """The disk holds every flush until all other requests are answered, writes included."""
     wrong, points = [], 0
     with rigged("ext4", memory.fresh(), ours(f"engine={engine}"), build=build) as rig:
         place = _prepared(rig, "mkdir")

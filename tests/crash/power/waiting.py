@@ -1,4 +1,4 @@
-"""Disks that keep everybody waiting: a frozen file system, and what is asked of a mount meanwhile."""
+"""Disks that block: a frozen file system, and the requests to a mount meanwhile."""
 
 import fcntl
 import os
@@ -66,7 +66,7 @@ def _state(stat: Path) -> str:
 
 
 def looks(rig: Rig) -> dict[str, Act]:
-    """What changes nothing, of objects that nobody has looked at yet and of known ones."""
+    """What changes nothing, of objects that have not been looked up and of known ones."""
     point = rig.point
     return {
         "read a lower file": (point / "b").read_bytes,
