@@ -81,7 +81,9 @@ class CopyUp(Verbs):
 
     def step(self, node: Node, requirement: Requirement) -> CopyUpStep:
         """Return the step that meets the requirement of a node whose ancestors are in the upper."""
-        upper = self._upper
+        upper = self._stack.upper
+        if upper is None:
+            raise oserror(errno.EROFS)
         if not isinstance(node, File):
             return Build(self._context, upper, node, Content.NONE)
         if node.in_upper:
@@ -118,7 +120,8 @@ class CopyUp(Verbs):
     def copy_up_all(self, requirements: Requirements) -> None:
         """Meet all of these requirements without waiting."""
         for node, requirement in requirements:
-            self.copy_up(node, requirement)
+            if not is_met(node, requirement):
+                self.copy_up(node, requirement)
 
     def copy_up_name(self, parent: Dir, name: bytes, node: Node) -> None:
         """Copy up a name, not only its node: a further name of a file that was copied up under another one."""

@@ -34,14 +34,9 @@ class StepContext:
         self.running: set[Node] = set()
 
     def begin(self, node: Node) -> None:
-        """Note that a copy of a node is being staged."""
+        """Note that a copy of a node is being staged, until the step is published or given up."""
         node.copying_up = True
         self.running.add(node)
-
-    def end(self, node: Node) -> None:
-        """Note that it is published or given up."""
-        node.copying_up = False
-        self.running.discard(node)
 
     def mark_impure(self, upper: Upper, parent: Dir, dirfd: int) -> None:
         """Mark an upper directory with entries that have an origin, for the kernel's readdir (ovl_set_impure)."""
@@ -101,9 +96,11 @@ class Build(CopyUpStep):
         self._truncates = content is Content.NONE and node.kind == stat.S_IFREG
         self._content = content if node.kind == stat.S_IFREG else Content.NONE
         self._nlink = 1
+        self._is_indexed = False  # the copy gets an entry in the index, which keeps its names together
         self._origin: Origin | None = None
         self._source: Source | None = None
         self._staged: Staged | None = None
+        self._is_placed = False  # the staged copy has left the work directory
 
     # --- on the loop, before ---------------------------------------------------------------------------
 
@@ -121,40 +118,33 @@ class Build(CopyUpStep):
             if found.st_size == 0:
                 self._content = Content.NONE
             self.copies_data = self._content is Content.COPY
-            if self.copies_data:
-                data = self._open_data(node)
+            if self.copies_data and isinstance(node, File) and node.lower is not None:
+                place = node.data or node.lower
+                data = place.layer.open_file(place.path, place.name)
             suid = layer.suid or not self._upper.suid
-            marks = self._marks(layer, pin)
-            self._source = Source(pin, found, self._content, data, marks, layer.override is not None, suid)
+            attributes = sysio.listxattr_at(pin, b"")
+            marks = self._marks(layer, pin, attributes)
+            self._source = Source(pin, found, self._content, data, marks, layer.override is not None, suid, attributes)
         except BaseException:
             sysio.close(pin)
             if data is not None:
                 sysio.close(data)
             raise
 
-    @staticmethod
-    def _open_data(node: Node) -> int:
-        assert isinstance(node, File) and node.lower is not None
-        layer, path, name = node.data or node.lower
-        return layer.open_file(path, name)
-
-    def _marks(self, layer: Layer, pin: int) -> dict[bytes, bytes]:
+    def _marks(self, layer: Layer, pin: int, attributes: list[bytes]) -> dict[bytes, bytes]:
         marks = {}
         self._origin = own = layer.filesystem.origin(sysio.file_handle(pin, b""))
-        if self._is_indexed():
-            assert own is not None
+        indexed = isinstance(self.node, File) and self._nlink > 1 and self._context.stack.index
+        if indexed and own is not None:
+            self._is_indexed = True
             marks[xattrs.NLINK] = nlink.encode("L", self.node.nlink_delta if isinstance(self.node, File) else 0)
-        elif self._content is not Content.METACOPY:
-            own = self._context.lookup.origins.lasting(layer.marks_at(pin, b"")) or own
+        elif attributes and self._content is not Content.METACOPY:
+            own = self._context.lookup.origins.lasting(layer.marks_of(pin, b"", attributes)) or own
         if own is not None:
             marks[xattrs.ORIGIN] = origin.encode(own)
         if self._content is Content.METACOPY:
             marks[xattrs.METACOPY] = metacopy.VALUE
         return marks
-
-    def _is_indexed(self) -> bool:
-        linked = self._nlink > 1 and isinstance(self.node, File)
-        return linked and self._context.stack.index and self._origin is not None
 
     # --- in any thread ---------------------------------------------------------------------------------
 
@@ -165,13 +155,15 @@ class Build(CopyUpStep):
     # --- on the loop, after ----------------------------------------------------------------------------
 
     def abort(self) -> None:
-        self._context.end(self.node)
+        self.node.copying_up = False
+        self._context.running.discard(self.node)
         if self._source is not None:
             self._source.close()
             self._source = None
         if self._staged is not None:
-            self._staged.close()
-            if self._staged.name:
+            if self._staged.fd is not None:
+                sysio.close(self._staged.fd)
+            if not self._is_placed:
                 self._upper.work.tidy(self._staged.name)
             self._staged = None
 
@@ -197,14 +189,15 @@ class Build(CopyUpStep):
     def _appear(self, parent: Dir, name: bytes) -> None:
         """Publish what is staged under a name; the directory keeps its times."""
         assert self._staged is not None and self._source is not None
-        upper, path = self._upper, self._context.nodes.path(parent)
-        dirfd = upper.dirfd(path)
+        upper = self._upper
+        dirfd = upper.dirfd(self._context.nodes.path(parent))
         if not parent.impure and xattrs.ORIGIN in self._source.marks:
-            self._context.mark_impure(upper, parent, dirfd)
+            upper.set_mark(dirfd, b"", xattrs.IMPURE, b"y")
+            parent.impure = True
         before = sysio.stat_at(dirfd, b"")
         try:
-            upper.publish(self._staged.name, (path, name), Create.IN_PLACE)
-            self._staged = self._staged.published()
+            upper.publish(self._staged.name, dirfd, name, Create.IN_PLACE)
+            self._is_placed = True
         finally:
             with suppress(OSError):  # what was published stays published
                 sysio.utimens_at(dirfd, b"", before.st_atime_ns, before.st_mtime_ns)
@@ -218,8 +211,9 @@ class Build(CopyUpStep):
                 opened.callback(sysio.close, pinned)
             found = sysio.stat_at(pinned, b"")
             with ExitStack() as failing:
-                reader, writer = self._open_reader(node, pinned), None
-                if reader is not None:
+                reader = writer = None
+                if node.reader is not None and self._content is not Content.METACOPY:
+                    reader = self._context.stack.dirfds.open_child(pinned, b"", os.O_RDONLY)
                     failing.callback(sysio.close, reader)
                 if self._truncates and node.writer is None:
                     writer = self._open_writer(pinned)
@@ -239,11 +233,6 @@ class Build(CopyUpStep):
         if writer is not None:
             node.writer = writer
 
-    def _open_reader(self, node: File, pinned: int) -> int | None:
-        if node.reader is None or self._content is Content.METACOPY:
-            return None
-        return self._context.stack.dirfds.open_child(pinned, b"", os.O_RDONLY)
-
     def _open_writer(self, pinned: int) -> int | None:
         """Open what a truncated file is written through: no content may be lost for an open that fails after all."""
         with suppress(PermissionError):  # without privilege the mode may stand against reading
@@ -253,11 +242,12 @@ class Build(CopyUpStep):
     def _place(self, node: File, pinned: int) -> int:
         """Give the copy its names in the upper; return how many links it has then. On an error it has none of them."""
         names = self._reachable_names(node)
-        if self._is_indexed():
+        if self._is_indexed:
             self._place_in_index(node)
         elif names:
             self._appear(*names[0])
-            self._add_name(node, names[0])
+            node.names[names[0]] = True
+            names[0][0].record_node(names[0][1], Kind.FILE, node)
         else:
             self._place_nowhere(node)
             return 0
@@ -293,14 +283,14 @@ class Build(CopyUpStep):
         name = origin.index_name(self._origin)
         sysio.rename_at(self._upper.work.fd, self._staged.name, self._upper.work.index, name)
         node.index = name
-        self._staged = self._staged.published()
+        self._is_placed = True
 
     def _place_nowhere(self, node: File) -> None:
         # Unlinked while it was open: the copy lives as long as the node, without a name.
         assert self._staged is not None
         node.orphan = sysio.open_child(self._upper.work.fd, self._staged.name, os.O_PATH)
         self._upper.work.tidy(self._staged.name)
-        self._staged = self._staged.published()
+        self._is_placed = True
 
     def _link(self, node: File, pinned: int, parent: Dir, name: bytes) -> None:
         assert self._source is not None
@@ -310,12 +300,8 @@ class Build(CopyUpStep):
             self._context.mark_impure(upper, parent, dirfd)
         with keeping_times(upper, dirfd):
             upper.link(pinned, b"", (path, name), Create.IN_PLACE)
-        self._add_name(node, (parent, name))
-
-    @staticmethod
-    def _add_name(node: File, place: tuple[Dir, bytes]) -> None:
-        node.names[place] = True
-        place[0].record_node(place[1], Kind.FILE, node)
+        node.names[parent, name] = True
+        parent.record_node(name, Kind.FILE, node)
 
 
 class Fill(CopyUpStep):
@@ -356,7 +342,8 @@ class Fill(CopyUpStep):
             self.abort()
 
     def abort(self) -> None:
-        self._context.end(self.node)
+        self.node.copying_up = False
+        self._context.running.discard(self.node)
         while self._open:
             sysio.close(self._open.pop())
 

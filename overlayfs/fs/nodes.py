@@ -124,8 +124,9 @@ class Dir(Node):
 
     def record_node(self, name: bytes, kind: Kind, node: Node) -> None:
         """Record that the upper now holds a node under a name."""
-        self.record(name, kind)
-        node.appeared = self.changed
+        self.changed = node.appeared = next(_moments)
+        if self.upper_names is not None:
+            self.upper_names[name] = kind
 
     def record(self, name: bytes, kind: Kind) -> None:
         """Record what the upper now holds under a name; ABSENT for nothing."""
@@ -225,6 +226,7 @@ class NodeTable:
         self._by_number: dict[int, Node] = {}
         self.find = self._by_number.get  # the node with a number, None for none; each request asks
         self._by_key: dict[Key, File] = {}
+        self.by_key = self._by_key.get  # the live file with a real object, None for none
         self._idle: OrderedDict[int, Node] = OrderedDict()
         self._kept = False
         self._mask = _MASK_32 if ino32 else -1
@@ -257,10 +259,6 @@ class NodeTable:
             each.path_cache = (self.epoch, path)
         return path
 
-    def by_key(self, key: Key) -> File | None:
-        """Return the live file whose real object is `key`, or None."""
-        return self._by_key.get(key)
-
     def free_number(self, *preferred: int) -> int:
         """Return the first of these numbers that no live node has, else a spare one."""
         for number in preferred:
@@ -273,7 +271,13 @@ class NodeTable:
 
     def add(self, node: Node, parent: Dir, name: bytes, in_upper: bool) -> None:
         """Give a node a name and take it into the table; it is idle until the kernel or a handle uses it."""
-        self.attach(node, parent, name, in_upper)
+        if isinstance(node, File):  # what `attach` does, for the kind that most lookups find
+            parent.children[name] = node
+            self._idle.pop(parent.number, None)
+            node.names[parent, name] = in_upper
+            self.unnamed.discard(node)
+        else:
+            self.attach(node, parent, name, in_upper)
         self._by_number[node.number] = node
         if not (node.lookups or node.handles or node.copying_up or (isinstance(node, Dir) and node.children)):
             self._idle[node.number] = node

@@ -34,22 +34,19 @@ class RealObjects:
     def locate(self, node: Node) -> Located:
         """Return where the topmost real object of a node is; ESTALE when its last known name has gone."""
         upper = self._stack.upper
-        if node.orphan is not None:
-            return self.upper, node.orphan, b""
+        if upper is not None and node.orphan is not None:
+            return upper, node.orphan, b""
         if isinstance(node, Dir):
-            if node.in_upper and upper is not None:
+            if upper is not None and node.in_upper:
                 return upper, upper.dirfd(self._nodes.path(node)), b""
             layer, path = node.lower[0]
             return layer, layer.dirfd(path), b""
         assert isinstance(node, File)
-        if not node.in_upper:
+        if upper is None or not node.in_upper:
             if node.lower is None:
                 raise oserror(errno.ESTALE)
             layer, path, name = node.lower
             return layer, layer.dirfd(path), name
-        return self._locate_in_upper(self.upper, node)
-
-    def _locate_in_upper(self, upper: Upper, node: File) -> Located:
         for (parent, name), in_upper in node.names.items():
             if in_upper:
                 return upper, upper.dirfd(self._nodes.path(parent)), name

@@ -51,6 +51,7 @@ class Overlay:
         self._stack, self._lookup, self._objects = core.stack, core.lookup, core.objects
         self.nodes = core.nodes
         self.root = core.lookup.root
+        self.find = core.lookup.find  # each lookup of the kernel calls it
         self._durability = Durability(core)
         self.copyup = CopyUp(core, self._durability)
         self.metadata = Metadata(core)
@@ -118,10 +119,6 @@ class Overlay:
         if node is None:
             raise oserror(errno.ENOENT, name)
         return node
-
-    def find(self, parent: Node, name: bytes) -> Found | None:
-        """Return the node under a name, and its stat if that was taken on the way; None for none."""
-        return self._lookup.find(parent, name)
 
     def resolve(self, path: bytes) -> Node:
         """Return the node at a path of the overlay; ENOENT, ENOTDIR. Symbolic links are not followed."""

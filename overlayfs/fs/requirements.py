@@ -5,10 +5,12 @@ up what is missing, which may take long, and asks again after every wait, for no
 does the same without waiting. Each raises EROFS where there is no upper.
 """
 
+import errno
 import os
 import stat
 from typing import TypeAlias
 
+from overlayfs.errors import oserror
 from overlayfs.fs.copyup import Requirement
 from overlayfs.fs.core import Core, Verbs
 from overlayfs.fs.hardlinks import HardLinks
@@ -31,18 +33,20 @@ class VerbRequirements(Verbs):
         self._planner = RenamePlanner(core, links)
 
     def _one(self, node: Node, requirement: Requirement = Requirement.METADATA) -> Required:
-        _ = self._upper
+        if self._stack.upper is None:
+            raise oserror(errno.EROFS)
         return ((node, requirement),)
 
     # --- files -----------------------------------------------------------------------------------------
 
     def open(self, node: Node, flags: int) -> Required:
         """Opening for reading requires nothing. `flags` as in open(2)."""
-        if node.kind != stat.S_IFREG:
+        writes = flags & os.O_ACCMODE in _WRITES
+        if node.kind != stat.S_IFREG or not (writes or flags & os.O_TRUNC):
             return ()
-        if flags & os.O_TRUNC:
-            return self._one(node, Requirement.TRUNCATED)
-        return self._one(node, Requirement.DATA) if flags & os.O_ACCMODE in _WRITES else ()
+        if self._stack.upper is None:
+            raise oserror(errno.EROFS)
+        return ((node, Requirement.TRUNCATED if flags & os.O_TRUNC else Requirement.DATA),)
 
     def create(self, parent: Node, name: bytes, flags: int) -> Required:
         """A name that exists by now is opened, unless `flags` have O_EXCL."""

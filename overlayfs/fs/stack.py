@@ -127,7 +127,9 @@ class Stack:
 
     def number(self, filesystem: FileSystem, inode: int) -> int:
         """Return the overlay's number for an inode."""
-        return filesystem.number(inode, self.reference) if self.config.xino else inode
+        if filesystem.tag == self.reference.tag or not self.config.xino:
+            return inode
+        return filesystem.number(inode, self.reference)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from overlayfs.fs.copyup import Requirement, Requirements, is_met
-from overlayfs.fs.copyup_steps import CopyUpStep
 from overlayfs.fs.nodes import Node
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.gate import Gate
@@ -39,34 +38,29 @@ class CopyUpRunner:
             for node, requirement in required:
                 while not is_met(node, requirement):
                     waited = True
-                    await self._copy_up_next(node, requirement)
+                    following = self._copyup.next_node(node)
+                    needed = requirement if following is node else Requirement.METADATA
+                    if not self._copyup.copies_data(following, needed):
+                        await self._perform(following, needed)
+                        continue
+                    async with self._gate.heavy() as stepped_out:
+                        if not stepped_out:
+                            await self._perform(following, needed)
             if not waited:
                 return required
 
-    async def _copy_up_next(self, node: Node, requirement: Requirement) -> None:
-        following = self._copyup.next_node(node)
-        if following is not node:
-            requirement = Requirement.METADATA
-        if not self._copyup.copies_data(following, requirement):
-            await self._perform(following, requirement)
-            return
-        async with self._gate.heavy() as stepped_out:
-            if not stepped_out:
-                await self._perform(following, requirement)
-
     async def _perform(self, node: Node, requirement: Requirement) -> None:
         async with self._locks.hold(node.number):
-            if not is_met(node, requirement) and self._copyup.next_node(node) is node:
-                await self._carry_out(self._copyup.step(node, requirement))
-
-    async def _carry_out(self, step: CopyUpStep) -> None:
-        try:
-            step.begin()
-            if step.copies_data:
-                await self._threads.run(step.stage)
-            else:
-                step.stage()
-        except BaseException:
-            step.abort()
-            raise
-        step.publish()
+            if is_met(node, requirement) or self._copyup.next_node(node) is not node:
+                return
+            step = self._copyup.step(node, requirement)
+            try:
+                step.begin()
+                if step.copies_data:
+                    await self._threads.run(step.stage)
+                else:
+                    step.stage()
+            except BaseException:
+                step.abort()
+                raise
+            step.publish()

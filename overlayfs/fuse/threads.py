@@ -4,6 +4,7 @@ answer a request by themselves.
 More threads than operations that are expected to stall at once; those of `Workers` end with the process.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -28,12 +29,10 @@ class Threads:
 
         It is made even if the caller is cancelled already: what was prepared for it is freed by nobody else.
         """
-        return await self._finish(lambda: call(*args, **keywords))
-
-    async def _finish(self, call: Callable[[], R]) -> R:
+        made = functools.partial(call, *args, **keywords)
         results: list[R] = []
         with trio.CancelScope(shield=True):
-            results.append(await trio.to_thread.run_sync(call, limiter=self._limiter))
+            results.append(await trio.to_thread.run_sync(made, limiter=self._limiter))
         return results[0]
 
 

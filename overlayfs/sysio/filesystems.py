@@ -86,16 +86,16 @@ _MAX_HANDLE = 128
 _NO_HANDLE = (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM)
 
 
-@restarted
-def file_handle(dirfd: int, name: bytes, /) -> tuple[int, bytes] | None:
+def file_handle(dirfd: int, name: bytes) -> tuple[int, bytes] | None:
     """Return (type, bytes) of the handle that identifies the object for its whole life; None if there is none."""
     buffer = ctypes.create_string_buffer(_HANDLE.pack(_MAX_HANDLE, 0), _HANDLE.size + _MAX_HANDLE)
     mount_id = ctypes.c_int()
     flags = 0 if name else AT_EMPTY_PATH
-    if _name_to_handle_at(dirfd, component(name), buffer, ctypes.byref(mount_id), flags) < 0:
+    while _name_to_handle_at(dirfd, name and component(name), buffer, ctypes.byref(mount_id), flags) < 0:
         if ctypes.get_errno() in _NO_HANDLE:
             return None
-        raise failed(name)
+        if ctypes.get_errno() != errno.EINTR:
+            raise failed(name)
     size, kind = _HANDLE.unpack_from(buffer)
     return kind, buffer.raw[_HANDLE.size : _HANDLE.size + size]
 

@@ -12,10 +12,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from overlayfs import sysio
+from overlayfs.errors import oserror
 
 SPARE = 32
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 _Key = tuple[int, bytes]  # (the layer's root descriptor, path below it)
 
 
@@ -40,8 +42,17 @@ class DirFds:
         key = (root, path)
         fd = self._open.get(key)
         if fd is None:
-            fd = self._open[key] = self.retry(lambda: self._open_directory(root, path))
-            self._shrink()
+            try:
+                fd = self._open_directory(root, path)
+            except OSError as error:
+                if error.errno == errno.EXDEV:
+                    raise oserror(errno.EREMOTE, path) from error
+                if error.errno not in _EXHAUSTED:
+                    raise
+                fd = self.retry(lambda: self._open_directory(root, path))
+            self._open[key] = fd
+            if len(self._open) > self._capacity:
+                self._shrink()
         else:
             self._open.move_to_end(key)
         return fd
@@ -51,7 +62,7 @@ class DirFds:
         try:
             return sysio.open_child(dirfd, name, flags, mode)
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
+            if error.errno not in _EXHAUSTED:
                 raise
         return self.retry(lambda: sysio.open_child(dirfd, name, flags, mode))
 
@@ -60,7 +71,7 @@ class DirFds:
         try:
             return opener()
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or len(self._open) <= SPARE or self._kept:
+            if error.errno not in _EXHAUSTED or len(self._open) <= SPARE or self._kept:
                 raise
         for _ in range(len(self._open) // 2):
             self._close_oldest()
@@ -100,7 +111,7 @@ class DirFds:
     def _open_directory(self, root: int, path: bytes) -> int:
         """Open a directory from its parent if that is open; opening by path would cost the depth at every step."""
         above, _, name = path.rpartition(b"/")
-        known = self._open.get((root, above)) if above else None
+        known = self._open.get((root, above)) if above else root
         if known is None:
             return sysio.open_beneath(root, path, _DIRECTORY)
         return sysio.open_child(known, name, _DIRECTORY)

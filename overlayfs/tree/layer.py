@@ -8,8 +8,9 @@ the root itself, and `name` is one child. No symbolic link, mount point or magic
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from overlayfs import sysio
@@ -62,6 +63,7 @@ class Layer:
         self.mode = mode
         self.filesystem = FileSystem.of(root)
         self._dirfds = dirfds
+        self.dirfd = partial(dirfds.get, root)  # a borrowed descriptor of the directory at a path: each access asks
         self._prefix = xattrs.prefix(mode) if mode else b"\0"
         self.hidden: frozenset[tuple[int, int]] = frozenset()  # (st_dev, st_ino) of directories to leave out
         flags = sysio.statvfs_fd(root).f_flag
@@ -71,15 +73,6 @@ class Layer:
     def close(self) -> None:
         """Close the root descriptor; the cache of directories belongs to the stack."""
         sysio.close(self.root)
-
-    def dirfd(self, path: bytes) -> int:
-        """Return a borrowed descriptor of a directory; EREMOTE where something is mounted inside the layer."""
-        try:
-            return self._dirfds.get(self.root, path)
-        except OSError as error:
-            if error.errno == errno.EXDEV:
-                raise oserror(errno.EREMOTE, path) from error
-            raise
 
     # --- looking ---------------------------------------------------------------------------------------
 
@@ -192,8 +185,11 @@ class Layer:
 
     def marks_at(self, dirfd: int, name: bytes) -> Marks:
         """Return the marks of a file in a directory outside the tree, such as the index."""
-        value = self._read_own(dirfd, name, set(sysio.listxattr_at(dirfd, name)))
-        return _file_marks(value)
+        return self.marks_of(dirfd, name, sysio.listxattr_at(dirfd, name))
+
+    def marks_of(self, dirfd: int, name: bytes, attributes: Sequence[bytes]) -> Marks:
+        """Return the marks of such a file whose extended attributes have been listed already."""
+        return _file_marks(self._read_own(dirfd, name, set(attributes))) if attributes else NO_MARKS
 
     def _read_own(self, dirfd: int, name: bytes, present: set[bytes]) -> dict[bytes, bytes]:
         values: dict[bytes, bytes] = {}
@@ -283,7 +279,7 @@ def open_readable(dirfds: DirFds, dirfd: int, name: bytes, keep_atime: bool) -> 
     """Open for reading, with `keep_atime` leaving the access time unchanged where O_NOATIME is permitted (open(2))."""
     if keep_atime:
         try:
-            return dirfds.retry(lambda: sysio.open_child(dirfd, name, _READ | os.O_NOATIME))
+            return dirfds.open_child(dirfd, name, _READ | os.O_NOATIME)
         except PermissionError:
             pass
-    return dirfds.retry(lambda: sysio.open_child(dirfd, name, _READ))
+    return dirfds.open_child(dirfd, name, _READ)

@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -54,6 +54,7 @@ class Source:
     marks: Mapping[bytes, bytes] = field(default_factory=dict)
     override: bool = False
     suid: bool = True
+    attributes: Sequence[bytes] | None = None
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -67,10 +68,6 @@ class Staged(NamedTuple):
 
     name: bytes
     fd: int | None = None
-
-    def published(self) -> "Staged":
-        """Return what is left when the copy has got its place: the descriptor."""
-        return Staged(b"", self.fd)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -107,12 +104,19 @@ def build_directory(upper: Upper, source: Source, dirfd: int, name: bytes) -> No
 
 
 def _apply_attributes(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
-    """Copy owner, attributes, mode and times of the source to a new object, and write its marks."""
-    upper.set_owner(dirfd, name, source.stat.st_uid, source.stat.st_gid)
-    copy_xattrs(upper, source, dirfd, name)
+    """Give a new object everything that its source has besides its content, and the marks of its place."""
+    found = source.stat
+    upper.set_owner(dirfd, name, found.st_uid, found.st_gid)
+    if source.attributes is None or source.attributes:
+        copy_xattrs(upper, source, dirfd, name)
     for suffix, value in source.marks.items():
         upper.set_mark(dirfd, name, suffix, value)
-    _copy_mode_and_times(upper, source, dirfd, name)
+    is_file = stat.S_ISREG(found.st_mode)
+    if not stat.S_ISLNK(found.st_mode):
+        upper.set_mode(dirfd, name, stat.S_IMODE(found.st_mode) & (~0 if source.suid or not is_file else ~_SET_ID))
+    truncated = is_file and source.content is Content.NONE and found.st_size > 0
+    mtime = time.time_ns() if truncated else found.st_mtime_ns  # truncation changes the content
+    sysio.utimens_at(dirfd, name, found.st_atime_ns, mtime)
 
 
 def _make_special(upper: Upper, source: Source, name: bytes) -> None:
@@ -130,8 +134,8 @@ def _make_file(upper: Upper, source: Source, name: bytes) -> int:
     try:
         if source.content is Content.METACOPY:
             sysio.truncate_fd(fd, source.stat.st_size)
-        elif source.content is Content.COPY and source.data is not None:
-            copy_data(source.data, fd)
+        elif source.data is not None and not sysio.clone_file(source.data, fd):
+            sysio.copy_data(source.data, fd, source.stat.st_size)
     except BaseException:
         sysio.close(fd)
         raise
@@ -146,7 +150,8 @@ def copy_data(source: int, target: int) -> None:
 
 def copy_xattrs(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
     """Copy all extended attributes except private ones and marks; escaped ones stay escaped."""
-    for attribute in sysio.listxattr_at(source.pin, b""):
+    attributes = sysio.listxattr_at(source.pin, b"") if source.attributes is None else source.attributes
+    for attribute in attributes:
         if xattrs.is_private(attribute, source.override) or (attribute == _CAPABILITY and not source.suid):
             continue
         try:
@@ -160,15 +165,6 @@ def _is_optional(upper: Upper, attribute: bytes) -> bool:
     if attribute in _OPTIONAL or attribute.startswith(_OPTIONAL_PREFIXES):
         return True
     return upper.features.mode is None and not attribute.startswith(b"security.")
-
-
-def _copy_mode_and_times(upper: Upper, source: Source, dirfd: int, name: bytes) -> None:
-    if not stat.S_ISLNK(source.stat.st_mode):
-        kept = ~0 if source.suid or not stat.S_ISREG(source.stat.st_mode) else ~_SET_ID
-        upper.set_mode(dirfd, name, stat.S_IMODE(source.stat.st_mode) & kept)
-    cut = stat.S_ISREG(source.stat.st_mode) and source.content is Content.NONE and source.stat.st_size > 0
-    mtime = time.time_ns() if cut else source.stat.st_mtime_ns  # truncation changes the content
-    sysio.utimens_at(dirfd, name, source.stat.st_atime_ns, mtime)
 
 
 def fill(upper: Upper, pin: int, target: int, data: int) -> None:

@@ -84,7 +84,9 @@ class Upper(Layer):
         """Set owner and group, -1 keeps one; in the override attribute if this upper keeps them there."""
         if self.override is None or not self._set_override(dirfd, name, uid=uid, gid=gid):
             found = sysio.stat_at(dirfd, name)
-            if uid in (-1, found.st_uid) and gid in (-1, found.st_gid) and not _clears_bits(found):
+            # chown(2) of anything but a directory clears set-id bits even if it changes nothing; callers rely on that.
+            clears_bits = found.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISDIR(found.st_mode)
+            if uid in (-1, found.st_uid) and gid in (-1, found.st_gid) and not clears_bits:
                 return
             sysio.chown_at(dirfd, name, uid, gid)
 
@@ -145,21 +147,20 @@ class Upper(Layer):
             make(self.work.fd, temporary)
             if prepare is not None:
                 prepare(self.work.fd, temporary)
-            self.publish(temporary, place, how)
+            self.publish(temporary, self.dirfd(place[0]), place[1], how)
         except BaseException:
             self.work.tidy(temporary)
             raise
 
-    def publish(self, temporary: bytes, place: Place, how: Create) -> None:
+    def publish(self, temporary: bytes, dirfd: int, name: bytes, how: Create) -> None:
         """Move a staged object to its place, the step that makes a creation or copy-up visible."""
-        dirfd = self.dirfd(place[0])
         if how is Create.EXCHANGE_WHITEOUT:
-            self._exchange(self.work.fd, temporary, dirfd, place[1])
+            self._exchange(self.work.fd, temporary, dirfd, name)
             self.work.tidy(temporary)
         elif how is Create.OVER_WHITEOUT or not self.features.flags:
-            sysio.rename_at(self.work.fd, temporary, dirfd, place[1])
+            sysio.rename_at(self.work.fd, temporary, dirfd, name)
         else:
-            sysio.rename_at(self.work.fd, temporary, dirfd, place[1], sysio.RENAME_NOREPLACE)
+            sysio.rename_at(self.work.fd, temporary, dirfd, name, sysio.RENAME_NOREPLACE)
 
     def link(self, source_dirfd: int, source_name: bytes, place: Place, how: Create) -> None:
         """Give an upper object one more name at `place`."""
@@ -169,7 +170,7 @@ class Upper(Layer):
         temporary = self.work.temporary()
         sysio.link_at(source_dirfd, source_name, self.work.fd, temporary)
         try:
-            self.publish(temporary, place, how)
+            self.publish(temporary, self.dirfd(place[0]), place[1], how)
         except BaseException:
             self.work.tidy(temporary)
             raise
@@ -301,8 +302,3 @@ class Upper(Layer):
 
 def _path(place: Place) -> bytes:
     return place[0] + b"/" + place[1] if place[0] else place[1]
-
-
-def _clears_bits(found: os.stat_result) -> bool:
-    # chown(2) of anything but a directory clears set-id bits even when it changes nothing; callers rely on that.
-    return not stat.S_ISDIR(found.st_mode) and bool(found.st_mode & (stat.S_ISUID | stat.S_ISGID))

@@ -16,6 +16,7 @@ from typing import Any
 from overlayfs.fs.copyup import CopyUp
 from overlayfs.fs.dir_offsets import DirOffsets
 from overlayfs.fs.files import Files
+from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.metadata import Metadata
 from overlayfs.fs.names import Names
 from overlayfs.fs.nodes import NodeTable
@@ -26,7 +27,7 @@ from tests.support import foreground
 
 # What the engines call, with what goes before a name that two of them have
 GROUPS: dict[type, str] = {
-    **dict.fromkeys((Overlay, Files, Space, Names, Metadata, CopyUp), ""),
+    **dict.fromkeys((Overlay, Lookup, Files, Space, Names, Metadata, CopyUp), ""),
     VerbRequirements: "requirements.",
     DirOffsets: "dir_offsets.",
 }

@@ -10,6 +10,7 @@ import logging
 import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -149,7 +150,7 @@ class Session:
             required = requirements()
             if self.overlay.copyup.copy_up_at_once(required):
                 return act(required)
-        self.later(request, lambda: self._change_later(requirements, act))
+        self.later(request, partial(self._change_later, requirements, act))
         return None
 
     async def _change_later(self, requirements: Callable[[], Required], act: Callable[[Required], Reply]) -> Reply:

@@ -38,7 +38,7 @@ class _InPlace:
     def __getattr__(self, name: str) -> object:
         return getattr(self._upper, name)
 
-    def publish(self, temporary: bytes, place: Place, how: Create) -> None:
+    def publish(self, temporary: bytes, dirfd: int, name: bytes, how: Create) -> None:
         """It has been there all the time."""
 
 

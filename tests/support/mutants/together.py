@@ -1,18 +1,17 @@
 """Bugs that show only after some steps on the same tree, with several clients, or after a long time."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 from overlayfs.fs import rotate
-from overlayfs.fs.copyup import Requirement, is_met
 from overlayfs.fs.copyup_steps import StepContext
 from overlayfs.fs.metadata import Attributes, Changes
 from overlayfs.fs.nodes import File, Node, NodeTable
 from overlayfs.fs.overlay import Overlay
-from overlayfs.fuse.copyup import CopyUpRunner
 from overlayfs.fuse.kernel.engine import KernelEngine
+from overlayfs.fuse.locks import KeyedLocks
 from overlayfs.tree.upper import Upper
 
 NO_OPAQUE = "a new directory is not made opaque"
@@ -33,15 +32,15 @@ def _writer_kept(node: File, writer: int) -> None:
 
 @contextmanager
 def _no_lock() -> Iterator[None]:
-    async def perform(self: CopyUpRunner, node: Node, requirement: Requirement) -> None:
-        """Copy at once."""
-        if not is_met(node, requirement):
-            await self._carry_out(self._copyup.step(node, requirement))
+    @asynccontextmanager
+    async def hold(self: KeyedLocks, *keys: int) -> AsyncIterator[None]:
+        """Wait for nobody."""
+        yield
 
     def begin(self: StepContext, node: Node) -> None:
         """Let others begin too."""
 
-    with mock.patch.object(CopyUpRunner, "_perform", perform), mock.patch.object(StepContext, "begin", begin):
+    with mock.patch.object(KeyedLocks, "hold", hold), mock.patch.object(StepContext, "begin", begin):
         yield
 
 

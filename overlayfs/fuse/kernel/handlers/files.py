@@ -113,7 +113,7 @@ class FileHandlers:
         if not required:
             return self._open_complete(request, node) or self._open(request, node, flags, False)
         strip = bool(open_flags & OPEN_KILL_SUIDGID) if self._kills else request.uid != 0
-        changed = bool(flags & os.O_TRUNC) or not all(is_met(*each) for each in required)
+        changed = bool(flags & os.O_TRUNC) or not is_met(*required[0])
         return self._session.change(
             request, lambda: required, lambda _: self._open(request, node, flags, strip, changed)
         )
