@@ -100,6 +100,10 @@ class Kernel:
         self._engine._session.nursery = nursery
         assert OUT_HEADER.unpack_from(self._socket.kernel.recv(_LARGEST))[1] == 0
 
+    def close(self) -> None:
+        """Close both ends of the connection."""
+        self._engine.detach()
+
     def _put(self, op: Op, nodeid: int, body: bytes) -> None:
         self._unique += 2
         length = IN_HEADER.size + len(body)
@@ -200,6 +204,7 @@ def count_calls(place: Path) -> dict[str, dict[str, int]]:
         overlay = Overlay(_make_layers(place))
         end.callback(overlay.close)
         kernel = Kernel(overlay, counter)
+        end.callback(kernel.close)
 
         async def run() -> None:
             async with trio.open_nursery() as nursery:
