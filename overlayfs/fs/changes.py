@@ -73,7 +73,7 @@ def _visible(
 
 
 def _is_in_place(parent: Dir, name: bytes, child: Dir) -> bool:
-    """Return whether a merged directory's lower parts lie where its name says: it was not moved here."""
+    """Return whether a merged directory has its lower directories under its own name: it was not moved here."""
     places = {(part.layer.index, join(part.path, name)) for part in parent.lower}
     return all((part.layer.index, part.path) in places for part in child.lower[:1])
 

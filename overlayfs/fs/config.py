@@ -7,7 +7,7 @@ from overlayfs.format.xattrs import Mode
 
 
 class IdRange(NamedTuple):
-    """One row of an id map, as in user_namespaces(7): `length` ids from `inside` lie on those from `outside`."""
+    """One row of an id map, as in user_namespaces(7): `length` ids from `inside` stand for those from `outside`."""
 
     inside: int
     outside: int

@@ -1,7 +1,7 @@
 """Copy-up: bringing a node to the upper, ancestors first, one step per node.
 
 Whether a node is in the upper as required is a cheap question (`is_met`), and which node is copied up next, too
-(`next_node`). The step itself (overlayfs/fs/copyup_steps.py) is made once, by whoever carries it out: it begins on the
+(`next_node`). The step itself (overlayfs/fs/copyup_steps.py) is made once, where it is carried out: it begins on the
 loop, is staged with descriptors and values, in a thread if data is copied, and is published on the loop. Between these
 the node may have been renamed or unlinked, so publishing looks at where it is then.
 """

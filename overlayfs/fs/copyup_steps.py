@@ -47,7 +47,7 @@ class StepContext:
     def origin_without_metacopy(self, upper: Upper, pin: int) -> Origin | None:
         """Return the origin that a metadata-only copy gets with its data, None where it keeps the one it has.
 
-        Without data it names the object right below, as the kernel wants; with data, the first of the chain. An indexed
+        Without data it names the next lower object, as the kernel wants; with data, the first of the chain. An indexed
         one is found by its origin, which stays.
         """
         marks = upper.marks_at(pin, b"")

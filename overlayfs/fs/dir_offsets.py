@@ -14,7 +14,7 @@ from overlayfs.fs.lookup import Child, Lookup
 from overlayfs.fs.nodes import Dir, Node
 
 _KEPT_NAMES = 500_000
-_GAPS = 1000  # a listing with more gaps than this, and more gaps than names, is begun anew
+_GAPS = 1000  # a listing with more gaps than this, and more gaps than names, is renumbered
 
 
 class _Listing:
@@ -61,8 +61,8 @@ class DirOffsets:
         """Return entries from a position on, without `.` and `..`; position 0 lists the directory again."""
         if not isinstance(node, Dir):
             raise oserror(errno.ENOTDIR)
-        listing = self._listing(node, anew=position == 0)
-        # A reader from before a listing was begun anew sees all of it: a name twice is better than a name missed.
+        listing = self._listing(node, refresh=position == 0)
+        # A reader from before a listing was renumbered sees all of it: a name twice is better than a name missed.
         first = max(position - listing.base, 0)
         names = ((listing.names[at], listing.base + at + 1) for at in range(first, len(listing.names)))
         return self._lookup.children(node, names)
@@ -73,11 +73,11 @@ class DirOffsets:
         if listing is not None:
             self._names -= len(listing.names)
 
-    def _listing(self, node: Dir, anew: bool) -> _Listing:
+    def _listing(self, node: Dir, refresh: bool) -> _Listing:
         listing = self._kept.pop(node, None)
         if listing is not None:
             self._names -= len(listing.names)
-        if anew or listing is None:
+        if refresh or listing is None:
             listing = self._updated(node, listing)
         self._kept[node] = listing
         self._names += len(listing.names)

@@ -25,7 +25,7 @@ class SyncBarrier:
         self._errno = 0
 
     def finish(self, error: OSError | None = None) -> None:
-        """Let those who wait go on, or fail with the error that the commit met."""
+        """Let the waiting calls go on, or fail with the error of the commit."""
         self._errno = 0 if error is None else error.errno or errno.EIO
         self._finished.set()
 
@@ -81,8 +81,8 @@ class Durability(Verbs):
         return call
 
     def _real(self, node: File, datasync: bool) -> tuple[int, _Sync]:
-        """Return a descriptor of the upper's own object, and how to sync that: readers may have the one below."""
-        # Where the data lies may be new, and only a mark says so, which fdatasync(2) would leave out.
+        """Return a descriptor of the upper's own object, and how to sync that: readers may have the lower one."""
+        # The place of the data may be new, and only a mark says so, which fdatasync(2) would leave out.
         sync = sysio.fdatasync if datasync and node.data is None and not node.unmarked else sysio.fsync
         if node.writer is not None:
             return os.dup(node.writer), sync
@@ -141,7 +141,7 @@ class Durability(Verbs):
     def _unsynced(node: Node) -> list[Dir]:
         """Return the directories that must be synced before the names that lead to a node are durable.
 
-        Other changes in those directories are nobody's business here: a journal that comes and goes beside a
+        Other changes in those directories do not matter here: a journal that comes and goes beside a
         database costs the database nothing.
         """
         found = {

@@ -41,7 +41,7 @@ class Origins:
     def _first(self, came_from: Origin) -> Origin:
         """Return the first origin of the chain that goes on from the object that `came_from` names.
 
-        In the index and for metadata-only copies the kernel wants the origin to be the object right below, which may
+        In the index and for metadata-only copies the kernel wants the origin to be the next lower object, which may
         be such a copy of a former upper itself; elsewhere copy-up hands the first origin on.
         """
         for _ in self._stack.lower:  # one link of the chain for each layer, at most

@@ -84,12 +84,12 @@ class Overlay:
 
     @property
     def allows_suid(self) -> bool:
-        """Whether every layer lies on a mount where set-id bits and capabilities count."""
+        """Whether every layer is on a mount where set-id bits and capabilities have an effect."""
         return all(layer.suid for layer in self._stack.layers)
 
     @property
     def allows_devices(self) -> bool:
-        """Whether every layer lies on a mount where devices open."""
+        """Whether every layer is on a mount where devices can be opened."""
         return all(layer.dev for layer in self._stack.layers)
 
     @property
@@ -263,7 +263,7 @@ class Overlay:
 
     @property
     def is_changed(self) -> bool:
-        """Whether the upper holds anything, or its root shows other attributes than the layers below."""
+        """Whether the upper has any entries, or other attributes of the root than the layers have."""
         return holds_changes(self._stack)
 
     def rotation(self) -> Rotation:
@@ -281,7 +281,7 @@ class Overlay:
         return self._durability.barrier
 
     def release_syncs(self, barrier: SyncBarrier, error: OSError | None = None) -> None:
-        """Let those who wait go on; with `error` they fail."""
+        """Let the waiting calls go on; with `error` they fail."""
         barrier.finish(error)
         if self._durability.barrier is barrier:
             self._durability.barrier = None

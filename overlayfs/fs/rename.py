@@ -193,7 +193,7 @@ class Renames(Verbs):
         return self._lookup.name_state(side.parent, side.name, side.node)
 
     def _complete(self, side: Side) -> None:
-        """Put into the upper what the copy-up of nodes leaves to be done: the name, and the end of what is below."""
+        """Do what the copy-up of nodes has left to do: add the name itself, and separate a copied tree."""
         if isinstance(side.node, File) and side.node.names.get((side.parent, side.name)) is False:
             self._copyup.links.add_lower_name(side.node, side.parent, side.name)
         if side.copies_tree and isinstance(side.node, Dir):

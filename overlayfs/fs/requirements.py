@@ -70,7 +70,7 @@ class VerbRequirements(Verbs):
         return self._one(node)
 
     def setxattr(self, node: Node, name: bytes) -> Required:
-        """Raises what the name alone is refused for: nothing is copied up for that."""
+        """Raises what an attribute of this name is refused for: nothing is copied up for that."""
         self._metadata.check_xattr(name)
         return self._one(node)
 

@@ -1,13 +1,13 @@
-"""A change of new_uppers: the upper becomes the top layer, an empty one takes its place, and the tree stays what it is.
+"""Rotation of the upper: it becomes the top layer, an empty one takes its place, and the tree stays what it is.
 
-Numbers, handles, descriptors and listings go on; only where things lie changes. First `prepare`, in small steps with
-other verbs between them: what only the index of the work directory knows becomes names in the upper, since a layer has
-no index. Then `rotate`, while nothing changes: one rename by the caller, which is the commit point, and a walk over the
-live nodes. Nothing that may fail comes after the rename.
+Inode numbers, handles, descriptors and listings stay; only where the objects are changes. First `prepare`, in small
+steps with other verbs between them: what only the index of the work directory records becomes names in the upper, since
+a layer has no index. Then `rotate`, while nothing changes: one rename by the caller, which is the commit point, and a
+walk over the live nodes. Nothing that may fail comes after the rename.
 
 A file that is open for writing keeps its descriptor for reading only: it belongs to a layer now, so the next write
-lifts the file and opens the copy (`Files.writable`). A file or directory without a name stays what it was, writable
-through its descriptor: it is part of no layer.
+copies the file up and opens the copy (`Files.writable`). A file or directory without a name stays writable through its
+descriptor: it is part of no layer.
 """
 
 import errno
@@ -95,19 +95,19 @@ class Rotation(Verbs):
         """
         node, index = self._find(entry)
         if node is not None and False in node.names.values():
-            return  # it is being lifted
+            return  # it is being copied up
         pin = self._stack.dirfds.open_child(index, entry, os.O_PATH)
         try:
             sysio.unlink_at(index, entry)
             if node is not None:
                 node.index = None
                 node.nlink_delta += 1
-            self._settle_origin(pin)
+            self._restore_origin(pin)
         finally:
             sysio.close(pin)
 
-    def _settle_origin(self, pin: int) -> None:
-        """Let a file keep the origin that says what number it has, where nothing needs the one right below any more."""
+    def _restore_origin(self, pin: int) -> None:
+        """Give a file its first origin, for its inode number, where nothing needs the next lower one any more."""
         upper = self._upper
         marks = upper.marks_at(pin, b"")
         first = self._lookup.origins.lasting(marks)
@@ -115,10 +115,10 @@ class Rotation(Verbs):
             upper.set_mark(pin, b"", xattrs.ORIGIN, origin.encode(first))
             upper.drop_mark(pin, b"", xattrs.NLINK)
 
-    # --- what nobody has looked up -----------------------------------------------------------------------
+    # --- names that have not been looked up --------------------------------------------------------------
 
     def _strays(self) -> list[File]:
-        """Return the unlinked open files that have other names, which nobody has looked up yet."""
+        """Return the unlinked open files that have other names, which have not been looked up yet."""
         unnamed = (node for node in self._nodes.unnamed if node.number not in self._nameless)
         return [node for node in unnamed if self._has_unknown_names(node)]
 
@@ -136,7 +136,7 @@ class Rotation(Verbs):
             if isinstance(node, File):
                 self._join(node)
         if epoch == self._nodes.epoch:
-            # Whatever names they lack lie outside of these layers.
+            # Their remaining names are outside of these layers.
             self._nameless.update(node.number for node in strays if self._has_unknown_names(node))
             for entry in set(entries).intersection(self._entries()):
                 self._retire(entry)
@@ -183,8 +183,8 @@ class Rotation(Verbs):
         """Let the upper become the directory `layer`, and the empty directory `next_upper` the upper.
 
         `move` carries that out on the disk: when it returns both are in their places, and when it raises neither is,
-        and nothing has changed here. No change may run meanwhile: EBUSY when a node is being lifted. Both directories
-        are on the upper's file system.
+        and nothing has changed here. No change may run meanwhile: EBUSY when a node is being copied up. Both
+        directories are on the upper's file system.
         """
         for _ in self.prepare():
             pass
@@ -202,7 +202,7 @@ class Rotation(Verbs):
             self._move_nodes(former)
 
     def _move_nodes(self, layer: Layer) -> None:
-        """Tell every live node of the upper where it lies now: by directory, for that is the least work.
+        """Update every live node of the upper to where it is now, directory by directory.
 
         What has no name is reached by none, and stays what it was.
         """
@@ -274,7 +274,7 @@ def _move_dir(node: Dir, part: LowerDir, is_root: bool) -> None:
 
 @contextmanager
 def _unless_busy() -> Iterator[None]:
-    """Leave a node alone that is being lifted by another task: it is there again at the next step."""
+    """Skip a node that another task is copying up: it is there again at the next step."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The stack of one overlay: its layers opened, its upper locked, its features settled."""
+"""The stack of one overlay: its layers opened, its upper locked, its features chosen."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ class Stack:
     """Layers top first; layer 0 is the upper if there is one.
 
     redirects, metacopy, index: what may be written, as asked for and as the file system allows. notices: sentences
-    for the user about what is off. around: (st_dev, st_ino) of the layers in which the upper itself lies.
+    for the user about what is off. around: (st_dev, st_ino) of the layers that the upper itself is inside of.
     syncs_at_once: no fsync of the upper waits for a disk.
     """
 
@@ -42,7 +42,7 @@ class Stack:
             if config.upper is not None:
                 self.upper = self._open_upper(config, config.upper, roots, undo)
                 mode = self.upper.mode
-            self._settle(config, mode)
+            self._choose_features(config, mode)
             self.mode = mode
             self._read_mode = mode or config.xattr_mode or (Mode.TRUSTED if os.geteuid() == 0 else Mode.USER)
             self.lower = self._make_layers(roots, self._read_mode)
@@ -67,16 +67,16 @@ class Stack:
         lock(work.root, "work directory", config.work, config.lock_wait)
         return _prepare_upper(config, root, work, self.dirfds)
 
-    def _settle(self, config: StackConfig, mode: Mode | None) -> None:
+    def _choose_features(self, config: StackConfig, mode: Mode | None) -> None:
         features = self.upper.features if self.upper is not None else _READ_ONLY
         privileged = mode is Mode.TRUSTED
         self.redirects = _choose(config.redirect_dir, privileged, mode is not None)
         self.metacopy = _choose(config.metacopy, privileged, mode is not None)
         self.index = _choose(config.index, mode is not None, mode is not None and features.handles)
         if self.upper is not None:
-            self._settle_upper(self.upper)
+            self._apply_choices(self.upper)
 
-    def _settle_upper(self, upper: Upper) -> None:
+    def _apply_choices(self, upper: Upper) -> None:
         self.notices += upper.features.missing()
         if self.index:
             upper.work.open_index()
@@ -98,7 +98,7 @@ class Stack:
 
     @property
     def hidden(self) -> frozenset[tuple[int, int]]:
-        """The directories that no layer shows: upper and work may lie inside one (`lowerdir=/`)."""
+        """The directories that no layer shows: upper and work may be inside one (`lowerdir=/`)."""
         own = () if self.upper is None else (self.upper.root, self.upper.work.root)
         return self.config.hidden | {_identity(fd) for fd in own}
 
@@ -110,7 +110,7 @@ class Stack:
         return NewUpper(self, self.upper, path)
 
     def rotate(self, new_upper: "NewUpper", path: bytes) -> Layer:
-        """Let the upper of a new_upper be the upper, and the former upper the top layer, which lies at `path` now."""
+        """Make `new_upper` the upper, and the former upper, which is at `path` now, the top layer."""
         former = self.upper
         assert former is not None
         for layer in self.lower:
@@ -137,7 +137,7 @@ class Stack:
         return self.lower if self.upper is None else (self.upper, *self.lower)
 
     def origin_number(self, origin: Origin) -> int | None:
-        """Return the number of the object that an origin mark names, if it lies on a file system of the stack."""
+        """Return the number of the object that an origin mark names, if that is on a file system of the stack."""
         for layer in self.layers:
             inode = layer.filesystem.inode_of(origin)
             if inode is not None:
@@ -151,7 +151,7 @@ class Stack:
 
 
 class NewUpper:
-    """An upper in waiting, and a descriptor through which the present one is read as a layer."""
+    """The next upper, and a descriptor through which the present one is read as a layer."""
 
     def __init__(self, stack: Stack, upper: Upper, path: bytes) -> None:
         self._present = upper
@@ -171,7 +171,7 @@ class NewUpper:
         self.upper.copy_root_attributes(self._present)
 
     def close(self) -> None:
-        """Give both descriptors back: the new_upper is not taken."""
+        """Close both descriptors: the rotation has failed."""
         sysio.close(self.former_root)
         sysio.close(self.upper.root)
 
@@ -196,7 +196,7 @@ def _choose(asked: bool | None, default: bool, possible: bool) -> bool:
     return possible and (default if asked is None else asked)
 
 
-def _held(fd: int, undo: ExitStack) -> int:
+def _closed_at_end(fd: int, undo: ExitStack) -> int:
     undo.callback(sysio.close, fd)
     return fd
 
@@ -210,7 +210,7 @@ def _open_lowers(config: StackConfig, undo: ExitStack) -> list[int]:
         clone = sysio.clone_mount(fd)
         if clone is not None:
             sysio.close(fd)
-        roots.append(_held(fd if clone is None else clone, undo))
+        roots.append(_closed_at_end(fd if clone is None else clone, undo))
     return roots
 
 
@@ -253,7 +253,7 @@ def _check_places(
 
 
 def _is_in(inner: int, inner_path: bytes, outer: int, outer_path: bytes) -> bool:
-    """Return whether a directory is another one or lies inside it, by whatever path it was named."""
+    """Return whether a directory is another one or is inside it, whatever paths they were named by."""
     if _identity(inner) == _identity(outer):
         return True
     return os.path.realpath(inner_path).startswith(os.path.realpath(outer_path).rstrip(b"/") + b"/")

@@ -32,7 +32,7 @@ def fold(top: Mapping[bytes, Kind], below: Mapping[bytes, tuple[int, ...]]) -> d
     """Return what `merge` would make of one more listing over those that `below` was made of.
 
     The names are the same and in the same order. Where `top` holds a directory, positions of a file below it may
-    follow, for `below` does not tell one from a directory: who walks down the positions stops at it.
+    follow, because `below` does not tell one from a directory: a walk down the positions stops at it.
     """
     found: dict[bytes, tuple[int, ...]] = {}
     for name, kind in top.items():

@@ -23,7 +23,7 @@ class Resolution:
     """The rule, for entries that are given one at a time, top first: `admits` each that is there, and `add` it.
 
     The walk through real layers (`overlayfs.fs.search`) is driven by it, and so is `resolve`.
-    metacopy_above: an entry that was given to somebody else already is a metadata-only copy, whose data is looked for.
+    metacopy_above: the upper has a metadata-only copy, and only its data is looked for.
     """
 
     __slots__ = ("_merging", "_wants_data")

@@ -20,8 +20,8 @@ BOUNDS = {
     "UNLINK of a file of the upper": 95,
     "UNLINK of a file of a layer": 65,
     "MKDIR": 115,
-    "RENAME of a merged directory, the first time": 430,
-    "RENAME, all in the upper": 190,
+    "RENAME of a merged directory, the first time": 400,
+    "RENAME, all in the upper": 180,
 }
 
 
