@@ -184,7 +184,7 @@ class Names(Verbs):
         return self._metadata.inherited(parent).acl
 
     def _would_inherit_unseen(self, parent: Dir) -> bool:
-        # On a mount without ACLs a directory may still have one in the upper, and objects made in place would inherit it.
+        # On a mount without ACLs a directory may have one in the upper, and objects made in place would inherit it.
         return self._stack.config.noacl and self._default_acl(parent) is not None
 
     # --- linking ---------------------------------------------------------------------------------------
