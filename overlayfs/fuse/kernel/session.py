@@ -75,8 +75,8 @@ class Session:
         self._workers = Workers()
         self._applies_umask = bool(features & Init.DONT_MASK)
         self._copy_up_all = engine.copyup_runner.copy_up_all
-        self._entry_time = _split(engine.policy.entry)
-        self._attr_time = _split(engine.policy.attributes)
+        (entry_s, entry_ns), (attr_s, attr_ns) = _split(engine.policy.entry), _split(engine.policy.attributes)
+        self._times = entry_s, attr_s, entry_ns, attr_ns  # in the order of fuse_entry_out
         self._absent = _absent_entry(engine.policy.negative)
 
     @property
@@ -108,15 +108,12 @@ class Session:
         """Return the reply that makes the kernel know a node, and count the lookup. `stat`: if there is a new one."""
         found = self.overlay.metadata.attributes(node, stat)
         nodeid = self.node_ids.remember(node)
-        return _ENTRY.pack(_ENTRY.size, 0, request.unique, *self.entry_fields(nodeid, node, found))
+        times = self._times_of(nodeid, node, found) if self._renewed or nodeid in self._io_modes else self._times
+        return _ENTRY.pack(_ENTRY.size, 0, request.unique, nodeid, 0, *times, *attr_fields(found))
 
     def entry_fields(self, nodeid: int, node: Node, found: Attributes) -> tuple[int, ...]:
         """Return the fields of an entry_out."""
-        entry_s, entry_ns = self._entry_time
-        attr_s, attr_ns = self._attr_time
-        if self._renewed or nodeid in self._io_modes:
-            attr_s, attr_ns = self._attr_time_of(nodeid, node, found)
-        return (nodeid, 0, entry_s, attr_s, entry_ns, attr_ns, *attr_fields(found))
+        return (nodeid, 0, *self._times_of(nodeid, node, found), *attr_fields(found))
 
     def absent(self, request: Request) -> bytes:
         """Return the reply that makes the kernel remember that a name does not exist."""
@@ -124,20 +121,19 @@ class Session:
 
     def attributes(self, request: Request, node: Node, found: Attributes) -> bytes:
         """Return the reply that carries attributes."""
-        seconds, nanoseconds = self._attr_time
-        if self._renewed or request.nodeid in self._io_modes:
-            seconds, nanoseconds = self._attr_time_of(request.nodeid, node, found)
-        return _ATTR.pack(_ATTR.size, 0, request.unique, seconds, nanoseconds, 0, *attr_fields(found))
+        nodeid = request.nodeid
+        times = self._times_of(nodeid, node, found) if self._renewed or nodeid in self._io_modes else self._times
+        return _ATTR.pack(_ATTR.size, 0, request.unique, times[1], times[3], 0, *attr_fields(found))
 
-    def _attr_time_of(self, nodeid: int, node: Node, found: Attributes) -> tuple[int, int]:
-        """Return how long the kernel may remember the attributes of a node that is renewed or open.
+    def _times_of(self, nodeid: int, node: Node, found: Attributes) -> tuple[int, int, int, int]:
+        """Return how long the kernel may cache the entry and the attributes of a node, as in `_times`.
 
-        Not at all where they change without its noticing: a renewed node has several inodes in the kernel, and each
+        No attributes where they change without its noticing: a renewed node has several inodes in the kernel, and each
         request updates the attributes of only one.
         """
         if node.number in self._renewed or self.open_files.changes_unseen(nodeid, found.mode, found.size):
-            return 0, 0
-        return self._attr_time
+            return self._times[0], 0, self._times[2], 0
+        return self._times
 
     # --- now or later ----------------------------------------------------------------------------------
 

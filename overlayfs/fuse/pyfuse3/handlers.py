@@ -33,7 +33,7 @@ R = TypeVar("R")
 Handler: TypeAlias = Callable[Concatenate["Handlers", P], Coroutine[Any, Any, R]]
 
 ACL_ACCESS = b"system.posix_acl_access"
-DOTS = 2  # offsets of a listing up to here belong to "." and ".."
+DOTS = 2  # offsets up to here are those of "." and ".."
 
 
 _NAMES = ("name", "name_old", "new_name", "target", "name_new")  # parameters of handlers, in the order of the kernel
@@ -62,9 +62,9 @@ def _request(kind: str) -> Callable[[Handler[P, R]], Handler[P, R]]:
 
 
 class Handlers(pyfuse3.Operations):
-    """The handlers: find the node, lift it if it will change, one call of the overlay, the attributes."""
+    """Each handler finds the node, copies it up if it will change, calls the overlay and returns attributes."""
 
-    supports_dot_lookup = False  # a forgotten number cannot be found again
+    supports_dot_lookup = False  # a forgotten node id cannot be looked up again
 
     def __init__(self, engine: Engine, settings: MountSettings) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Handlers(pyfuse3.Operations):
         return handle.node.number if handle is not None else 0
 
     def init(self) -> None:
-        """Report the handshake; called by libfuse before the first request, so it must not raise."""
+        """Report the handshake. libfuse calls this before the first request; it must not raise."""
         self.ready()
 
     # nodes and attributes
@@ -134,7 +134,7 @@ class Handlers(pyfuse3.Operations):
         return node
 
     def _entry(self, node: Node, stat: AnyStat | None) -> EntryAttributes:
-        """Return the reply that makes the kernel know `node`: from now on it holds one lookup more."""
+        """Return the reply that makes the kernel know `node`, and count the look-up."""
         entry = self._attributes(node, self._overlay.metadata.attributes(node, stat))
         self._overlay.nodes.remember(node)
         return entry
@@ -158,7 +158,7 @@ class Handlers(pyfuse3.Operations):
         return entry
 
     def _absent(self) -> EntryAttributes:
-        """Return the reply that makes the kernel remember that a name does not exist."""
+        """Return the reply that makes the kernel cache the absence of a name."""
         entry = EntryAttributes()
         entry.st_ino = 0
         entry.entry_timeout = self._policy.negative
@@ -166,12 +166,12 @@ class Handlers(pyfuse3.Operations):
 
     @_request("LOOKUP")
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        """Answer with the node under `name`, or with an absence that may be remembered."""
+        """Answer with the node under `name`, or with its absence, which the kernel caches."""
         found = self._overlay.find(self._node(parent_inode), name)
         return self._absent() if found is None else self._entry(*found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Take back lookups. There is no reply that could carry an error, so none may leave."""
+        """Take back look-ups. There is no reply, so errors are only logged."""
         self.counters["FORGET"] += 1
         for number, count in inode_list:
             try:
@@ -181,7 +181,7 @@ class Handlers(pyfuse3.Operations):
 
     @_request("GETATTR")
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        """Answer with fresh attributes."""
+        """Answer with the attributes of the real object."""
         node = self._node(inode)
         return self._attributes(node, self._overlay.attributes(node))
 
@@ -189,7 +189,7 @@ class Handlers(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        """Change what `fields` names, all in one call: the kernel sends new modes together with owner or size."""
+        """Change all of `fields` in one call: the kernel sends new modes together with owner or size."""
         node = self._node(inode)
         changes = _changes(attr, fields)
         if changes == Changes():
@@ -208,28 +208,28 @@ class Handlers(pyfuse3.Operations):
 
     @_request("MKDIR")
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        """Make a directory."""
+        """Create a directory."""
         async with self._gate.change():
             parent = await self._parent(parent_inode)
             return self._entry(*self._names.mkdir(parent, name, mode, _caller(ctx)))
 
     @_request("MKNOD")
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        """Make a device, FIFO, socket or plain file."""
+        """Create a device, FIFO, socket or regular file."""
         async with self._gate.change():
             parent = await self._parent(parent_inode)
             return self._entry(*self._names.mknod(parent, name, mode, rdev, _caller(ctx)))
 
     @_request("SYMLINK")
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        """Make a symbolic link."""
+        """Create a symbolic link."""
         async with self._gate.change():
             parent = await self._parent(parent_inode)
             return self._entry(*self._names.symlink(parent, name, target, _caller(ctx)))
 
     @_request("LINK")
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
-        """Give a node one more name."""
+        """Create a hard link."""
         async with self._gate.change():
             node, parent = self._node(inode), self._node(new_parent_inode)
             await self._copy_up_all(lambda: self._requirements.link(node, parent))
@@ -279,7 +279,7 @@ class Handlers(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        """Make and open a file."""
+        """Create and open a file."""
         flags = self._policy.backing_flags(flags)
         async with self._gate.change():
             parent = self._node(parent_inode)
@@ -323,9 +323,9 @@ class Handlers(pyfuse3.Operations):
         return {handle.node.number for handle in self._handles.values() if handle.writes}
 
     def _mode_changed(self, inode: int) -> None:
-        """Make the kernel forget a mode: truncating may have cleared set-id bits, and it would not ask.
+        """Make the kernel ask for the mode again: truncating may have cleared set-id bits.
 
-        Attributes alone may be invalidated from within the loop; entries or pages may not.
+        On the loop only attributes may be invalidated; invalidating entries or pages would deadlock.
         """
         with contextlib.suppress(OSError):
             pyfuse3.invalidate_inode(inode, attr_only=True)
@@ -385,7 +385,7 @@ class Handlers(pyfuse3.Operations):
                 return
 
     def _reply_dots(self, node: Dir, start: int, token: pyfuse3.ReaddirToken) -> bool:
-        """Add "." and ".."; the kernel takes only their numbers and counts no lookup for them."""
+        """Add "." and ".."; the kernel uses only their inode numbers and counts no look-up."""
         for offset, (name, number) in enumerate(self._dots(node), 1):
             entry = EntryAttributes()
             entry.st_ino = number
@@ -420,7 +420,7 @@ class Handlers(pyfuse3.Operations):
 
     @_request("FSYNCDIR")
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """Return when the directory and the chain above it are durable."""
+        """Return when the names in the directory, and those that lead to it, are durable."""
         await self._threads.run(self._overlay.prepare_fsync_dir(self._dir_handles[fh].node))
 
     # extended attributes
@@ -453,12 +453,12 @@ class Handlers(pyfuse3.Operations):
             await self._copy_up_all(lambda: self._requirements.setxattr(node, name))
             self._overlay.setxattr(node, name, value)
             if name == ACL_ACCESS:
-                self._drop_foreign_sgid(node, ctx)
+                self._clear_foreign_set_gid(node, ctx)
 
-    def _drop_foreign_sgid(self, node: Node, ctx: RequestContext) -> None:
-        """Clear S_ISGID as chmod would when an ACL is set by somebody outside the file's group.
+    def _clear_foreign_set_gid(self, node: Node, ctx: RequestContext) -> None:
+        """Clear S_ISGID, as chmod would, when an ACL is set by a user outside the file's group.
 
-        The kernel's own request to do so (SETXATTR_ACL_KILL_SGID) does not reach pyfuse3.
+        pyfuse3 does not pass on the flag by which the kernel asks for it (FUSE_SETXATTR_ACL_KILL_SGID).
         """
         found = self._overlay.attributes(node)
         if found.mode & stat.S_ISGID and ctx.uid and not _in_group(ctx, found.gid):
@@ -467,7 +467,7 @@ class Handlers(pyfuse3.Operations):
 
     @_request("REMOVEXATTR")
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        """Remove a value; one that is not there is refused before anything is lifted."""
+        """Remove a value; ENODATA for none, before anything is copied up."""
         self._check_xattrs()
         node = self._node(inode)
         async with self._gate.change():
@@ -476,7 +476,7 @@ class Handlers(pyfuse3.Operations):
 
     @_request("STATFS")
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        """Answer with the figures of the file system that takes the writes."""
+        """Answer with the capacity of the file system of the upper, or of the top layer."""
         found = self._overlay.metadata.statfs()
         reply = StatvfsData()
         reply.f_bsize, reply.f_frsize = found.f_bsize, found.f_frsize
@@ -487,9 +487,9 @@ class Handlers(pyfuse3.Operations):
 
 
 def _unreadable() -> EntryAttributes:
-    """Return the entry of a listing for what cannot be looked at: its name is shown and nothing else is taken over.
+    """Return the entry for a name whose attributes cannot be read: the kernel shows the name and ignores the rest.
 
-    The kernel gives such a number back at once, for the entry has no type (fuse_direntplus_link of fs/fuse/readdir.c).
+    It forgets the inode number at once, since the entry has no type (fuse_direntplus_link in fs/fuse/readdir.c).
     """
     entry = EntryAttributes()
     entry.st_ino = UNKNOWN_NUMBER
@@ -502,7 +502,7 @@ def _caller(ctx: RequestContext) -> Caller:
 
 
 def _in_group(ctx: RequestContext, gid: int) -> bool:
-    """Return whether a client is in a group; not by more than its first one if it is gone or in a foreign namespace."""
+    """Return whether a client is in a group; only the primary one if its process is gone or in another namespace."""
     try:
         return gid == ctx.gid or gid in pyfuse3.get_sup_groups(ctx.pid)
     except (OSError, RuntimeError):

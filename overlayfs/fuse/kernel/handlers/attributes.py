@@ -14,14 +14,14 @@ _SETATTR = LAYOUTS["setattr_in"]
 _IOCTL = LAYOUTS["ioctl_in"]
 _IOCTL_OUT = LAYOUTS["ioctl_out"]
 
-# Plain numbers: a flag of the enum module costs half a microsecond each time it is looked at.
+# Plain integers: testing an enum flag takes half a microsecond each time.
 _MODE, _UID, _GID, _FH = int(Attr.MODE), int(Attr.UID), int(Attr.GID), int(Attr.FH)
 _SIZE_SET, _KILL = int(Attr.SIZE), int(Attr.KILL_SUIDGID)
 _ATIME, _ATIME_NOW = int(Attr.ATIME), int(Attr.ATIME_NOW)
 _MTIME, _MTIME_NOW = int(Attr.MTIME), int(Attr.MTIME_NOW)
 
 _NOTHING = Changes()
-_LARGEST_IOCTL = 1 << 14  # as the number of a request encodes its size
+_LARGEST_IOCTL = 1 << 14  # bytes; the size field of a command number has 14 bits (asm-generic/ioctl.h)
 _BILLION = 1_000_000_000
 _BASIC_STATS = 0x7FF  # STATX_BASIC_STATS of statx(2)
 _BTIME = 0x800
@@ -42,12 +42,12 @@ class AttributeHandlers:
         }
 
     def getattr(self, request: Request) -> Reply:
-        """Answer with fresh attributes."""
+        """Answer with the attributes of the real object."""
         node = self._session.node(request.nodeid)
         return self._session.attributes(request, node, self._overlay.attributes(node))
 
     def statx(self, request: Request) -> Reply:
-        """Answer with fresh attributes and the time of birth, which nothing else asks for."""
+        """Answer with attributes and the time of birth, for which the kernel asks only here."""
         node = self._session.node(request.nodeid)
         born = self._overlay.space.birth(node)
         return self._session.ok(request, self._statx(self._overlay.attributes(node), born))
@@ -74,7 +74,7 @@ class AttributeHandlers:
         )
 
     def setattr(self, request: Request) -> Reply:
-        """Change what the request names, all in one call: the kernel sends new modes together with owner or size."""
+        """Change all attributes of the request in one call: the kernel sends new modes together with owner or size."""
         fields = _SETATTR.unpack_from(request.body)
         node, changes = self._session.node(request.nodeid), self._changes(fields)
         if changes == _NOTHING:

@@ -41,7 +41,7 @@ _COPIED = LAYOUTS["write_out"]
 _COPIED_64 = LAYOUTS["copy_file_range_out"]
 _OUT = LAYOUTS["out_header"]
 
-_QUICK = 1 << 20  # bytes that are copied at once; more goes to a thread
+_QUICK = 1 << 20  # bytes; longer copies are left to a thread
 _UNOPENED = 512  # files that a read-only mount keeps open for reads without an open
 
 

@@ -21,7 +21,7 @@ class FilesystemHandlers:
         }
 
     def statfs(self, request: Request) -> Reply:
-        """Answer with the figures of the file system that takes the writes."""
+        """Answer with the capacity of the file system of the upper, or of the top layer."""
         found = self._overlay.metadata.statfs()
         body = LAYOUTS["statfs_out"].encode(
             blocks=found.f_blocks,
@@ -36,12 +36,12 @@ class FilesystemHandlers:
         return self._session.ok(request, body)
 
     def syncfs(self, request: Request) -> Reply:
-        """Answer when all of the upper is durable."""
+        """Answer when the upper is durable."""
         self._session.in_thread(request, self._overlay.sync, lambda _: self._session.ok(request))
         return None
 
     def interrupt(self, request: Request) -> Reply:
-        """Let a request that waits end with EINTR; one that is being carried out ends by itself."""
+        """Make a request that waits end with EINTR; one in progress ends as usual."""
         (unique,) = _INTERRUPT.unpack_from(request.body)
         scope = self._session.waiting.get(unique)
         if scope is not None:
@@ -49,5 +49,5 @@ class FilesystemHandlers:
         return None
 
     def destroy(self, request: Request) -> Reply:
-        """The mount has gone."""
+        """Answer only: the mount is gone."""
         return self._session.ok(request)

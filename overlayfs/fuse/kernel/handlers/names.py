@@ -1,4 +1,4 @@
-"""Requests about names: look-up and forgetting, and every change of which names exist."""
+"""Requests about names: LOOKUP, READLINK and FORGET, and every change of which names exist."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from overlayfs.fuse.kernel.request import Handler, Reply, Request
 from overlayfs.fuse.kernel.session import Session
 
 _FORGET = LAYOUTS["forget_in"]
-_BATCH = LAYOUTS["batch_forget_in"]
-_ONE = LAYOUTS["forget_one"]
+_BATCH_FORGET = LAYOUTS["batch_forget_in"]
+_FORGET_ONE = LAYOUTS["forget_one"]
 _MKNOD = LAYOUTS["mknod_in"]
 _MKDIR = LAYOUTS["mkdir_in"]
 _RENAME = LAYOUTS["rename_in"]
@@ -21,7 +21,7 @@ _LINK = LAYOUTS["link_in"]
 
 
 class NameHandlers:
-    """The handlers. Each of `forgotten` is called with each number that the kernel has let go."""
+    """Handles requests about names. Each of `forgotten` is called with each node id that the kernel has forgotten."""
 
     def __init__(self, session: Session, forgotten: tuple[Callable[[int], None], ...]) -> None:
         self._session = session
@@ -45,7 +45,7 @@ class NameHandlers:
         }
 
     def lookup(self, request: Request) -> Reply:
-        """Answer with the node under a name, or with an absence that may be remembered."""
+        """Answer with the node under a name, or with its absence, which the kernel caches."""
         if self._session.sent_back:
             self._session.sent_back.pop(request.pid, None)
         found = self._overlay.find(self._session.node(request.nodeid), request.name())
@@ -63,8 +63,9 @@ class NameHandlers:
 
     def batch_forget(self, request: Request) -> Reply:
         """Take back look-ups of several nodes."""
-        count, _ = _BATCH.unpack_from(request.body)
-        for nodeid, lookups in _ONE.iter_unpack(request.body[_BATCH.size : _BATCH.size + count * _ONE.size]):
+        count, _ = _BATCH_FORGET.unpack_from(request.body)
+        entries = request.body[_BATCH_FORGET.size : _BATCH_FORGET.size + count * _FORGET_ONE.size]
+        for nodeid, lookups in _FORGET_ONE.iter_unpack(entries):
             self._forget(nodeid, lookups)
         return None
 
@@ -73,17 +74,17 @@ class NameHandlers:
             for forget in self._forgotten:
                 forget(nodeid)
 
-    # --- making ----------------------------------------------------------------------------------------
+    # --- creating --------------------------------------------------------------------------------------
 
     def mkdir(self, request: Request) -> Reply:
-        """Make a directory."""
+        """Create a directory."""
         mode, umask = _MKDIR.unpack_from(request.body)
         name, caller = request.name(_MKDIR.size), request.caller(umask)
         parent, masked = self._session.node(request.nodeid), self._session.masked
         return self._make(request, parent, lambda: self._names.mkdir(parent, name, masked(parent, mode, umask), caller))
 
     def mknod(self, request: Request) -> Reply:
-        """Make a device, FIFO, socket or plain file."""
+        """Create a device, FIFO, socket or regular file."""
         mode, rdev, umask, _ = _MKNOD.unpack_from(request.body)
         name, caller = request.name(_MKNOD.size), request.caller(umask)
         parent, masked, device = self._session.node(request.nodeid), self._session.masked, decode_device(rdev)
@@ -92,7 +93,7 @@ class NameHandlers:
         )
 
     def symlink(self, request: Request) -> Reply:
-        """Make a symbolic link."""
+        """Create a symbolic link."""
         name, target = request.two_names()
         parent, caller = self._session.node(request.nodeid), request.caller()
         return self._make(request, parent, lambda: self._names.symlink(parent, name, target, caller))
@@ -103,7 +104,7 @@ class NameHandlers:
         )
 
     def link(self, request: Request) -> Reply:
-        """Give a node one more name."""
+        """Create a hard link."""
         (old,) = _LINK.unpack_from(request.body)
         node, parent, name = self._session.node(old), self._session.node(request.nodeid), request.name(_LINK.size)
         return self._session.change(
@@ -112,7 +113,7 @@ class NameHandlers:
             lambda _: self._session.entry(request, *self._names.link(node, parent, name)),
         )
 
-    # --- removing and moving ---------------------------------------------------------------------------
+    # --- removing and renaming -------------------------------------------------------------------------
 
     def unlink(self, request: Request) -> Reply:
         """Remove a name of a non-directory."""
@@ -135,12 +136,12 @@ class NameHandlers:
         return self._session.change(request, lambda: self._requirements.rmdir(parent), act)
 
     def rename(self, request: Request) -> Reply:
-        """Move a name, over what is there."""
+        """Rename, replacing the target."""
         (new,) = _RENAME.unpack_from(request.body)
         return self._rename(request, new, 0, _RENAME.size)
 
     def rename2(self, request: Request) -> Reply:
-        """Move a name as `flags` say; the overlay refuses those that it does not know."""
+        """Rename with flags of renameat2(2); EINVAL for flags that are not supported."""
         new, flags, _ = _RENAME2.unpack_from(request.body)
         return self._rename(request, new, flags, _RENAME2.size)
 

@@ -1,4 +1,4 @@
-"""Requests about directories as such: listing them, making their names durable."""
+"""Requests about directories: reading their entries, making their names durable."""
 
 import errno
 import stat
@@ -16,7 +16,7 @@ _ENTRY = LAYOUTS["direntplus"]
 _NO_NODE = bytes(LAYOUTS["entry_out"].size)
 _DIRENT = LAYOUTS["dirent"]
 
-DOTS = 2  # positions up to here belong to "." and ".."
+DOTS = 2  # offsets up to here are those of "." and ".."
 
 
 class DirectoryHandlers:
@@ -33,7 +33,7 @@ class DirectoryHandlers:
         }
 
     def opendir(self, request: Request) -> Reply:
-        """Decline for good where listings stay true: the kernel then keeps them, and asks by node."""
+        """Decline for good (ENOSYS) where listings may be cached: the kernel keeps them, and reads by node id."""
         if self._session.policy.keep_cache and self._session.features & Init.NO_OPENDIR_SUPPORT:
             return self._session.error(request, errno.ENOSYS)
         files = self._overlay.files
@@ -41,11 +41,11 @@ class DirectoryHandlers:
         return self._session.ok(request, LAYOUTS["open_out"].encode())
 
     def releasedir(self, request: Request) -> Reply:
-        """There is nothing to give back."""
+        """Nothing was allocated."""
         return self._session.ok(request)
 
     def readdirplus(self, request: Request) -> Reply:
-        """Fill one reply with entries and their attributes, each of which counts as a look-up."""
+        """Fill one reply with entries and their attributes; each entry counts as a look-up."""
         _, position, size, *_ = _READ.unpack_from(request.body)
         node = self._session.node(request.nodeid)
         if not isinstance(node, Dir):
@@ -63,7 +63,7 @@ class DirectoryHandlers:
         return self._session.ok(request, bytes(reply))
 
     def _record(self, child: Child) -> tuple[Node | None, bytes]:
-        """Return the node that counts as looked up, and the record: a name alone for what cannot be looked at."""
+        """Return the node that counts as looked up, None for one whose attributes cannot be read, and the record."""
         name, node, onward = child.name, child.node, child.offset + DOTS
         try:
             found = None if node is None else self._overlay.metadata.attributes(node, child.stat)
@@ -75,7 +75,7 @@ class DirectoryHandlers:
         return node, _ENTRY.pack(*fields, found.ino, onward, len(name), file_type(found.mode)) + padded(name)
 
     def _add_dots(self, reply: bytearray, node: Dir, position: int) -> None:
-        """Add "." and ".."; the kernel takes only their numbers and counts no look-up for them."""
+        """Add "." and ".."; the kernel uses only their inode numbers and counts no look-up."""
         above = node.parent if node.parent is not None else node
         for onward, (name, number) in enumerate(((b".", node.number), (b"..", above.number)), 1):
             if onward > position:
@@ -83,5 +83,5 @@ class DirectoryHandlers:
                 reply += _NO_NODE + entry + padded(name)
 
     def fsyncdir(self, request: Request) -> Reply:
-        """Answer when the directory and the chain above it are durable."""
+        """Answer when the names in the directory, and those that lead to it, are durable."""
         return self._session.sync(request, self._overlay.prepare_fsync_dir(self._session.node(request.nodeid)))

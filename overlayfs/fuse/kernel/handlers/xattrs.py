@@ -37,9 +37,9 @@ class XattrHandlers:
         }
 
     def getxattr(self, request: Request) -> Reply:
-        """Answer with a value, or with its length when no room is offered; ENODATA without one."""
+        """Answer with a value, or with its length if the size offered is 0; ENODATA for none."""
         if not self._session.settings.xattrs:
-            return self._session.error(request, errno.ENOSYS)  # the kernel answers EOPNOTSUPP for us from now on
+            return self._session.error(request, errno.ENOSYS)  # from now on the kernel itself answers EOPNOTSUPP
         if request.nodeid in self._no_caps and request.body[_GETXATTR.size :] == _ASKED_FOR_CAPABILITY:
             return self._session.error(request, errno.ENODATA)
         size, _ = _GETXATTR.unpack_from(request.body)
@@ -50,11 +50,11 @@ class XattrHandlers:
         return self._sized(request, size, self._overlay.metadata.getxattr(node, name))
 
     def forget(self, nodeid: int) -> None:
-        """The kernel has let a number go."""
+        """Note that the kernel has forgotten a node id."""
         self._no_caps.discard(nodeid)
 
     def listxattr(self, request: Request) -> Reply:
-        """Answer with the visible names, or with their length."""
+        """Answer with the visible names, each with its NUL, or with their length if the size offered is 0."""
         if not self._session.settings.xattrs:
             return self._session.error(request, errno.ENOSYS)
         size, _ = _GETXATTR.unpack_from(request.body)
@@ -69,7 +69,7 @@ class XattrHandlers:
         return self._session.ok(request, value)
 
     def setxattr(self, request: Request) -> Reply:
-        """Set a value; an ACL set from outside the file's group takes S_ISGID away (posix_acl_update_mode)."""
+        """Set a value; an ACL set by a user outside the file's group clears S_ISGID (posix_acl_update_mode)."""
         if not self._session.settings.xattrs:
             return self._session.error(request, errno.ENOSYS)
         size, flags, *more = self._setxattr_in.unpack_from(request.body)
@@ -80,18 +80,18 @@ class XattrHandlers:
         def act(_: Requirements) -> Reply:
             self._overlay.setxattr(node, name, value[:size], flags)
             if kill:
-                self._drop_set_gid(node)
+                self._clear_set_gid(node)
             return self._session.ok(request)
 
         return self._session.change(request, lambda: self._overlay.requirements.setxattr(node, name), act)
 
-    def _drop_set_gid(self, node: Node) -> None:
+    def _clear_set_gid(self, node: Node) -> None:
         mode = self._overlay.attributes(node).mode & 0o7777
         if mode & stat.S_ISGID:
             self._overlay.set_attributes(node, Changes(mode=mode & ~stat.S_ISGID))
 
     def removexattr(self, request: Request) -> Reply:
-        """Remove a value; one that is not there is refused before anything is lifted."""
+        """Remove a value; ENODATA for none, before anything is copied up."""
         if not self._session.settings.xattrs:
             return self._session.error(request, errno.ENOSYS)
         node, name = self._session.node(request.nodeid), request.name()
