@@ -25,9 +25,9 @@ class Threads:
         self._limiter = trio.CapacityLimiter(count)
 
     async def run(self, call: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R:
-        """Return the result of `call` made in a thread; the caller is not cancelled before it is back.
+        """Make a call in a thread and return its result; the caller is not cancelled before the call has returned.
 
-        It is made even if the caller is cancelled already: what was prepared for it is freed by nobody else.
+        It is made even if the caller is already cancelled: only the call frees what was prepared for it.
         """
         made = functools.partial(call, *args, **keywords)
         results: list[R] = []
@@ -46,11 +46,11 @@ class Workers:
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._started = 0
-        self.busy = 0  # jobs that are not done yet
+        self.busy = 0  # jobs that are not finished
         self._lock = threading.Lock()
 
     def run(self, job: Callable[[], None]) -> None:
-        """Carry out a job, which must not raise; returns at once."""
+        """Start a job, which must not raise, and return at once."""
         with self._lock:
             self.busy += 1
             short = self.busy > self._started and self._started < MOST

@@ -15,7 +15,7 @@ _FIRST = 1 << 63  # no node has such a number
 
 
 class NodeIds:
-    """Counts the look-ups that the kernel holds of each node id: the nodes' own numbers, and later ids."""
+    """Nodes by node id, their own number or a later id, with the look-ups that the kernel has not given back."""
 
     def __init__(self, nodes: NodeTable) -> None:
         self._nodes = nodes

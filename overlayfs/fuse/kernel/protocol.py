@@ -1,9 +1,9 @@
-"""The FUSE protocol: numbers and structures of linux/fuse.h, up to version 7.45. Pure.
+"""The FUSE protocol: constants and structures of linux/fuse.h, up to version 7.45. Pure.
 
 A structure is one row of a table: its fields as `name:code` with the codes of the struct module, little-endian and
-naturally aligned; fields named `_` are padding. Times are signed, whatever the header says: the kernel takes them so.
-Requests carry a header (`IN_HEADER`), then the structure of their kind, then names or data; replies carry `OUT_HEADER`
-and what the kind prescribes.
+naturally aligned; fields named `_` are padding. Times are signed, though the header says unsigned: so the kernel uses
+them. Requests carry a header (`IN_HEADER`), then the structure of their kind, then names or data; replies carry
+`OUT_HEADER` and the structure of their kind, names or data.
 """
 
 import stat
@@ -13,7 +13,7 @@ from struct import Struct
 
 MAJOR = 7
 MINOR = 45
-OLDEST_MINOR = 31  # Linux 5.4; older kernels are served by the other engine
+OLDEST_MINOR = 31  # Linux 5.4; older kernels need the pyfuse3 engine
 
 
 class Op(IntEnum):
@@ -77,7 +77,7 @@ UNANSWERED = (Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT)
 
 
 class Init(IntFlag):
-    """Features of the handshake (FUSE_INIT flags; those from bit 32 on travel in `flags2`)."""
+    """Features of the handshake (FUSE_INIT flags; those from bit 32 on are sent in `flags2`)."""
 
     ASYNC_READ = 1 << 0
     ATOMIC_O_TRUNC = 1 << 3
@@ -108,7 +108,7 @@ class Open(IntFlag):
 
 
 class Attr(IntFlag):
-    """Which fields of a SETATTR count (FATTR_*)."""
+    """Which fields of a SETATTR are set (FATTR_*)."""
 
     MODE = 1 << 0
     UID = 1 << 1
@@ -131,7 +131,7 @@ FSYNC_FDATASYNC = 1
 
 
 class Notify(IntEnum):
-    """Messages that the kernel gets unasked; the code stands where a reply has its error."""
+    """Notifications (enum fuse_notify_code); the code is in the field that a reply has for its error."""
 
     INVAL_INODE = 2
     INVAL_ENTRY = 3
@@ -143,7 +143,7 @@ DEV_IOC_BACKING_CLOSE = 0x4004_E502
 
 
 class Layout(Struct):
-    """One structure: packed and unpacked by position, or by name where that reads better."""
+    """One structure, packed and unpacked by position, or by name where that is clearer."""
 
     def __init__(self, fields: str) -> None:
         pairs = [field.split(":") for field in fields.split()]
@@ -248,12 +248,12 @@ def split_flags(flags: int) -> tuple[int, int]:
 
 
 def padded(name: bytes) -> bytes:
-    """Return a name of a listing, filled up to a multiple of eight bytes."""
+    """Return the name of a directory entry, padded to a multiple of eight bytes."""
     return name + bytes(-len(name) % 8)
 
 
 def encode_device(device: int) -> int:
-    """Return a device number as the kernel writes it in 32 bits (new_encode_dev in linux/kdev_t.h)."""
+    """Return a device number as the kernel encodes it in 32 bits (new_encode_dev in linux/kdev_t.h)."""
     if not device:
         return 0
     major, minor = device >> 8 & 0xFFF | device >> 32 & ~0xFFF, device & 0xFF | device >> 12 & ~0xFF
@@ -261,11 +261,11 @@ def encode_device(device: int) -> int:
 
 
 def decode_device(device: int) -> int:
-    """Return such a number as makedev(3) makes it."""
+    """Return the device number of makedev(3) for one that the kernel has encoded in 32 bits."""
     major, minor = device >> 8 & 0xFFF, device & 0xFF | device >> 12 & 0xFFF00
     return minor & 0xFF | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12 | (major & ~0xFFF) << 32
 
 
 def file_type(mode: int) -> int:
-    """Return the type of an object as listings carry it (DT_* of readdir(3))."""
+    """Return the type of an object as directory entries have it (DT_* of readdir(3))."""
     return stat.S_IFMT(mode) >> 12

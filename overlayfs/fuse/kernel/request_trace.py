@@ -33,7 +33,7 @@ _NO_NODE = bytes(8)
 
 
 class RequestTrace:
-    """Stands between the loop and `dispatch`, and between the replies and `send`."""
+    """Wraps the `dispatch` of requests and the `send` of replies."""
 
     def __init__(self, dispatch: Callable[[Request], None], send: Callable[[Reply], None]) -> None:
         self._dispatch = dispatch

@@ -116,7 +116,7 @@ class Session:
         return (nodeid, 0, *self._times_of(nodeid, node, found), *attr_fields(found))
 
     def absent(self, request: Request) -> bytes:
-        """Return the reply that makes the kernel remember that a name does not exist."""
+        """Return the reply that makes the kernel cache the absence of a name."""
         return self.ok(request, self._absent)
 
     def attributes(self, request: Request, node: Node, found: Attributes) -> bytes:
