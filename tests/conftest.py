@@ -12,7 +12,7 @@ from tests.support import campaign as campaigns
 from tests.support import engines, leftovers, processes, requirements
 
 DRIVER_NAMES = ("plain", "fs", "fuse", "pyfuse3", "kernel")
-# Drivers that only some tests ask for, and the one that they go with
+# Drivers that only some tests request, and the driver that selects them
 VARIANTS = {"command": "fuse"}
 
 
@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of which `--drivers` left no variant are not tests of this run."""
+    """Deselect tests of which `--drivers` left no variant."""
     asked = set(filter(None, config.getoption("--campaigns").split(",")))
     items[:] = [
         item
@@ -77,7 +77,7 @@ def _drivers(metafunc: pytest.Metafunc) -> list[object]:
 
 
 def _both_engines(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Run what is marked for our mount with both engines."""
+    """Run tests marked for our mount with both engines."""
     return tuple(each for name in names for each in ((name, "pyfuse3") if name == "fuse" else (name,)))
 
 
@@ -96,7 +96,7 @@ def _marks(name: str, known: dict[str, str]) -> list[pytest.MarkDecorator]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where everything must be present, a skipped test has failed."""
+    """Where everything must be present, a skipped test counts as failed."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and requirements.strict():
         report.outcome = "failed"
@@ -124,7 +124,7 @@ def campaign(request: pytest.FixtureRequest) -> campaigns.Campaign:
 
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
-    """One directory for all that the run makes; the session ends with the check for leftovers."""
+    """One directory for everything that the run creates; the session ends with the check for leftovers."""
     base = Path(tempfile.mkdtemp(prefix="ofs-", dir=os.environ.get("OVERLAYFS_TEST_DIR")))
     base.chmod(0o755)
     before = processes.children()

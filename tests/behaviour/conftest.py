@@ -10,6 +10,6 @@ from tests.support.stacks import StackMaker, stack_maker
 
 @pytest.fixture
 def stack(driver: str, place: Path) -> Iterator[StackMaker]:
-    """Makes stacks on the driver; closed, checked and removed after the test."""
+    """Factory of stacks on the driver; each is closed, checked and removed after the test."""
     with stack_maker(driver, place, StackMaker) as maker:
         yield maker

@@ -66,7 +66,7 @@ def test_numbers_of_new_objects_stay_over_remount(stack: StackMaker) -> None:
 
 @pytest.mark.on("plain", "fs", "fuse")
 def test_numbers_stay_over_a_commit(stack: StackMaker) -> None:
-    """Of everything that came from below. Not on the kernel: a file copied up by a former upper is a new one to it."""
+    """For every object of a layer. Not on the kernel: to it a file copied up by a former upper is a new one."""
     tree = stack(LAYER)
     tree.write("f", b"changed")
     tree.chmod("d/s", 0o711)
@@ -154,7 +154,7 @@ def test_writing_moves_mtime_and_ctime(stack: StackMaker) -> None:
     assert after.mtime_ns > before.mtime_ns and after.ctime_ns > before.ctime_ns
 
 
-def test_changing_metadata_moves_ctime_alone(stack: StackMaker) -> None:
+def test_changing_metadata_moves_only_ctime(stack: StackMaker) -> None:
     tree = stack(LAYER)
     for path in ("f", "d"):
         changes: list[Callable[[str], None]] = [
@@ -189,8 +189,8 @@ def test_chown_of_one_id(stack: StackMaker) -> None:
 
 
 @pytest.mark.parametrize("owner", [0, 1], ids=["same", "other"])
-def test_chown_takes_set_id_bits_from_all_but_directories(stack: StackMaker, owner: int) -> None:
-    """Also root's, and also one that changes no owner."""
+def test_chown_clears_set_id_bits_of_all_but_directories(stack: StackMaker, owner: int) -> None:
+    """A chown by root as well, and one that changes no owner."""
     tree = stack({"f": File(mode=0o6755), "p": Special(kind="p", mode=0o6755), "d": Dir(mode=0o6755)})
     for _ in ("in the layer", "in the upper"):
         for path in ("f", "p", "d"):

@@ -1,4 +1,4 @@
-"""Copy-up: whatever brings an object to the upper, everything about it stays as it was."""
+"""Copy-up: whatever the cause, all attributes and the content of the object stay the same."""
 
 import os
 from collections.abc import Callable
@@ -185,7 +185,7 @@ def test_holes_are_kept(stack: StackMaker) -> None:
 
 
 @pytest.mark.parametrize("change", ["chmod", "chown", "utime", "setxattr", "rename", "link"])
-def test_a_change_of_metadata_alone_keeps_the_content(stack: StackMaker, change: str) -> None:
+def test_a_change_of_metadata_keeps_the_content(stack: StackMaker, change: str) -> None:
     data = os.urandom(200_000)
     tree = stack({"f": File(data)})
     match change:

@@ -112,7 +112,7 @@ def test_parents_are_copied_up_with_their_attributes(stack: StackMaker) -> None:
     assert after[2].mtime_ns > before[2].mtime_ns
 
 
-def test_a_parent_that_is_missing_or_no_directory(stack: StackMaker) -> None:
+def test_a_parent_that_is_missing_or_not_a_directory(stack: StackMaker) -> None:
     tree = stack({"f": ""})
     for kind in KINDS[:5]:
         make(tree, kind, "none/n", err=ENOENT)
@@ -201,7 +201,7 @@ def test_a_new_object_belongs_to_its_maker(stack: StackMaker, state: str) -> Non
 
 
 @pytest.mark.parametrize("where", ["lower", "upper"])
-def test_a_setgid_directory_hands_its_group_on(stack: StackMaker, where: str) -> None:
+def test_a_setgid_directory_passes_its_group_on(stack: StackMaker, where: str) -> None:
     shared: Spec = {"g": Dir({}, mode=0o2777, gid=7)}
     tree = stack(shared if where == "lower" else {}, upper=shared if where == "upper" else {})
 
@@ -218,7 +218,7 @@ def test_a_setgid_directory_hands_its_group_on(stack: StackMaker, where: str) ->
 
 @pytest.mark.on("plain", "fuse", "kernel")
 def test_setgid_on_a_new_file_in_a_foreign_setgid_directory_is_dropped(stack: StackMaker) -> None:
-    """Not without a mount: the kernel takes the bit away before it asks us."""
+    """Only on a mount: the kernel clears the bit before it sends the request."""
     tree = stack({"g": Dir({}, mode=0o2777, gid=7)})
     tree.run_as(ALICE, lambda: tree.create("g/f", b"", mode=0o2775))
     assert tree.mode("g/f") == 0o775
@@ -252,7 +252,7 @@ def test_a_default_acl_is_inherited(stack: StackMaker, where: str) -> None:
 
 @pytest.mark.on("plain", "fuse", "kernel")
 @pytest.mark.deviates("pyfuse3", reason="libfuse's handshake applies the umask before we hear of it (documented limit)")
-def test_a_default_acl_goes_before_the_umask(stack: StackMaker) -> None:
+def test_a_default_acl_takes_precedence_over_the_umask(stack: StackMaker) -> None:
     tree = stack({"d": Dir({}, mode=0o777, xattrs={DEFAULT: DEFAULT_ACL})})
     tree.run_as(User(0, 0, umask=0o077), lambda: tree.create("d/f", b"", mode=0o666))
     assert tree.mode("d/f") == 0o660

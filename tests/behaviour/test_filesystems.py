@@ -1,4 +1,4 @@
-"""Layers and uppers on the file systems that people have: alike, or with a sentence about what is off."""
+"""Layers and uppers on common file systems: the same behaviour, or a message about what is off."""
 
 import os
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ LAYER: Spec = {
 
 
 def use(tree: Tree) -> None:
-    """A short life: look, change something of every kind, remount, look again."""
+    """A short use of a mount: look, change something of every kind, remount, look again."""
     before = dump(tree)
     tree.chmod("f", 0o4755)
     tree.chmod("f", 0o4711)
@@ -119,7 +119,7 @@ def test_a_commit_over_several(disks: DiskMaker) -> None:
 
 @pytest.mark.on("fs", "command")
 def test_an_upper_without_attributes(disks: DiskMaker) -> None:
-    """ramfs has none: marks that need them have to be done without, and the mount says so."""
+    """ramfs has none: the mount works without the marks that need them, and reports it."""
     tree = disks({"d": {"f": "1", "s": {"x": ""}}, "f": "2"}, base=disks.disk("ramfs") / "b")
     assert "attribute" in notices(tree)
     live_without_a_feature(tree)
@@ -127,7 +127,7 @@ def test_an_upper_without_attributes(disks: DiskMaker) -> None:
 
 @pytest.mark.on("fs", "command")
 def test_an_upper_without_device_whiteouts(disks: DiskMaker, place: Path) -> None:
-    """On the kernel's overlayfs no 0:0 device can be made: whiteouts take another form, and the mount says so."""
+    """On the kernel's overlayfs no 0:0 device can be made: whiteouts take another form, and the mount reports it."""
     outer = disks.disks.enter_context(stack_maker("kernel", place / "outer", StackMaker))({})
     tree = disks({"d": {"f": "1", "s": {"x": ""}}, "f": "2"}, base=outer.stack.mountpoint / "b")
     assert "whiteout" in notices(tree)
@@ -135,7 +135,7 @@ def test_an_upper_without_device_whiteouts(disks: DiskMaker, place: Path) -> Non
 
 
 def notices(tree: Tree) -> str:
-    """What the mount says about features that are off."""
+    """The messages of the mount about features that are off."""
     if isinstance(tree, FuseMount):
         return tree.messages
     from tests.support.drivers.overlay import FsDriver

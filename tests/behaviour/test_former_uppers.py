@@ -1,4 +1,4 @@
-"""Uppers that became layers as they are, without a commit: the kernel's users do so."""
+"""Uppers that became layers as they are, without a commit, as users of the kernel's overlayfs do."""
 
 import os
 from pathlib import Path
@@ -77,7 +77,7 @@ def _content(config: StackConfig, path: bytes) -> bytes:
         overlay.close()
 
 
-def test_what_lies_under_a_redirect_of_a_former_upper_moves(tmp_path: Path) -> None:
+def test_what_is_below_a_redirect_of_a_former_upper_moves(tmp_path: Path) -> None:
     """A redirect names a path as the layers together show it, not the one in the layer that holds the object."""
     need_root()
     stack = [_make_lower(tmp_path)]
@@ -99,7 +99,7 @@ def test_a_file_renamed_in_two_uppers_keeps_its_data(tmp_path: Path) -> None:
 
 
 def test_data_below_an_opaque_directory_of_a_former_upper(tmp_path: Path) -> None:
-    """A directory was made anew and got a file back whose data lies below; then the file moves on."""
+    """A directory was recreated and got a file back whose data is in a lower layer; then the file moves on."""
     need_root()
     stack = [_make_lower(tmp_path)]
     overlay = Overlay(_config(stack, tmp_path / "upper0", tmp_path / "work0", metacopy=True))

@@ -247,7 +247,7 @@ LOST = pytest.mark.deviates(
 @pytest.mark.parametrize("opaque", [False, True])
 @pytest.mark.parametrize("directory", ["d", "moved"])
 def test_a_commit_makes_a_directory_for_a_twin(stack: StackMaker, directory: str, opaque: bool) -> None:
-    """It leads where the one below it leads, which had moved in an earlier layer or is opaque, and hides nothing."""
+    """It leads where the one below it leads, which was moved by an earlier layer or is opaque; it hides nothing."""
     mark: OpaqueForm | None = "trusted" if opaque else None
     tree = stack({"d": Dir({"twin": "data", "other": "o"}, opaque=mark), "f": Link("d/twin")}, {"d": {}})
     if directory != "d":

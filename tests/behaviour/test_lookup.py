@@ -15,7 +15,7 @@ def test_the_first_layer_that_has_a_name_decides(stack: StackMaker) -> None:
     assert [tree.read(name) for name in "fgh"] == [b"one", b"two", b"three"]
 
 
-def test_the_upper_lies_over_all(stack: StackMaker) -> None:
+def test_the_upper_is_on_top(stack: StackMaker) -> None:
     tree = stack({"f": "lower"}, upper={"f": "upper"})
     assert tree.read("f") == b"upper"
 
@@ -109,7 +109,7 @@ def test_absence_is_forgotten_when_the_name_is_made(stack: StackMaker) -> None:
     assert tree.read("d/linked") == b"1"
 
 
-def test_bytes_that_are_no_text_are_names(stack: StackMaker) -> None:
+def test_names_need_not_be_valid_text(stack: StackMaker) -> None:
     name = b"\xff\xfe \n\x01"
     tree = stack({os.fsdecode(name): "odd"})
     assert tree.read(name) == b"odd"

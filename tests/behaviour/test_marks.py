@@ -143,7 +143,7 @@ def test_marks_of_other_shapes_do_not_count(stack: StackMaker) -> None:
 
 
 def test_the_layer_root(stack: StackMaker) -> None:
-    """The attribute is ignored there, as by the kernel; the file is how others store a root that hides all."""
+    """The attribute is ignored there, as by the kernel; other programs mark a root that hides all by the file."""
     tree = stack(Dir({"own": ""}, opaque="trusted"), {"below": ""})
     assert tree.names() == ["below", "own"]
     tree = stack(Dir({"own": ""}, opaque="file"), {"below": ""})
@@ -298,7 +298,7 @@ DAMAGED: Spec = {
 
 @pytest.mark.parametrize("where", ["upper", "lower", "merged"])
 def test_a_damaged_entry_hides_no_other(stack: StackMaker, where: str) -> None:
-    """A directory with one is listed whole; the error is for whoever asks for more than the name."""
+    """A directory with such an entry is listed completely; only operations that need more than the name fail."""
     other: Spec = {"d": {"y": ""}} if where == "merged" else {}
     tree = stack(*([DAMAGED, other] if where != "upper" else [other]), upper=DAMAGED if where == "upper" else {})
     for _ in range(2):
@@ -316,13 +316,13 @@ def test_a_damaged_override_hides_no_other(stack: StackMaker) -> None:
     assert tree.mode("good") == 0o600
 
 
-# Ownership in attributes, as other programs leave it
+# Ownership in attributes, as other programs store it
 
 OVERRIDE = "user.containers.override_stat"
 
 
 def overridden(values: dict[str, bytes], name: str = OVERRIDE) -> Dir:
-    """A layer root that says it keeps ownership in attributes, with a file for each value."""
+    """A layer whose root says that ownership is stored in attributes, with a file for each value."""
     files = {key: File(b"x", mode=0o755, xattrs={name: value}) for key, value in values.items()}
     return Dir(files, xattrs={name: b"0:0:0755"})
 

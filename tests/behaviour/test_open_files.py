@@ -62,7 +62,7 @@ def test_several_handles_share_the_file(stack: StackMaker) -> None:
 
 @pytest.mark.parametrize("where", ["lower", "upper"])
 @pytest.mark.parametrize("mode", ["read", "write"])
-def test_an_unlinked_file_lives_for_its_handle(stack: StackMaker, where: str, mode: str) -> None:
+def test_an_unlinked_file_stays_usable_through_its_handle(stack: StackMaker, where: str, mode: str) -> None:
     files: Spec = {"d": {"f": "content"}}
     tree = stack(files if where == "lower" else {}, upper=files if where == "upper" else {})
     handle = tree.open("d/f", os.O_RDWR if mode == "write" else os.O_RDONLY)
@@ -108,7 +108,7 @@ def test_an_unlinked_upper_file_can_be_changed_by_its_handle(stack: StackMaker) 
 
 @pytest.mark.on("plain", "fs", "fuse")
 def test_an_unlinked_lower_file_open_for_reading_can_be_changed(stack: StackMaker) -> None:
-    """Not on the kernel: there the change would go to a copy that has no name to be made under."""
+    """Not on the kernel, which could not create the copy: the file has no name any more."""
     tree = stack({"f": "content"})
     handle = tree.open("f")
     tree.unlink("f")
@@ -340,7 +340,7 @@ def test_many_files_open_at_once(stack: StackMaker) -> None:
 @pytest.mark.on("plain", "fuse", "kernel")
 @pytest.mark.parametrize("where", ["lower", "upper"])
 def test_the_access_mode_that_neither_reads_nor_writes(stack: StackMaker, where: str) -> None:
-    """open(2): 3, which is for ioctls alone."""
+    """open(2): access mode 3, which permits only ioctls."""
     spec: Spec = {"f": "data"}
     tree = stack(spec if where == "lower" else {}, upper=spec if where == "upper" else {})
     fd = descriptor(tree, "f", os.O_WRONLY | os.O_RDWR)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.on("fuse")
 
 
 def on_disk(tree: Tree, path: str) -> Path:
-    """Where an object of the upper lies."""
+    """The path of an object of the upper on disk."""
     assert tree.stack.upper is not None
     return tree.stack.upper / path
 
@@ -134,7 +134,7 @@ def test_a_volatile_mount_that_died_is_refused(stack: StackMaker) -> None:
     ("option", "name"), [("1", "security.fuseoverlayfs.override_stat"), ("2", "user.containers.override_stat")]
 )
 def test_ownership_in_attributes(stack: StackMaker, option: str, name: str) -> None:
-    """Owner and mode are shown as set and kept in an attribute; on disk the file stays the daemon's."""
+    """Owner and mode are shown as set and stored in an attribute; on disk the daemon owns the file."""
     tree = stack(
         {"f": File(b"x", mode=0o640, uid=5, gid=6), "d": Dir({}, mode=0o777)}, options={"xattr_permissions": option}
     )

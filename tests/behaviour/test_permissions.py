@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[User, dict[str, int]]] = {
 @pytest.mark.parametrize("where", ["lower", "upper"])
 @pytest.mark.parametrize("who", REFUSED)
 def test_who_may_do_what(stack: StackMaker, who: str, where: str) -> None:
-    """Each action on a tree of its own, all in one mount; a refused one must not even copy anything up."""
+    """Each action on a tree of its own, all in one mount; a refused action must not copy anything up."""
     user, refused = REFUSED[who]
     cases: Spec = {str(number): Dir(LAYER, mode=0o755) for number in range(len(ACTIONS))}
     tree = stack(cases if where == "lower" else {}, upper=cases if where == "upper" else {})
@@ -245,7 +245,7 @@ def test_sgid_without_group_execution_survives(stack: StackMaker) -> None:
 @pytest.mark.on("fuse")
 @pytest.mark.parametrize("how", ["write", "truncate"])
 def test_sgid_without_group_execution_survives_a_stranger(stack: StackMaker, how: str) -> None:
-    """By FUSE's own rule (docs/deviations.md); a local file system takes it away."""
+    """By FUSE's own rule (docs/deviations.md); a local file system clears the bit."""
     tree = stack({"f": File(b"x", mode=0o2666, **OWN)})
     tree.run_as(BOB, lambda: tree.write("f", b"y") if how == "write" else tree.truncate("f", 0))
     assert tree.mode("f") == 0o2666
@@ -271,7 +271,7 @@ def test_suid_of_a_copied_up_file_stays(stack: StackMaker) -> None:
 
 @pytest.mark.on("command")
 def test_suid_programs_do_not_gain_rights(stack: StackMaker) -> None:
-    """A person's mount is nosuid unless asked."""
+    """A mount by the command is nosuid by default."""
     with open("/usr/bin/id", "rb") as program:
         tree = stack({"id": File(program.read(), mode=0o4755)})
 
@@ -283,7 +283,7 @@ def test_suid_programs_do_not_gain_rights(stack: StackMaker) -> None:
 
 @pytest.mark.on("command")
 def test_devices_do_not_open(stack: StackMaker) -> None:
-    """A person's mount is nodev unless asked."""
+    """A mount by the command is nodev by default."""
     tree = stack({"null": Special(kind="c", major=1, minor=3, mode=0o666)})
     tree.read("null", err=EACCES)
 
@@ -332,7 +332,7 @@ def test_protected_directories_of_others(stack: StackMaker) -> None:
     tree.run_as(BOB, lambda: tree.stat("d/s", err=EACCES))
 
 
-def test_eacces_goes_before_everything_below(stack: StackMaker) -> None:
+def test_eacces_takes_precedence_over_errors_below(stack: StackMaker) -> None:
     tree = stack({"d": Dir({"f": ""}, mode=0o600, **OWN)})
     tree.run_as(ALICE, lambda: tree.stat("d/f", err=EACCES))
     assert tree.run_as(ALICE, lambda: tree.names("d")) == ["f"]

@@ -1,4 +1,4 @@
-"""Listings: what they hold, and that they agree with lookup."""
+"""Listings: their entries, and that they agree with lookup."""
 
 import os
 import stat
@@ -102,7 +102,7 @@ def test_a_big_merged_directory(stack: StackMaker) -> None:
 
 
 @pytest.mark.on("plain", "fuse", "kernel")
-def test_removing_while_listing_misses_and_doubles_nothing(stack: StackMaker) -> None:
+def test_removing_while_listing_skips_and_repeats_nothing(stack: StackMaker) -> None:
     tree = stack({"d": {f"{n:04}": "" for n in range(1500)}}, {"d": {f"{n:04}": "" for n in range(1000, 2500)}})
     seen = []
     with os.scandir(tree.stack.mountpoint / "d") as entries:

@@ -1,4 +1,4 @@
-"""Removing: what vanishes stays away, over remounts and whatever is made in its place."""
+"""Removing: removed names stay absent, over remounts and whatever is created in their place."""
 
 from errno import EBUSY, EINVAL, EISDIR, ENOENT, ENOTDIR, ENOTEMPTY
 
@@ -138,7 +138,7 @@ def test_over_and_over(stack: StackMaker) -> None:
         assert tree.names("n/s") == [str(turn)]
 
 
-def test_removal_touches_the_parent_alone(stack: StackMaker) -> None:
+def test_removal_touches_only_the_parent(stack: StackMaker) -> None:
     tree = stack({"o": {"d": {"f": "", "g": ""}}})
     outer, inner = tree.stat("o"), tree.stat("o/d")
     tree.unlink("o/d/f")

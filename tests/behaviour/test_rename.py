@@ -15,7 +15,7 @@ from tests.support.spec import Tree as Spec
 from tests.support.stacks import StackMaker
 from tests.support.syscalls import EXCHANGE, NOREPLACE, WHITEOUT
 
-# What may lie under the two names: (lower layer, second lower layer, upper), each without the name for None.
+# What may exist under the two names: (lower layer, second lower layer, upper), each without the name for None.
 Objects = tuple[object, object, object]
 FILES: dict[str, Objects] = {
     "lower file": ("lower", None, None),
@@ -97,7 +97,7 @@ def layers(source: Objects) -> list[Spec]:
 def check_against_all_targets(
     stack: StackMaker, source: str, flags: int, wanted: Callable[[str, str], int | None]
 ) -> None:
-    """Rename this source over every target; whatever happens must be all of it, now and after a remount."""
+    """Rename this source over every target; the result must be complete, now and after a remount."""
     first, second, upper = layers(ALL[source])
     tree = stack(first, second, upper=upper)
     found = [
@@ -131,7 +131,7 @@ def one_rename(
 
 
 def settled(tree: Tree, found: Dump) -> Dump:
-    """The dump; on the kernel without the times of directories, which its copy-up of a directory changes above it."""
+    """The dump; on the kernel without times of directories: its copy-up of a directory changes those of the parent."""
     if tree.name != "kernel":
         return found
     return {path: item._replace(mtime_ns=0) if item.kind == "dir" else item for path, item in found.items()}

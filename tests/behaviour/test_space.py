@@ -1,4 +1,4 @@
-"""Holes, ranges, unnamed files, flags and births, as on local file systems: what only the kernel engine carries."""
+"""Holes, ranges, unnamed files, flags and births, as on local file systems: only the kernel engine supports these."""
 
 import array
 import fcntl
@@ -41,7 +41,7 @@ def descriptor(tree: Tree, path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def map_of(fd: int) -> list[tuple[int, int]]:
-    """Where the data lies, as (begin, end)."""
+    """The extents of data, as (begin, end)."""
     found: list[tuple[int, int]] = []
     end = 0
     while True:
@@ -131,7 +131,7 @@ def test_fallocate(stack: StackMaker, what: str) -> None:
 
 
 def test_fallocate_of_ranges_that_move_is_refused(stack: StackMaker) -> None:
-    """FUSE does not carry them; a local file system may."""
+    """FUSE does not support them; a local file system may."""
     tree = stack({"f": File(b"x" * 16384)})
     fd = descriptor(tree, "f", os.O_RDWR)
     for mode in (COLLAPSE_RANGE, INSERT_RANGE, UNSHARE_RANGE):
@@ -253,7 +253,7 @@ def test_what_unnamed_files_inherit(stack: StackMaker) -> None:
 # --- default ACLs and the umask --------------------------------------------------------------------------
 
 
-def test_a_default_acl_goes_before_the_umask(stack: StackMaker) -> None:
+def test_a_default_acl_takes_precedence_over_the_umask(stack: StackMaker) -> None:
     entries = {DEFAULT: acl(7, 7, 5, users={1234: 6}, mask=7)}
     tree = stack({"d": Dir({}, mode=0o777, xattrs=entries), "p": Dir({}, mode=0o777)})
     masked = User(ALICE.uid, ALICE.gid, umask=0o077)
@@ -311,7 +311,7 @@ def test_flags_protect(stack: StackMaker) -> None:
     tree.unlink("u")
 
 
-def test_only_those_who_may_change_flags(stack: StackMaker) -> None:
+def test_only_the_owner_may_change_flags(stack: StackMaker) -> None:
     tree = stack({"f": File(b"1", mode=0o666)})
     path = tree.stack.mountpoint / "f"
 

@@ -1,4 +1,4 @@
-"""What the portable engine cannot carry: refused in the way that programs expect."""
+"""What the portable engine does not support: refused with the errors that programs expect."""
 
 import ctypes
 import fcntl

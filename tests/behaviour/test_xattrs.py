@@ -92,7 +92,7 @@ def test_our_own_attributes_are_hidden_and_theirs_are_kept(stack: StackMaker) ->
 @pytest.mark.on("fs", "fuse", "kernel")
 @pytest.mark.parametrize("suffix", ["opaque", "redirect", "metacopy", "anything"])
 def test_marks_cannot_be_forged(stack: StackMaker, suffix: str) -> None:
-    """What a user sets under our prefix is stored one level deeper: it reads back and means nothing."""
+    """An attribute that a user sets under our prefix is escaped: it reads back unchanged and has no effect."""
     tree = stack({"d": {"below": ""}, "f": "data"}, upper={"d": {}})
     for path in ("d", "f"):
         tree.setxattr(path, f"trusted.overlay.{suffix}", b"y")
@@ -171,7 +171,7 @@ def test_private_marks_are_not_copied_up(stack: StackMaker) -> None:
 
 @pytest.mark.on("fs", "fuse", "kernel")
 def test_an_overlay_inside_the_overlay(stack: StackMaker) -> None:
-    """A nested stack whose layers lie in this one: its opaque marks are escaped."""
+    """A nested stack whose layers are in this one: its opaque marks are escaped."""
     tree = stack({"l": {"d": {"below": ""}}, "u": {"d": {}}})
     tree.setxattr("u/d", "trusted.overlay.opaque", b"y")
     tree.rename("u", "v")

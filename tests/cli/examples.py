@@ -1,7 +1,7 @@
-"""The console examples of README.md and docs/, and how they are run: each session in a machine of its own.
+"""The console examples of README.md and docs/, and how they are run: each session in an environment of its own.
 
-A session is a row of `console` blocks of one page with the same prompt, `#` for root or `$` for an ordinary user. Lines
-that begin with `> ` continue a command; `...` stands for any text, or any lines. A comment before a block directs it:
+A session is a series of `console` blocks of one page with the same prompt, `#` for root or `$` for an ordinary user.
+Lines that begin with `> ` continue a command; `...` stands for any text or lines. Comments before a block direct it:
 
     <!-- setup: COMMANDS -->       runs first, and is not shown
     <!-- new session -->           begins a new one
@@ -28,7 +28,7 @@ LIMIT = 150.0  # seconds for a session
 _BLOCK = re.compile(
     r"(?:<!-- (setup|new session|transcript)(?:: *(.*?))? ?-->\s*)?^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
-# What no two runs have in common: ids and digests, times, how long something took; and the width of columns.
+# What differs from run to run: ids and digests, times, how long something took; and the width of columns.
 _VARIES = (
     (r"\b[0-9a-f]{12,64}\b", "ID"),
     (r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d", "TIME"),
@@ -39,7 +39,7 @@ _VARIES = (
 
 @dataclass
 class Session:
-    """What is typed on one page, and what it prints; `text` shows both."""
+    """The commands of one page, and what they print; `text` shows both."""
 
     page: str
     prompt: str
@@ -97,8 +97,8 @@ def pages() -> list[Page]:
     return [page for page in found if page.sessions or page.transcripts]
 
 
-def settled(text: str) -> str:
-    """Return a text without what differs from run to run."""
+def without_varying(text: str) -> str:
+    """Return a text without the parts that differ from run to run."""
     for pattern, name in _VARIES:
         text = re.sub(pattern, name, text, flags=re.MULTILINE)
     return text
@@ -106,15 +106,15 @@ def settled(text: str) -> str:
 
 def matches(shown: str, printed: str) -> bool:
     """Whether what was printed is what the page shows; `...` is any text, and any lines if it has one for itself."""
-    lines = (re.escape(line).replace(r"\.\.\.", ".*") + "\n" for line in settled(shown).splitlines())
+    lines = (re.escape(line).replace(r"\.\.\.", ".*") + "\n" for line in without_varying(shown).splitlines())
     pattern = "".join("(?:.*\n)*" if line == ".*\n" else line for line in lines)
-    return re.fullmatch(pattern, settled(printed)) is not None
+    return re.fullmatch(pattern, without_varying(printed)) is not None
 
 
 def run(session: Session, place: Path, inside: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Run a session with /tmp, /var/tmp, /run and the stores to itself; what it leaves mounted or running ends with it.
+    """Run a session with its own /tmp, /var/tmp, /run and stores; what it leaves mounted or running ends with it.
 
-    `place` is an empty directory; `inside` are the words that run a program in a network.
+    `place` is an empty directory; `inside` is the command prefix that runs a program in a network.
     """
     requirements.need_root()
     requirements.need_program("unshare", "setpriv", "bash")
@@ -149,9 +149,9 @@ def run(session: Session, place: Path, inside: Sequence[str] = ()) -> subprocess
         "LC_ALL": "C.UTF-8",
         **({"XDG_RUNTIME_DIR": f"/run/user/{ALICE.uid}"} if user else {"OVERLAYFS_STORE": "/var/tmp/.store"}),
     }
-    alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     return subprocess.run(
-        [*inside, *alone, "bash", "-c", script], env=environment, capture_output=True, text=True, timeout=LIMIT,
+        [*inside, *isolated, "bash", "-c", script], env=environment, capture_output=True, text=True, timeout=LIMIT,
         stdin=subprocess.DEVNULL, cwd="/",
     )  # fmt: skip
 
@@ -176,7 +176,7 @@ def _open_ways(paths: Sequence[Path]) -> Iterator[str]:
 
 @contextmanager
 def network() -> Iterator[tuple[str, ...]]:
-    """A network of this machine only, where every port is free; gives the words that run a program in it."""
+    """A network of this machine only, where every port is free; yields the command prefix that runs a program in it."""
     requirements.need_program("unshare", "nsenter", "ip")
     holder = subprocess.Popen(
         ["unshare", "--net", "sh", "-c", "ip link set lo up && echo up && exec cat"],

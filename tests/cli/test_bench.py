@@ -33,13 +33,13 @@ def measured(overlayfs: Run, place: Path, *words: str) -> tuple[str, dict[str, A
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the plain directory and ourselves take part."""
+def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the plain directory and our mount take part."""
     requirements.need_root()
     monkeypatch.setattr(contenders, "peers", list)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("no_peers")
 def test_the_document_has_the_keys_of_the_reference(overlayfs: Run, place: Path) -> None:
     _, document = measured(overlayfs, place)
     assert list(document) == KEYS
@@ -50,7 +50,7 @@ def test_the_document_has_the_keys_of_the_reference(overlayfs: Run, place: Path)
     assert all(list(case["milliseconds"]) == ["least", "median", "p95", "most"] for case in document["cases"])
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("no_peers")
 def test_what_the_upper_holds_is_counted(overlayfs: Run, place: Path) -> None:
     _, document = measured(overlayfs, place)
     stored = {
@@ -64,8 +64,8 @@ def test_what_the_upper_holds_is_counted(overlayfs: Run, place: Path) -> None:
     assert stored["rename", 0, ""] == (0, None)
 
 
-@pytest.mark.usefixtures("alone")
-def test_who_is_missing_is_named(overlayfs: Run, place: Path) -> None:
+@pytest.mark.usefixtures("no_peers")
+def test_missing_peers_are_named(overlayfs: Run, place: Path) -> None:
     shown, document = measured(
         overlayfs, place, "--peer", "other=nosuchprogram MOUNTPOINT", "--peer", "broken=false MOUNTPOINT"
     )
@@ -82,13 +82,13 @@ def test_peers_that_are_installed_take_part(overlayfs: Run, place: Path) -> None
     assert all(name in shown for name in names)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("no_peers")
 def test_nothing_stays(overlayfs: Run, place: Path) -> None:
     measured(overlayfs, place)
     assert os.listdir(place) == [] and not leftovers.mounts_below(place)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("no_peers")
 def test_a_failure_in_the_middle_leaves_no_mount(overlayfs: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(cost: copyup.Cost, mount: contenders.Mounted, base: Path, exclusive: bool) -> None:
         if mount.pid is not None:
@@ -99,7 +99,7 @@ def test_a_failure_in_the_middle_leaves_no_mount(overlayfs: Run, place: Path, mo
     assert os.listdir(place) == [] and not leftovers.mounts_below(place)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("no_peers")
 def test_the_picture_is_a_png(overlayfs: Run, place: Path) -> None:
     pytest.importorskip("matplotlib")
     target = place / "costs.png"
@@ -109,7 +109,7 @@ def test_the_picture_is_a_png(overlayfs: Run, place: Path) -> None:
 
 
 def test_a_wrong_result_gives_no_figure(place: Path) -> None:
-    """A contender that forgets the change: a mount of which the first write is lost."""
+    """A contender that loses the change: a mount that drops the first write."""
     case = copyup.Case("chmod", 4096, 2)
     copyup.fill(place, [case])
     forgetful = contenders.Mounted(place / copyup.LAYER, place / "upper", None)
@@ -149,7 +149,7 @@ def test_wrong_use_is_one_sentence(overlayfs: Run, words: tuple[str, ...], sente
     assert overlayfs("bench", "copyup", *words) == (2, "", f"overlayfs: {sentence}\n")
 
 
-def test_too_little_space_is_said_before_the_work(overlayfs: Run, place: Path) -> None:
+def test_too_little_space_is_reported_before_the_work(overlayfs: Run, place: Path) -> None:
     ended = overlayfs("bench", "copyup", "--dir", str(place), "--many", str(1 << 40))
     assert ended.code == 1 and ended.err.startswith(f"overlayfs: not enough space in {place}: ")
 
@@ -169,7 +169,7 @@ def test_words_of_a_command_line_are_filled_in() -> None:
     assert stack.words(("BRANCHES",)) == ["/s/upper=RW:2=RO:1=RO"]
 
 
-def test_a_mount_that_is_in_use_is_still_taken_away(place: Path) -> None:
+def test_a_mount_in_use_is_still_unmounted(place: Path) -> None:
     requirements.need_root()
     (place / "layer").mkdir()
     with contenders.mounted(contenders.peers()[0], place, ("layer",)) as mount:

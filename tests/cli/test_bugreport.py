@@ -77,7 +77,7 @@ def test_an_image_that_has_names(shop: Path) -> None:
 
 
 def _reported(shop: Path, point: str) -> str:
-    """Return the report as a user of a host with telling names gets it."""
+    """Return the report of a user on a host with recognizable names."""
     script = 'hostname "$1" && shift && exec "$@"'
     environment = {
         **os.environ, "USER": f"{SECRET}-user", "LOGNAME": f"{SECRET}-user", "HOME": path(shop, "home"),

@@ -27,7 +27,7 @@ SHELLS = {
 
 @pytest.fixture
 def shop(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a store of two images, which the environment names."""
+    """A directory with a store of two images, to which OVERLAYFS_STORE is set."""
     monkeypatch.setenv("OVERLAYFS_STORE", str(place / "store"))
     monkeypatch.setenv("PATH", f"{Path(program('overlayfs')).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PS1", PROMPT)
@@ -124,7 +124,7 @@ def test_files_are_offered_where_a_path_is_wanted(shop: Path, typed: str) -> Non
 
 
 def test_no_store(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Completion says nothing where there is nothing to offer, and makes no store."""
+    """Completion prints nothing where there is nothing to offer, and creates no store."""
     monkeypatch.setenv("OVERLAYFS_STORE", str(place / "none"))
     monkeypatch.setenv("_OVERLAYFS_COMPLETE", "bash_complete")
     monkeypatch.setenv("COMP_WORDS", "overlayfs log ")

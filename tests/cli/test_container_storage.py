@@ -1,4 +1,4 @@
-"""The contract with container engines, by their own storage library: it starts the program as podman does."""
+"""The contract with container engines, tested by their own storage library, which starts the program as podman does."""
 
 import subprocess
 import tarfile
@@ -15,7 +15,7 @@ Storage = Callable[..., str]
 
 @pytest.fixture
 def storage(place: Path) -> Iterator[Storage]:
-    """Run `containers-storage` on a store of its own with our mount program; gives what it prints."""
+    """Run `containers-storage` on a store of its own with our mount program; return its output."""
     requirements.need_root()
     requirements.need_program("containers-storage")
     before = processes.children()

@@ -1,4 +1,4 @@
-"""`overlayfs doctor`: its findings on this machine and on poorer ones, and that its probes leave nothing behind."""
+"""`overlayfs doctor`: its findings on this machine and on ones with less, and that its probes leave nothing behind."""
 
 import fcntl
 import json
@@ -86,7 +86,7 @@ def test_a_user(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def examined() -> list[Finding]:
         return diagnosis.examine(os.fsencode(place))
 
-    examined()  # loads what it needs: the user may not read our interpreter
+    examined()  # loads all modules first: the user may not read our interpreter
     with device_mode(0o666):
         found = by_name(run_as(ALICE, examined))
     assert found["mount"].state == OK, found["mount"]
@@ -195,7 +195,7 @@ def test_the_libraries_are_those_of_the_package() -> None:
 
 
 def test_a_mount_that_shows_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the trial reads is compared: an unmounted directory is no mount that works."""
+    """The content that the trial reads is compared: an unmounted directory is not a working mount."""
     monkeypatch.setattr(start, "mount", lambda *_: None)
     monkeypatch.setattr(trial_mount, "_unmount", lambda _: None)
     trial = trial_mount.try_mount()

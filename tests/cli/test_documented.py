@@ -51,13 +51,13 @@ def _flags(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_and_flag_stands_in_the_reference(name: str) -> None:
+def test_every_command_and_flag_is_in_the_reference(name: str) -> None:
     section = re.search(rf"^## overlayfs {name}\n(.*?)^## ", REFERENCE, re.MULTILINE | re.DOTALL)
     assert section is not None
     assert [flag for flag in _flags(name) if not re.search(rf"{flag}\b", section[1])] == []
 
 
-def test_every_option_of_o_stands_in_the_reference() -> None:
+def test_every_option_of_o_is_in_the_reference() -> None:
     table = REFERENCE[REFERENCE.index("\n## Options\n") :]
     named = {*options._SPECIAL, *options._STACK, *options._MOUNT, *options._IGNORED} - {"remount"}
     opposites = {
@@ -87,7 +87,7 @@ def test_every_package_is_packed() -> None:
     assert set(listed) == there
 
 
-def test_every_link_of_the_documents_leads_somewhere() -> None:
+def test_every_link_of_the_documents_resolves() -> None:
     pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
     assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []

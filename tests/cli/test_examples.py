@@ -29,12 +29,12 @@ def test_a_session(session: Session, place: Path) -> None:
         else:
             done = examples.run(session, place, inside)
     if not examples.matches(session.text, done.stdout):
-        assert examples.settled(done.stdout + done.stderr) == examples.settled(session.text)
+        assert examples.without_varying(done.stdout + done.stderr) == examples.without_varying(session.text)
     assert done.returncode == 0
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.transcripts], ids=lambda page: page.name)
-def test_what_is_not_run_says_why(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_that_are_not_run_have_a_reason(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         for reason in page.transcripts:
             print(f"\n{page.name}: an example is not run: {reason}", end="")

@@ -89,7 +89,7 @@ def test_refusals(overlayfs: Run, base: Path, words: tuple[str, ...], code: int,
     assert sorted(os.listdir(base)) == before
 
 
-def test_what_is_left_out_is_told(overlayfs: Run, base: Path) -> None:
+def test_what_is_left_out_is_reported(overlayfs: Run, base: Path) -> None:
     (base / "tree").mkdir()
     os.mknod(base / "tree" / "socket", 0o140644)
     ended = overlayfs("import", "tree", "-t", "x")
@@ -98,7 +98,7 @@ def test_what_is_left_out_is_told(overlayfs: Run, base: Path) -> None:
 
 
 def _interrupted(start: Callable[[], "subprocess.Popen[bytes]"], until: Callable[[], bool]) -> tuple[int, bytes]:
-    """Start a program, wait for what `until` says without a clock, and press Ctrl-C."""
+    """Start a program, wait for the condition `until`, and press Ctrl-C."""
     running = start()
     try:
         while not until():

@@ -58,7 +58,7 @@ def test_mount_with_options(job: Path) -> None:
     assert (job / "m/share/file").read_text() == "content\n"
 
 
-def test_mount_for_people_makes_the_work_directory(job: Path) -> None:
+def test_mount_by_the_command_makes_the_work_directory(job: Path) -> None:
     mount(job)
     change(job)
     assert (job / "u/new").read_text() == "new\n"
@@ -105,7 +105,7 @@ def test_mounts(job: Path) -> None:
 
 
 def _found(job: Path) -> dict[str, Any]:
-    """What `overlayfs mounts` says about the mount of the job."""
+    """What `overlayfs mounts` reports about the mount of the job."""
     mounts = json.loads(cli(job, "overlayfs mounts --json").out)["mounts"]
     (found,) = [each for each in mounts if each["mountpoint"] == f"{job}/m"]
     assert isinstance(found, dict)
@@ -189,7 +189,7 @@ def test_commit_of_an_unmounted_upper(job: Path) -> None:
     assert (job / "u/etc/motd").read_text() == "changed\n"
 
 
-def test_umount_frees_the_upper_at_once(job: Path) -> None:
+def test_umount_unlocks_the_upper_at_once(job: Path) -> None:
     for _ in range(3):
         mount(job)
         change(job)
@@ -214,7 +214,7 @@ def test_mount_through_mount_fuse3(job: Path) -> None:
 
 
 def refused_mounts(job: Path) -> list[tuple[str, str]]:
-    """Lines that are refused while mounting, with the sentence."""
+    """Command lines that are refused while mounting, with the message."""
     none, file = job / "none", job / "b/share/file"
     mount, overlap = "overlayfs mount --lower a", "overlap: neither may be the other or lie inside it"
     return [

@@ -1,4 +1,4 @@
-"""`overlayfs-mount` up to the point where it mounts: its words, its silence, what it costs to start."""
+"""`overlayfs-mount` up to the point where it mounts: its arguments, its silence, the cost of its start."""
 
 import os
 import subprocess
@@ -18,10 +18,10 @@ STACK = "lowerdir=/a:/b,upperdir=/u,workdir=/w"
 
 @pytest.fixture
 def mounted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MountOptions, bytes]]:
-    """What the program asks to be mounted, instead of mounting it."""
-    asked: list[tuple[MountOptions, bytes]] = []
-    monkeypatch.setattr(start, "mount", lambda options, mountpoint: asked.append((options, mountpoint)))
-    return asked
+    """The mounts that the program would make, instead of making them."""
+    wanted: list[tuple[MountOptions, bytes]] = []
+    monkeypatch.setattr(start, "mount", lambda options, mountpoint: wanted.append((options, mountpoint)))
+    return wanted
 
 
 Asked = list[tuple[MountOptions, bytes]]

@@ -1,4 +1,4 @@
-"""The strings of `-o`: those that other programs send, and those that cannot be meant."""
+"""The strings of `-o`: those that other programs pass, and invalid ones."""
 
 import os
 
@@ -56,7 +56,7 @@ def test_the_string_for_one_id() -> None:
 
 
 @pytest.mark.parametrize("text", [b"squash_to_root,squash_to_uid=7", b"squash_to_uid=7,squash_to_root"])
-def test_one_id_is_stronger_than_root(text: bytes) -> None:
+def test_squashing_to_one_id_overrides_squashing_to_root(text: bytes) -> None:
     stack = build(b"lowerdir=/a," + text).stack
     assert (stack.squash_uid, stack.squash_gid) == (7, 0)
 

@@ -29,7 +29,7 @@ def test_paths(path: bytes, text: str) -> None:
 
 
 @given(st.binary(), st.binary())
-def test_paths_are_one_line_and_told_apart(one: bytes, other: bytes) -> None:
+def test_paths_are_one_line_and_distinct(one: bytes, other: bytes) -> None:
     text = output.path_text(one)
     assert text.isprintable()
     text.encode()

@@ -121,9 +121,9 @@ def test_a_note_where_the_digest_cannot_be_kept(overlayfs: Run, store: Path, ser
     foreign(server, "note/x")
     overlayfs("pull", f"{server}/note/x", "--plain-http", "-t", "x")
     with registries.registry(place / "other") as other:
-        told = overlayfs("push", "x", f"{other}/note/x", "--plain-http")
-        assert told.code == 0
-        assert told.err == (
+        done = overlayfs("push", "x", f"{other}/note/x", "--plain-http")
+        assert done.code == 0
+        assert done.err == (
             "overlayfs: note: the digest is not that of the pulled image: its layers had to be compressed again\n"
         )
 
@@ -131,8 +131,8 @@ def test_a_note_where_the_digest_cannot_be_kept(overlayfs: Run, store: Path, ser
 def test_a_note_where_the_image_is_for_another_machine(overlayfs: Run, store: Path, server: str) -> None:
     other = "s390x" if platforms.host().architecture != "s390x" else "riscv64"
     foreign(server, "other/x", architecture=other)
-    told = overlayfs("pull", f"{server}/other/x", "--plain-http")
-    assert told.err == (
+    done = overlayfs("pull", f"{server}/other/x", "--plain-http")
+    assert done.err == (
         f"overlayfs: note: {server}/other/x:latest is for linux/{other}; this machine is {platforms.host()}\n"
     )
     assert overlayfs("pull", f"{server}/other/x", "--plain-http", "--platform", f"linux/{other}").err == ""

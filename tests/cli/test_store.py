@@ -22,7 +22,7 @@ from tests.support.polling import until
 
 @pytest.fixture
 def shop(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory with a store, which the environment names, and the mount points `m` and `n`."""
+    """A directory with a store, to which OVERLAYFS_STORE is set, and the mount points `m` and `n`."""
     requirements.need_root()
     monkeypatch.setenv("OVERLAYFS_STORE", str(place / "store"))
     before = processes.children()
@@ -36,7 +36,7 @@ def shop(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def site(shop: Path) -> Path:
-    """The same, with an image `site:v1` of two layers."""
+    """The directory, with an image `site:v1` of two layers in its store."""
     with LayerStore(os.fsencode(shop / "store")) as store:
         add_image(store, "site:v1", {"etc/motd": "of v1\n", "index": "old\n"}, {"style": "plain\n"})
     return shop
@@ -290,15 +290,15 @@ def test_own_and_shared_bytes(shop: Path) -> None:
         for name, text in (("one", "1"), ("two", "22")):
             top = add_layer(store, {"b": text})
             store.images.put(ImageRecord(name=name, layers=(top.id, base.id), created=now()))
-        alone = add_layer(store, {"c": "333"}, message="not used\nby anything")
+        unused = add_layer(store, {"c": "333"}, message="not used\nby anything")
     found = {each["name"]: each for each in answer(shop, "images")["images"]}
     assert [found["two:latest"][key] for key in ("size", "own", "shared")] == [7, 2, 5]
     layers = {each["id"]: each for each in answer(shop, "layers")["layers"]}
     assert (layers[base.id]["own"], layers[base.id]["shared"]) == (0, 5)
     assert layers[base.id]["images"] == ["one:latest", "two:latest"]
-    assert (layers[alone.id]["own"], layers[alone.id]["images"]) == (3, [])
+    assert (layers[unused.id]["own"], layers[unused.id]["images"]) == (3, [])
     table = done(shop, "layers")
-    assert f"{alone.id[:12]}  complete  " in table and table.rstrip().endswith("not used")
+    assert f"{unused.id[:12]}  complete  " in table and table.rstrip().endswith("not used")
     assert done(shop, "images", "-q") == "one:latest\ntwo:latest\n"
     assert sorted(done(shop, "layers", "-q").split()) == sorted(layers)
     assert "7 B   2 B  5 B" in done(shop, "images")

@@ -24,7 +24,7 @@ SECOND = {"etc/motd": "of v2\n", "style": "plain\n"}
 
 @pytest.fixture
 def shop(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory with a store, which the environment names: images `v1` and `v2`, mount points `m` and `n`."""
+    """A directory with a store, to which OVERLAYFS_STORE is set: images `v1` and `v2`, mount points `m` and `n`."""
     requirements.need_root()
     monkeypatch.setenv("OVERLAYFS_STORE", str(place / "store"))
     before = processes.children()

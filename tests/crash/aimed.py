@@ -1,7 +1,7 @@
-"""Aimed at the real daemon: scenes to mount, what clients do in them, and what must hold when it was hit.
+"""Aimed faults of the real daemon: scenes to mount, operations of clients, and what must hold after a fault.
 
-A scene has rooms, equal directories with something of each kind in the layers and in the upper; each act is done in a
-room that has not been used yet, so that one mount serves many of them.
+A scene has rooms, equal directories with something of each kind in the layers and in the upper; each act is done in an
+unused room, so that one mount serves many acts.
 """
 
 import os
@@ -20,7 +20,7 @@ from tests.support.dump import Dump, differences, dump
 from tests.support.launcher import Launcher
 from tests.support.tracer import LOOKING, Tracer
 
-LONG_AGO = 10**18  # ns since 1970: when all that is there before an act was changed last
+LONG_AGO = 10**18  # ns since 1970: the mtime of everything that exists before an act
 LATER = 15 * 10**17
 HUNG = 20.0  # seconds after which an act has hung: the daemon is killed, so that the act ends
 
@@ -71,7 +71,7 @@ BEFORE: dict[str, Act] = {
     "rmdir of a merged directory": _clear_merged,
     "rename onto emptied": _clear_merged,
 }
-"""What happens, undisturbed, before the act of this name; the mount ends between the two."""
+"""What happens without a fault before the act of this name; the mount ends between the two."""
 
 WRITES: dict[str, Act] = {
     "write": lambda room: _write(room / "file", b"written"),
@@ -103,9 +103,9 @@ GROUPS = {"writes": WRITES, "attributes": ATTRIBUTES, "names": NAMES}
 
 
 COMPOUND = ("write and fsync",)
-"""More than one call: what fails may be the second one."""
+"""Acts of more than one call: the second one may be the one that fails."""
 TOUCHING = ("write to a metadata-only copy", "truncate a metadata-only copy")
-"""The file's time moves while its copy gets the data, and is set back then; the kernel's overlayfs does so too."""
+"""The mtime moves while the copy gets its data, and is then restored, as in the kernel's overlayfs."""
 
 
 class Undisturbed(NamedTuple):
@@ -133,7 +133,7 @@ def _timed(tree: Dump, other: Dump) -> Dump:
 
 
 class Scene:
-    """A stack of so many rooms for one act, and the daemon that serves it. A context: at its end all is gone.
+    """A stack with rooms for one act, and the daemon that serves it; a context manager that removes both at the end.
 
     The first two rooms are for `undisturbed`.
     """
@@ -168,7 +168,7 @@ class Scene:
         self._age()
 
     def _age(self) -> None:
-        """Set all times far back, so that the changes of an act can be recognized."""
+        """Set all times far back, so that the changes by an act can be recognized."""
         for layer in ("top", "base", "up"):
             for path in (self.place / layer).rglob("*"):
                 os.utime(path, ns=(LONG_AGO, LONG_AGO), follow_symlinks=False)
@@ -203,7 +203,7 @@ class Scene:
         old = self.view(room)
         self.stop()
         self.start()
-        self.view(self.rooms[0])  # later on, too, other rooms will have been looked at
+        self.view(self.rooms[0])  # other rooms are looked at before later acts as well
         with Tracer(self.pid) as tracer:
             error = self.do(room)
         assert error is None, repr(error)
@@ -243,7 +243,7 @@ class Scene:
 
 
 def shown(root: Path) -> Dump:
-    """Return all that a tree shows, but for the times of directories and how late a time after LATER is."""
+    """Return everything that a tree shows, except times of directories; times after LATER count as equal."""
     raw = PosixRaw(os.fsencode(root))
     try:
         found = dump(raw, times_before=LATER)

@@ -1,4 +1,4 @@
-"""The disk of the crash tests: no power is cut here, so it is in memory, where every sync is fast."""
+"""The disk of the crash tests: it is in memory, where every sync is fast, since no power is cut here."""
 
 import os
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def scratch(scratch: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def launch() -> Iterator[Launcher]:
-    """What mounts fast."""
+    """A launcher that mounts fast."""
     need_root()
     need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
     with Launcher() as launched:

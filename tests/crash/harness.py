@@ -1,4 +1,4 @@
-"""Stops or fails the n-th changing system call of an operation, and looks at what is left."""
+"""Stops or fails the n-th changing system call of an operation, and checks the resulting state."""
 
 import os
 import stat
@@ -41,7 +41,7 @@ LOOKING = (
 class Fuse:
     """Counts changing calls and fails or stops at number `at`.
 
-    `errno` is what that call fails with, and every later one if `lasting`, until the fuse is taken out. Without one the
+    That call fails with `errno`, as does every later one if `lasting`, until the fuse is removed. Without `errno` the
     process is dead from there on (Stopped); `torn`: after half of the data of that call.
     """
 
@@ -65,7 +65,7 @@ class Fuse:
             raise oserror(self.errno)
 
     def _tear(self, call: str) -> None:
-        """Let the next call that writes data write half of it, and be the last."""
+        """Let the next call that writes data write half of it; it is the last call."""
         pwrite, copy_file_range = os.pwrite, os.copy_file_range
 
         def write_half(fd: int, data: bytes | memoryview, offset: int) -> int:
@@ -89,12 +89,12 @@ class Fuse:
 
     @property
     def where(self) -> str:
-        """Which call it was, for a message."""
+        """The name of the call, for a message."""
         return f"at {self.calls[self.at - 1]}, call {self.at}" if self.at <= len(self.calls) else f"before {self.at}"
 
 
 class Blindness(Fuse):
-    """The same for the calls that only look: number `at` of those fails with `errno`."""
+    """Fails number `at` of the calls that only look, with `errno`."""
 
     def __enter__(self) -> Self:
         for name in LOOKING:
@@ -111,7 +111,7 @@ class Blindness(Fuse):
 
 @contextmanager
 def closed_again() -> Iterator[None]:
-    """What is opened within the context is closed at its end."""
+    """Descriptors opened within the context are closed at its end."""
     before = set(os.listdir("/proc/self/fd"))
     yield
     left = set(os.listdir("/proc/self/fd")) - before
@@ -187,7 +187,7 @@ def write(overlay: Overlay, name: bytes, data: bytes, create: bool = False, flag
 
 
 def view(overlay: Overlay, top: Node | None = None) -> View:
-    """Return all that a user can tell of a tree, or of a part, apart from times of directories and access times."""
+    """Return everything visible of a tree, or of a part, except times of directories and access times."""
     found: View = {}
     pending: list[tuple[Node, bytes]] = [(top or overlay.root, b"")]
     while pending:

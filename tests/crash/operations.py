@@ -1,4 +1,4 @@
-"""Each kind of change, as one verb where it can be."""
+"""Each kind of change, as a single verb where possible."""
 
 import os
 
@@ -39,7 +39,7 @@ PREPARATIONS: dict[str, Operation] = {
     "rmdir of a merged directory": _clear_merged,
     "rename onto emptied": _clear_merged,
 }
-"""What happens, undisturbed, before the operation of this name."""
+"""What happens without a fault before the operation of this name."""
 
 OPERATIONS: dict[str, Operation] = {
     "write": lambda o: write(o, b"file", b"written"),
@@ -81,4 +81,4 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 COPYING = ("write", "write to a metadata-only copy", "open for writing", "open a twin for writing", "truncate")
-"""Those that copy data."""
+"""The operations that copy data."""

@@ -1,4 +1,4 @@
-"""A store with something of each kind in it, what can be done to it, and what must hold afterwards in any case."""
+"""A store with something of each kind, the operations on it, and what must hold afterwards in any case."""
 
 import os
 from collections.abc import Callable
@@ -122,7 +122,7 @@ class Case(Protocol):
 
 
 def check(case: Case, base: Path, where: str) -> State:
-    """The store is as before or as after, gc does what it says and loses nothing, and the operation can be done.
+    """The store is as before or as after, gc does what it reports and loses nothing, and the operation can be repeated.
 
     Returns what was found.
     """

@@ -24,14 +24,14 @@ pytestmark = pytest.mark.timeout(1200)
 
 @pytest.fixture
 def make(place: Path, launch: Launcher) -> Make:
-    """A maker of scenes: engine, act, number of rooms, mutant."""
+    """Factory of scenes: engine, act, number of rooms, mutant."""
     return lambda *words: Scene(place / "scene", launch, *words)
 
 
 def kill(scene: Scene, choose: Choose) -> Points:
     """Kill the daemon at chosen calls of an act, each in a room of its own, and mount again; then look at everything.
 
-    A call that does not come, since the kernel knew something already, is no point.
+    A call that is not made, since the kernel had cached something, is not a point.
     """
     points = Points()
     first = scene.undisturbed()

@@ -26,7 +26,7 @@ CHANGES = ("open a twin for writing", "chmod", "rename a merged directory", "unl
 
 @pytest.fixture
 def changed(place: Path) -> Callable[[], Site]:
-    """A maker of equal stacks in which there is something of each kind to commit."""
+    """Factory of equal stacks in which there is something of each kind to commit."""
     need_root()
     made = 0
 

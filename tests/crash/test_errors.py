@@ -21,7 +21,7 @@ FOR_GOOD = 1 << 30
 KINDS = (
     *((error, times) for error in (errno.ENOSPC, errno.EIO, errno.EMFILE) for times in (1, FOR_GOOD)),
     (errno.EINTR, 1),
-    (errno.EINTR, 20),  # for good it would be waited for until it ends
+    (errno.EINTR, 20),  # not for good: an interrupted call is repeated until it ends
 )
 FEW = 2  # of the kinds, for calls that only look
 MOST = 450  # points of one act
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(1200)
 
 @pytest.fixture
 def make(place: Path, launch: Launcher) -> Make:
-    """A maker of scenes: engine, act, number of rooms, mutant."""
+    """Factory of scenes: engine, act, number of rooms, mutant."""
     return lambda *words: Scene(place / "scene", launch, *words)
 
 

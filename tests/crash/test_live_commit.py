@@ -24,7 +24,7 @@ MakeSite = Callable[[], Site]
 
 @pytest.fixture
 def make_site(place: Path) -> Callable[[], Site]:
-    """A maker of equal stores, each with a workspace in which there is something of each kind to commit."""
+    """Factory of equal stores, each with a workspace in which there is something of each kind to commit."""
     need_root()
     made = 0
 

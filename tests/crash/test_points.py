@@ -30,7 +30,7 @@ every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
 @pytest.fixture
 def site(scratch: Path, request: pytest.FixtureRequest) -> Iterator[MakeSite]:
-    """A maker of equal stacks, each prepared for the operation under test; the one before it goes."""
+    """Factory of equal stacks, each prepared for the operation under test; the one before is removed."""
     need_root()
     umask = os.umask(0)
     place = scratch / f"crash-{os.getpid()}-{id(request)}"
@@ -47,7 +47,7 @@ def site(scratch: Path, request: pytest.FixtureRequest) -> Iterator[MakeSite]:
 
 
 def prepare(site: Site, name: str) -> None:
-    """Do what goes before an operation."""
+    """Do what precedes an operation."""
     overlay = site.open()
     if name in PREPARATIONS:
         PREPARATIONS[name](overlay)
@@ -138,7 +138,7 @@ def _fail(failing: Site, operation: Operation, fuse: Fuse, old: View, new: View)
 
 
 def _fail_on(failing: Site, operation: Operation, fuse: Fuse, old: View, new: View) -> None:
-    """If nothing can be written, nothing can be undone: the next attempt, or the next mount, does it."""
+    """If nothing can be written, nothing can be undone: the next attempt, or the next mount, undoes it."""
     overlay = failing.open()
     with fuse:
         failed = _fails(overlay, operation, fuse.errno)

@@ -46,7 +46,7 @@ def _pull(base: Path, image: Reference, fuse: Fuse | None = None) -> None:
 
 
 def _calls(place: Path, image: Reference) -> list[str]:
-    """The changing calls of a pull when nothing goes wrong."""
+    """The changing calls of a pull without a fault."""
     base = _empty(place)
     with Fuse() as fuse:
         _pull(base, image, fuse)

@@ -39,7 +39,7 @@ class Client:
         )  # fmt: skip
 
     def say(self, word: str) -> None:
-        """Give it something to do."""
+        """Send it a command."""
         assert self._process.stdin is not None
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
@@ -50,7 +50,7 @@ class Client:
         return self._process.stdout.readline()
 
     def wrong(self, word: str) -> list[str]:
-        """Let it check, and return what is wrong."""
+        """Let it check its directories, and return what is wrong."""
         self.say(word)
         found: list[str] = json.loads(self.hear())
         return found
@@ -61,7 +61,7 @@ class Client:
 
 
 class Ground:
-    """A stack with so many directories for each client, the clients, and the daemon that serves it now."""
+    """A stack with directories for each client, the clients, and the current daemon."""
 
     def __init__(self, place: Path, launch: Launcher, kills: int) -> None:
         self.place = place
@@ -104,7 +104,7 @@ class Ground:
         return left + [line for client in self.clients for line in client.wrong("check")]
 
     def everything(self) -> list[str]:
-        """Return what is wrong anywhere."""
+        """Return what is wrong in any directory."""
         layer = self.place / "low"
         changed = [
             room.name for room in layer.iterdir() if worker.seen(str(room)) != worker.as_in_the_layer().picture()

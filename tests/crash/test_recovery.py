@@ -1,4 +1,4 @@
-"""What must not follow from a call that was cut short, however rare: each of these has lost data once."""
+"""Consequences that an interrupted call must not have, however rare: each of these has lost data once."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ def read(overlay: Overlay) -> bytes:
 
 @pytest.fixture
 def emptied(site: Site) -> Site:
-    """The same, killed in the middle of a truncation: the size is 0 and the mark is still there."""
+    """The stack after a kill in the middle of a truncation: the size is 0 and the mark is still there."""
     overlay = site.open()
     with Fuse(2), pytest.raises(Stopped):
         write(overlay, b"file", b"", flags=os.O_WRONLY | os.O_TRUNC)
@@ -50,7 +50,7 @@ def emptied(site: Site) -> Site:
     return site
 
 
-def test_a_truncation_that_was_cut_short_has_not_happened(emptied: Site) -> None:
+def test_an_interrupted_truncation_has_not_happened(emptied: Site) -> None:
     """What is marked is as long as its data: after a power cut btrfs may have lost the size of any such copy."""
     with closing(emptied.open()) as overlay:
         assert overlay.attributes(overlay.lookup(overlay.root, b"file")).size == len(CONTENT)
@@ -67,7 +67,7 @@ def test_a_lost_size_does_not_cut_the_data(emptied: Site) -> None:
         assert read(overlay) == b"new" + CONTENT[3:] + bytes(10)
 
 
-def test_a_truncation_after_one_that_was_cut_short(emptied: Site) -> None:
+def test_a_truncation_after_an_interrupted_one(emptied: Site) -> None:
     with closing(emptied.open()) as overlay:
         write(overlay, b"file", b"new", flags=os.O_WRONLY | os.O_TRUNC)
     with closing(emptied.open()) as overlay:
@@ -75,7 +75,7 @@ def test_a_truncation_after_one_that_was_cut_short(emptied: Site) -> None:
 
 
 def test_a_failed_look_up_leaves_no_partial_file(site: Site) -> None:
-    """Found again by its inode, it would be taken for a file with data of its own: zeros."""
+    """Found again by its inode, it would count as a file with data of its own: zeros."""
     with closing(site.open()) as overlay:
         probe = Layer.probe
 
@@ -90,7 +90,7 @@ def test_a_failed_look_up_leaves_no_partial_file(site: Site) -> None:
 
 
 def test_data_that_does_not_fit_frees_its_space(site: Site) -> None:
-    """And is tried again, complete, when there is room."""
+    """The copy is tried again, completely, once there is space."""
     copied, before = site.place / "up" / "file", (site.place / "up" / "file").stat()
 
     def copy_half(source: int, target: int, size: int, *offsets: int) -> int:

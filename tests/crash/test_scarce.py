@@ -22,13 +22,13 @@ pytestmark = pytest.mark.timeout(1200)
 
 
 def _descriptors(pid: int) -> Iterator[int]:
-    """So many may be open: what is, and a few more."""
+    """The limit of descriptors: those that are open, and a few more."""
     is_open = len(os.listdir(f"/proc/{pid}/fd"))
     yield from range(is_open, is_open + 10)
 
 
 def _memory(pid: int) -> Iterator[int]:
-    """So many bytes of addresses: what is in use, and a little more."""
+    """The limit of address space in bytes: what is in use, and a little more."""
     used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * PAGE
     yield from (used + pages * PAGE for pages in (0, 1, 4, 16, 64, 256, 2304))
 
@@ -42,13 +42,13 @@ LACKS = {
     "memory": (resource.RLIMIT_AS, _memory, (errno.ENOMEM,)),
     "size of a file": (resource.RLIMIT_FSIZE, _sizes, (errno.EFBIG,)),
 }
-"""What there is too little of: the limit, its values for a process, and the errors a caller may get."""
+"""The scarce resources: the limit, its values for a process, and the errors a caller may get."""
 ROOMS = 12
 
 
 @pytest.fixture
 def make(place: Path, launch: Launcher) -> Make:
-    """A maker of scenes: engine, act, number of rooms."""
+    """Factory of scenes: engine, act, number of rooms."""
     return lambda *words: Scene(place / "scene", launch, *words)
 
 
@@ -64,7 +64,7 @@ def limited(pid: int, limit: int, value: int) -> Iterator[None]:
 
 
 def starve(scene: Scene, lack: str, every: int) -> Points:
-    """Act with too little, in a room for each value, and again with enough; then look at everything after a remount."""
+    """Act under each limit, each in its own room, and again without it; then check everything after a remount."""
     points = Points()
     first = scene.undisturbed()
     limit, values, errors = LACKS[lack]
@@ -78,7 +78,7 @@ def starve(scene: Scene, lack: str, every: int) -> Points:
     with points.at(f"{scene.name} by {scene.engine}, {lack}, at the end"):
         scene.stop()
         scene.start()
-        assert scene.staged == [], "something is left in the work directory"  # to clean up needs descriptors too
+        assert scene.staged == [], "something is left in the work directory"  # cleaning up needs descriptors as well
         for room in used:
             is_one_of(scene.view(room), new=first.new)
         scene.check_layers()

@@ -24,7 +24,7 @@ every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
 
 class Bench:
-    """Copies of one prepared store, and what an operation makes of it when nothing goes wrong."""
+    """Copies of one prepared store, and the result of an operation on it without a fault."""
 
     def __init__(self, place: Path, name: str) -> None:
         need_root()
@@ -43,7 +43,7 @@ class Bench:
 
     @contextmanager
     def tried(self) -> Iterator[Path]:
-        """Give a fresh copy of the prepared store and remove it."""
+        """Yield a fresh copy of the prepared store, which is removed afterwards."""
         base = self.copy()
         try:
             yield base
@@ -101,7 +101,7 @@ def test_stopped_in_the_middle_of_every_write(campaign: Campaign, place: Path, n
 
 
 def test_opening_with_a_full_disk(place: Path) -> None:
-    """Recovery may have to wait for space; the store can be used before, and gc frees some."""
+    """Recovery may have to wait for space; the store is usable before, and gc frees some."""
     bench = Bench(place, "commit")
     at = bench.calls.index("rename_at", bench.calls.index("syncfs")) + 1
     left = bench.copy()
@@ -124,7 +124,7 @@ def test_opening_with_a_full_disk(place: Path) -> None:
 
 
 def _fail_at(campaign: Campaign, place: Path, name: str, lasting: bool, quick: int) -> Points:
-    """A disk that fails, once or until it is repaired: the same, and the process continues."""
+    """A disk that fails, once or until it is repaired: as before or as after, and the process continues."""
     bench = Bench(place, name)
     points = Points()
     for error in ERRORS if campaign.full else ERRORS[:1]:

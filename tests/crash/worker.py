@@ -1,4 +1,4 @@
-"""A client that knows what it was promised: it changes directories of its own and says whether all of that is there.
+"""A client that records what was acknowledged: it changes directories of its own and checks that all of it is there.
 
 Run as `python -m tests.crash.worker PARENT SEED ACKS`; ACKS is a descriptor that gets a byte for each change that
 returned. On standard input, one word a line: the name of a directory in PARENT makes it work there until a call fails;
@@ -42,13 +42,13 @@ class Directory:
     objects: dict[int, Object] = field(default_factory=dict)
 
     def add(self, name: str, made: Object) -> None:
-        """Take in an object."""
+        """Add an object under a name."""
         number = max(self.objects, default=0) + 1
         self.objects[number] = made
         self.names[name] = number
 
     def get(self, name: str) -> Object:
-        """Return what a name stands for."""
+        """Return the object under a name."""
         return self.objects[self.names[name]]
 
     def picture(self) -> dict[str, tuple[object, ...]]:
@@ -68,7 +68,7 @@ def _picture(found: Object, links: int) -> tuple[object, ...]:
 
 
 def as_in_the_layer() -> Directory:
-    """Return what each directory begins with."""
+    """Return the initial content of each directory."""
     made = Directory()
     for number in range(FILES):
         made.add(f"old{number}", Object(0o100644, CONTENT))
@@ -242,7 +242,7 @@ def _opened(path: str, flags: int) -> Iterator[int]:
 
 
 def main(parent: str, seed: str, acks: str) -> None:
-    """Obey until the input ends."""
+    """Execute commands until the input ends."""
     worker = Worker(parent, int(seed), int(acks))
     for line in sys.stdin:
         word = line.strip()

@@ -1,4 +1,4 @@
-"""Random operations: drawn from a seed, described as values, so that two trees can go through the very same ones."""
+"""Random operations: drawn from a seed and described as values, so that the same ones can run on two trees."""
 
 import random
 import stat
@@ -25,7 +25,7 @@ class Operation:
         return f"{self.name}{self.args!r}"
 
     def run(self, tree: Tree) -> object:
-        """Do it; the result if it has one, or the name of the error."""
+        """Run it; return the result, or the name of the error."""
         act: Callable[..., object] = getattr(tree, self.name)
         try:
             return comparable(act(*self.args))
@@ -42,7 +42,7 @@ def comparable(result: object) -> object:
 
 
 class Generator:
-    """Draws operations over paths of up to three names, so that they meet each other often."""
+    """Draws operations over paths of up to three names, so that they often meet at the same path."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)

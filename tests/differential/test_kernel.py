@@ -33,19 +33,19 @@ def makers(driver: str, place: Path) -> Iterator[tuple[StackMaker, StackMaker]]:
 
 
 def compared(ours: Tree, theirs: Tree, start: int) -> list[str]:
-    """Where the trees differ; what was touched during the test carries no comparable time."""
+    """Where the trees differ; times of what the test touched are not compared."""
     left, right = dump(ours, times_before=start), dump(theirs, times_before=start)
     return differences(forgiven(left, right), right)
 
 
 def forgiven(left: Dump, right: Dump) -> Dump:
-    """Our dump without the times of directories that the kernel has touched: it does so even when a rename fails."""
+    """Our dump without the times of directories that the kernel has touched, as it does even when a rename fails."""
     late = {path for path, item in right.items() if item.kind == "dir" and item.mtime_ns == -1}
     return {path: item._replace(mtime_ns=-1) if path in late else item for path, item in left.items()}
 
 
 def run_both(ours: Tree, theirs: Tree, steps: list[Operation]) -> list[str]:
-    """Each operation on both; a line for each that differs."""
+    """Run each operation on both; return a line for each that differs."""
     lines = []
     for number, step in enumerate(steps):
         left, right = step.run(ours), step.run(theirs)
@@ -92,7 +92,7 @@ def compare_commits(ours: Tree) -> None:
 
 
 def swap(ours: Tree, theirs: Tree) -> None:
-    """Each mounts the upper that the other has written, and shows what the other showed."""
+    """Each driver mounts the upper that the other has written, and must show the same tree."""
     left, right = dump(ours), dump(theirs)
     ours.close()
     theirs.close()

@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 def smallest(items: Sequence[T], fails: Callable[[list[T]], bool]) -> list[T]:
-    """A part of `items` that still fails and of which no single item can be spared; `items` itself must fail."""
+    """Return a part of `items` that still fails and from which no item can be removed; `items` itself must fail."""
     kept, size = list(items), max(1, len(items) // 2)
     while True:
         shorter = _without_pieces(kept, size, fails)
@@ -20,7 +20,7 @@ def smallest(items: Sequence[T], fails: Callable[[list[T]], bool]) -> list[T]:
 
 
 def _without_pieces(items: list[T], size: int, fails: Callable[[list[T]], bool]) -> list[T]:
-    """What is left when each piece of `size` that can be spared is taken away, the last one first."""
+    """Return `items` without each piece of `size` items that can be removed, the last one first."""
     for start in range((len(items) - 1) // size * size, -1, -size):
         rest = items[:start] + items[start + size :]
         if rest and fails(rest):

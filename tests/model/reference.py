@@ -13,7 +13,7 @@ from tests.support.syscalls import EXCHANGE, NOREPLACE
 
 @dataclass(eq=False)
 class Item:
-    """Anything that is no directory: `kind` is "file", "symlink" or "fifo"; a symlink's data is its target."""
+    """Anything but a directory: `kind` is "file", "symlink" or "fifo"; a symlink's data is its target."""
 
     kind: str
     data: bytes = b""
@@ -52,7 +52,7 @@ class Shown(NamedTuple):
 
 
 def fail(errno: int) -> NoReturn:
-    """Raise what the tree would."""
+    """Raise the error that the tree must raise."""
     raise OSError(errno, os.strerror(errno))
 
 
@@ -62,7 +62,7 @@ def parts(path: str) -> list[str]:
 
 
 class Model:
-    """The operations of a tree, on dicts. Files that something changed have no known mtime (None)."""
+    """The operations of a tree, on dicts. Files that were changed have no known mtime (None)."""
 
     def __init__(self, spec: Spec) -> None:
         self.root = Folder(mode=0o755)
@@ -102,7 +102,7 @@ class Model:
     # Making
 
     def _make(self, path: str, thing: Thing) -> None:
-        """Add something new: a setgid directory hands on its group, and to directories the bit."""
+        """Add something new: a setgid directory passes on its group, and to directories the bit as well."""
         folder = self._add(path, thing)
         if folder.mode & 0o2000:
             thing.gid = folder.gid
@@ -197,7 +197,7 @@ class Model:
         return self.regular(path).data
 
     def regular(self, path: str) -> Item:
-        """The regular file; other types are not opened by the machine."""
+        """The regular file; other types are never opened."""
         item = self._file(path)
         assert item.kind == "file"
         return item
@@ -218,7 +218,7 @@ class Model:
         self.find(path).mode = mode
 
     def chown(self, path: str, uid: int, gid: int) -> None:
-        """Root's chown takes suid from files, and sgid from those that the group may run; -1 keeps an id."""
+        """A chown by root clears suid of files, and sgid of those that the group may execute; -1 keeps an id."""
         thing = self.find(path)
         thing.uid, thing.gid = thing.uid if uid < 0 else uid, thing.gid if gid < 0 else gid
         if isinstance(thing, Item):
@@ -244,7 +244,7 @@ class Model:
     # Showing
 
     def paths(self) -> Iterator[tuple[str, Thing]]:
-        """Every path below the root with what lies there."""
+        """Every path below the root with the object there."""
         waiting = [("", self.root)]
         while waiting:
             where, folder = waiting.pop()
@@ -271,7 +271,7 @@ def put(item: Item, data: bytes, offset: int) -> None:
 
 
 def shown(thing: Thing) -> Shown:
-    """What the tree must show of it; a time that nobody knows is None."""
+    """What the tree must show of it; an unknown time is None."""
     xattrs = tuple(sorted(thing.xattrs.items()))
     kind, data = ("dir", None) if isinstance(thing, Folder) else (thing.kind, thing.data)
     return Shown(kind, thing.mode, thing.uid, thing.gid, data, thing.mtime_ns, xattrs)

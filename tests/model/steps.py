@@ -1,6 +1,6 @@
-"""The steps of a random life: each is done to a tree and to the model, and both must answer alike.
+"""The steps of a random life: each is performed on a tree and on the model, and the results must be equal.
 
-A step says where its arguments come from: functions that are given `pick`, which takes one of a sequence. Hypothesis
+A step says where its arguments come from: functions of `pick`, which chooses one item of a sequence. Hypothesis
 picks in test_machine.py, a seeded generator in walk.py.
 """
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Pick(Protocol):
-    """Takes one of a sequence."""
+    """Chooses one item of a sequence."""
 
     def __call__(self, values: Sequence[T], /) -> T: ...
 
@@ -39,7 +39,7 @@ DATA = (b"", b"x", b"hello", BIG)
 FILE_MODES = (0o644, 0o600, 0o4755, 0o2711, 0o400)
 DIR_MODES = (0o755, 0o700, 0o1777, 0o2750)
 IDS = (0, 1, 1000, 65534)
-NEW_OWNERS = (*IDS, -1)  # -1 keeps the one that is; what keeps both ids says nothing to a daemon (deviations.md)
+NEW_OWNERS = (*IDS, -1)  # -1 keeps an id; a daemon cannot notice a chown that keeps both (deviations.md)
 SECONDS = range(1, 2**31)
 XATTR_NAMES = ("user.a", "user.b", "trusted.c")
 XATTR_VALUES = (b"", b"1", b"value")
@@ -57,7 +57,7 @@ def a_path(pick: Pick) -> str:
 
 
 def a_file(pick: Pick) -> str:
-    """Where a regular file should be; nothing happens if there is none."""
+    """Where a regular file should be; the step does nothing if there is none."""
     return a_path(pick)
 
 
@@ -80,7 +80,7 @@ def layers(pick: Pick) -> list[Spec]:
 
 
 def _layer(pick: Pick, depth: int, *, marks: bool) -> dict[str, Short]:
-    """One layer, with whiteouts and opaque directories when it lies over others."""
+    """One layer, with whiteouts and opaque directories unless it is the lowest."""
     count = pick(range(5 if depth else 4))
     return {pick(NAMES): _entry(pick, depth, marks) for _ in range(count)}
 
@@ -151,7 +151,7 @@ def step(
 
 
 class OpenFile:
-    """A handle beside the item of the model that it must show."""
+    """A handle, and the item of the model that it must show."""
 
     def __init__(self, handle: Handle, item: Item, *, writes: bool) -> None:
         self.handle, self.item, self.writes = handle, item, writes
@@ -162,10 +162,10 @@ class Life:
 
     tree: Tree
     model: Model
-    unseen_writers = False  # writes go past the daemon, and take set-id bits that came after the open (deviations.md)
+    unseen_writers = False  # writes bypass the daemon and clear set-id bits set after the open (deviations.md)
 
     def begin(self, tree: Tree, model: Model) -> None:
-        """Start with a tree that nobody has changed."""
+        """Start with an unchanged tree."""
         self.tree, self.model = tree, model
         self.open_files: list[OpenFile] = []
         self.numbers: dict[Thing, int] = {}
@@ -243,7 +243,7 @@ class Life:
 
     @step(path=a_path)
     def make_anew(self, path: str) -> None:
-        """A directory in the place of whatever was there."""
+        """Replace whatever is at the path by a directory."""
         self.both(lambda: self.tree.remove_tree(path), lambda: self.model.remove_tree(path))
         self.both(lambda: self.tree.mkdir(path, 0o755), lambda: self.model.mkdir(path, 0o755))
 
@@ -313,7 +313,7 @@ class Life:
             self.both(lambda: self.tree.chmod(path, mode), lambda: self.model.chmod(path, mode))
 
     def lasting(self, item: Item, mode: int) -> int:
-        """The part of a mode that the next write of root leaves alone, where who has it open may keep it past us."""
+        """The bits of a mode that the next write by root keeps; in passthrough the write does not reach the daemon."""
         passes = self.unseen_writers and any(file.item is item for file in self.open_files)
         return mode & 0o777 if passes else mode
 
@@ -347,7 +347,7 @@ class Life:
         return isinstance(item, Item) and item.kind == "symlink"
 
     def carries_user_xattrs(self, path: str) -> bool:
-        """Symlinks and FIFOs carry none, and on them the kernel answers before we are asked."""
+        """Symlinks and FIFOs have none; the kernel answers for them without a request."""
         try:
             item = self.model.find(path)
         except OSError:
@@ -393,7 +393,7 @@ class Life:
 
     @step(possible=_can_rotate)
     def commit_live(self) -> None:
-        """The upper becomes a layer under open files: nothing that anybody can see changes."""
+        """The upper becomes a layer under open files: nothing visible changes."""
         self.tree.rotation()
         self.check_tree()
 
@@ -440,7 +440,7 @@ class Life:
         self.check_listing(path.rpartition("/")[0])
 
     def check_path(self, path: str, links: Mapping[Thing, int]) -> None:
-        """All that a path shows, the number of the object included."""
+        """Everything that a path shows, the inode number included."""
         thing, found = self.model.find(path), self.tree.stat(path)
         got = self.shown(path, found)
         if thing.mtime_ns is None:  # the model does not know when it was changed
@@ -469,7 +469,7 @@ class Life:
         return Shown(kind, modes.S_IMODE(found.mode), found.uid, found.gid, data, found.mtime_ns, xattrs)
 
     def content(self, path: str, mode: int) -> tuple[str, bytes | None]:
-        """The type as the model calls it, and what is in it."""
+        """The type in the model's terms, and the content."""
         if modes.S_ISDIR(mode):
             return "dir", None
         if modes.S_ISLNK(mode):
@@ -479,7 +479,7 @@ class Life:
         return "file", self.tree.read(path)
 
     def check_open_files(self, links: Mapping[Thing, int]) -> None:
-        """Every handle shows its file, whatever has become of the name."""
+        """Every handle shows its file, whatever happened to its name."""
         for file in self.open_files:
             found, item = file.handle.stat(), file.item
             assert file.handle.read() == item.data, "an open file shows other data"

@@ -38,7 +38,7 @@ SEED = os.environ.get("OVERLAYFS_MODEL_SEED")
 
 @st.composite
 def drawn(draw: st.DrawFn, domain: Domain) -> Any:
-    """What a domain gives when Hypothesis picks."""
+    """A strategy of the values of a domain."""
 
     def pick(values: Sequence[T]) -> T:
         return draw(st.sampled_from(values))
@@ -96,7 +96,7 @@ def machine_settings() -> settings:
 
 @pytest.fixture
 def memory(scratch: Path) -> Iterator[Path]:
-    """A directory in memory, since lives sync and remount all the time; on the disk if there is none."""
+    """A directory in memory, since lives sync and remount often; on disk where there is no /dev/shm."""
     shared = Path("/dev/shm")
     base = Path(tempfile.mkdtemp(prefix="ofs-", dir=shared if shared.is_dir() else scratch))
     yield base

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.model.minimise import smallest
-from tests.model.walk import STEPS, Step, Walk, Who, live, replay, replay_of, walk, walking
+from tests.model.walk import STEPS, LifeKey, Step, Walk, live, replay, replay_of, walk, walking
 from tests.support import engines
 from tests.support.campaign import Campaign
 from tests.support.mutants import seeded
@@ -21,7 +21,7 @@ SEED = 7
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """Where lives take place."""
+    """The directory for lives."""
     need_root()
     need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
     with walking() as place:
@@ -39,28 +39,28 @@ def test_steps(memory: Path, campaign: Campaign, engine: str) -> None:
 @pytest.mark.campaign("T6")
 @pytest.mark.parametrize("mutant", [NO_OPAQUE, WRITER_KEPT])
 def test_mutants(memory: Path, campaign: Campaign, mutant: str) -> None:
-    """What is wrong is noticed."""
-    who, steps = _first_difference(mutant, memory)
-    campaign.caught(mutant, len(steps), [str(who)])
+    """A planted bug is noticed."""
+    key, steps = _first_difference(mutant, memory)
+    campaign.caught(mutant, len(steps), [str(key)])
 
 
 def test_a_difference_is_cut_down(memory: Path) -> None:
-    """A few steps are left that show it again, and nothing without the bug."""
-    who, steps = _first_difference(NO_OPAQUE, memory)
+    """The remaining steps reproduce the difference, and pass without the bug."""
+    key, steps = _first_difference(NO_OPAQUE, memory)
     with seeded(NO_OPAQUE):
-        told = replay_of(who, steps, memory)
-        assert told.count("\n") - 1 < len(steps)
-        assert replay(told, memory) is not None
-    assert replay(told, memory) is None
+        text = replay_of(key, steps, memory)
+        assert text.count("\n") - 1 < len(steps)
+        assert replay(text, memory) is not None
+    assert replay(text, memory) is None
 
 
-def _first_difference(mutant: str, place: Path) -> tuple[Who, list[Step]]:
+def _first_difference(mutant: str, place: Path) -> tuple[LifeKey, list[Step]]:
     with seeded(mutant):
         for number in range(20):
-            who = Who(engines.KERNEL, SEED, number)
-            steps, wrong = live(who, place, partial(Walk.drawn, count=STEPS))
+            key = LifeKey(engines.KERNEL, SEED, number)
+            steps, wrong = live(key, place, partial(Walk.drawn, count=STEPS))
             if wrong is not None:
-                return who, steps
+                return key, steps
     raise AssertionError("no life noticed it")
 
 

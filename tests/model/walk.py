@@ -52,8 +52,8 @@ WEIGHTS = tuple(itertools.accumulate(RARE.get(name, 1.0) for name in NAMES))
 
 
 @dataclass(frozen=True)
-class Who:
-    """One life: all that is random in it follows from this."""
+class LifeKey:
+    """Identifies a life: everything random in it follows from these values."""
 
     engine: str
     seed: int
@@ -62,7 +62,7 @@ class Who:
 
 @dataclass
 class Walked:
-    """What was done, by kind, and a text for each life that was not as the model has it."""
+    """Steps done, by kind, and a text for each life that differed from the model."""
 
     done: Counter[str] = field(default_factory=Counter)
     lives: int = 0
@@ -70,7 +70,7 @@ class Walked:
 
     @property
     def steps(self) -> int:
-        """How many steps that is."""
+        """The number of steps done."""
         return self.done.total()
 
     def summary(self) -> dict[str, object]:
@@ -80,7 +80,7 @@ class Walked:
         return {"steps": self.steps, **lives, "commits": commits, "differences": len(self.differences)}
 
     def add(self, other: "Walked") -> None:
-        """Count the work of another one as well."""
+        """Add the counts of another result."""
         self.done += other.done
         self.lives += other.lives
         self.differences += other.differences
@@ -92,16 +92,16 @@ class Walked:
 class Walk:
     """A life under way."""
 
-    def __init__(self, who: Who, place: Path) -> None:
-        self.random = random.Random(f"{who.seed}/{who.number}")
+    def __init__(self, key: LifeKey, place: Path) -> None:
+        self.random = random.Random(f"{key.seed}/{key.number}")
         self.place = Path(tempfile.mkdtemp(prefix="life-", dir=place))
         self.life = Life()
-        self.options = {"engine": who.engine, **self.random.choice(OPTIONS)}
+        self.options = {"engine": key.engine, **self.random.choice(OPTIONS)}
         self.layers = layers(self.random.choice)
         if "metacopy" in self.options:
-            self.layers[-1] = {**self.layers[-1], "y": File(b"no twin")}  # nothing keeps a link count (deviations.md)
+            self.layers[-1] = {**self.layers[-1], "y": File(b"no twin")}  # link counts are not kept (deviations.md)
         self.kind = self.random.choice((ForkedMount, ForkedImage))
-        self.life.unseen_writers = who.engine == engines.KERNEL and self.kind is ForkedMount
+        self.life.unseen_writers = key.engine == engines.KERNEL and self.kind is ForkedMount
         self.tree: ForkedMount | None = None
 
     def begin(self) -> None:
@@ -111,7 +111,7 @@ class Walk:
         self.life.begin(self.tree, Model(flatten(self.layers)))
 
     def drawn(self, count: int) -> Iterator[Step]:
-        """So many steps; each is drawn when the one before is done."""
+        """Yield `count` steps; each is drawn after the one before was done."""
         while count:
             step = self._draw()
             if self.allows(step):
@@ -129,8 +129,8 @@ class Walk:
         return self.random.choice(known) if known else domain(self.random.choice)
 
     def allows(self, step: Step) -> bool:
-        """Whether the step can be done now, and is one that the options promise to keep."""
-        if step[0] == "link" and "metacopy" in self.options:  # nothing keeps a link count over commits (deviations.md)
+        """Whether the step can be done now, and the options support what it checks."""
+        if step[0] == "link" and "metacopy" in self.options:  # link counts are not kept over commits (deviations.md)
             return False
         return KINDS[step[0]].possible(self.life) and not any(
             _follows(self.life.model, path) for path in _touched(step)
@@ -146,10 +146,10 @@ class Walk:
         self.life.check_open_files(links)
 
     def clear(self) -> None:
-        """Take away what is left, however the life has ended."""
+        """Remove what is left, however the life has ended."""
         if self.tree is not None:
             self.tree.kill()
-        shutil.rmtree(self.place, ignore_errors=True)  # what is left after a hang is for `walking` to complain of
+        shutil.rmtree(self.place, ignore_errors=True)  # `walking` fails if something is left after a hang
 
 
 def _touched(step: Step) -> list[str]:
@@ -157,7 +157,7 @@ def _touched(step: Step) -> list[str]:
 
 
 def _follows(model: Model, path: str) -> bool:
-    """Whether the kernel would follow a symlink on the way, and do the step elsewhere."""
+    """Whether the kernel would follow a symlink in the path, and perform the step elsewhere."""
     above = parts(path)[:-1]
     with suppress(OSError):
         for count in range(1, len(above) + 1):
@@ -167,9 +167,9 @@ def _follows(model: Model, path: str) -> bool:
     return False
 
 
-def live(who: Who, place: Path, source: Source) -> tuple[list[Step], str | None]:
-    """One life: the steps that were done, and what was wrong at the last of them, if anything was."""
-    walk, done = Walk(who, place), list[Step]()
+def live(key: LifeKey, place: Path, source: Source) -> tuple[list[Step], str | None]:
+    """Run one life; return the steps that were done, and the failure of the last one, or None."""
+    walk, done = Walk(key, place), list[Step]()
     try:
         walk.begin()
         for step in source(walk):
@@ -190,43 +190,43 @@ def live(who: Who, place: Path, source: Source) -> tuple[list[Step], str | None]
 
 
 def walk(engine: str, seed: int, numbers: Iterable[int], count: int, place: Path) -> Walked:
-    """Lives of these numbers, until `count` steps are done."""
+    """Run lives of these numbers until `count` steps are done."""
     found = Walked()
     for number in numbers:
-        who, left = Who(engine, seed, number), count - found.steps
-        done, wrong = live(who, place, partial(Walk.drawn, count=min(STEPS, left)))
+        key, left = LifeKey(engine, seed, number), count - found.steps
+        done, wrong = live(key, place, partial(Walk.drawn, count=min(STEPS, left)))
         found.lives += 1
         found.done.update(name for name, _ in done)
         if wrong is not None:
             found.differences.append(wrong)
-            print(f"{who}, step {len(done)}: {wrong}", replay_of(who, done, place), sep="\n", flush=True)
+            print(f"{key}, step {len(done)}: {wrong}", replay_of(key, done, place), sep="\n", flush=True)
         if found.steps >= count:
             break
     return found
 
 
-def replay_of(who: Who, steps: list[Step], place: Path) -> str:
-    """The steps of a life that matter, as a text for `--replay`."""
+def replay_of(key: LifeKey, steps: list[Step], place: Path) -> str:
+    """Return the steps of a life that are needed for its failure, as a text for `--replay`."""
     kept = steps
-    if _fails(who, steps, place):
-        kept = smallest(steps, lambda some: _fails(who, some, place))
+    if _fails(key, steps, place):
+        kept = smallest(steps, lambda some: _fails(key, some, place))
     listed = "".join(f"  {step!r},\n" for step in kept)
-    return f"({who.engine!r}, {who.seed}, {who.number}, [\n{listed}])"
+    return f"({key.engine!r}, {key.seed}, {key.number}, [\n{listed}])"
 
 
-def _fails(who: Who, steps: list[Step], place: Path) -> bool:
-    return live(who, place, lambda walk: iter(steps))[1] is not None
+def _fails(key: LifeKey, steps: list[Step], place: Path) -> bool:
+    return live(key, place, lambda walk: iter(steps))[1] is not None
 
 
 def replay(text: str, place: Path) -> str | None:
-    """Do again what `replay_of` told; what is wrong, if anything is."""
+    """Repeat the steps in a text of `replay_of`; return the failure, or None."""
     engine, seed, number, steps = ast.literal_eval(text)
-    return live(Who(engine, seed, number), place, lambda walk: iter(steps))[1]
+    return live(LifeKey(engine, seed, number), place, lambda walk: iter(steps))[1]
 
 
 @contextmanager
 def walking(place: Path | None = None) -> Iterator[Path]:
-    """What lives need of this process; a directory for them, in memory unless `place` names one."""
+    """Prepare this process for lives; yields a directory for them, in memory unless `place` names one."""
     load()
     umask = os.umask(0)
     base = Path(tempfile.mkdtemp(prefix="ofs-walk-", dir=place or "/dev/shm"))
@@ -243,14 +243,14 @@ def _walk_part(engine: str, seed: int, worker: int, workers: int, count: int, pl
 
 
 def _watched(numbers: Iterable[int]) -> Iterator[int]:
-    """The same; between two of them the process ends loudly if it hangs."""
+    """Yield the numbers; if a life hangs, the process ends with a traceback."""
     for number in numbers:
         faulthandler.dump_traceback_later(HANGS, exit=True)
         yield number
 
 
 def walk_together(engine: str, seed: int, count: int, workers: int, place: Path) -> Walked:
-    """The same in several processes, which take turns in the numbers of the lives."""
+    """Run lives in several processes, each with its own share of the numbers."""
     found = Walked()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         share = -(-count // workers)
@@ -260,7 +260,7 @@ def walk_together(engine: str, seed: int, count: int, workers: int, place: Path)
 
 
 def main() -> int:
-    """Walk as the command line says; 1 if a life differed from the model."""
+    """Run lives as the command line says; return 1 if one differed from the model."""
     given = _arguments()
     with walking(given.place) as place:
         if given.replay:
@@ -285,7 +285,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--place", type=Path, help="where the layers lie (default: in memory)")
+    parser.add_argument("--place", type=Path, help="directory for the layers (default: in memory)")
     parser.add_argument("--record", type=Path, help="append the line of figures to this file")
     parser.add_argument("--replay", type=Path, help="do the steps in this file instead")
     return parser.parse_args()

@@ -1,1 +1,1 @@
-"""The life of real mounts."""
+"""Tests of real mounts."""

@@ -42,7 +42,7 @@ class Stack:
         return engines.option(f"lowerdir={lower},upperdir={self.upper},workdir={self.work}")
 
     def command(self, *flags: str, options: str = "", point: Path | None = None) -> list[str]:
-        """The words that mount it."""
+        """The command line that mounts it."""
         text = f"{self.options},{options}" if options else self.options
         return [PROGRAM, "mount", *flags, "-o", text, str(point or self.point)]
 
@@ -62,12 +62,12 @@ class Mount:
         return self.pids[-1]
 
     def start(self, *flags: str, options: str = "", point: Path | None = None) -> None:
-        """Mount in the background; fail with what the program says."""
+        """Mount in the background; fail with the program's message."""
         done = self.attempt(*flags, options=options, point=point)
         assert done.returncode == 0, done.stderr
 
     def attempt(self, *flags: str, options: str = "", point: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """Try to mount in the background, and note the daemon that comes of it; a failed one must end."""
+        """Try to mount in the background, and record the daemon that starts; a daemon that failed must end."""
         before = processes.children()
         command = self.stack.command(*flags, options=options, point=point)
         done = subprocess.run(
@@ -80,7 +80,7 @@ class Mount:
         return done
 
     def note_daemons(self, before: set[int]) -> None:
-        """Take the children that have appeared as our daemons."""
+        """Record new children of this process as daemons."""
         self.pids += sorted(processes.children() - before)
 
     def foreground(
@@ -95,7 +95,7 @@ class Mount:
         return self._watch(command, log, environment or {})
 
     def faulty(self, fault: Path, log: IO[str]) -> "Foreground":
-        """Mount in the foreground with verbs that fail as the file `fault` says; no data goes past them."""
+        """Mount in the foreground with verbs that fail as the file `fault` says; no data bypasses them."""
         options = f"{self.stack.options},io=cached"
         command = [sys.executable, "-m", "tests.mounted.faulty", str(fault), options, str(self.point)]
         return self._watch(command, log, {})
@@ -132,7 +132,7 @@ class Mount:
         return processes.reap(self.pids.pop())
 
     def finish(self) -> None:
-        """End whatever a failed test has left."""
+        """End daemons and mounts that a failed test has left."""
         for point in (self.point, *self.stack.base.glob("m?")):
             with suppress(OSError):
                 while True:
@@ -166,7 +166,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture
 def make_mount(place: Path) -> Iterator[Callable[[], Mount]]:
-    """A maker of mounts with directories of their own."""
+    """Factory of mounts with directories of their own."""
     need_root()
     need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
     made: list[Mount] = []
@@ -188,7 +188,7 @@ def mount(make_mount: Callable[[], Mount]) -> Mount:
 
 @pytest.fixture(scope="module")
 def fork_server() -> Iterator[ForkServer]:
-    """Processes that daemons come from."""
+    """A fork server for daemons."""
     need_root()
     with ForkServer(*MODULES) as started:
         yield started

@@ -1,6 +1,6 @@
 """Daemons that are killed at a chosen moment.
 
-What stands in the tables puts the kill into this process; the daemon that it forks then meets it.
+Each function of the tables patches this process, so that a daemon forked from it dies at that moment.
 """
 
 import errno
@@ -47,14 +47,14 @@ MOUNTING: dict[str, Callable[[], None]] = {
     "it answers, it is not announced": _dying(runtime_state, "write"),
     "the record is written": _after(runtime_state, "write"),
 }
-"""By what is true at that moment. The mount that was asked for never comes."""
+"""By the state at that moment. Mounting fails."""
 
 UNMOUNTING: dict[str, Callable[[], None]] = {
     "the kernel has destroyed the mount": _dying(daemon, "_close_overlay"),
     "the upper is synced, still locked": _dying(Overlay, "close"),
     "all is closed, the record is there": _dying(runtime_state, "remove"),
 }
-"""The mount comes, and its daemon dies at its end."""
+"""By the state at that moment. Mounting succeeds, and the daemon dies while it ends."""
 
 
 def serve_dying(moment: str, spec: MountSpec) -> int:

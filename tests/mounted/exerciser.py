@@ -16,7 +16,7 @@ from tests.support import syscalls
 
 LARGEST = 300_000
 LONGEST = 20_000
-BETWEEN_LOOKS = 200  # operations between two looks at everything
+BETWEEN_LOOKS = 200  # operations between two complete comparisons
 PAGE = mmap.PAGESIZE
 
 _UNABLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EXDEV)
@@ -67,7 +67,7 @@ class Exerciser:
         return self._fd(self._random.choice((os.O_RDONLY, os.O_RDWR)))
 
     def _range(self, limit: int = LARGEST) -> tuple[int, int]:
-        """Where something begins, and how long it is; it ends within `limit`."""
+        """A random offset and length, which end within `limit`."""
         start = self._random.randrange(max(1, limit))
         return start, min(self._random.randint(1, LONGEST), limit - start)
 

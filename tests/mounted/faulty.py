@@ -1,6 +1,6 @@
 """A mount in the foreground whose verbs fail on demand: while the file FAULT contains `verb error`, that verb fails.
 
-With `verb delay` it is slow instead.
+With `verb delay` the verb is slow instead.
 
 Run as `python -m tests.mounted.faulty FAULT OPTIONS MOUNTPOINT`.
 """
@@ -25,7 +25,7 @@ from overlayfs.fs.requirements import VerbRequirements
 from overlayfs.fs.space import Space
 from tests.support import foreground
 
-# What the engines call, with what goes before a name that two of them have
+# The classes that engines call, each with a prefix for names that are in two of them
 GROUPS: dict[type, str] = {
     **dict.fromkeys((Overlay, Lookup, Files, Space, Names, Metadata, CopyUp), ""),
     VerbRequirements: "requirements.",

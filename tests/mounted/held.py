@@ -1,4 +1,4 @@
-"""Copy-ups that stop, in a daemon forked from here, between the last byte and the name; tests let them go on."""
+"""Copy-ups in a daemon forked from here that stop between the last byte and the name until a test releases them."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -41,12 +41,12 @@ class Hold:
         assert self._begun.acquire(timeout=LIMIT), "no copy-up has begun"
 
     def release(self) -> None:
-        """Let it go on, and those that follow."""
+        """Release the held copy, and all that follow."""
         for _ in range(MANY):
             self._go.release()
 
     def count(self) -> int:
-        """How many copies began beyond those that `wait` has seen; from now on they are held again."""
+        """Return how many copies began that `wait` has not seen; from now on copies are held again."""
         while self._go.acquire(block=False):
             pass
         found = 0

@@ -17,7 +17,7 @@ IMAGE, WORKSPACE = "site:1", "w"
 
 
 def adopt_image(store: Path, name: str, *layers: Path) -> None:
-    """Make directories, top first, an image of a store."""
+    """Put directories, top first, into a store as the layers of an image."""
     with LayerStore(os.fsencode(store)) as opened:
         ids = tuple(opened.commit_directory(os.fsencode(layer)).id for layer in layers)
         opened.images.put(ImageRecord(name=name, layers=ids, created=now()))
@@ -88,7 +88,7 @@ class ImageMount:
         assert processes.reap(self.pids.pop()) == 0
 
     def kill(self) -> None:
-        """Kill the daemon; what is left of the mount is taken away."""
+        """Kill the daemon and remove the dead mount."""
         pid = self.pids.pop()
         os.kill(pid, 9)
         processes.reap(pid)
@@ -96,7 +96,7 @@ class ImageMount:
             syscalls.umount(os.fsencode(self.point), DETACH)
 
     def finish(self) -> None:
-        """End whatever a failed test has left."""
+        """End the daemons and mounts that a failed test has left."""
         with suppress(OSError):
             while True:
                 syscalls.umount(os.fsencode(self.point), DETACH)

@@ -1,6 +1,6 @@
 """What must be true in every mode of I/O: each check is a function that gets a mount.
 
-The checks run on the engine as it is, and on engines with one planted fault, where those for that fault must fail.
+The checks run on the real engine, and on engines with one planted fault, where the checks for that fault must fail.
 """
 
 import errno
@@ -263,7 +263,7 @@ def _privileges(path: Path) -> tuple[str, bool]:
 
 
 def set_id_bits_set_after_the_open_are_cleared(mount: Mount) -> None:
-    """A file is made set-id while it is open for writing; once written to, it runs as the user who runs it."""
+    """A file is made set-id while it is open for writing; after the next write it runs with the caller's ids."""
     for number, flags in enumerate((os.O_WRONLY, os.O_RDWR)):
         program = mount.point / f"whoami{number}"
         shutil.copy("/usr/bin/id", program)

@@ -1,4 +1,4 @@
-"""A stack in directories of its own, its mounts made by forked daemons, and what is tried beside them."""
+"""A stack in directories of its own, mounts of it by forked daemons, and attempts of a second use."""
 
 import os
 import signal
@@ -19,14 +19,14 @@ from tests.support.serving import MountSpec
 MODULES = ("tests.support.serving", "overlayfs.mount.daemon", "overlayfs.mount.live_commit",
            "overlayfs.fuse.kernel.engine", "overlayfs.fuse.pyfuse3.engine")  # fmt: skip
 """What a server of daemons has loaded."""
-PATIENCE = 0.1  # seconds that a second mount waits for the first to go
+PATIENCE = 0.1  # seconds that a second mount waits for the first one to end
 _BIND, _DETACH = 4096, 2
 
 Serve = Callable[[MountSpec], int]
 
 
 class Scene:
-    """The directories low, u, w, m and some others below `base`. mutant: the bug of all that happens here."""
+    """The directories low, u, w, m and some others below `base`. mutant: the bug planted for all of it."""
 
     def __init__(self, base: Path, fork_server: ForkServer, engine: str, mutant: str | None = None) -> None:
         self.base = base
@@ -65,17 +65,17 @@ class Scene:
             processes.reap(pid)
 
     def clear(self, point: str = "m") -> None:
-        """Take away all that is mounted at a point."""
+        """Remove all mounts at a point."""
         with suppress(OSError):
             while True:
                 syscalls.umount(os.fsencode(self.base / point), _DETACH)
 
     def mounts(self, point: str = "m") -> int:
-        """Return how many mounts lie upon each other at a point."""
+        """Return how many mounts are stacked at a point."""
         return sum(each.mountpoint == os.fsencode(self.base / point) for each in kernel_mounts())
 
     def second(self, words: str, **more: Any) -> str:
-        """Try a second mount; return the sentence of its refusal, empty when there is one."""
+        """Try a second mount; return the message of its refusal, empty if it succeeds."""
 
         def mount() -> None:
             with self.mounted(words, "m2", **more):
@@ -84,7 +84,7 @@ class Scene:
         return self.refusal(mount, MountError)
 
     def refusal(self, act: Callable[[], object], kind: type[UserError] = UserError) -> str:
-        """Try something; return the sentence of its refusal, empty for none, a remark where the exit code is wrong."""
+        """Call `act`; return the message of its refusal, empty for none, or a remark where the exit code is wrong."""
         with nullcontext() if self._mutant is None else seeded(self._mutant):
             try:
                 act()
@@ -95,7 +95,7 @@ class Scene:
 
     @contextmanager
     def bound(self, source: str, alias: str) -> Iterator[None]:
-        """A directory seen at another place."""
+        """A directory, bind-mounted at another path."""
         (self.base / alias).mkdir()
         syscalls.mount(os.fsencode(self.base / source), os.fsencode(self.base / alias), b"none", _BIND, b"")
         try:

@@ -1,7 +1,7 @@
 """A mount under a mixed load for a given time, and what it leaks: `python -m tests.mounted.soak --seconds N`.
 
 The load varies and leaves nothing behind, so anything that grows is a leak: memory, descriptors, Python objects, nodes.
-At the end nothing is open, the kernel drops its caches, and the daemon must not count any look-up any more.
+At the end nothing is open, the kernel drops its caches, and the daemon must count no look-up.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Held(NamedTuple):
 
 
 @contextmanager
-def telling() -> Iterator[None]:
+def reporting() -> Iterator[None]:
     """Daemons that are forked within this context reply to `stats` with what they use."""
 
     async def stats(self: server.ControlServer, _: object) -> StatsReply:
@@ -79,7 +79,7 @@ class Soaked:
 
     def __init__(self, place: Path, engine: str) -> None:
         load()
-        with telling():
+        with reporting():
             self.tree = ForkedMount(Stack(place / "s", [{}, LAYER], {}), {"engine": engine})
         self.point = self.tree.stack.mountpoint
 
@@ -88,7 +88,7 @@ class Soaked:
         return control.Client.at(os.fsencode(self.point)).stats().requests
 
     def held(self) -> Held:
-        """What it uses now."""
+        """Return what the daemon uses now."""
         found, pid = self.stats(), self.tree.daemon
         status = Path(f"/proc/{pid}/status").read_text()
         memory = int(status.partition("VmRSS:")[2].split()[0])
@@ -196,7 +196,7 @@ def working(point: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Findings:
-    """Of one soak, by the names of `Held`: growth per hour once caches are full; use before and after."""
+    """The results of one soak, by the names of `Held`: growth per hour once caches are full; use before and after."""
 
     engine: str
     seconds: int

@@ -1,4 +1,4 @@
-"""Mounting what is, or was, mounted already: stale mounts, living ones, locked uppers."""
+"""Mounting what is, or was, mounted already: stale mounts, live ones, locked uppers."""
 
 import errno
 import fcntl
@@ -81,7 +81,7 @@ def test_a_kill_in_the_middle_of_work_leaves_files_whole(mount: Mount) -> None:
     assert os.listdir(mount.stack.work / "work") == []
 
 
-def test_a_living_mount_is_not_covered(mount: Mount, make_mount: Callable[[], Mount]) -> None:
+def test_a_live_mount_is_not_covered(mount: Mount, make_mount: Callable[[], Mount]) -> None:
     mount.start()
     other = make_mount()
     done = other.attempt(point=mount.point)

@@ -101,7 +101,7 @@ def test_changes_and_reasons(mount: Mount) -> None:
     mount.unmount()
 
 
-def test_an_error_has_a_sentence(mount: Mount) -> None:
+def test_an_error_has_a_message(mount: Mount) -> None:
     mount.start()
     with pytest.raises(UserError, match="No such file or directory"):
         _client(mount).why(b"no/such")

@@ -1,4 +1,4 @@
-"""T16: an upper, a work directory and a workspace have one user at a time, by whatever way a second one comes."""
+"""T16: an upper, a work directory and a workspace have one user at a time, whatever path a second one takes."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 Case = Callable[[Scene], str]
-"""Tries one kind of double use; returns the sentence of the refusal, empty when nothing was refused."""
+"""Tries one kind of double use; returns the message of the refusal, empty when nothing was refused."""
 
 
 def _same(scene: Scene) -> str:
@@ -154,7 +154,7 @@ OF_LOCKS = tuple(CASES)[:7]
 def _violations(
     place: Path, fork_server: ForkServer, engine: str, names: Iterable[str] = CASES, mutant: str | None = None
 ) -> list[str]:
-    """Return the cases in which a second mount was accepted, or refused with another sentence."""
+    """Return the cases in which a second mount was accepted, or refused with another message."""
     found = []
     for number, name in enumerate(names):
         case, wanted = CASES[name]

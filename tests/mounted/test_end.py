@@ -1,4 +1,4 @@
-"""Ending: by umount, by signals, by force; nothing written is lost, the upper is free, the records are gone."""
+"""Ending: by umount, by signals, by force; nothing written is lost, the upper is unlocked, the records are removed."""
 
 import dataclasses
 import mmap
@@ -102,7 +102,7 @@ def test_sigterm_flushes_mapped_pages(mount: Mount) -> None:
         pages[10:17] = b"changed"
         os.kill(mount.pid, signal.SIGTERM)
         assert processes.reap(mount.pids.pop()) == 0
-    with suppress(OSError):  # the mount is gone, and says so once more
+    with suppress(OSError):  # the mount is gone; close reports it once more
         os.close(file)
     assert (mount.stack.upper / "d" / "f").read_bytes()[10:17] == b"changed"
 
@@ -116,7 +116,7 @@ def test_umount_flushes_mapped_pages(mount: Mount) -> None:
 
 
 def test_sigterm_under_load(mount: Mount) -> None:
-    """All acknowledged writes are there; the writer, whose directory is gone, gets an error and does not hang."""
+    """All acknowledged writes are there; the writer loses its directory, gets an error and does not hang."""
     mount.start()
     acknowledged: list[int] = []
     directory = os.open(mount.point, os.O_RDONLY | os.O_DIRECTORY)

@@ -47,7 +47,7 @@ def test_random_operations_give_the_expected_content(campaign: Campaign, mount: 
     campaign.held(f"operations on a file, {way}, engine {engines.current()}", count * len(SEEDS), wrong)
 
 
-def test_a_tail_that_stays_is_noticed(campaign: Campaign, mount: Mount) -> None:
+def test_a_tail_that_is_not_cut_is_noticed(campaign: Campaign, mount: Mount) -> None:
     _lower_file(mount, 1)
     mount.mutant(CUTS_IGNORED)
     campaign.caught(f"{CUTS_IGNORED}, engine {engines.current()}", 500, _exercise(mount, 1, 500))

@@ -27,7 +27,7 @@ Act = Callable[[], object]
 
 
 class Scene:
-    """New objects for each attempt, named by its number, so that the kernel has nothing of them cached."""
+    """New objects for each attempt, named by its number, so that the kernel has cached nothing of them."""
 
     def __init__(self, mount: Mount) -> None:
         self.lower = mount.stack.base / "low"

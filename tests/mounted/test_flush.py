@@ -1,4 +1,4 @@
-"""What waits for our own mount has nothing of the daemon's in its hands."""
+"""A thread that waits for our own mount has none of the daemon's descriptors."""
 
 import errno
 import mmap
@@ -38,7 +38,7 @@ def test_an_error_is_raised_in_the_caller(tmp_path: Path) -> None:
         flush.run_unshared(lambda: os.stat(tmp_path / "absent"))
 
 
-def test_where_a_sandbox_refuses_the_work_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_a_sandbox_refuses_the_flush_still_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse() -> NoReturn:
         raise oserror(errno.EPERM)
 

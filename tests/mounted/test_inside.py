@@ -42,7 +42,7 @@ def test_the_mount_does_not_show_itself(nested: Mount) -> None:
     assert os.listdir(nested.point / "m") == ["new"]
 
 
-def test_a_name_that_the_layer_hides_can_be_taken(nested: Mount) -> None:
+def test_a_name_that_is_hidden_in_the_layer_can_be_created(nested: Mount) -> None:
     (nested.point / "u").mkdir()
     (nested.point / "u" / "f").write_bytes(b"mine")
     assert (nested.stack.upper / "u" / "f").read_bytes() == b"mine"

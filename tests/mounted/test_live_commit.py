@@ -1,4 +1,4 @@
-"""A commit of a mounted image under running programs: they go on, and the layer holds what was acknowledged."""
+"""A commit of a mounted image under running programs: they continue, and the layer has all acknowledged writes."""
 
 import fcntl
 import json
@@ -48,7 +48,7 @@ def image(made: ImageMount) -> ImageMount:
 
 
 def shown_by(point: Path) -> Dump:
-    """All that a mount shows."""
+    """Everything that a mount shows."""
     raw = PosixRaw(os.fsencode(point))
     try:
         return dump(raw)
@@ -65,11 +65,11 @@ def inodes(root: Path) -> dict[str, int]:
     }
 
 
-# --- programs that go on -----------------------------------------------------------------------------------
+# --- programs that continue ----------------------------------------------------------------------------------
 
 
 def test_tree_numbers_and_the_layer(image: ImageMount) -> None:
-    """Everything that an upper can hold; unmounted and mounted again it is the same."""
+    """Every kind of change in an upper; after a remount the tree is the same."""
     point = image.point
     (point / "new").write_bytes(b"new")
     (point / "d" / "f").chmod(0o600)
@@ -98,7 +98,7 @@ def test_tree_numbers_and_the_layer(image: ImageMount) -> None:
 
 
 def test_open_files(image: ImageMount) -> None:
-    """Readers and writers, O_APPEND, a lock, and a file that has no name any more."""
+    """Readers and writers, O_APPEND, a lock, and an unlinked file."""
     path = image.point / "file"
     with (
         path.open("w+b", buffering=0) as writer,
@@ -127,7 +127,7 @@ def test_open_files(image: ImageMount) -> None:
     image.unmount()
 
 
-def test_appending_goes_on_at_the_end(image: ImageMount) -> None:
+def test_appending_continues_at_the_end(image: ImageMount) -> None:
     path = image.point / "log"
     with path.open("ab", buffering=0) as log:
         for turn in range(5):
@@ -158,7 +158,7 @@ def test_shared_mappings(image: ImageMount) -> None:
 
 
 def test_working_directory_and_listing(image: ImageMount) -> None:
-    """A program that stands in a directory, and one that is in the middle of reading it."""
+    """A program whose working directory is in the mount, and one that is listing a directory."""
     directory = image.point / "many"
     directory.mkdir()
     for number in range(2000):

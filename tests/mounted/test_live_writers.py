@@ -1,4 +1,4 @@
-"""T18: commits one after the other under writers of each kind; every layer holds what was acknowledged before it."""
+"""T18: successive commits under writers of each kind; every layer has all writes acknowledged before its commit."""
 
 import os
 import sys
@@ -24,12 +24,12 @@ from tests.support.requirements import need, need_root
 NAMED: tuple[type[Writer], ...] = (NewFiles, Appended, Kept, Mapped, Replaced)
 STEP = 20  # numbers that each writer writes between two commits
 IMAGE = "now:1"
-SWITCH = 0.0005  # seconds that a writer may keep the interpreter from the others
+SWITCH = 0.0005  # seconds for which one writer may hold the interpreter
 
 
 @pytest.fixture
 def make_tree(place: Path) -> Iterator[Callable[[], ForkedImage]]:
-    """A maker of mounted images."""
+    """Factory of mounted images."""
     need_root()
     need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
     load()
@@ -47,7 +47,7 @@ def make_tree(place: Path) -> Iterator[Callable[[], ForkedImage]]:
 
 
 class Committed:
-    """What the layers of the image hold of each writer's directory, the newest on top."""
+    """The files of each writer's directory in the layers of the image, the newest on top."""
 
     def __init__(self, store: LayerStore) -> None:
         self.store = store
@@ -55,14 +55,14 @@ class Committed:
         self.files: dict[str, dict[str, Path]] = {}
 
     def look(self) -> None:
-        """Take in what was committed since the last look."""
+        """Read the layers that were committed since the last call."""
         for layer in reversed(self.store.stack_of(IMAGE)):
             if layer.id not in self.seen:
                 self.seen.add(layer.id)
                 self._add(Path(os.fsdecode(layer.tree_path)))
 
     def of(self, writer: Writer) -> dict[str, Path]:
-        """What they hold of a writer's directory."""
+        """The files of a writer's directory."""
         return self.files.get(writer.directory.name, {})
 
     def _add(self, tree: Path) -> None:
@@ -81,7 +81,7 @@ class Work:
         self.all = [*self.named, self.unnamed]
 
     def commit(self, turns: int) -> list[str]:
-        """Make so many commits while the writers write; what is wrong with the layers, or afterwards."""
+        """Make `turns` commits while the writers write; return what is wrong with the layers, or afterwards."""
         wrong: list[str] = []
         with LayerStore(self.tree.store) as store, ExitStack() as running:
             committed = Committed(store)
@@ -96,13 +96,13 @@ class Work:
         until(lambda: all(writer.acknowledged >= goal for writer, goal in zip(self.all, goals, strict=True)))
         before = [writer.acknowledged for writer in self.named]
         control.Client.at(os.fsencode(self.tree.stack.mountpoint)).commit_image(CommitImage(image=IMAGE))
-        after = [writer.acknowledged + 1 for writer in self.named]  # one may be done and not yet counted
+        after = [writer.acknowledged + 1 for writer in self.named]  # one write may have returned and not be counted yet
         committed.look()
         bounds = zip(self.named, before, after, strict=True)
         return [word for writer, low, high in bounds for word in writer.compare(committed.of(writer), low, high)]
 
     def lost(self) -> list[str]:
-        """What is not there in the end."""
+        """Return what is missing in the end."""
         wrong = [repr(writer.error) for writer in self.all if writer.error is not None]
         for writer in self.named:
             wrong += writer.compare(files_in(writer.directory), writer.acknowledged, writer.acknowledged)

@@ -44,7 +44,7 @@ def test_in_passthrough_where_possible(mount: Mount, check: str) -> None:
 
 
 def test_each_io_option_does_what_it_says(mount: Mount) -> None:
-    """Else the tests above would prove nothing: writes in passthrough are no requests, others are."""
+    """Otherwise the tests above would prove nothing: writes in passthrough send no requests, others do."""
     prepare(mount, "")
     writes = {}
     for io in ("auto", "passthrough", "cached"):

@@ -1,4 +1,4 @@
-"""The checks of test_passthrough find what they are made to find: each faulty engine fails some of them."""
+"""The checks of test_passthrough find the faults they are made for: each faulty engine fails some of them."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_a_wrong_engine_fails_the_check(mount: Mount, fault: str, check: str, mo
 
 
 def _end(process: subprocess.Popen[str], known: mounts.Mount) -> None:
-    """End a daemon that SIGKILL may not end, and its clients; fusectl may be unmounted meanwhile by other tests."""
+    """End a daemon, even one that SIGKILL does not end, and its clients; other tests may unmount fusectl meanwhile."""
 
     def ended() -> bool:
         unmount.abort(known)

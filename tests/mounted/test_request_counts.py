@@ -1,10 +1,10 @@
 """How many requests fixed pieces of work take, by kind, cold and warm. Counts are exact where times are not.
 
 The work is done by system calls of our own, in the order in which tar, find, grep, git, cp, rm and SQLite make them:
-the programs themselves differ from one version to the next. request_counts.json holds the counts. What the kernel asks
-is for it to decide, so on another kernel than the one named there only their sum is bounded.
+the programs themselves differ from one version to the next. request_counts.json holds the counts. Another kernel may
+send other requests, so on a kernel other than the one named there only their sum is bounded.
 
-OVERLAYFS_UPDATE_COUNTS=1 writes the file anew from what is found; read the difference before it is committed.
+OVERLAYFS_UPDATE_COUNTS=1 rewrites the file from the measured counts; review the difference before committing it.
 """
 
 import json
@@ -208,7 +208,7 @@ def _compare(found: dict[str, dict[str, int]], expected: dict[str, dict[str, int
 
 
 def _everything_is_released(mount: Mount) -> None:
-    """Each open is followed by its release, soon: else files pile up in the daemon."""
+    """Each open is soon followed by its release; otherwise open files would accumulate in the daemon."""
 
     def even() -> bool:
         counts = _all(mount)

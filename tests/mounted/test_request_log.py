@@ -11,7 +11,7 @@ from tests.support import syscalls
 from tests.support.outcome import errno_of
 
 _LINE = re.compile(r"overlayfs: DEBUG: ([A-Z_0-9]+) (\d+)((?: '[^']*')*): ([A-Z]+), (\d+) us\n")
-_LARGE = b"x" * (8 << 20)  # its copy-up is left to a thread, and its OPEN is answered by a task
+_LARGE = b"x" * (8 << 20)  # its copy-up runs in a thread, and its OPEN is answered by a task
 
 
 def _work(mount: Mount) -> None:

@@ -45,7 +45,7 @@ def _walk(path: Path) -> int:
     return len(found) + sum(_walk(Path(entry)) for entry in below)
 
 
-def test_names_and_attributes_are_asked_for_once(mount: Mount, point: Path) -> None:
+def test_names_and_attributes_are_requested_once(mount: Mount, point: Path) -> None:
     mount.start()
     os.stat(point / "tree")
     with _cost(mount, LOOKUP=10):
@@ -84,7 +84,7 @@ def test_pages_stay_cached(mount: Mount, point: Path) -> None:
     mount.start()
     path = point / "tree" / "f0"
     os.stat(path)
-    # The kernel engine hands the content over with the open; it declines FLUSH once, libfuse does so for pyfuse3.
+    # The kernel engine stores the content at the open; it declines FLUSH once, libfuse does so for pyfuse3.
     first = {"READ": 1} if engines.current() == engines.PYFUSE3 else {"FLUSH": 1}
     with _cost(mount, OPEN=1, **first):
         _read(path)
@@ -110,7 +110,7 @@ def test_a_new_file(mount: Mount, point: Path) -> None:
     """The GETXATTR asks for capabilities before a write; a close sends nothing after the first one."""
     mount.start()
     _make(point / "tree" / "first")
-    written = {"WRITE": 1} if engines.current() == engines.PYFUSE3 else {}  # the kernel engine lets it go past
+    written = {"WRITE": 1} if engines.current() == engines.PYFUSE3 else {}  # kernel: in passthrough
     with _cost(mount, LOOKUP=1, GETATTR=1, CREATE=1, GETXATTR=1, **written):
         _make(point / "tree" / "second")
     mount.unmount()

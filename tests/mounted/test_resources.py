@@ -1,4 +1,4 @@
-"""What a mount holds: descriptors come back, however much was done; few are enough."""
+"""Resources of a mount: descriptors are closed after any amount of work; few are enough."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Mounting without privilege, through fusermount3: the whole life, as a user who owns the directories."""
+"""Mounting without privilege, through fusermount3: mount, work and unmount, as a user who owns the directories."""
 
 import dataclasses
 import errno
@@ -58,7 +58,7 @@ def _device_for_all() -> Iterator[None]:
 
 @pytest.fixture
 def alices(mount: Mount, _device_for_all: None) -> Mount:
-    """A stack that belongs to a user."""
+    """A stack owned by a user."""
     need_program("fusermount3")
     (mount.stack.base / "run").mkdir()
     for path in [mount.stack.base, *mount.stack.base.rglob("*")]:
@@ -113,7 +113,7 @@ def test_a_whole_life(alices: Mount) -> None:
 
 
 def test_a_users_mount_gives_no_rights(alices: Mount) -> None:
-    """Whatever she asks for: set-id programs and devices are none, nobody else gets in, marks cannot be forged."""
+    """Whatever the options: no set-id programs, no devices, no access for other users, no forged marks."""
     shutil.copy("/usr/bin/id", alices.stack.base / "top" / "id")
     os.chown(alices.stack.base / "top" / "id", 0, 0)
     (alices.stack.base / "top" / "id").chmod(0o4755)
@@ -142,7 +142,7 @@ def test_a_users_mount_gives_no_rights(alices: Mount) -> None:
 
 
 def _enter_namespace() -> None:
-    """Become root of a user namespace of one's own, with mounts of its own (user_namespaces(7))."""
+    """Become root of a new user namespace with a mount namespace of its own (user_namespaces(7))."""
     uid, gid = os.geteuid(), os.getegid()
     syscalls.unshare(_NEW_USER | _NEW_MOUNTS)
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
@@ -150,7 +150,7 @@ def _enter_namespace() -> None:
 
 
 def test_inside_a_user_namespace(alices: Mount) -> None:
-    """Where she is root she may mount without fusermount3; what she makes is hers outside."""
+    """Root of a user namespace may mount without fusermount3; new files belong to the user outside."""
     point = alices.point
 
     def live() -> tuple[int | None, list[str], bytes]:
@@ -204,7 +204,7 @@ os.kill(os.getpid(), 9)
 def test_a_helper_that_is_killed(
     campaign: Campaign, alices: Mount, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fusermount3 dies before or after it mounts, or when it is to unmount: it is said, and the next one works."""
+    """fusermount3 dies before or after it mounts, or before it unmounts: it is reported, and the next mount works."""
     helper = alices.stack.base / "bin" / "fusermount3"
     helper.parent.mkdir()
     helper.write_text(program)
@@ -228,7 +228,7 @@ def test_a_helper_that_is_killed(
     campaign.held("ways to die, fusermount3", 2, [])
 
 
-def test_the_reason_of_a_refusal_is_told(alices: Mount) -> None:
+def test_the_reason_of_a_refusal_is_reported(alices: Mount) -> None:
     os.chown(alices.point, 0, 0)
     alices.point.chmod(0o755)
     before = processes.children()
@@ -238,7 +238,7 @@ def test_the_reason_of_a_refusal_is_told(alices: Mount) -> None:
     assert not os.path.ismount(alices.point)
 
 
-def test_records_lie_with_the_user(alices: Mount) -> None:
+def test_records_are_in_the_users_runtime_directory(alices: Mount) -> None:
     _start(alices)
     directory = alices.stack.base / "run" / "overlayfs"
     assert sorted(path.name for path in directory.iterdir()) == [f"{alices.pid}.json", f"{alices.pid}.sock"]
@@ -268,7 +268,7 @@ def _mount_image(alices: Mount) -> bytes:
 
 
 def test_a_live_commit(alices: Mount) -> None:
-    """A handle that could not be opened again, a moved directory, a file of two names."""
+    """A handle that could not be reopened, a moved directory, a file with two names."""
     store, point = _mount_image(alices), alices.point
 
     def live() -> list[tuple[str, bytes]]:

@@ -16,12 +16,12 @@ from tests.support.mutants.together import DEAF
 from tests.support.polling import LIMIT, until
 from tests.support.requirements import need, need_root
 
-SPARE_MEMORY = 4096  # KiB that the allocator may not give back
+SPARE_MEMORY = 4096  # KiB that the allocator may keep
 
 
 @pytest.fixture
 def make_soaked() -> Iterator[Callable[[], Soaked]]:
-    """Makes one mount that reports what it uses; in memory, where inode numbers are not reused."""
+    """Factory of a mount that reports what it uses; in memory, where inode numbers are not reused."""
     need_root()
     need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
     with ExitStack() as made:
@@ -36,7 +36,7 @@ def make_soaked() -> Iterator[Callable[[], Soaked]]:
 
 
 def leaks(soaked: Soaked, turns: int, limit: float = LIMIT) -> list[str]:
-    """What a mount uses after some turns and did not use before them."""
+    """Return what a mount uses after some turns and did not use before them."""
     for number in range(DIRECTORIES):
         turn(soaked.point, 0, number)
     before = soaked.held()

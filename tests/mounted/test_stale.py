@@ -1,4 +1,4 @@
-"""T17: after every way to die the next mount works without a hand, and what is said about the dead is right."""
+"""T17: however a daemon died, the next mount needs no manual step, and reports about the dead one are right."""
 
 import errno
 import itertools
@@ -33,7 +33,7 @@ LIMIT = 30.0  # seconds, for what must not hang
 
 
 def works(scene: Scene) -> list[str]:
-    """Mount with no step before it; return what is wrong with that."""
+    """Mount without any preparation; return what is wrong with that."""
     try:
         pid = scene.start(scene.spec(lock_wait=5.0))
     except (UserError, HungError) as error:
@@ -126,7 +126,7 @@ def _listed(scene: Scene) -> list[str]:
 
 @contextmanager
 def _stopped(scene: Scene) -> Iterator[int]:
-    """A mount whose daemon neither answers nor dies; continued and reaped at the end."""
+    """A mount whose daemon is stopped; it is continued and reaped at the end."""
     pid = scene.start(scene.spec())
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -138,7 +138,7 @@ def _stopped(scene: Scene) -> Iterator[int]:
 
 
 def _limited(act: Callable[[], object], wanted: str) -> list[str]:
-    """Return what is wrong with the refusal of an act that meets a stopped daemon."""
+    """Return what is wrong with the refusal of an operation on a mount whose daemon is stopped."""
     began = time.monotonic()
     try:
         act()
@@ -181,7 +181,7 @@ def _stopped_and_killed(scene: Scene) -> list[str]:
 
 @contextmanager
 def _killed_flushing(scene: Scene, by_handle: bool = True) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon that was killed while a thread of it waited for the writeback of a page of a client, which lives.
+    """A daemon that was killed while one of its threads waited for the writeback of a page of a client, which lives on.
 
     Only the reply of the daemon to that WRITE ends such a wait.
     """
@@ -254,7 +254,7 @@ def _flushing_and_unmounted(scene: Scene) -> list[str]:
 
 
 def _flushing_and_mounted_over(scene: Scene) -> list[str]:
-    """So does mounting."""
+    """Mounting over it ends the wait as well."""
     with _killed_flushing(scene, by_handle=False) as client:
         found = works(scene)
         return found if _ends(client) else ["the client hangs", *found]

@@ -1,4 +1,4 @@
-"""Starting: ready means that the mount answers, an error is one sentence, and nothing is held that callers wait for."""
+"""Starting: ready means that the mount answers, an error is one sentence, and no inherited descriptor stays open."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Many clients at once: one copy-up, no lost write, no deadlock, whatever comes while a file is being lifted."""
+"""Many clients at once: one copy-up, no lost write, no deadlock, whatever happens while a file is being copied up."""
 
 import os
 import threading
@@ -62,7 +62,7 @@ def _ignoring(act: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-def test_names_change_while_a_file_is_lifted(mount: Mount) -> None:
+def test_names_change_while_a_file_is_copied_up(mount: Mount) -> None:
     old = os.urandom(SIZE)
     rounds = 12
     for turn in range(rounds):
@@ -93,7 +93,7 @@ def test_names_change_while_a_file_is_lifted(mount: Mount) -> None:
     assert os.listdir(mount.stack.work / "work") == []
 
 
-def test_a_file_is_removed_while_it_is_lifted(mount: Mount) -> None:
+def test_a_file_is_removed_while_it_is_copied_up(mount: Mount) -> None:
     rounds = 12
     for turn in range(rounds):
         (mount.stack.base / "low" / f"big{turn}").write_bytes(b"o" * SIZE)
@@ -114,7 +114,7 @@ def test_a_file_is_removed_while_it_is_lifted(mount: Mount) -> None:
     assert os.listdir(mount.stack.work / "work") == []
 
 
-def test_a_reader_of_long_standing_sees_what_is_written(mount: Mount) -> None:
+def test_an_earlier_reader_sees_later_writes(mount: Mount) -> None:
     mount.start()
     path = mount.point / "d" / "f"
     with open(path, "rb", buffering=0) as reader:

@@ -32,10 +32,10 @@ RENAMED = ("RENAME", "RENAME2")
 
 @dataclass(frozen=True)
 class Act:
-    """What somebody does to the file `f` of a directory while `f` is copied up for a writer.
+    """An operation on the file `f` of a directory while `f` is copied up for a writer.
 
-    requests: by them the daemon counts its arrival. left: what the names of the directory show afterwards, and `data`
-    what the writer's handle does. also: what else is true then.
+    requests: the kinds of request by which its arrival is noticed. left: the content of each name of the directory
+    afterwards; data: that of the writer's handle. also: a further condition that holds then.
     """
 
     requests: tuple[str, ...]
@@ -85,11 +85,11 @@ def _mode(path: Path) -> int:
     return path.stat().st_mode
 
 
-# --- doing it ----------------------------------------------------------------------------------------------
+# --- the clients ---------------------------------------------------------------------------------------------
 
 
 class Client(threading.Thread):
-    """Somebody who does one thing; `wrong` says what came of it, if that was an error."""
+    """Performs one operation in a thread; `wrong` is the error it raised, if any."""
 
     def __init__(self, act: Callable[[], object]) -> None:
         super().__init__(daemon=True)
@@ -104,7 +104,7 @@ class Client(threading.Thread):
             self.wrong = error
 
     def ended(self) -> list[str]:
-        """What is wrong, once it has ended."""
+        """Wait for the end; return what is wrong."""
         self.join(LIMIT)
         if self.is_alive():
             return ["a request hangs"]
@@ -123,7 +123,7 @@ class Scene:
         self.point = self.tree.stack.mountpoint
 
     def requests(self, kinds: tuple[str, ...]) -> int:
-        """How many requests of these kinds have arrived."""
+        """Return how many requests of these kinds have arrived."""
         found = control.Client.at(os.fsencode(self.point)).stats().requests
         return sum(found.get(kind, 0) for kind in kinds)
 
@@ -156,7 +156,7 @@ def _stamp(path: Path, at: int) -> None:
 
 
 class Round:
-    """One file being copied up for a writer, and somebody who does something to it meanwhile."""
+    """One file being copied up for a writer, and one operation on it meanwhile."""
 
     def __init__(self, scene: Scene, turn: int, act: Act, *, commits: bool) -> None:
         self.scene, self.turn, self.act, self.commits = scene, turn, act, commits
@@ -167,7 +167,7 @@ class Round:
         self.fd = _write(self.at / "f", 10, b"new")
 
     def run(self) -> list[str]:
-        """What is wrong with it."""
+        """Run the round; return what is wrong."""
         scene, act = self.scene, self.act
         clients = [Client(self._write)]
         scene.hold.wait()
@@ -184,17 +184,17 @@ class Round:
             os.close(self.fd)
 
     def look(self) -> list[str]:
-        """What is not as it must be afterwards."""
+        """Return what is wrong afterwards."""
         more, act = self.scene.hold.count(), self.act
         left = dict(act.left)
         if self.turn % 2:
             left["twin"] = act.data
         shown = {name: (self.at / name).read_bytes() for name in os.listdir(self.at)}
         checks = {
-            f"{more} more copy-ups": more <= self.commits,  # the write of a handle from before a commit is one
+            f"{more} more copy-ups": more <= self.commits,  # by a handle from before the commit
             "the writer sees something else": os.pread(self.fd, SIZE + 1, 0) == act.data,
             f"shown is {_short(shown)}": shown == left,
-            "not all is done": act.also(self.at),
+            "the further condition does not hold": act.also(self.at),
         }
         return [word for word, holds in checks.items() if not holds]
 
@@ -204,7 +204,7 @@ def _short(shown: dict[str, bytes]) -> dict[str, tuple[int, bytes]]:
 
 
 def first_writers(scene: Scene, turn: int, *, commits: bool) -> list[str]:
-    """What is wrong when many write to one file of a layer at the same time."""
+    """Let many clients write to one file of a layer at the same time; return what is wrong."""
     path, before = scene.point / str(turn) / "f", scene.requests(("OPEN",))
     clients = [Client(partial(_stamp, path, at)) for at in range(WRITERS)]
     scene.hold.wait()
@@ -222,7 +222,7 @@ def first_writers(scene: Scene, turn: int, *, commits: bool) -> list[str]:
 
 @pytest.fixture
 def make_scene(place: Path) -> Iterator[Callable[[int, type[ForkedMount]], Scene]]:
-    """A maker of scenes."""
+    """Factory of scenes."""
     need_root()
     need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
     load()
@@ -253,7 +253,7 @@ def test_first_writers(
 
 
 def _parts(rounds: int) -> list[int]:
-    """The rounds of each scene: with every commit the stack grows, and so does the work of looking at it."""
+    """Return the rounds of each scene: few, since with every commit the stack grows and look-ups cost more."""
     return [PART] * (rounds // PART) + [rounds % PART] * bool(rounds % PART)
 
 
@@ -270,7 +270,7 @@ def test_mutant(make_scene: Callable[[int, type[ForkedMount]], Scene], campaign:
 def test_during_a_copy_up(
     make_scene: Callable[[int, type[ForkedMount]], Scene], campaign: Campaign, act: str, commits: bool
 ) -> None:
-    """One copy-up, nothing lost, and nobody waits for ever."""
+    """One copy-up, nothing lost, and no request hangs."""
     wrong: list[str] = []
     for rounds in _parts(campaign.size(4, 200)):
         scene = make_scene(rounds, ForkedImage if commits else ForkedMount)

@@ -1,4 +1,4 @@
-"""The kernel's writeback cache, on request: it reads through handles for writing, and keeps writes for a while."""
+"""The kernel's writeback cache, on request: it reads through handles opened for writing, and delays writes."""
 
 import mmap
 import os

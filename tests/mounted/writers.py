@@ -1,4 +1,4 @@
-"""Programs that write one number after the other, each in a way of its own, and know which ones were acknowledged."""
+"""Programs that write consecutive numbers, each in its own way, and know which ones were acknowledged."""
 
 import mmap
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Self
 
 LINE = 9  # bytes of one number
-PIECE = 20  # numbers in a file that is not begun anew all the time
-SLOTS = 400  # numbers in a file that is written round and round
-Files = Mapping[str, Path]  # what a directory holds, by name
+PIECE = 20  # numbers in a file that grows
+SLOTS = 400  # numbers in a file that is used as a ring
+Files = Mapping[str, Path]  # the content of a directory, by name
 
 
 class Writer(ABC):
-    """Writes 0, 1, 2... below a directory of its own, as fast as it can. `acknowledged`: how many have returned."""
+    """Writes 0, 1, 2... below its own directory, as fast as it can. `acknowledged`: how many writes have returned."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -47,11 +47,11 @@ class Writer(ABC):
             self.error = error
 
     def begin(self) -> None:
-        """Open what is needed all the time."""
+        """Open what is needed throughout."""
         return
 
     def finish(self) -> None:
-        """Look at it once more before all is closed."""
+        """Check once more before everything is closed."""
         return
 
     @abstractmethod
@@ -61,16 +61,16 @@ class Writer(ABC):
     @staticmethod
     @abstractmethod
     def last(files: Files) -> int:
-        """How many numbers the files hold; AssertionError or ValueError if one is missing."""
+        """Return how many numbers the files hold; AssertionError or ValueError if one is missing."""
 
     def compare(self, files: Files, low: int, high: int) -> list[str]:
-        """What is wrong unless the files hold all numbers up to one between two others."""
+        """Return what is wrong unless the files hold the first `low` to `high` numbers."""
         try:
             found = self.last(files)
         except (AssertionError, ValueError) as error:
             return [f"{type(self).__name__}: {error}"]
-        told = f"{type(self).__name__}: {found} numbers are there, not {low} to {high}"
-        return [] if low <= found <= high else [told]
+        problem = f"{type(self).__name__}: {found} numbers are there, not {low} to {high}"
+        return [] if low <= found <= high else [problem]
 
 
 class NewFiles(Writer):
@@ -102,7 +102,7 @@ class Appended(Writer):
 
 
 class Kept(Writer):
-    """One handle from the beginning to the end."""
+    """Writes through one handle."""
 
     def begin(self) -> None:
         self._file = self._opened.enter_context((self.directory / "ring").open("w+b", buffering=0))
@@ -116,7 +116,7 @@ class Kept(Writer):
 
 
 class Unnamed(Kept):
-    """The same, of a file that has lost its name: no layer holds it. `left`: how many numbers it held at last."""
+    """One handle of an unlinked file, which no layer has. `left`: how many numbers it held in the end."""
 
     def begin(self) -> None:
         super().begin()
@@ -127,7 +127,7 @@ class Unnamed(Kept):
 
 
 class Mapped(Kept):
-    """The same through shared memory; a number counts when msync(2) has returned."""
+    """Writes through a shared mapping; a number counts when msync(2) has returned."""
 
     def begin(self) -> None:
         super().begin()
@@ -141,7 +141,7 @@ class Mapped(Kept):
 
 
 class Replaced(Writer):
-    """A file that is written anew beside its place and renamed, as editors do."""
+    """A file that is written under another name and renamed, as editors do."""
 
     def write(self, number: int, line: bytes) -> None:
         (self.directory / "new").write_bytes(line)

@@ -99,15 +99,15 @@ def _stale_every_time() -> None:
 
 
 def _entries_are_dropped_from_the_loop() -> None:
-    """The loop notifies the kernel of each removed name, and is also to answer the request that holds its lock."""
+    """The loop notifies the kernel of each removed name, and must also answer the request that holds its lock."""
     unlink = Names.unlink
 
-    def tell(self: Names, parent: Any, name: bytes) -> None:
+    def unlink_and_notify(self: Names, parent: Any, name: bytes) -> None:
         unlink(self, parent, name)
         header = LAYOUTS["inval_entry"].pack(parent.number, len(name), 0)
         CONNECTIONS[0]._notify(Notify.INVAL_ENTRY, header, name + b"\0")
 
-    _replace(Names, "unlink", tell)
+    _replace(Names, "unlink", unlink_and_notify)
     begin = Connection.__init__
 
     def note(self: Connection, fd: int) -> None:

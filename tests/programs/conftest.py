@@ -39,7 +39,7 @@ class Layers(Stack):
 
 
 class Bench:
-    """One stack and its mount. `low` lies below `top`; `mount` ends the time in which they may be filled."""
+    """One stack and its mount. `low` is below `top`; both may be filled until `mount`."""
 
     def __init__(self, base: Path, count: int = 2) -> None:
         self.layers = Layers(base, count)
@@ -54,7 +54,7 @@ class Bench:
         return self.point
 
     def remount(self) -> None:
-        """Unmount and mount again, so that nothing is answered from memory."""
+        """Unmount and mount again, so that nothing comes from a cache."""
         assert self.tree is not None
         self.tree.remount()
 
@@ -68,7 +68,7 @@ class Bench:
 
 @pytest.fixture
 def make_bench(place: Path) -> Iterator[Callable[[int], Bench]]:
-    """A maker of benches with that many lower layers."""
+    """Factory of benches with that many lower layers."""
     need_root()
     need(os.path.exists("/dev/fuse"), "needs /dev/fuse")
     made: list[Bench] = []

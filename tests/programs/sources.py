@@ -1,4 +1,4 @@
-"""What the programs work on, made here so that no test needs a network."""
+"""Input for the programs, generated here so that no test needs a network."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 
 
 def python_files(count: int) -> Iterator[tuple[Path, str]]:
-    """Yield `count` real files with the names they shall have: the standard library, some times over."""
+    """Yield `count` real files with their names: the standard library, repeated as needed."""
     top = Path(sysconfig.get_path("stdlib"))
     found = [path for path in sorted(top.rglob("*")) if _is_wanted(path.relative_to(top), path)]
     rounds = (((path, turn) for path in found) for turn in itertools.count())

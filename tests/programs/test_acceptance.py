@@ -1,7 +1,7 @@
 """The main job at full size: three layers with thousands of files, changed by real programs, committed, mounted again.
 
 What the first mount shows, our mount of the committed layer and the kernel's are compared by rsync in both directions,
-contents included, and by a dump that also knows link counts, nanoseconds and who shares an inode with whom.
+contents included, and by a dump that also has link counts, nanoseconds and which paths share an inode.
 """
 
 import os
@@ -103,7 +103,7 @@ def change(point: Path) -> None:
 
 
 def picture(path: Path, holes: bool = False) -> Dump:
-    """What must be equal; holes are known on a disk only, and link counts of directories nowhere."""
+    """What must be equal: holes only on a disk, link counts of directories never."""
     raw = PosixRaw(os.fsencode(path))
     try:
         return {name: entry._replace(sparse=holes and entry.sparse) for name, entry in dump(raw).items()}

@@ -1,4 +1,4 @@
-"""`scripts/bench`: what it calls done, what it compares, and one small run from end to end."""
+"""`scripts/bench`: what it accepts as done, what it compares, and one small complete run."""
 
 import dataclasses
 import json
@@ -23,8 +23,10 @@ TINY = dataclasses.replace(
 )
 
 
-def result(workload: str, who: str, *values: float, kind: str = "peer", failed: str = "", more: bool = False) -> Result:
-    return Result(workload, "g", "ext4", who, kind, "s", more, [Run(value) for value in values], failed)
+def result(
+    workload: str, contender: str, *values: float, kind: str = "peer", failed: str = "", more: bool = False
+) -> Result:
+    return Result(workload, "g", "ext4", contender, kind, "s", more, [Run(value) for value in values], failed)
 
 
 def report(*found: Result) -> Report:
@@ -86,7 +88,7 @@ def test_a_later_report_replaces_what_it_measured_again() -> None:
     assert [(r.workload, r.median) for r in both.results] == [("untar", 2.0), ("cp -r", 5.0)]
 
 
-def test_a_table_shows_ratios_failures_and_who_was_disturbed() -> None:
+def test_a_table_shows_ratios_failures_and_disturbances() -> None:
     disturbed = result("untar", "peer", 4.0)
     disturbed.runs[0].disturbed = True
     found = report(
@@ -139,7 +141,7 @@ def test_a_command_that_fails_is_wrong(site: Site) -> None:
         Trial(site.root, site, contenders.plain()).shell("exit 3")
 
 
-def test_one_run_from_end_to_end(place: Path) -> None:
+def test_one_complete_run(place: Path) -> None:
     requirements.need_root()
     target = place / "r.json"
     words = ["run", "make and remove", "--quick", "--runs", "1", "--again", "1", "--fs", place, "--place", place]

@@ -41,7 +41,7 @@ LOW: Spec = {
 def die_at(number: int, act: Callable[[Callable[[], None]], object]) -> bool:
     """Act in a child that is killed at its `number`-th changing system call, just before the call is made.
 
-    `act` is given the function that begins the count. False when it came to its end before.
+    `act` is called with the function that begins the count. Return False when it completed before.
     """
     child = os.fork()
     if child == 0:
@@ -58,7 +58,7 @@ def die_at(number: int, act: Callable[[Callable[[], None]], object]) -> bool:
 
 
 def count_down(left: int) -> None:
-    """From now on count the changing system calls of this process, and kill it before the one after `left` others."""
+    """From now on count the changing system calls of this process, and kill it just before call number `left` + 1."""
     calls = itertools.count()
 
     def count(_call: str) -> None:
@@ -69,7 +69,7 @@ def count_down(left: int) -> None:
 
 
 def shown(stack: Stack) -> Dump:
-    """What the stack shows in a new use of it, which must begin without help."""
+    """What the stack shows when it is used again, which must need no manual step."""
     tree = driver_class("fs")(stack)
     try:
         return dump(tree)
@@ -78,7 +78,7 @@ def shown(stack: Stack) -> Dump:
 
 
 def changed(place: Path) -> Stack:
-    """A stack whose upper holds all that a commit treats apart."""
+    """A stack whose upper has everything that a commit treats differently."""
     stack = Stack(place / "s", [TOP, LOW], {})
     tree = driver_class("fs")(stack)
     tree.chmod("file", 0o600)
@@ -114,7 +114,7 @@ def committed(stack: Stack, layer: Path, base: Path) -> Dump:
 
 
 def test_a_commit_killed_at_any_moment(place: Path) -> None:
-    """There is no layer, or the whole one; what a dead commit staged is gone after the next."""
+    """There is no layer, or a complete one; what a dead commit staged is removed by the next."""
     need_root()
     stack = changed(place)
     wanted = shown(stack)
@@ -161,7 +161,7 @@ def kill(bench: Bench) -> None:
 
 
 def again(bench: Bench) -> None:
-    """Mount the same stack at the same place: no step comes between."""
+    """Mount the same stack at the same place, with no step between."""
     assert bench.tree is not None
     bench.tree.raw.close()
     bench.tree.reopen()
@@ -201,7 +201,7 @@ for turn in range(10000):
 
 
 def test_killed_under_load(bench: Bench) -> None:
-    """Each file that a program has finished is there, each old one has its old content but for what was written."""
+    """Each file that a program has finished is there; each old one has its old content, except for what was written."""
     (bench.low / "d").mkdir()
     for number in range(40):
         (bench.low / f"d/old{number}").write_bytes(b"o" * 100_000)
@@ -240,7 +240,7 @@ def _load_until_killed(bench: Bench, turn: int, files: int) -> list[str]:
 
 
 def test_a_commit_of_a_mount_killed_at_random_moments(bench: Bench, place: Path) -> None:
-    """The daemon dies while it commits: the stack mounts again unharmed, and no half of a layer is ever seen."""
+    """The daemon dies while it commits: the stack mounts again unharmed, and no partial layer is ever visible."""
     for number in range(150):
         (bench.low / f"f{number}").write_bytes(b"%d" % number * 3000)
     point = bench.mount()

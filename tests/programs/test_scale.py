@@ -1,4 +1,4 @@
-"""500 layers, and a directory of many files: `scripts/scale` at a size for every day."""
+"""500 layers, and a directory of many files: `scripts/scale` at a small size."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts/scale"
 
 
 def test_many_layers_and_a_big_directory() -> None:
-    """It works, and costs what it may; the shown trees are checked by the script."""
+    """It works within its limits; the script checks the trees."""
     need_root()
     out = sh(sys.executable, SCRIPT, "--program", COMMAND, "--layers", "500", "--files", "3000", "--json")
     found = json.loads(out)

@@ -58,7 +58,7 @@ def test_remove_5000_files_of_a_layer_and_untar_over_it(bench: Bench, python_tar
 
 
 def make_tree(path: Path) -> Path:
-    """A tree with all that archivers keep: types, links, holes, attributes, ACLs, owners, modes, odd names, times."""
+    """A tree with what archivers keep: types, links, holes, attributes, ACLs, owners, modes, odd names, times."""
     tree = path / "source"
     for name in ("d/e/f", "empty", "n\new\\li ne"):
         (tree / name).mkdir(parents=True)
@@ -101,7 +101,7 @@ def _copy(point: Path, source: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("copy", [_pipe, _rsync, _copy], ids=["tar", "rsync", "cp"])
 def test_round_trip(bench: Bench, copy: object, place: Path) -> None:
-    """From a layer into the mount, within it after a change, and out of it: always the same tree."""
+    """From a layer into the mount, within it after a change, and out of it: the tree stays the same."""
     assert callable(copy)
     need_program("rsync", "setfacl")
     source = make_tree(bench.low)
@@ -135,8 +135,8 @@ GIT = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
 
 
 def git(where: Path, *words: str | Path) -> str:
-    """Run git with an author of its own, free of this machine's settings."""
-    who = (
+    """Run git with its own author, without this machine's settings."""
+    identity = (
         "-c",
         "user.name=Some Body",
         "-c",
@@ -146,7 +146,7 @@ def git(where: Path, *words: str | Path) -> str:
         "-c",
         "gc.auto=0",
     )
-    return sh("git", *who, *words, cwd=where, **GIT)
+    return sh("git", *identity, *words, cwd=where, **GIT)
 
 
 def make_repository(path: Path) -> None:
@@ -184,7 +184,7 @@ def test_git_clone_and_commit(bench: Bench) -> None:
 
 
 def test_git_in_a_repository_of_a_layer(bench: Bench) -> None:
-    """Status, commit, branches and a repack where all that git finds lies in a lower layer."""
+    """Status, commit, branches and a repack of a repository in a lower layer."""
     need_program("git")
     make_repository(bench.low / "work")
     work = bench.mount() / "work"
@@ -202,7 +202,7 @@ def test_git_in_a_repository_of_a_layer(bench: Bench) -> None:
 
 
 def test_dpkg_unpacks_over_a_system(bench: Bench, place: Path) -> None:
-    """A package lands on directories of a layer that merge with it, and replaces files that are there."""
+    """A package is unpacked into directories of a layer, and replaces existing files."""
     need_program("dpkg-deb", "chroot")
     package = write_package(place)
     deb = place / "deb_1.0_all.deb"

@@ -36,7 +36,7 @@ def test_pip_installs_into_a_venv_of_a_layer(bench: Bench, place: Path) -> None:
 
 
 def test_make(bench: Bench) -> None:
-    """Builds in the mount what a layer holds; builds again only what a change asks for, also after a remount."""
+    """Builds the sources of a layer in the mount; rebuilds only what a change requires, also after a remount."""
     need_program("make", "cc", "ar")
     write_project(bench.low / "project")
     project = bench.mount() / "project"
@@ -113,7 +113,7 @@ def test_sqlite_writers_in_several_processes(bench: Bench) -> None:
 
 
 def test_writing_through_a_mapping(bench: Bench) -> None:
-    """A file of a layer is changed by memory alone: other names, handles and mappings of it see the change."""
+    """A file of a layer is changed only by stores to memory: other names, handles and mappings of it see the change."""
     size = 3 << 20
     (bench.low / "data").write_bytes(b"o" * size)
     os.link(bench.low / "data", bench.low / "same")
@@ -154,7 +154,7 @@ def test_an_archive_grows_by_mapping_and_appending(bench: Bench) -> None:
 
 
 def test_several_users_share_a_tree(bench: Bench) -> None:
-    """Owners, groups, sticky and setgid directories bind each user of a mount that root made."""
+    """Owners, groups, sticky and setgid directories apply to each user of a mount made by root."""
     need_program("runuser")
     for name, mode in (("tmp", 0o1777), ("shared", 0o2775), ("secret", 0o700)):
         (bench.low / name).mkdir()
@@ -183,7 +183,7 @@ def _create(path: Path) -> tuple[int, int]:
 
 
 def test_a_program_run_by_a_user(bench: Bench) -> None:
-    """What `runuser` starts works in its home that a layer holds."""
+    """A program started by `runuser` works in a home directory of a layer."""
     need_program("runuser")
     home = bench.low / "home"
     home.mkdir()

@@ -60,7 +60,7 @@ class Unhashed:
 
 
 class Used:
-    """A workspace that is in use: its overlay, and commits of it."""
+    """A workspace in use: its overlay, and commits of it."""
 
     def __init__(self, store: LayerStore, workspace: Workspace, lock: int) -> None:
         lower = tuple(layer.tree_path for layer in store.present(workspace.record.layers))
@@ -70,7 +70,7 @@ class Used:
         self.engine = Idle(self.overlay)
         record = workspace.record
         image_mount = ImageMount(store.path, record.image, record.name, record.ephemeral, record.layers, lock)
-        self.unhashed: list[str] = []  # layers that a process of their own would hash
+        self.unhashed: list[str] = []  # layers that a separate process would hash
         self.commits = LiveCommits(self.engine, image_mount, self._note)
 
     def _note(self, store: bytes, layer_id: str) -> "Unhashed":
@@ -100,7 +100,7 @@ class Site:
             store.images.put(ImageRecord(name=IMAGE, layers=ids, created=now()))
 
     def open(self) -> LayerStore:
-        """Open the store, which finishes what was left unfinished."""
+        """Open the store, which recovers unfinished operations."""
         return LayerStore(os.fsencode(self.place / "store"))
 
     @contextmanager
@@ -116,7 +116,7 @@ class Site:
             yield used
 
     def layers(self) -> tuple[str, ...]:
-        """Return the stack of the workspace as its record has it."""
+        """Return the stack of the workspace according to its record."""
         with self.open() as store:
             return store.workspaces.find(NAME).record.layers
 

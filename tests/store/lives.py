@@ -1,4 +1,4 @@
-"""Random stacks with a history: layers of every kind of change, the last of them still in an upper."""
+"""Random stacks with a history: layers with every kind of change, the last one still an upper."""
 
 import os
 import stat as modes
@@ -57,9 +57,9 @@ def apply(changes: list[Change], target: Driven, source: Driven) -> None:
         siblings = [name for name in others.get(source.raw.stat(path).ino, ()) if name not in touched or name in done]
         _make(target, path, source, siblings)
         done.add(path)
-    # The root too: it is listed only if it differs, and now its time has moved.
+    # The root too: it is listed only if it differs, and its time has changed by now.
     for path in sorted(touched | {b""}, key=lambda each: (each != b"", each.count(b"/")), reverse=True):
-        _dress(target, path, source)
+        _apply_attributes(target, path, source)
 
 
 def _links(source: Driven) -> dict[int, list[bytes]]:
@@ -77,7 +77,7 @@ def _links(source: Driven) -> dict[int, list[bytes]]:
 
 
 def _remove(target: Driven, path: bytes, source: Driven, keep: bool) -> None:
-    """Remove what is in the way: everything except a directory that stays one."""
+    """Remove what is in the way: everything except a directory that remains a directory."""
     try:
         found = target.raw.stat(path)
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def _copy(target: Driven, path: bytes, source: Driven) -> None:
     writing.close()
 
 
-def _dress(target: Driven, path: bytes, source: Driven) -> None:
+def _apply_attributes(target: Driven, path: bytes, source: Driven) -> None:
     found = source.raw.stat(path)
     target.raw.chown(path, found.uid, found.gid)
     for name in set(target.raw.listxattr(path)) - set(source.raw.listxattr(path)):

@@ -80,7 +80,7 @@ def _first(overlay: Overlay) -> None:
 
 
 def _second(overlay: Overlay) -> None:
-    # No hard links: what the work directory knows of them holds on this file system only.
+    # No hard links: their index in the work directory is valid on this file system only.
     _append(overlay, b"sparse", b"end\n")
     overlay.names.unlink(overlay.root, b"link")
 

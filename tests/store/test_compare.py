@@ -178,7 +178,7 @@ def test_escaped_attributes_are_users_attributes(place: Path) -> None:
     assert lines(one, Tree((os.fsencode(place / "third"),))) == []
 
 
-# --- what is the same in both
+# --- common layers
 
 
 def test_the_same_layers_are_not_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_the_same_layers_are_not_read(place: Path, monkeypatch: pytest.MonkeyPat
     assert lines(Tree((base,)), Tree((top, base))) == ["C small", "A small/h"]
     assert set(looked) == {b"", b"small"}
     looked.clear()
-    # Nothing is known of the layers below, but what is in the middle is said to hold no redirects.
+    # Nothing is known of the layers below, but the middle one is recorded to hold no redirects.
     middle = layer(place, "middle", {"own": {"deep": {"x": "1"}}})
     other = layer(place, "other", {"else": "2"})
     before, after = Tree((middle, base), frozenset((0,))), Tree((middle, other), frozenset((0,)))

@@ -21,7 +21,7 @@ EXAMPLES = sorted((Path(__file__).parent / "golden").glob("format-*.tar.gz"))
 
 @pytest.fixture(params=EXAMPLES, ids=lambda path: path.name)
 def golden(request: pytest.FixtureRequest, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A store as it was packed, which the environment names, and the mount point `m` beside it."""
+    """A store as it was packed, with OVERLAYFS_STORE set to it, and the mount point `m` beside it."""
     need_root()
     need_program("tar")
     unpack(request.param, place / "store")

@@ -37,7 +37,7 @@ laws = settings(
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],  # a smaller seed is no simpler life
+    phases=[Phase.generate],  # a smaller seed is not a simpler history
     print_blob=True,
 )
 seeds = st.integers(0, 2**32)
@@ -57,17 +57,17 @@ def scratch(place: Path) -> Iterator[Path]:
 
 
 def counted(tree: Dump) -> Dump:
-    """Without link counts: those of lower files count names that are not shown. `links` has the names that are."""
+    """Without link counts: those of lower files include hidden names. `links` has the visible names."""
     return {path: item._replace(nlink=0) for path, item in tree.items()}
 
 
 def solid(tree: Dump) -> Dump:
-    """The same without holes, which are no difference."""
+    """The dump without holes, which do not count as a difference."""
     return {path: item._replace(sparse=False) for path, item in counted(tree).items()}
 
 
 def shown(stack: Stack, lower: list[Path], kind: type[FsDriver | KernelOverlay] = FsDriver) -> Dump:
-    """What layers show, without the upper."""
+    """The dump of the layers, without the upper."""
     view = Stack(stack.base / "view", [{}], None)
     view.lower, view.base = lower, stack.base
     tree = kind(view)
@@ -208,7 +208,7 @@ def stored(store: Store, layers: list[Path], name: str) -> ImageRecord:
 
 
 def carried(tree: Dump) -> Dump:
-    """Without attributes of empty value, which a PAX header cannot carry."""
+    """The dump without attributes of empty value, which a PAX header cannot represent."""
     kept = {path: tuple(each for each in item.xattrs if each[1]) for path, item in tree.items()}
     return {path: item._replace(xattrs=kept[path]) for path, item in tree.items()}
 

@@ -1,4 +1,4 @@
-"""Layers at rest: published atomically, found by the start of their ids, stored once, held while they are used."""
+"""Layers at rest: published atomically, found by prefixes of their ids, stored once, locked while in use."""
 
 import os
 import stat
@@ -63,7 +63,7 @@ def test_leaving_without_publishing_discards(store: LayerStore, place: Path) -> 
     assert there(place) == before
 
 
-def test_an_id_is_found_by_its_start(store: LayerStore) -> None:
+def test_an_id_is_found_by_its_prefix(store: LayerStore) -> None:
     one, two = add_layer(store, {"a": "1"}), add_layer(store, {"a": "2"})
     assert store.layers.find(one.id[:12]).id == one.id
     assert one.record.digest is not None
@@ -138,7 +138,7 @@ def test_hashing_ends_in_a_complete_layer(store: LayerStore, place: Path) -> Non
 
 
 def test_hashing_finds_an_equal_layer(store: LayerStore) -> None:
-    """Images name the layer that was there first; the new one is garbage as soon as it is not in use."""
+    """Images refer to the existing layer; the new one is garbage as soon as it is not in use."""
     first = add_layer(store, {"a": "1"})
     second = add_layer(store, {"a": "1"}, hashed=False)
     image = store.images.put(ImageRecord(name="two", layers=(second.id, first.id), created=now()))
@@ -176,7 +176,7 @@ def test_a_held_layer_stays(store: LayerStore, place: Path) -> None:
             gone.hold()
 
 
-def test_gc_keeps_what_is_being_made(store: LayerStore, place: Path) -> None:
+def test_gc_keeps_what_is_being_created(store: LayerStore, place: Path) -> None:
     with store.layers.stage() as staged, open_store(place) as other:
         fill(staged.tree_path, {"a": "1"})
         assert other.gc(dry_run=True) == other.gc() == []
@@ -236,12 +236,12 @@ def test_opening_does_not_read_ten_thousand_layers(store: LayerStore, place: Pat
     layer = add_layer(store, {"a": "1"})
     store.close()
     room = place / "store" / "layers"
-    room.rename(place / "aside")
+    room.rename(place / "elsewhere")
     room.mkdir()
     with open_store(place) as opened:
         assert list(opened.images()) == []
         room.rmdir()
-        (place / "aside").rename(room)
+        (place / "elsewhere").rename(room)
     with open_store(place) as opened:
         assert opened.layers.find(layer.id).id == layer.id
 

@@ -1,4 +1,4 @@
-"""A commit of a workspace in use: nothing visible changes, and the layer has what was there."""
+"""A commit of a workspace in use: nothing visible changes, and the layer has the content of the upper."""
 
 import errno
 import os
@@ -75,7 +75,7 @@ def layer_file(used: Used, path: str) -> Path:
     return Path(os.fsdecode(used.overlay.config.lower[0])) / path
 
 
-# --- what it makes ---------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def test_stack_image_and_record(site: Site) -> None:
@@ -305,7 +305,7 @@ def test_a_read_only_mode_does_not_stop_a_writer(used: Used) -> None:
 
 
 def test_aliases_in_the_index_only(site: Site) -> None:
-    """One name of a lower file is written, the other one was never looked up: the layer has both."""
+    """One name of a lower file is written, the other was never looked up: the layer has both."""
     with site.used() as used:
         write(used.overlay, b"one", b"TWO")
         used.commit("site:2")
@@ -335,7 +335,7 @@ def test_an_alias_in_a_moved_directory(site: Site) -> None:
         assert image.attributes(at(image, "file")).nlink == 2
 
 
-# --- when it does not go well ------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------
 
 
 def test_a_failed_move_changes_nothing(site: Site) -> None:
@@ -433,7 +433,7 @@ def test_what_was_left_unhashed_is_hashed_once(site: Site) -> None:
     with site.open() as store:
         assert layer in [each.id for each in store.layers.unfinished()]
         tree = store.layers.find(layer).tree_fd()
-        sysio.try_lock(tree)  # as the process does that is at it
+        sysio.try_lock(tree)  # as the hashing process does
         assert hashing.hash_layer(store, store.layers.find(layer)) is None
         os.close(tree)
         hashing.hash_unfinished(store)

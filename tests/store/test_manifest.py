@@ -43,7 +43,7 @@ EVERYTHING: Tree = {
 
 @pytest.fixture
 def opened() -> Iterator[Callable[[Path], int]]:
-    """Opens directories and closes them again."""
+    """Opens directories and closes them at the end."""
     fds: list[int] = []
 
     def open_directory(path: Path) -> int:
@@ -97,7 +97,7 @@ def test_a_hole_is_hashed_as_the_zeros_that_it_reads_as(
 
 @pytest.mark.timeout(60)
 def test_a_hole_is_not_read(place: Path) -> None:
-    """Otherwise a file that takes no space could keep the process that hashes it busy for hours."""
+    """Otherwise hashing a file that takes no space could last for hours."""
     write_file(place / "f", File(pieces=((40 << 30, b"end"),)))
     with open(place / "f", "rb") as stream:
         assert scan.hash_file(stream.fileno())[1] == (40 << 30) + 3
@@ -264,7 +264,9 @@ def test_a_damaged_manifest_has_another_digest(place: Path, opened: Callable[[Pa
     [[b"a"], [b"", b"b", b"a"], [b"", b"a", b"a"], [b"", b"a/b"], [b"", b"."], [b"", b"a", b"a/.."], [b"", b""]],
     ids=str,
 )
-def test_entries_that_no_walk_gives_are_refused(place: Path, opened: Callable[[Path], int], paths: list[bytes]) -> None:
+def test_entries_that_no_walk_yields_are_refused(
+    place: Path, opened: Callable[[Path], int], paths: list[bytes]
+) -> None:
     entries = [Entry(path=path, type=Type.DIR) for path in paths]
     with Manifest.of(entries, opened(place)) as manifest, pytest.raises(DamagedError):
         list(manifest.entries)

@@ -53,7 +53,7 @@ def store(place: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def other(place: Path) -> Iterator[Store]:
-    """Another store, with the same layer and one more file in another one."""
+    """Another store, with the same layer and a second one with one more file."""
     with Store(os.fsencode(place / "other")) as opened:
         put(opened, "site", TREE)
         yield opened
@@ -87,7 +87,7 @@ def each_index(layer: Layer) -> list[Path]:
 
 
 def each(act: Callable[[Path], object], *paths: Path) -> None:
-    """Do the same to several paths."""
+    """Apply a change to several paths."""
     for path in paths:
         act(path)
 
@@ -176,7 +176,7 @@ def test_a_damaged_copy_is_not_used(store: Store, other: Store) -> None:
     assert at(layer, "big").read_bytes() == content
 
 
-def test_a_mounted_layer_is_left_alone(store: Store, other: Store) -> None:
+def test_a_mounted_layer_is_not_changed(store: Store, other: Store) -> None:
     layer = put(store, "site", TREE)
     flip(at(layer, "big"))
     with layer.hold(), pytest.raises(UserError, match="is in use"):

@@ -43,7 +43,7 @@ TOP = (
 
 @pytest.fixture
 def home(place: Path) -> Path:
-    """A directory of the user's with two layer archives."""
+    """A directory owned by the user, with two layer archives."""
     (place / "home").mkdir()
     for name, content in (("base", BASE), ("top", TOP)):
         (place / "home" / f"{name}.tar").write_bytes(content)

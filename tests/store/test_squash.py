@@ -76,7 +76,7 @@ def shows_the_same(place: Path, stack: Stack, count: int) -> None:
     try:
         for kind in (FsDriver, KernelOverlay):
             if kind is KernelOverlay and len(stack.lower) == 1:
-                (place / "empty").mkdir(exist_ok=True)  # the kernel wants two layers where there is no upper
+                (place / "empty").mkdir(exist_ok=True)  # the kernel requires two layers where there is no upper
                 stack.lower = [*stack.lower, place / "empty"]
             shown = kind(stack)
             try:
@@ -108,7 +108,7 @@ def test_what_the_last_two_hide(place: Path) -> None:
     made(place, STACK, 2)
     squashed = place / "squashed"
     whiteouts = {str(p.relative_to(squashed)) for p in squashed.rglob("*") if p.is_char_device()}
-    assert whiteouts == {"gone", "keep", "deep/e/f"}  # not "hidden", which only the squashed layers know
+    assert whiteouts == {"gone", "keep", "deep/e/f"}  # not "hidden", which is only in the squashed layers
     assert os.getxattr(squashed / "replaced", "trusted.overlay.opaque") == b"y"
     assert not (squashed / "two").exists() and not (squashed / "sparse").exists()
     assert (squashed / "moved" / "b" / "c").read_text() == "2"

@@ -2,7 +2,7 @@
 
 Meanwhile a ninth one is killed, again and again.
 
-OVERLAYFS_TEST_SECONDS=60 makes it the long one (`make test-together`).
+OVERLAYFS_TEST_SECONDS=60 makes it a long run (`make test-together`).
 """
 
 import json
@@ -27,7 +27,7 @@ from tests.support.requirements import need_root
 
 SECONDS = float(os.environ.get("OVERLAYFS_TEST_SECONDS", "8"))
 IMAGES = ("site:1", "site:2", "site:3", "other")
-EXPECTED = (  # what may be refused while others take away what one has just seen
+EXPECTED = (  # what may be refused while other processes remove what this one has just seen
     "there is no image",
     "is no workspace, image or layer",
     "is not there any more",
@@ -42,7 +42,7 @@ EXPECTED = (  # what may be refused while others take away what one has just see
 
 
 class Player:
-    """One process, which repeats random operations and records them."""
+    """One process, which repeats random operations and counts them."""
 
     def __init__(self, place: Path, number: int) -> None:
         self.place = place
@@ -88,7 +88,7 @@ class Player:
             self.store.workspaces.remove(name)
 
     def read(self) -> None:
-        """Hold the layers of an image: each of them stays complete meanwhile."""
+        """Lock the layers of an image: each of them stays complete meanwhile."""
         for layer in self.store.stack_of(self.random.choice(IMAGES)):
             with layer.hold():
                 before = sorted(os.listdir(layer.tree_path))
@@ -107,7 +107,7 @@ class Player:
 
 
 class Mounter(Player):
-    """Mounts images by the program, looks, changes, and unmounts."""
+    """Mounts images by the program, reads, writes, and unmounts."""
 
     def play(self, until: float) -> None:
         point = self.place / f"m{self.number}"
@@ -152,7 +152,7 @@ def _start(place: Path, number: int, until: float) -> int:
 
 
 def _kill_others(place: Path, until: float) -> None:
-    """Start one more process after the other, and kill each in the middle of an operation."""
+    """Start one process after the other, and kill each in the middle of an operation."""
     chance = random.Random(8)
     number = 8
     while time.monotonic() < until:

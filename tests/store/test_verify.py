@@ -59,7 +59,7 @@ def test_a_store_as_it_was_made(store: LayerStore) -> None:
 
 
 def _touch(path: Path, change: Callable[[Path], object]) -> None:
-    """Change an object and restore its times and those of its directory, as a failing disk would."""
+    """Change an object without changing its times or those of its directory, as a failing disk would."""
     before = [(each, os.lstat(each)) for each in (path, path.parent)]
     change(path)
     for each, times in before:

@@ -48,7 +48,7 @@ def test_a_new_upper_looks_like_the_top_layer(store: LayerStore) -> None:
     assert os.listxattr(upper) == ["user.kept"]
 
 
-def test_a_claimed_workspace_is_held(store: LayerStore, place: Path) -> None:
+def test_a_claimed_workspace_is_locked(store: LayerStore, place: Path) -> None:
     add_image(store, "site", {"a": "1"})
     add_image(store, "other", {"a": "2"})
     workspace, hold, *_ = store.workspaces.claim("site", "mine")
@@ -116,7 +116,7 @@ def test_a_commit_moves_the_tree_and_rotates_the_upper(store: LayerStore, place:
 
 
 def test_a_workspace_is_not_behind_an_equal_layer(store: LayerStore, place: Path) -> None:
-    """Images name the layer that was there first, the workspace keeps its own: the stacks are equal."""
+    """Images refer to the existing layer, the workspace keeps its own: the stacks are equal."""
     image = add_image(store, "site", {"a": "1"})
     workspace = store.workspaces.create("site", "mine")
     twin = add_layer(store, {"b": "2"})

@@ -1,8 +1,8 @@
 """How many Python functions of the project one request enters, by kind of request.
 
-The requests go through the handlers of the kernel engine as they come from /dev/fuse, over a socket instead: no mount
-is made, no privilege is needed, and nothing is timed. What is counted are the 'call' events of sys.setprofile for code
-of the package, in the loop and in the threads that it uses: a number that is exact and the same on every machine.
+The requests go through the handlers of the kernel engine, over a socket instead of /dev/fuse: no mount is made, no
+privilege is needed, and nothing is timed. The 'call' events of sys.setprofile are counted for code of the package, in
+the loop and in the threads that it uses: a number that is exact and the same on every machine.
 """
 
 import os
@@ -33,7 +33,7 @@ _LARGEST = 1 << 21
 
 
 class _Socket:
-    """Both ends of a connection: the engine has one for /dev/fuse, the test is the kernel at the other."""
+    """Both ends of a connection: the engine uses one as /dev/fuse, the test acts as the kernel on the other."""
 
     def __init__(self) -> None:
         engine, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -91,7 +91,7 @@ class Kernel:
         self.counts: dict[str, dict[str, int]] = {}
 
     def shake_hands(self, nursery: trio.Nursery) -> None:
-        """Have INIT answered."""
+        """Complete the handshake (INIT)."""
         offer = LAYOUTS["init_in"].pack(7, 45, 131072, _OFFERED & 0xFFFF_FFFF, _OFFERED >> 32 & 0xFFFF_FFFF)
         self._put(Op.INIT, 0, offer)
         length = self._engine._receive()
@@ -130,7 +130,7 @@ class Kernel:
         return reply[OUT_HEADER.size :]
 
     async def _reply(self) -> bytes:
-        """Return the answer; what the engine tells the kernel unasked carries no number and is skipped."""
+        """Return the answer; notifications of the engine have no number and are skipped."""
         while True:
             reply = self._socket.kernel.recv(_LARGEST)
             if OUT_HEADER.unpack_from(reply)[2]:
@@ -147,7 +147,7 @@ class Kernel:
 
 
 def _make_layers(place: Path) -> StackConfig:
-    """Two layers whose directory `a/b/merged` is merged, and an upper that has nothing yet."""
+    """Two layers whose directory `a/b/merged` is merged, and an empty upper."""
     for layer in ("top", "base"):
         for directory in ("a/b/merged", "plain"):
             (place / layer / directory).mkdir(parents=True)
@@ -161,7 +161,7 @@ def _make_layers(place: Path) -> StackConfig:
 
 
 async def _requests(kernel: Kernel) -> None:
-    """Every kind of request that is counted; the directories it happens in are known before."""
+    """Every kind of request that is counted; the directories involved are known before."""
     root = 1
     plain = await kernel.lookup(root, b"plain")
     await kernel.lookup(plain, b"base-two")

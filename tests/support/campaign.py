@@ -44,9 +44,9 @@ class Campaign:
         self._write(kind="caught", what=mutant, points=points, violations=len(violations), seed=None)
         assert violations, f"{self.number} did not notice the mutant {mutant} at {points} points"
 
-    def peer(self, who: str, what: str, points: int, violations: int) -> None:
+    def peer(self, program: str, what: str, points: int, violations: int) -> None:
         """Record the result of the same load on another program's file system; never fails."""
-        self._write(kind="peer", who=who, what=what, points=points, violations=violations, seed=None)
+        self._write(kind="peer", who=program, what=what, points=points, violations=violations, seed=None)
 
     def _write(self, **fact: object) -> None:
         if self.records is None:

@@ -4,7 +4,7 @@ A FUSE file system of one file, `disk`, which shows IMAGE and belongs under a lo
 and flushes of the kernel are appended to LOG (tests/support/writelog.py) in the order in which they become part of the
 image, so that the state after a power cut at any moment can be rebuilt. The file CONTROL sets the behaviour from the
 next request on: empty (normal), `error` (writes and flushes fail), `drop` (writes succeed and are lost), `slow SECONDS`
-(flushes take that long), `stuck` (writes and flushes block until the file has another word).
+(flushes take that long), `stuck` (writes and flushes block until the file has other content).
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Layers that exist only as values, below the real lookup; and in the words of overlayfs.rst what they show."""
+"""Layers that exist only as values, below the real lookup; and what they show according to overlayfs.rst."""
 
 import os
 import stat
@@ -47,7 +47,7 @@ class Shown(NamedTuple):
 
 
 def expected(stack: Stack, name: bytes) -> Shown:
-    """Follow the documentation from layer to layer, with nothing of the program."""
+    """Follow the documentation from layer to layer, without any code of the program."""
     parts: list[tuple[int, bytes]] = []
     is_file = False
     for position, layer in enumerate(stack):
@@ -107,13 +107,13 @@ class FakeLayer:
         return self._stat(name) if self._objects.get(name, ABSENT) == Object(Kind.FILE) else None
 
     def names(self, path: bytes) -> dict[bytes, Kind]:
-        # As the real one, it does not tell a directory with an opaque mark from another one.
+        # Like the real one, it does not distinguish directories with an opaque mark.
         kinds = {name: found.kind for name, found in self._objects.items() if found.kind is not Kind.ABSENT}
         return {name: Kind.DIR if kind is Kind.OPAQUE else kind for name, kind in kinds.items()}
 
 
 def shown(stack: Stack, name: bytes, has_upper: bool, listed: bool) -> Shown:
-    """Ask the real lookup; `listed`: the names of the directory are known before."""
+    """Use the real lookup; `listed`: the names of the directory are known before."""
     layers = [FakeLayer(index, objects, 0 if listed else HUGE) for index, objects in enumerate(stack)]
     upper = layers[0] if has_upper else None
     config = StackConfig(lower=(b"/",))

@@ -1,6 +1,6 @@
 """A fork server: runs functions in processes of their own and measures their memory and processor time.
 
-A process starts with the memory of the one that it was forked from, and that of pytest is large. So each function runs
+A process starts with the memory of the one it was forked from, and pytest uses much memory. So each function runs
 in a child of a small server that has loaded only the program. Functions and arguments must be picklable. A daemon that
 a function starts becomes a child of the tests (`processes.adopt`).
 """

@@ -48,7 +48,7 @@ def _configured(backing: int, shown: str, flags: int) -> tuple[str, int]:
             fcntl.ioctl(device, _CONFIGURE, config)
         except OSError as error:
             os.close(device)
-            if error.errno != errno.EBUSY:  # another process was quicker
+            if error.errno != errno.EBUSY:  # another process was faster
                 raise
         else:
             return path, device

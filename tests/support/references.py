@@ -1,4 +1,4 @@
-"""Finds references in comments, docstrings and pages, and says which of them lead nowhere.
+"""Finds references in comments, docstrings and pages, and reports those that do not resolve.
 
 A reference is a page (`docs/engine.md`, or `docs/engine.md, "The loop"`), a decision, another file of the repository, a
 dotted name of a module or an attribute, a target of the Makefile, a campaign of docs/reliability.md, a Markdown link.
@@ -59,7 +59,7 @@ class Passage(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A reference that leads nowhere, or that has a form in which none can."""
+    """A reference that does not resolve, or has a form that is not allowed."""
 
     path: str
     line: int
@@ -125,7 +125,7 @@ def of_script(name: str, text: str) -> Iterator[Passage]:
 
 
 def faults(passage: Passage, root: Path = ROOT) -> Iterator[Fault]:
-    """Yield what leads nowhere in one passage."""
+    """Yield the references of one passage that do not resolve."""
     checks = [_old_forms, _pages, _files, _dotted_names, _targets, _campaigns]
     text = passage.text
     if passage.is_page:
@@ -200,7 +200,7 @@ def _links(passage: Passage, root: Path) -> Iterator[Fault]:
             yield Fault(passage.path, 1 + text.count("\n", 0, match.start()), match[1])
 
 
-# --- what there is ------------------------------------------------------------------------------------------
+# --- targets -----------------------------------------------------------------------------------------
 
 
 @cache

@@ -29,7 +29,7 @@ def start_orphan() -> set[int]:
     return processes.children() - before
 
 
-def test_mounts_of_others_do_not_count(place: Path) -> None:
+def test_other_mounts_do_not_count(place: Path) -> None:
     need_root()
     inner = place / "inner"
     inner.mkdir()

@@ -93,7 +93,7 @@ class Tracer:
 
     @property
     def where(self) -> str:
-        """What was aimed at, for a message."""
+        """A description of the aim, for a message."""
         calls = self.calls
         name = calls[self._aim.at - 1] if self._aim.at <= len(calls) else "no call"
         return f"{name}, call {self._aim.at}"
@@ -111,7 +111,7 @@ class Tracer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.kill(self._child, signal.SIGKILL)  # the kernel lets go of all that it traced
+        os.kill(self._child, signal.SIGKILL)  # the kernel detaches everything that it traced
         os.waitpid(self._child, 0)
 
 
@@ -132,7 +132,7 @@ def _request(request: int, tid: int, address: int = 0, data: int = 0) -> int:
 
 
 def _trace(traced: "_Traced", ready: int) -> None:
-    """Live as the tracer until killed, or until nothing is left to trace."""
+    """Run the tracer until killed, or until nothing is left to trace."""
     try:
         traced.seize()
         os.write(ready, b"1")

@@ -43,7 +43,7 @@ def run_as(user: User, act: Callable[[], T]) -> T:
 
 
 def become(user: User) -> None:
-    """Take on the ids of a user, for good."""
+    """Take the ids of a user permanently."""
     os.setgroups(list(user.groups))
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)

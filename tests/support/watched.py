@@ -1,4 +1,4 @@
-"""File systems on a disk that remembers what was written, and can be made to fail (tests/support/diskserver.py)."""
+"""File systems on a disk that records writes, and can be made to fail (tests/support/diskserver.py)."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Requests that no kernel sends, given to the kernel engine: random ones, truncated ones, wrong numbers everywhere.
+"""Requests that no kernel sends, passed to the kernel engine: random, truncated, with wrong numbers everywhere.
 
 Each must be answered once, or not at all where the protocol says so, and no handler may end with a defect (EIO).
 Run `python -m tests.unit.fuse_fuzz DIRECTORY COUNT [SEED]` for a longer campaign.
@@ -39,7 +39,7 @@ _BODIES: dict[Op, tuple[str | None, int]] = {
     Op.LSEEK: ("lseek_in", 0), Op.COPY_FILE_RANGE: ("copy_file_range_in", 0), Op.TMPFILE: ("create_in", 1),
     Op.COPY_FILE_RANGE_64: ("copy_file_range_in", 0), Op.STATX: ("statx_in", 0), Op.IOCTL: ("ioctl_in", 1),
 }  # fmt: skip
-# Requests that give ids back are rare: they would soon leave none to ask about
+# Requests that forget ids are rare: otherwise none would be left for other requests
 _OFTEN = [op for op in _BODIES for _ in range(1 if op in (Op.FORGET, Op.BATCH_FORGET, Op.RELEASE) else 5)]
 _NAMES = [b"a", b"b", b"d", b"f", b"new", b".", b"..", b"", b".wh.f", b"x" * 255, b"y" * 256, b"\xff", b"a/b",
           b"user.k", b"trusted.overlay.opaque", b"system.posix_acl_access", b"security.capability"]  # fmt: skip
@@ -105,7 +105,7 @@ class Campaign(logging.Handler):
         self.wrong.append(f"{self._what}: {record.exc_info[1]!r}" if record.exc_info else f"{self._what}: {record.msg}")
 
     async def run(self, count: int) -> None:
-        """Send so many requests; each is answered before the next one."""
+        """Send `count` requests; each is answered before the next one is sent."""
         logger = logging.getLogger("overlayfs")
         logger.addHandler(self)
         propagates, logger.propagate = logger.propagate, False
@@ -209,7 +209,7 @@ class Campaign(logging.Handler):
 
 
 def campaign(place: Path, count: int, seed: int, io: Io = Io.PASSTHROUGH, timeout: float | None = None) -> Campaign:
-    """Run one over a small stack in `place`, which takes little (a tmpfs), and return what it found."""
+    """Run a campaign over a small stack in `place`, a small file system, and return what it found."""
     for name in ("low", "u", "w"):
         (place / name).mkdir()
     (place / "low" / "d").mkdir()

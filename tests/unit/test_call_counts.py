@@ -1,4 +1,4 @@
-"""The way of a request: how many functions of the package each kind enters. The counts are exact: detours show."""
+"""The path of a request: how many functions of the package each kind enters. The counts are exact, so detours show."""
 
 import tempfile
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.call_counts import count_calls
 
-pytestmark = pytest.mark.root  # without trusted.* attributes some ways are others
+pytestmark = pytest.mark.root  # without trusted.* attributes some paths differ
 
 BOUNDS = {
     "LOOKUP of a file of a layer": 30,
@@ -25,8 +25,8 @@ BOUNDS = {
 }
 
 
-def test_no_request_takes_a_longer_way() -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:  # what other file systems cannot do makes other ways
+def test_no_request_takes_a_longer_path() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:  # file systems that lack a feature take other paths
         found = {request: sum(functions.values()) for request, functions in count_calls(Path(place)).items()}
     assert found.keys() == BOUNDS.keys()
     assert not {request: count for request, count in found.items() if count >= BOUNDS[request]}

@@ -1,4 +1,4 @@
-"""The kernel's overlayfs as a witness: it writes the marks that we decode and follows those that we encode."""
+"""The kernel's overlayfs as reference: it writes the marks that we decode and follows those that we encode."""
 
 import errno
 import os
@@ -228,7 +228,7 @@ def test_the_kernel_takes_data_from_below_our_metacopy(base: Path, place: Path) 
 
 @pytest.mark.parametrize("value", [b"\0", b"\0\4\0", b"\1\5\0\1d", b"\0\6\0\1d"])
 def test_the_kernel_refuses_the_metacopies_that_we_refuse(base: Path, place: Path, value: bytes) -> None:
-    """It looks beyond the size only for files with a digest, where it is to verify them."""
+    """It checks more than the size only for files with a digest that it must verify."""
     (base / "upper" / "data").touch()
     _set(base / "upper" / "data", xattrs.METACOPY, value)
     with pytest.raises(OSError) as ours:

@@ -17,7 +17,7 @@ from tests.unit.samples import attempt, attribute_names, component, overrides
 
 
 @given(attribute_names)
-def test_a_users_attribute_comes_back_under_its_own_name(name: bytes) -> None:
+def test_a_users_attribute_is_read_back_under_its_own_name(name: bytes) -> None:
     stored = attempt(xattrs.stored_name, name)
     if isinstance(stored, int):
         assert stored in (errno.EPERM, errno.EOPNOTSUPP)
@@ -197,7 +197,7 @@ origins = st.builds(
 
 
 @given(origins)
-def test_an_origin_comes_back(value: origin.Origin) -> None:
+def test_an_origin_survives_a_round_trip(value: origin.Origin) -> None:
     assert origin.decode(origin.encode(value)) == value
     assert origin.decode(bytes.fromhex(origin.index_name(value).decode())) == value
 
@@ -246,7 +246,7 @@ def test_a_fuse_handle_is_not_taken_for_one_of_xfs() -> None:
 
 
 @given(st.sampled_from(["U", "L"]), st.integers(-(2**31), 2**31))
-def test_link_counts_come_back(base: Literal["U", "L"], delta: int) -> None:
+def test_link_counts_survive_a_round_trip(base: Literal["U", "L"], delta: int) -> None:
     assert nlink.decode(nlink.encode(base, delta)) == (base, delta)
 
 
@@ -261,7 +261,7 @@ def test_link_counts() -> None:
 
 
 @given(overrides)
-def test_an_override_comes_back(value: override.Override) -> None:
+def test_an_override_survives_a_round_trip(value: override.Override) -> None:
     assert override.parse(override.encode(value)) == value
 
 
@@ -301,7 +301,7 @@ def test_an_override_is_read_or_refused(value: bytes) -> None:
 
 
 @given(component)
-def test_covered_names_come_back(name: bytes) -> None:
+def test_covered_names_survive_a_round_trip(name: bytes) -> None:
     if len(name) + 25 > 255:
         with pytest.raises(OSError):
             override.covered_name(name)

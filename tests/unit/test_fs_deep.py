@@ -1,4 +1,4 @@
-"""Trees that are deeper than the interpreter's stack, whose paths no system call takes."""
+"""Trees that are deeper than the interpreter's stack, with paths too long for any system call."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def overlay(tmp_path: Path) -> Iterator[Overlay]:
     opened = Overlay(StackConfig((os.fsencode(lower),), os.fsencode(upper), os.fsencode(work)))
     yield opened
     opened.close()
-    subprocess.run(["rm", "-rf", lower, upper], check=True)  # pytest's own way is a recursion
+    subprocess.run(["rm", "-rf", lower, upper], check=True)  # pytest's own removal is recursive
 
 
 def bottom(overlay: Overlay) -> Node:
@@ -40,7 +40,7 @@ def bottom(overlay: Overlay) -> Node:
 
 
 def test_the_file_at_the_bottom_is_changed_and_made_durable(overlay: Overlay) -> None:
-    """First its mode, in a copy without data, then its data."""
+    """First the mode, by a copy without data, then the data."""
     file = bottom(overlay)
     overlay.set_attributes(file, Changes(mode=0o600))
     fh = overlay.files.open(file, os.O_RDWR)

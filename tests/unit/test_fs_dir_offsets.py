@@ -1,4 +1,4 @@
-"""Positions in a listing stay true while names come and go: nobody who reads on misses a name or sees one twice."""
+"""Positions in a listing stay valid while names come and go: a reader misses no name and sees none twice."""
 
 import stat
 from typing import Any
@@ -20,7 +20,7 @@ class FakeLookup(Lookup):
     """A directory that the test changes."""
 
     def __init__(self, names: list[bytes]) -> None:
-        self.names = dict.fromkeys(names)  # and nothing else that a lookup has
+        self.names = dict.fromkeys(names)  # no other attribute of a lookup is set
 
     def listing(self, node: Dir) -> list[bytes]:
         return list(self.names)
@@ -35,7 +35,7 @@ def directory(number: int = 1) -> Dir:
 
 
 def made(*names: bytes) -> tuple[FakeLookup, DirOffsets]:
-    """Cursors over a directory with these names."""
+    """A directory with these names, and its offsets."""
     lookup = FakeLookup(list(names))
     return lookup, DirOffsets(lookup)
 
@@ -45,7 +45,7 @@ def read_all(found: DirOffsets, node: Dir, position: int = 0) -> list[bytes]:
     return [child.name for child in found.read(node, position)]
 
 
-def test_positions_begin_at_zero_and_go_on_behind_each_name() -> None:
+def test_positions_begin_at_zero_and_continue_behind_each_name() -> None:
     _, found = made(b"1", b"2", b"3")
     node = directory()
     first, second, third = found.read(node, 0)
@@ -54,8 +54,8 @@ def test_positions_begin_at_zero_and_go_on_behind_each_name() -> None:
     assert read_all(found, node, third[2]) == []
 
 
-def test_who_reads_while_names_vanish_misses_nothing() -> None:
-    """As rm -r does: it reads some names, removes them, and reads on."""
+def test_a_reader_misses_nothing_while_names_vanish() -> None:
+    """As rm -r does: read some names, remove them, continue."""
     lookup, found = made(*NAMES)
     node = directory()
     seen, position = [], 0
@@ -70,7 +70,7 @@ def test_who_reads_while_names_vanish_misses_nothing() -> None:
     assert seen == NAMES and not lookup.names
 
 
-def test_a_name_that_comes_back_stands_at_the_end() -> None:
+def test_a_name_that_comes_back_is_last() -> None:
     lookup, found = made(b"1", b"2")
     node = directory()
     behind_first = next(iter(found.read(node, 0)))[2]
@@ -81,7 +81,7 @@ def test_a_name_that_comes_back_stands_at_the_end() -> None:
     assert read_all(found, node, behind_first) == [b"2", b"1"]
 
 
-def test_a_listing_of_gaps_is_begun_anew_and_old_positions_see_all_of_it() -> None:
+def test_a_listing_of_gaps_is_restarted_and_old_positions_see_all_of_it() -> None:
     lookup, found = made()
     node = directory()
     lookup.names = {b"%d" % number: None for number in range(dir_offsets._GAPS + 2)}
@@ -95,7 +95,7 @@ def test_a_listing_of_gaps_is_begun_anew_and_old_positions_see_all_of_it() -> No
     assert read_all(found, node, only[2]) == []
 
 
-def test_who_reads_on_in_a_listing_that_was_let_go_sees_all_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_of_a_dropped_listing_sees_all_remaining_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dir_offsets, "_KEPT_NAMES", len(NAMES))
     lookup, found = made(*NAMES)
     node = directory()
@@ -110,7 +110,7 @@ def test_who_reads_on_in_a_listing_that_was_let_go_sees_all_that_is_left(monkeyp
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60))
 def test_memory_is_bounded(order: list[int]) -> None:
-    """The least recently read listings are let go; the one that is read never is."""
+    """The least recently read listings are dropped, never the one being read."""
     _, found = made(*NAMES)
     limit, dir_offsets._KEPT_NAMES = dir_offsets._KEPT_NAMES, 3 * len(NAMES)
     try:
@@ -125,7 +125,7 @@ def test_memory_is_bounded(order: list[int]) -> None:
 class Machine(RuleBasedStateMachine):
     """Two readers at their own pace, while names come and go.
 
-    What was there from a reader's start to its end is seen once; nothing is seen twice unless it was away meanwhile.
+    A name that exists from a reader's start to its end is seen once; none is seen twice unless it was absent meanwhile.
     """
 
     @initialize(names=st.sets(st.sampled_from(NAMES)))

@@ -1,4 +1,4 @@
-"""The table of nodes: who goes, in which order, and who must stay."""
+"""The table of nodes: which ones are dropped, in which order, and which ones must stay."""
 
 import stat
 
@@ -6,28 +6,28 @@ from overlayfs.fs.nodes import ROOT_NUMBER, Dir, File, NodeTable
 
 
 def directory(table: NodeTable, number: int, parent: Dir, name: bytes) -> Dir:
-    """A directory that nobody counts on."""
+    """A directory without references."""
     made = Dir(number, parent, name, False, (), False)
     table.add(made, parent, name, False)
     return made
 
 
 def file(table: NodeTable, number: int, parent: Dir) -> File:
-    """A file that nobody counts on."""
+    """A file without references."""
     made = File(number, stat.S_IFREG, False, None)
     table.add(made, parent, b"file", False)
     return made
 
 
 def root(table: NodeTable) -> Dir:
-    """The root, which never rests."""
+    """The root, which is never unreferenced."""
     made = Dir(ROOT_NUMBER, None, b"", True, (), False)
     table.add_root(made)
     return made
 
 
 def test_files_that_leave_empty_directories_behind() -> None:
-    """Each that goes lets its directory rest, which may let another one go: however many, one after the other."""
+    """Dropping a node may leave its directory unreferenced, which is dropped in turn: any number, one by one."""
     table = NodeTable(ino32=False)
     top = root(table)
     files = []
@@ -39,7 +39,7 @@ def test_files_that_leave_empty_directories_behind() -> None:
     assert len(table) < 5_000
 
 
-def test_nobody_goes_while_somebody_may_be_at_work() -> None:
+def test_no_node_is_dropped_while_a_request_may_use_it() -> None:
     table = NodeTable(ino32=False)
     top = root(table)
     table.keep(True)

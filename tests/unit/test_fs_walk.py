@@ -1,4 +1,4 @@
-"""The real walk through layers against the documentation, on layers that are values; and that mutants of it fail."""
+"""The real walk through layers against the documentation, on layers that are values; mutants of it fail."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -31,7 +31,7 @@ def test_the_walk_finds_what_the_documentation_says(stack: Stack) -> None:
         assert shown(stack, b"n", *way) == expected(stack, b"n"), way
 
 
-def test_the_walk_is_the_rule_on_every_small_stack() -> None:
+def test_the_walk_follows_the_rule_on_every_small_stack() -> None:
     for depth in (2, 3, 4):
         for objects in product(PLAIN, repeat=depth):
             stack = [{b"n": each} for each in objects]
@@ -94,5 +94,5 @@ def test_mutants_of_the_walk_are_noticed(name: str) -> None:
         assert not all(map(_agree, sample)), name
 
 
-def test_what_is_absent_everywhere_is_not_there() -> None:
+def test_what_is_absent_everywhere_is_not_found() -> None:
     assert not shown([{b"n": ABSENT}] * 4, b"n", True, True).parts

@@ -1,4 +1,4 @@
-"""How long the loop looks for the next request, with a clock of the test's own."""
+"""How long the loop polls for the next request, with a clock controlled by the test."""
 
 import os
 import time
@@ -16,7 +16,7 @@ BUSY, IDLE = LONGEST / 2, LONGEST * 50
 
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A machine with that many processors and no other work; 2 until it says otherwise."""
+    """A machine with that many processors and no other work; 2 by default."""
 
     def have(count: int) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)))

@@ -1,4 +1,4 @@
-"""A CREATE of a name that exists by now: the file is copied up in a thread, and a second one waits for that."""
+"""A CREATE of a name that exists by now: the file is copied up in a thread, and a second CREATE waits for that."""
 
 import os
 import threading
@@ -31,7 +31,7 @@ def _overlay(place: Path) -> Overlay:
 
 
 async def _create_twice(engine: Engine) -> list[str]:
-    """Two requests at once, as of two clients that have both been told that there is no such name."""
+    """Two requests at once, as sent for two clients whose look-ups both returned ENOENT."""
     handlers = Handlers(engine, MountSettings())
     caller: Any = SimpleNamespace(uid=0, gid=0, umask=0, pid=os.getpid())
     build, threads = staging.build, []

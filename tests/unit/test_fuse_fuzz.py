@@ -43,7 +43,7 @@ def test_requests_before_the_handshake_are_refused(place: Path) -> None:
     engine.put(Op.LOOKUP, 5, 1, b"name\0")
     (refusal,) = engine.replies
     assert OUT_HEADER.unpack(refusal) == (OUT_HEADER.size, -5, 5)
-    engine.put(Op.INIT, 7, 0, LAYOUTS["init_in"].pack(8, 0, 0, 0, 0))  # it sends INIT again with ours
+    engine.put(Op.INIT, 7, 0, LAYOUTS["init_in"].pack(8, 0, 0, 0, 0))  # it sends INIT again with our version
     engine.put(Op.INIT, 9, 0, LAYOUTS["init_in"].pack(7, 45, 0, OFFERED & 0xFFFF_FFFF, 0)[:16])  # before Linux 5.17
     later = [LAYOUTS["init_out"].decode(reply[OUT_HEADER.size :]) for reply in engine.replies[1:]]
     assert [(each["major"], each["minor"], each["flags2"]) for each in later] == [(7, 0, 0), (7, 45, 0)]

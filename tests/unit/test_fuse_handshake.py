@@ -1,4 +1,4 @@
-"""The handshake: what is asked for of what a kernel offers."""
+"""The handshake: which of the offered features are requested."""
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ def offer(flags: int = EVERYTHING, minor: int = 45, major: int = 7, max_readahea
 
 
 @given(st.integers(0, 2**64 - 1), wishes, st.integers(31, 60))
-def test_only_offered_features_are_asked_for(flags: int, wanted: Wishes, minor: int) -> None:
+def test_only_offered_features_are_requested(flags: int, wanted: Wishes, minor: int) -> None:
     found = agree(offer(flags, minor), wanted)
     reply = LAYOUTS["init_out"].decode(found.reply)
     asked = reply["flags"] | reply["flags2"] << 32

@@ -16,7 +16,7 @@ from tests.unit.fuse_fuzz import OFFERED, Recorder
 
 pytestmark = pytest.mark.root
 
-CONTENT = b"content" * 1_000_000  # enough for a copy to be left to a thread
+CONTENT = b"content" * 1_000_000  # large enough for a copy in a thread
 
 
 @pytest.fixture

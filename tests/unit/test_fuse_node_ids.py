@@ -62,7 +62,7 @@ def test_the_new_id_stays_while_the_old_one_is_known() -> None:
 
 
 def test_a_new_id_that_was_never_looked_up_is_discarded_with_its_node() -> None:
-    """Else the next node with the same number would be taken for this one."""
+    """Otherwise the next node with the same number would be taken for this one."""
     nodes, (node,) = table(7)
     found = NodeIds(nodes)
     found.remember(node)
@@ -105,7 +105,7 @@ class Machine(RuleBasedStateMachine):
             assert number < 100 or not gone
         else:
             del self.held[number]
-            assert gone or number < 100  # a node's own number lives on while a further one is held
+            assert gone or number < 100  # a node's own number stays valid while a further one is known
 
     @rule(which=st.integers(0, 2))
     def renew(self, which: int) -> None:

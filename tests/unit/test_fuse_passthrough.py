@@ -24,7 +24,7 @@ class FakeKernel:
         self.next = 1
         self.stored: list[tuple[int, bytes]] = []
 
-    # Backings
+    # BackingFiles
 
     def open(self, fd: int) -> int:
         if self.problem:
@@ -63,7 +63,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], int]:
 
 
 def target(nodeid: int = 5, upper: bool = True, writes: bool = True, size: int = 0, mode: int = 0o644) -> Target:
-    """What is opened, without a file behind it."""
+    """The target of an open, without a file."""
     return Target(nodeid, -1, upper, writes, size, stat.S_IFREG | mode)
 
 
@@ -112,12 +112,12 @@ def test_a_writer_never_gets_the_file_of_a_layer() -> None:
 
 @pytest.mark.parametrize("mode", [0o4755, 0o2755, 0o6777])
 def test_set_id_files_are_cached(mode: int) -> None:
-    """In passthrough any write would clear the bits, even one by root, who keeps them on a local file system."""
+    """In passthrough any write would clear the bits, even one by root, which keeps them on a local file system."""
     assert open_files(FakeKernel()).open(target(mode=mode))[1] == 0
 
 
 @pytest.mark.parametrize("problem", [errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP])
-def test_a_kernel_that_refuses_a_backing_file_is_not_asked_again(problem: int) -> None:
+def test_a_refused_backing_file_is_not_tried_again(problem: int) -> None:
     kernel = FakeKernel(problem)
     opened = open_files(kernel)
     assert opened.open(target())[1] == 0
@@ -230,7 +230,7 @@ class Machine(RuleBasedStateMachine):
             del self.modes[number]
 
     @invariant()
-    def one_way_and_one_backing_each(self) -> None:
+    def one_mode_and_one_backing_file_each(self) -> None:
         for opens in getattr(self, "modes", {}).values():
             assert len({through for through, _, _ in opens}) == 1, "a cached and a passthrough open side by side"
             assert len({backing for _, backing, _ in opens}) == 1, "two backing files of one inode"

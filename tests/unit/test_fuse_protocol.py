@@ -22,7 +22,7 @@ from overlayfs.fuse.kernel.protocol import (
 )
 from overlayfs.fuse.kernel.request import Request
 
-# sizeof() of the structures in linux/fuse.h on a 64-bit machine; what is made of several of them is their sum.
+# sizeof() of the structures in linux/fuse.h on a 64-bit machine; a structure composed of several of them has their sum.
 SIZES = {
     "in_header": 40, "out_header": 16, "attr": 88, "entry_out": 128, "attr_out": 104, "open_out": 16,
     "create_out": 128 + 16, "init_out": 64, "forget_in": 8, "batch_forget_in": 8, "forget_one": 16, "getattr_in": 16,

@@ -39,7 +39,7 @@ class Requests:
         self.read.set()
 
     def end(self) -> None:
-        """It has stopped."""
+        """The standby thread has stopped."""
         self.began.clear()
         self.ended.set()
 
@@ -49,7 +49,7 @@ class Requests:
         self._send = -1
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """Close the descriptors."""
         os.close(self.source)
         if self._send >= 0:
             self.hang_up()
@@ -57,7 +57,7 @@ class Requests:
 
 @pytest.fixture
 def requests() -> Iterator[Requests]:
-    """No requests yet."""
+    """A pipe without requests."""
     made = Requests()
     yield made
     made.close()

@@ -173,7 +173,7 @@ def test_the_directory_cli_is_not_imported() -> None:
 
 
 def test_modules_are_neither_tiny_nor_huge() -> None:
-    """A newcomer opens few files, and none without an end. A package without code has only a docstring."""
+    """Few files to open, none of them endless. A package without code has only a docstring."""
     sizes = {
         str(path.relative_to(ROOT)): len(path.read_text().splitlines())
         for path in (*SOURCES, *(ROOT / "cli").rglob("*.py"))

@@ -1,6 +1,6 @@
 """What is mounted: reading /proc/self/mountinfo, and finding the daemon behind a mount.
 
-A daemon is found by its device, which the kernel gives to the next mount while the last daemon is still ending.
+A daemon is found by its device, which the kernel may reuse for the next mount while the last daemon is still ending.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Where a mount point may be."""
+"""Where a mount point may be located."""
 
 import os
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_a_missing_layer_is_reported_later(tmp_path: Path) -> None:
 
 
 def test_inside_a_layer_that_shows_mounts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the privilege for private copies: the daemon would meet its own mount."""
+    """Without the privilege for private clones: the daemon would see its own mount."""
     stack = _stack(tmp_path)
     monkeypatch.setattr(sysio, "clone_mount", lambda fd: None)
     with pytest.raises(MountError, match="is inside"):

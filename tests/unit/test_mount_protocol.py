@@ -44,7 +44,7 @@ def test_a_record_survives() -> None:
     assert protocol.decode_reply(protocol.encode_result(record), Record) == record
 
 
-def test_a_newer_daemon_may_say_more() -> None:
+def test_a_newer_daemon_may_send_more_fields() -> None:
     line = b'{"result": {"engine": "kernel", "uptime": 1.5, "requests": {"READ": 2}, "new": 7}, "new": 7}\n'
     stats = protocol.decode_reply(line, protocol.StatsReply)
     assert (stats.engine, stats.uptime, stats.requests) == ("kernel", 1.5, {"READ": 2})

@@ -1,4 +1,4 @@
-"""Every reference in comments, docstrings and pages leads somewhere; the check itself notices one that does not."""
+"""Every reference in comments, docstrings and pages resolves; the check itself finds one that does not."""
 
 import re
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_a_planted_fault_is_found(planted: str, form: str) -> None:
         "https://example.org/docs/nothing.md",
     ],
 )
-def test_what_is_there_is_no_fault(good: str) -> None:
+def test_a_reference_that_resolves_is_no_fault(good: str) -> None:
     assert [*references.faults(Passage("overlayfs/planted.py", 1, f"As in {good}, and more."))] == []
 
 

@@ -198,7 +198,7 @@ def test_list_dir_of_many_strange_names(place: Path, here: int) -> None:
     assert sysio.list_dir(here) == sysio.list_dir(here)
 
 
-def test_list_dir_of_what_is_none(place: Path, here: int) -> None:
+def test_list_dir_of_a_file(place: Path, here: int) -> None:
     with _Open(sysio.open_child(here, _write(place, "file"), PATH)) as fd:
         assert attempt(sysio.list_dir, fd) == errno.ENOTDIR
 
@@ -838,7 +838,7 @@ def test_an_interrupted_read_is_repeated(place: Path, here: int, call: str, monk
 
 
 @pytest.mark.parametrize("code", [errno.EINTR, errno.EIO, errno.EDQUOT])
-def test_what_a_close_reports_is_for_those_who_flush(place: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_close_is_raised_only_by_a_flush(place: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fd = os.open(place / _write(place, "file").decode(), os.O_WRONLY)
     close, closed = os.close, []
 

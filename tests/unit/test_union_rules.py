@@ -93,7 +93,7 @@ def test_five_hundred_layers() -> None:
 
 
 def _fold_law(stack: list[dict[bytes, Kind]]) -> None:
-    """Folding one listing in tells of the same names in the same order, and what `merge` says is where it begins."""
+    """Folding in one listing yields the names of `merge` in the same order, and its positions first."""
     whole = merge(stack)
     folded = fold(stack[0], merge(stack[1:]))
     assert list(folded) == list(whole)

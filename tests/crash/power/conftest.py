@@ -1,4 +1,4 @@
-"""Places for disks: in memory, so that thousands of them can be written and thrown away."""
+"""Directories for disks: in memory, so that thousands of disks can be written and discarded."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ from tests.support.disks import disk
 
 
 class Memory:
-    """Makes empty places in memory, one at a time: the one before is gone."""
+    """Makes empty directories in memory, one at a time: the one before is removed."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
@@ -24,13 +24,13 @@ class Memory:
         return self._used.enter_context(disk("tmpfs", self._place / f"memory{self._count}"))
 
     def close(self) -> None:
-        """Let the last place go."""
+        """Remove the last directory."""
         self._used.close()
 
 
 @pytest.fixture
 def memory(place: Path) -> Iterator[Memory]:
-    """A maker of places in memory."""
+    """Factory of directories in memory."""
     made = Memory(place)
     yield made
     made.close()

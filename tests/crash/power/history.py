@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from tests.crash.power.steps import Held, Step, let_go, perform
+from tests.crash.power.steps import Held, Step, close_all, perform
 
 MARK = "user.mark"
 
@@ -101,13 +101,13 @@ class Reference:
 
     def close(self) -> None:
         """Close what the steps have kept open."""
-        let_go(self._open)
+        close_all(self._open)
 
 
 class Promises:
-    """From which snapshot on the state of something counts: what was before cannot come back.
+    """From which snapshot on the state of something counts: earlier states must not come back.
 
-    names: by directory and name; data, meta: by object; lives: by object, that it has a name at all.
+    names: by directory and name; data, meta: by object; lives: by object, its existence under any name.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class Promises:
         self.lives: dict[int, int] = {}
 
     def keep(self, reference: Reference, done: int) -> None:
-        """Take in what the first `done` steps have made durable, at first all that the load began with."""
+        """Record what the first `done` steps have made durable, at first everything that the load began with."""
         self._everything(reference, 0)
         for number, step in enumerate(reference.steps[:done], 1):
             if step.verb == "sync":

@@ -1,7 +1,7 @@
 """Whether a tree found after a power cut keeps the contract: C2 of docs/reliability.md.
 
 What was made durable is there; the rest is old or new, each file for itself, and never a content that neither had; no
-object that had a name all the time has lost it, and none has one too many.
+object that had a name throughout has lost it, and none has one too many.
 """
 
 import os
@@ -18,7 +18,7 @@ BLOCK = 4096
 
 
 def look(config: StackConfig, directory: bytes) -> View:
-    """Mount a stack in this process, look at one of its directories, and see that it can be changed."""
+    """Mount a stack in this process, look at one of its directories, and check that it can be changed."""
     overlay = Overlay(config)
     try:
         top = overlay.resolve(directory)
@@ -121,7 +121,7 @@ class Judge:
         return states or [tree.things[number] for tree in self._trees(0) if number in tree.things]
 
     def _counts(self) -> Iterator[str]:
-        """What had a name all the time still has one, and nothing has more than it ever had."""
+        """An object that had a name throughout still has one, and none has more names than it ever had."""
         names = [tree.names() for tree in self._trees(0)]
         for number in {number for tree in names for number in tree}:
             since = self._promises.lives.get(number)

@@ -1,4 +1,4 @@
-"""A commit of a mounted image while a program writes, and what a power cut at any moment may leave of both."""
+"""A commit of a mounted image while a program writes, with a power cut at any moment."""
 
 import os
 import threading
@@ -25,11 +25,11 @@ LOG = b"/log"
 
 
 class Writer:
-    """Appends numbered records to a file in the mount and tells each that is durable."""
+    """Appends numbered records to a file in the mount and calls `report(count)` after each that is durable."""
 
-    def __init__(self, path: Path, tell: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, report: Callable[[int], None]) -> None:
         self._path = path
-        self._tell = tell
+        self._report = report
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._write)
         self.count = 0
@@ -49,7 +49,7 @@ class Writer:
                 os.write(fd, records(self.count, self.count + 1))
                 os.fsync(fd)
                 self.count += 1
-                self._tell(self.count)
+                self._report(self.count)
         finally:
             os.close(fd)
 
@@ -117,7 +117,7 @@ class LiveCommit:
         try:
             with recording.after(moment) as point, Store(os.fsencode(point / "live" / "store")) as store:
                 self._check(store, durable, recording.marked("done") < moment.position)
-        except Exception as error:  # whatever keeps the store from being used
+        except Exception as error:  # whatever prevents the use of the store
             return [f"{recording.kind} live commit, {durable} durable: {error!r}, with {moment}"]
         return []
 
@@ -146,7 +146,7 @@ class LiveCommit:
 
 
 def _is_of(log: bytes, written: bytes) -> bool:
-    """Whether a file is a part of what was appended; ext4 may show zeros at its end."""
+    """Whether a file has the bytes that were appended; ext4 may show zeros at its end."""
     return all(byte in (0, wanted) for byte, wanted in zip(log, written, strict=False))
 
 

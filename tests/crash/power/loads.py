@@ -1,4 +1,4 @@
-"""Short loads made from a seed, in the manner of CrashMonkey: up to three changes, each perhaps made durable, a sync.
+"""Short loads made from a seed, in the manner of CrashMonkey: up to three changes, some made durable, then a sync.
 
 Every load has a directory of its own with the same objects: lower ones of each kind, and some that were changed and
 made durable before the load begins (SETUP).
@@ -48,7 +48,7 @@ def build(base: Path) -> None:
 
 
 class Load:
-    """The steps of one seed, found while they are performed on a reference: a step that fails there is none."""
+    """The steps of one seed, found while they are performed on a reference: a step that fails there is skipped."""
 
     setup = SETUP
 
@@ -150,7 +150,7 @@ class Load:
         return (Step("exchange", self._random.choice(_all(tree)), self._random.choice(_all(tree))),)
 
     def _save(self, tree: Snapshot) -> tuple[Step, ...]:
-        """What an editor does: the new content under another name, made durable, then over the old one."""
+        """Save as editors do: write the new content under another name, make it durable, rename it over the old one."""
         name, old = self._new(), self._file(tree)
         written = Step("write", name, size=self._random.choice(SIZES), tag=self._next_tag())
         return Step("create", name), written, Step("fsync-writer", name), Step("rename", name, old)

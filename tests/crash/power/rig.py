@@ -69,7 +69,7 @@ def rigged(
 
 
 def left(rig: Rig) -> View:
-    """What the stack shows once the disk has been taken out, and put in again."""
+    """Return what the stack shows after the disk was removed and attached again."""
     point = rig.stack.place / "again"
     point.mkdir()
     with loops.mounted(rig.disk.kind, rig.disk.place / "image", point):

@@ -14,7 +14,7 @@ from typing import Protocol
 from overlayfs import StackConfig
 from tests.crash.power.history import Reference
 from tests.crash.power.judge import Judge, found_things, look
-from tests.crash.power.steps import Held, Step, let_go, perform
+from tests.crash.power.steps import Held, Step, close_all, perform
 from tests.support import syscalls
 from tests.support.drivers.mounts import COMMAND, unmount
 from tests.support.leftovers import mounts_below
@@ -23,7 +23,7 @@ from tests.support.watched import ROOT, Recording, WatchedDisk, watched
 from tests.support.writelog import State
 
 Mounter = Callable[[str, Path], list[str]]
-"""From an option string and a mount point, the words that mount in the foreground."""
+"""Returns the command line of a mount in the foreground, from an option string and a mount point."""
 
 
 def ours(extra: str = "") -> Mounter:
@@ -42,7 +42,7 @@ def fuse_overlayfs(options: str, point: Path) -> list[str]:
 
 
 def kernel_overlay(options: str, point: Path) -> list[str]:
-    """The kernel's overlayfs: there is nothing to stay in the foreground."""
+    """The kernel's overlayfs, which has no foreground process."""
     return ["mount", "-t", "overlay", "overlay", "-o", options, str(point)]
 
 
@@ -164,11 +164,11 @@ class Session:
                     self._sync()
                 self._disk.mark(f"{name} {number} done")
         finally:
-            let_go(held)
+            close_all(held)
         self._disk.mark(f"{name} end")
 
     def _sync(self) -> None:
-        """What sync(2) does, for these two file systems only."""
+        """Sync only these two file systems, unlike sync(2)."""
         fd = os.open(self.point, os.O_RDONLY | os.O_DIRECTORY)
         try:
             syscalls.syncfs(fd)
@@ -179,13 +179,13 @@ class Session:
 
 @dataclass
 class Verdict:
-    """What was found: the number of states tried, and a line for each that is wrong."""
+    """The number of states tried, and a line for each that is wrong."""
 
     states: int = 0
     violations: list[str] = field(default_factory=list)
 
     def add(self, other: "Verdict") -> None:
-        """Take in what was found elsewhere."""
+        """Add the results of another group of states."""
         self.states += other.states
         self.violations += other.violations
 
@@ -216,7 +216,7 @@ class Replay:
         try:
             with self._recording.after(state) as point:
                 found = found_things(look(self._stack.config(point), run.name.encode()))
-        except Exception as error:  # whatever keeps the next mount from showing everything
+        except Exception as error:  # whatever prevents the next mount from showing everything
             return f"with {done} steps done: {error!r}"
         lines = Judge(run.reference, done, begun).violations(found)
         return f"with {done} of {begun} steps done: {'; '.join(lines)}" if lines else ""

@@ -42,7 +42,7 @@ def perform(base: Path, step: Step, held: Held) -> None:
     _VERBS[step.verb](base, step, held)
 
 
-def let_go(held: Held) -> None:
+def close_all(held: Held) -> None:
     """Close what a load has kept open."""
     while held:
         _, fd = held.popitem()

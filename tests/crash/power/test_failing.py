@@ -40,7 +40,7 @@ def outcome(act: Callable[P, object], *args: P.args, **keywords: P.kwargs) -> in
 
 
 def _on_disk(rig: Rig, _fd: int) -> None:
-    """The kernel writes the pages out by itself: no caller sees the error."""
+    """The kernel writes the pages back on its own: no caller sees the error."""
     outcome(rig.disk.sync)
 
 
@@ -57,7 +57,7 @@ LOSSES = {"asked": _asked, "unasked": _on_disk}
 def test_a_loss_is_reported_until_the_file_is_opened_again(
     campaign: Campaign, memory: Memory, kind: str, engine: str, loss: str
 ) -> None:
-    """By every fsync, through every descriptor, also when the disk has long been well again."""
+    """By every fsync, through every descriptor, even long after the disk works again."""
     wrong: list[str] = []
     with rigged(kind, memory.fresh(), ours(f"engine={engine}"), OPTIONS.get(kind, "")) as rig:
         with ExitStack() as held:
@@ -89,14 +89,14 @@ def _silent(descriptors: Mapping[str, int]) -> Iterator[str]:
 
 
 def _recovers(rig: Rig) -> Iterator[str]:
-    """A file system that has not given up takes new data for durable again; one that has says so."""
+    """A file system that has not shut down makes new data durable again; one that has shut down reports it."""
     if outcome(_write, rig.point / "a", b"3") not in (0, *BROKEN):
         yield "the file cannot be written again"
     yield from _goes_on(rig)
 
 
 def _goes_on(rig: Rig) -> Iterator[str]:
-    """Lower files show while the upper can tell that it does not hide them; XFS then refuses every look-up."""
+    """Lower files show as long as the upper can be searched for what hides them; XFS then refuses every look-up."""
     if outcome(os.listdir, rig.disk.point / "up"):
         if outcome(os.lstat, rig.point / "unknown") != errno.EIO:
             yield "what cannot be looked up is absent"

@@ -1,4 +1,4 @@
-"""What power cuts have taught: each load here lost something once."""
+"""Regressions found by power cuts: each load here lost something once."""
 
 from collections.abc import Iterator
 
@@ -44,9 +44,9 @@ FOUND = {
         Script("size", Step("chmod", "small", size=0o711), Step("fsync-dir", "")),
         # The new name of a file was made durable without the whiteout under the old one: it showed twice,
         Script("rename", Step("rename", "empty", "bare/n5"), Step("fsync", "bare/n5")),
-        # also when the sync was our own, in the middle of a first write.
+        # also when the daemon itself synced, in the middle of a first write.
         Script("rename and write", Step("rename", "big", "made/n4"), Step("fdatasync", "made/n4")),
-        # Of two that changed places one was lost and the other there twice.
+        # After an exchange one of the two was lost and the other one was there twice.
         Script("exchange", Step("exchange", "two", "t/s"), Step("fsync-writer", "t/s")),
     ],
 }

@@ -47,8 +47,8 @@ def test_sixteen_copies(campaign: Campaign, memory: Memory, kind: str) -> None:
 
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_sixteen_copies_by_others(campaign: Campaign, memory: Memory, kind: str, peer: str) -> None:
-    """The same load on the file systems that people use otherwise: for comparison, in the full run only."""
+def test_sixteen_copies_by_peers(campaign: Campaign, memory: Memory, kind: str, peer: str) -> None:
+    """The same load on comparable file systems, in the full run only."""
     if not campaign.full:
         return
     need_program("fuse-overlayfs")
@@ -59,6 +59,6 @@ def test_sixteen_copies_by_others(campaign: Campaign, memory: Memory, kind: str,
 
 @pytest.mark.parametrize(("name", "prepared"), [("M1", False), ("M6", True)])
 def test_mutants_are_noticed(campaign: Campaign, memory: Memory, name: str, prepared: bool) -> None:
-    """A copy-up that syncs nothing, and one whose record goes before its data."""
+    """A copy-up that syncs nothing, and one that makes its record durable before the data."""
     found = power_cuts("ext4", memory.fresh(), [Sixteen(prepared)], mutant(name), every=campaign.size(8, 1))
     campaign.caught(name, found.states, found.violations)

@@ -1,4 +1,4 @@
-"""T12: uppers without room, over their quota, or read-only: an errno, the old view, and later all works again."""
+"""T12: uppers without space, over their quota, or read-only: an errno, the old view, and later all works again."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.campaign("T12"), pytest.mark.timeout(600)]
 
 
 def _fill(ballast: Path) -> None:
-    """Take all room there is on a disk, by allocating it."""
+    """Allocate all free space of a disk."""
     fd = os.open(ballast, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         at, step = 0, 32 << 20
@@ -50,7 +50,7 @@ def _byte(path: Path) -> None:
 
 
 def _goes_on(rig: Rig, code: int) -> Iterator[str]:
-    """Changes that need room fail with this errno and leave nothing; everything else goes on."""
+    """Changes that need space fail with this errno and leave nothing; everything else works."""
     before = os.listdir(rig.point)
     for name, error in {
         "writing a lot": outcome(_big, rig.point / "big"),
@@ -75,7 +75,7 @@ def _reads(rig: Rig) -> Iterator[str]:
 
 
 def _works(rig: Rig) -> Iterator[str]:
-    """With the cause gone the same calls succeed."""
+    """Once the cause is removed, the same calls succeed."""
     for name, error in {
         "writing": outcome(_big, rig.point / "big"),
         "copying a file up": outcome(_byte, rig.point / "large"),

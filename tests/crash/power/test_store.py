@@ -36,7 +36,7 @@ def _store(base: Path) -> Store:
 
 
 def _operations(place: Path) -> dict[str, Operation]:
-    """All that changes a store."""
+    """Every operation that changes a store."""
     archive = place / "archive.tar"
     with tarfile.open(archive, "w") as file:
         for number in range(5):
@@ -75,7 +75,7 @@ def _operations(place: Path) -> dict[str, Operation]:
 
 
 class Case:
-    """One operation: what a store shows before it, and after it when nothing goes wrong."""
+    """One operation: what a store shows before it, and after it without a fault."""
 
     def __init__(self, name: str, operation: Operation, place: Path) -> None:
         self.name = name
@@ -89,7 +89,7 @@ class Case:
             self.after: State = state(store)
 
     def record(self, disk: Path, mark: Callable[[str], None], sync: Callable[[], None]) -> None:
-        """Do it on a disk: nothing that comes later than `done` may take it back."""
+        """Record the operation on a disk: after `done` it must not be undone."""
         prepare(disk / self.name)
         sync()
         mark(f"{self.name} start")
@@ -112,7 +112,7 @@ class Case:
         try:
             with recording.after(moment) as point:
                 self._check(point / self.name, done)
-        except Exception as error:  # whatever keeps the store from being used
+        except Exception as error:  # whatever prevents the use of the store
             yield f"{recording.kind} {self.name}: {error!r}, with {moment}"
 
     def _check(self, base: Path, done: bool) -> None:

@@ -17,7 +17,7 @@ from tests.crash.power.test_failing import every_engine, every_kind
 from tests.crash.power.waiting import Running, build, changes, frozen, looks, waits_for_disk
 from tests.support import engines, processes
 from tests.support.campaign import Campaign
-from tests.support.mutants.together import ALONE
+from tests.support.mutants.together import NO_STANDBY
 from tests.support.polling import until
 
 MANY = 1_500
@@ -38,7 +38,7 @@ def _names(campaign: Campaign) -> list[str]:
 
 @every_kind
 def test_a_frozen_upper_keeps_only_changes_waiting(campaign: Campaign, memory: Memory, kind: str) -> None:
-    """Whatever the loop hangs in, others look and read; then the change is made as if nothing had been."""
+    """Whatever the loop hangs in, other clients look and read; afterwards the change succeeds."""
     wrong, points = [], 0
     with rigged(kind, memory.fresh(), ours(f"engine={engines.KERNEL},io=cached"), build=build) as rig:
         for name in _names(campaign):
@@ -60,7 +60,7 @@ def test_a_frozen_upper_keeps_only_changes_waiting(campaign: Campaign, memory: M
 
 @every_kind
 def test_changes_that_came_while_it_was_frozen(campaign: Campaign, memory: Memory, kind: str) -> None:
-    """All at once: they wait their turn, and reading everything meanwhile does not disturb them."""
+    """Many changes at once: they wait their turn, and reading everything meanwhile does not affect them."""
     with rigged(kind, memory.fresh(), ours(f"engine={engines.KERNEL},io=cached"), build=_many) as rig:
         places = {name: _prepared(rig, name) for name in changes(Path())}
         with frozen(rig.disk.point):
@@ -76,7 +76,7 @@ def test_changes_that_came_while_it_was_frozen(campaign: Campaign, memory: Memor
 
 
 def test_a_loop_without_standby_is_noticed(campaign: Campaign, memory: Memory) -> None:
-    with rigged("ext4", memory.fresh(), mutant(ALONE), build=build) as rig:
+    with rigged("ext4", memory.fresh(), mutant(NO_STANDBY), build=build) as rig:
         place = _prepared(rig, "mkdir")
         with frozen(rig.disk.point):
             change = Running(changes(place)["mkdir"])
@@ -86,11 +86,11 @@ def test_a_loop_without_standby_is_noticed(campaign: Campaign, memory: Memory) -
         change.wrong()
         look.wrong()
         rig.end()
-    campaign.caught(ALONE, 1, [why] if why else [])
+    campaign.caught(NO_STANDBY, 1, [why] if why else [])
 
 
 def _many(lower: Path) -> None:
-    """More than the daemon keeps in mind at once."""
+    """More objects than the daemon caches."""
     build(lower)
     for number in range(MANY):
         (lower / "many" / str(number)).mkdir(parents=True)
@@ -104,7 +104,7 @@ def _shown(point: Path) -> dict[str, bytes | None]:
 
 
 def _differences(shown: dict[str, bytes | None], found: dict[bytes, tuple[object, ...]]) -> Iterator[str]:
-    """What the mount has shown is what is there."""
+    """Yield the differences between what the mount showed and what the stack has."""
     there = {os.fsdecode(path).strip("/"): facts for path, facts in found.items() if path}
     for path, content in shown.items():
         if path not in there or (content is not None and there[path][-1] != content):
@@ -117,7 +117,7 @@ def _differences(shown: dict[str, bytes | None], found: dict[bytes, tuple[object
 @every_engine
 @every_kind
 def test_a_daemon_that_was_frozen_ends_in_time(campaign: Campaign, memory: Memory, kind: str, engine: str) -> None:
-    """Asked to end while it hangs: it has ten seconds from the moment the disk responds again."""
+    """SIGTERM while it hangs: it has ten seconds from the moment the disk responds again."""
     with rigged(kind, memory.fresh(), ours(f"engine={engine}"), build=build) as rig:
         place = _prepared(rig, "mkdir")
         with frozen(rig.disk.point):
@@ -134,7 +134,7 @@ def test_a_daemon_that_was_frozen_ends_in_time(campaign: Campaign, memory: Memor
 def test_a_daemon_that_was_frozen_and_killed_releases_its_clients(
     campaign: Campaign, memory: Memory, engine: str
 ) -> None:
-    """It cannot end before the disk responds; unmounting releases the waiting clients, and says so."""
+    """It cannot end before the disk responds; unmounting releases the waiting clients, and reports it."""
     with rigged("ext4", memory.fresh(), ours(f"engine={engine}"), build=build) as rig:
         place = _prepared(rig, "mkdir")
         with frozen(rig.disk.point):

@@ -30,7 +30,7 @@ def frozen(point: Path) -> Iterator[None]:
 
 
 class Running:
-    """Something that is done in a thread, and may hang there."""
+    """A call in a thread of its own, which may hang."""
 
     def __init__(self, act: Act) -> None:
         self._act = act
@@ -45,11 +45,11 @@ class Running:
             self._error = error
 
     def hangs(self) -> bool:
-        """Whether it is still at it."""
+        """Whether it is still running."""
         return self._thread.is_alive()
 
     def wrong(self, within: float = LIMIT) -> str:
-        """Wait for the end; why it did not come, or was not a good one."""
+        """Wait for the end; return why it did not come, or the error."""
         self._thread.join(within)
         if self._thread.is_alive():
             return "hangs"
@@ -57,7 +57,7 @@ class Running:
 
 
 def waits_for_disk(pid: int) -> bool:
-    """Whether a thread of a process is in a system call that no signal ends."""
+    """Whether a thread of a process is in an uninterruptible system call."""
     return any(_state(Path(task, "stat")) == "D" for task in Path(f"/proc/{pid}/task").iterdir())
 
 
@@ -66,7 +66,7 @@ def _state(stat: Path) -> str:
 
 
 def looks(rig: Rig) -> dict[str, Act]:
-    """What changes nothing, of objects that have not been looked up and of known ones."""
+    """Calls that change nothing, on objects that have not been looked up and on known ones."""
     point = rig.point
     return {
         "read a lower file": (point / "b").read_bytes,
@@ -82,7 +82,7 @@ def looks(rig: Rig) -> dict[str, Act]:
 
 
 def changes(place: Path) -> dict[str, Act]:
-    """One change of each kind, in a directory that the upper has and in one that it has not."""
+    """One change of each kind, in a directory that is in the upper and in one that is not."""
     return {
         "mkdir": (place / "made").mkdir,
         "create": (place / "new").touch,
@@ -102,7 +102,7 @@ def changes(place: Path) -> dict[str, Act]:
 
 
 def build(lower: Path) -> None:
-    """What those changes need below, a directory for each."""
+    """Create what those changes need in the layer, a directory for each."""
     for name in changes(lower):
         _build(lower / name)
 
@@ -115,7 +115,7 @@ def _build(place: Path) -> None:
 
 
 def prepare(rig: Rig, place: Path) -> None:
-    """What they need in the upper, and what the looks do."""
+    """Create what they need in the upper, and what the looks need."""
     for number in range(1, 4):
         (place / f"up{number}").write_bytes(b"up" * 100)
     (rig.point / "upper").write_bytes(b"upper")

@@ -77,7 +77,7 @@ class Tree(ABC):
         raise AssertionError(f"{self.name} cannot do that")
 
     def run_as(self, user: User, act: Callable[[], T]) -> T:
-        """Do something as another user."""
+        """Call `act` as another user."""
         return run_as(user, act)
 
     # Looking

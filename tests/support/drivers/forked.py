@@ -31,7 +31,7 @@ def load() -> None:
 
 
 class ForkedMount(Tree):
-    """A mount of directories. Its daemon inherits what the test has patched."""
+    """A mount of directories. Its daemon inherits the patches of the test."""
 
     name = "forked"
 

@@ -66,7 +66,7 @@ def _stat(found: Any) -> Stat:
 
 
 class FsRaw:
-    """Paths over nodes: each is remembered while an operation or handle uses it, then forgotten, as by the kernel."""
+    """Paths over nodes: a node is remembered while an operation or handle uses it, then forgotten, as by the kernel."""
 
     def __init__(self, overlay: Overlay) -> None:
         self.overlay = overlay
@@ -290,7 +290,7 @@ class FsRaw:
         if modes.S_ISDIR(mode) and writing:
             raise oserror(EISDIR)
         if modes.S_ISFIFO(mode):
-            raise oserror(ENXIO if writing else ESPIPE)  # as the kernel, if only one end is open
+            raise oserror(ENXIO if writing else ESPIPE)  # as the kernel does if only one end is open
 
 
 class FsDriver(Tree):

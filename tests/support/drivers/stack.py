@@ -1,4 +1,4 @@
-"""The directories of one stack: made, guarded against changes of the lower layers, and removed."""
+"""The directories of one stack: created, checked for changes of the lower layers, and removed."""
 
 import os
 import shutil

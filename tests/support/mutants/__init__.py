@@ -1,6 +1,6 @@
 """Deliberate bugs, M1 to M9 of docs/reliability.md: each campaign must notice its own.
 
-Nothing of the product knows of them. `seeded(name)` puts one into this process; `python -m tests.support.mutants NAME
+The product does not refer to them. `seeded(name)` puts one into this process; `python -m tests.support.mutants NAME
 OPTIONS MOUNTPOINT` mounts in the foreground with it, which is what campaigns against a real daemon start. Each module
 here has a table `MUTANTS` of its own.
 """
@@ -14,7 +14,7 @@ Patch = Callable[[], AbstractContextManager[object]]
 
 _TABLES = (each.MUTANTS for each in (atomicity, confinement, durability, errors, order, together))
 MUTANTS: dict[str, Patch] = {name: patch for table in _TABLES for name, patch in table.items()}
-"""By name, M1 to M9 or what is wrong: what makes the patch; it is made only when it is asked for."""
+"""By name, M1 to M9 or a description of the bug: functions that return the patch, called only when it is needed."""
 
 
 @contextmanager

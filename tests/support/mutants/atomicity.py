@@ -29,7 +29,7 @@ class _PlaceOfItsOwn(WorkDir):
 
 
 class _InPlace:
-    """An upper that builds where a name will be; all else is that of the real one."""
+    """An upper that builds under the final name; everything else is that of the real one."""
 
     def __init__(self, upper: Upper, work: _PlaceOfItsOwn) -> None:
         self._upper = upper
@@ -39,7 +39,7 @@ class _InPlace:
         return getattr(self._upper, name)
 
     def publish(self, temporary: bytes, dirfd: int, name: bytes, how: Create) -> None:
-        """It has been there all the time."""
+        """The name exists already."""
 
 
 def _final_place(node: Node) -> tuple[Dir, bytes] | None:
@@ -72,7 +72,7 @@ def _move_in_two_steps(self: Upper, source: Place, target: Place, move: Move) ->
 
 
 def whiteout_after_rename() -> AbstractContextManager[object]:
-    """Return the patch for M3: between the two steps what lies below the old name shows."""
+    """Return the patch for M3: between the two steps the lower object under the old name shows."""
     return mock.patch.object(Upper, "_move", _move_in_two_steps)
 
 

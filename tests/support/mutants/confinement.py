@@ -22,16 +22,16 @@ def joined_paths() -> AbstractContextManager[object]:
 
 
 def unlocked_upper() -> AbstractContextManager[object]:
-    """M8: nobody asks whether an upper or work directory is in use."""
+    """M8: uppers and work directories are not locked."""
     return mock.patch.object(stack, "lock")
 
 
 @contextmanager
 def kept_bits() -> Iterator[None]:
-    """M9: set-id bits and capabilities outlive whoever writes to a file or gives it another owner."""
+    """M9: set-id bits and capabilities survive writes and changes of the owner."""
     set_owner = Upper.set_owner
 
-    def set_owner_alone(self: Upper, dirfd: int, name: bytes, uid: int, gid: int) -> None:
+    def set_only_owner(self: Upper, dirfd: int, name: bytes, uid: int, gid: int) -> None:
         mode = sysio.stat_at(dirfd, name).st_mode
         set_owner(self, dirfd, name, uid, gid)
         if not stat.S_ISLNK(mode):
@@ -40,7 +40,7 @@ def kept_bits() -> Iterator[None]:
     with (
         mock.patch.object(Metadata, "strip_set_id"),
         mock.patch.object(sysio, "WithoutCapability", return_value=nullcontext()),
-        mock.patch.object(Upper, "set_owner", set_owner_alone),
+        mock.patch.object(Upper, "set_owner", set_only_owner),
     ):
         yield
 

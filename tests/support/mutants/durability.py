@@ -1,4 +1,4 @@
-"""M1: a copy-up that syncs nothing before its name appears, or before the mark goes that its data lies below."""
+"""M1: a copy-up that syncs nothing before its name appears, or before its metacopy mark is removed."""
 
 from contextlib import AbstractContextManager
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""M5 and M7: errors that are taken for something else, or for nothing to care about."""
+"""M5 and M7: errors that are mistaken for something else, or not handled."""
 
 import errno
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def unreadable_is_absent() -> AbstractContextManager[object]:
 _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE)
 
 
-def _map_disk_errors_alone(error: Exception, kind: str) -> int:
+def _map_only_disk_errors(error: Exception, kind: str) -> int:
     if isinstance(error, OSError) and error.errno not in _OF_THE_PROCESS:
         return engine.reply_errno(error, kind)
     raise error
@@ -39,10 +39,10 @@ def _map_disk_errors_alone(error: Exception, kind: str) -> int:
 
 @contextmanager
 def escaping_exceptions() -> Iterator[None]:
-    """Return the patch for M7: the edge forgets descriptors and memory that have run out, and whatever is a defect."""
+    """Return the patch for M7: exhausted descriptors and memory, and defects, are not turned into replies."""
     with (
-        mock.patch.object(session, "reply_errno", _map_disk_errors_alone),
-        mock.patch.object(pyfuse3_handlers, "reply_errno", _map_disk_errors_alone),
+        mock.patch.object(session, "reply_errno", _map_only_disk_errors),
+        mock.patch.object(pyfuse3_handlers, "reply_errno", _map_only_disk_errors),
     ):
         yield
 

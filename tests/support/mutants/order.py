@@ -1,9 +1,9 @@
-"""M6: a record of where data lies that is durable before the data.
+"""M6: a record of the location of data that is durable before the data.
 
-The fault is that of a block map written ahead of its blocks. We keep no block map; what says where the data of a file
-lies is the mark `metacopy` of a copy that holds metadata only: while it is there readers take the data from below. So
-the counterpart takes the mark away, makes that durable, and only then writes the data and makes that durable as well:
-every step of the real `fill`, in the wrong order.
+The fault is that of a block map written ahead of its blocks. We keep no block map; the location of the data of a file
+is given by the mark `metacopy` of a copy that holds only metadata: while it exists, readers take the data from below.
+So the mutant removes the mark, makes that durable, and only then writes the data and makes it durable as well: every
+step of the real `fill`, in the wrong order.
 """
 
 from contextlib import AbstractContextManager

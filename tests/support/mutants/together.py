@@ -17,35 +17,35 @@ from overlayfs.tree.upper import Upper
 NO_OPAQUE = "a new directory is not made opaque"
 WRITER_KEPT = "a commit leaves writers their file"
 DEAF = "look-ups are not given back"
-ALONE = "nobody stands in for the loop"
+NO_STANDBY = "nobody stands in for the loop"
 CUTS_IGNORED = "a file that is cut keeps its tail"
 NO_LOCK = "copy-ups of a file do not wait for each other"
 
 
 def _no_opaque(self: Upper, dirfd: int, name: bytes) -> None:
-    """Leave what lies below in sight."""
+    """Set no mark, so that lower directories show."""
 
 
 def _writer_kept(node: File, writer: int) -> None:
-    """Let who has a file open go on writing into the layer."""
+    """Let open handles continue to write into the layer."""
 
 
 @contextmanager
 def _no_lock() -> Iterator[None]:
     @asynccontextmanager
     async def hold(self: KeyedLocks, *keys: int) -> AsyncIterator[None]:
-        """Wait for nobody."""
+        """Take no lock."""
         yield
 
     def begin(self: StepContext, node: Node) -> None:
-        """Let others begin too."""
+        """Let other copy-ups begin as well."""
 
     with mock.patch.object(KeyedLocks, "hold", hold), mock.patch.object(StepContext, "begin", begin):
         yield
 
 
 def _deaf(self: NodeTable, number: int, count: int) -> None:
-    """Count the look-ups of a number for ever."""
+    """Never reduce the look-up count of a number."""
 
 
 def _cut(self: Overlay, node: Node, changes: Changes) -> Attributes:
@@ -60,7 +60,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     NO_OPAQUE: lambda: mock.patch.object(Upper, "set_opaque", _no_opaque),
     WRITER_KEPT: lambda: mock.patch.object(rotate, "_retire_writer", _writer_kept),
     NO_LOCK: _no_lock,
-    ALONE: lambda: mock.patch.object(KernelEngine, "_with_standby", return_value=nullcontext()),
+    NO_STANDBY: lambda: mock.patch.object(KernelEngine, "_with_standby", return_value=nullcontext()),
     CUTS_IGNORED: lambda: mock.patch.object(Overlay, "set_attributes", _cut),
     DEAF: lambda: mock.patch.object(NodeTable, "forget", _deaf),
 }
