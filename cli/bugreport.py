@@ -15,7 +15,7 @@ from overlayfs_cli.command import command
 from overlayfs_cli.main import complain
 
 if TYPE_CHECKING:
-    from overlayfs.mount.protocol import ReportReply
+    from overlayfs.mount.control_protocol import ReportReply
 
 WIDTH = 100
 INDENT = "    "  # Markdown shows what is indented by four as it is
@@ -52,7 +52,7 @@ def bugreport(mountpoint: bytes | None, store: bytes | None) -> int:
 
 
 def _ask(mountpoint: bytes) -> "ReportReply":
-    from overlayfs.mount.control import Client
+    from overlayfs.mount.control_client import Client
 
     return Client.at(mountpoint).report()
 

@@ -18,8 +18,8 @@ _POLL = 0.1  # seconds between two requests for the progress of the hashing
 
 if TYPE_CHECKING:
     from overlayfs import Store
-    from overlayfs.mount.control import Client
-    from overlayfs.mount.protocol import CommitImage, HashingReply
+    from overlayfs.mount.control_client import Client
+    from overlayfs.mount.control_protocol import CommitImage, HashingReply
     from overlayfs.store.commit import CommitRequest
     from overlayfs.store.layers import Layer
 
@@ -97,7 +97,7 @@ def _check(source: _Source) -> None:
 
 def _client(source: _Source) -> "Client | None":
     """Return the client of the mount that is to be committed; None for a workspace, whose name is no path."""
-    from overlayfs.mount.control import Client
+    from overlayfs.mount.control_client import Client
 
     if source.target is None or not (b"/" in source.target or os.path.isdir(source.target)):
         return None
@@ -109,7 +109,7 @@ def _client(source: _Source) -> "Client | None":
 
 def _commit_to_directory(source: _Source, destination: bytes, as_json: bool, quiet: bool) -> None:
     """Copy the upper to a new directory, and print its path."""
-    from overlayfs.mount.control import Client
+    from overlayfs.mount.control_client import Client
 
     if source.target is not None:
         with progress.waiting("committing", quiet):
@@ -171,7 +171,7 @@ def _commit_to_store(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from overlayfs.mount.protocol import CommitImage
+    from overlayfs.mount.control_protocol import CommitImage
 
     author = store_option.author() if author is None else author
     request = CommitImage(image=image, message=message, author=author, allow_empty=allow_empty)
@@ -192,7 +192,7 @@ def _commit_to_store(
 
 def _commit_mounted_image(client: "Client", request: "CommitImage", as_json: bool, wait: bool, quiet: bool) -> None:
     """Print the id at once and the hashing meanwhile; a JSON document is printed when there is nothing to wait for."""
-    from overlayfs.mount.protocol import HashingReply
+    from overlayfs.mount.control_protocol import HashingReply
 
     made = client.commit_image(request)
     if not as_json:

@@ -60,7 +60,7 @@ class _Comparison:
 
     def changes(self, what: bytes, base: bytes | None, sizes: bool, progress: Callable[[int], None]) -> "list[Change]":
         """Return all changes, by path; with `sizes` each has how many bytes it adds and removes."""
-        from overlayfs.mount.control import Client
+        from overlayfs.mount.control_client import Client
         from overlayfs.store import compare, diff_operands
 
         mount = _mount_at(what)
@@ -90,7 +90,7 @@ class _Comparison:
         return diff_operands.named(opened, os.fsdecode(name))
 
     def _tree_of_mount(self, mount: "Mount") -> "Tree":
-        from overlayfs.mount.control import Client
+        from overlayfs.mount.control_client import Client
         from overlayfs.store import compare, diff_operands
 
         if mount.upper is None or mount.work is None:
@@ -109,7 +109,7 @@ def _mount_at(path: bytes) -> "Mount | None":
 def _sync_upper(upper: bytes) -> None:
     """Have the mount of an upper, if there is one, write back what was stored through memory maps of its files."""
     from overlayfs.mount import mounts
-    from overlayfs.mount.control import Client
+    from overlayfs.mount.control_client import Client
 
     for mount in mounts.list_mounts():
         if mount.upper == upper:

@@ -10,8 +10,8 @@ from overlayfs_cli import arguments, output
 from overlayfs_cli.command import command
 
 if TYPE_CHECKING:
-    from overlayfs.mount.control import Client
-    from overlayfs.mount.protocol import StatsReply
+    from overlayfs.mount.control_client import Client
+    from overlayfs.mount.control_protocol import StatsReply
 
 PERIOD = 1.0  # seconds between two lines of --watch
 
@@ -28,7 +28,7 @@ PERIOD = 1.0  # seconds between two lines of --watch
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document (with --watch one per line).")
 def stats(mountpoint: bytes, watch: bool, as_json: bool) -> None:
     """Show how many requests of each kind the engine of MNT has answered."""
-    from overlayfs.mount.control import Client
+    from overlayfs.mount.control_client import Client
 
     client = Client.at(mountpoint)
     if watch:

@@ -60,7 +60,7 @@ def _mount(scratch: Path, point: Path) -> None:
 
 def _used(point: Path) -> Trial:
     """Read a file of the layer and write a new one; OSError if either shows something else."""
-    from overlayfs.mount.control import Client
+    from overlayfs.mount.control_client import Client
 
     if (point / "file").read_bytes() != _DATA:
         raise OSError("a file of a layer has another content")

@@ -24,10 +24,10 @@ def why(mountpoint: bytes, path: bytes, as_json: bool) -> None:
 
     PATH counts from the root of the mount; one that begins with MNT itself is understood too.
     """
-    from overlayfs.mount import control
+    from overlayfs.mount import control_client
 
     inside = within(mountpoint, path)
-    found = control.Client.at(mountpoint).why(inside)
+    found = control_client.Client.at(mountpoint).why(inside)
     if not found:
         raise UserError(f"no layer of {os.fsdecode(mountpoint)} holds {os.fsdecode(inside)}")
     if as_json:

@@ -3,7 +3,7 @@
 from overlayfs.fs.config import StackConfig
 from overlayfs.fs.lookup import Lookup
 from overlayfs.fs.nodes import NodeTable
-from overlayfs.fs.objects import RealObjects
+from overlayfs.fs.real_objects import RealObjects
 from overlayfs.fs.stack import Stack
 from overlayfs.tree.upper import Upper
 

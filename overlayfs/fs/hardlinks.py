@@ -11,7 +11,7 @@ from overlayfs import sysio
 from overlayfs.format import nlink, xattrs
 from overlayfs.fs.core import Verbs
 from overlayfs.fs.nodes import Dir, File, Node
-from overlayfs.fs.objects import Located
+from overlayfs.fs.real_objects import Located
 from overlayfs.tree.upper import Upper
 from overlayfs.union.plans import Create
 from overlayfs.union.resolve import Kind

@@ -16,7 +16,7 @@ from overlayfs.fs.copyup import CopyUp
 from overlayfs.fs.core import Core, Verbs
 from overlayfs.fs.metadata import Metadata
 from overlayfs.fs.nodes import Dir, File, Node, as_dir
-from overlayfs.fs.objects import after_change
+from overlayfs.fs.real_objects import after_change
 from overlayfs.fs.remove import Removal
 from overlayfs.fs.rename import RenamePlan, Renames, check_new_name
 from overlayfs.fs.requirements import VerbRequirements

@@ -29,7 +29,7 @@ from overlayfs.fs.lookup import Found
 from overlayfs.fs.metadata import Attributes, Changes, Metadata
 from overlayfs.fs.names import Caller, Names
 from overlayfs.fs.nodes import Dir, File, Node, as_dir, close_unused_backing
-from overlayfs.fs.objects import after_change
+from overlayfs.fs.real_objects import after_change
 from overlayfs.fs.requirements import VerbRequirements
 from overlayfs.fs.rotate import Rotation, holds_changes
 from overlayfs.fs.space import Space

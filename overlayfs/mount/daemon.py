@@ -32,7 +32,7 @@ from overlayfs.mount.options import ImageMount, MountOptions
 from overlayfs.mount.runtime_state import Record, WrittenDirectory
 
 if TYPE_CHECKING:
-    from overlayfs.mount.server import ControlServer
+    from overlayfs.mount.control_server import ControlServer
 
 log = logging.getLogger(__name__)
 
@@ -267,12 +267,12 @@ class _Service:
 
         Not on the loop: where the mount covers the files of these modules, to read them is a request to this daemon.
         """
-        importlib.import_module("overlayfs.mount.server")
+        importlib.import_module("overlayfs.mount.control_server")
         if self._options.image_mount is not None:
             importlib.import_module("overlayfs.mount.live_commit")
 
     def _control_server(self, record: Record) -> "ControlServer":
-        from overlayfs.mount.server import ControlServer
+        from overlayfs.mount.control_server import ControlServer
 
         commits = None
         if self._options.image_mount is not None:

@@ -31,8 +31,8 @@ from overlayfs.errors import UserError, oserror
 from overlayfs.fs.durability import SyncBarrier
 from overlayfs.fs.rotate import Rotation
 from overlayfs.fuse.engine import Engine
+from overlayfs.mount.control_protocol import CommitImage, CommitImageReply, HashingReply
 from overlayfs.mount.options import ImageMount
-from overlayfs.mount.protocol import CommitImage, CommitImageReply, HashingReply
 from overlayfs.store import commit, hashing, layout
 from overlayfs.store.commit import CommitRequest
 from overlayfs.store.commit_transaction import CommitTransaction, NewLayer

@@ -16,8 +16,8 @@ from typing import Any
 from overlayfs import __version__
 from overlayfs.fuse.engine import Engine
 from overlayfs.mount import log
+from overlayfs.mount.control_protocol import Negotiated, ReportReply
 from overlayfs.mount.options import MountOptions
-from overlayfs.mount.protocol import Negotiated, ReportReply
 
 _PATH = re.compile(r"/\S*")
 _FILE_SYSTEMS = {  # f_type of statfs(2), from include/uapi/linux/magic.h

@@ -16,7 +16,7 @@ import pytest
 
 from overlayfs.errors import MountError
 from overlayfs.fuse.kernel import engine
-from overlayfs.mount import daemon, server, start
+from overlayfs.mount import control_server, daemon, start
 from overlayfs_cli import diagnosis, trial_mount
 from overlayfs_cli.diagnosis import FAILED, OFF, OK, Finding
 from overlayfs_cli.trial_mount import Trial
@@ -24,7 +24,7 @@ from tests.cli.conftest import Run, process
 from tests.support import leftovers, requirements
 from tests.support.users import ALICE, run_as
 
-assert daemon and engine and server  # what a daemon needs, for a user who may not read our interpreter
+assert daemon and engine and control_server  # what a daemon needs, for a user who may not read our interpreter
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 DEVICE = "/dev/fuse"
 

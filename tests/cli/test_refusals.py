@@ -10,7 +10,7 @@ import pytest
 
 from overlayfs.errors import MountError, UserError
 from overlayfs.fs.overlay import Overlay
-from overlayfs.mount import control, daemon, mounts, options, start
+from overlayfs.mount import control_client, daemon, mounts, options, start
 from overlayfs_cli.main import COMMANDS
 from tests.cli.conftest import Run, program
 
@@ -154,7 +154,7 @@ def test_a_failed_mount_leaves_a_work_directory_that_was_there(
 
 
 def test_the_error_of_the_daemon_is_passed_on(overlayfs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control.Client, "at", _raising(UserError("no daemon of this user answers for /m")))
+    monkeypatch.setattr(control_client.Client, "at", _raising(UserError("no daemon of this user answers for /m")))
     assert overlayfs("stats", "/m") == (1, "", "overlayfs: no daemon of this user answers for /m\n")
 
 

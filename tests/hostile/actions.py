@@ -15,8 +15,8 @@ from functools import partial
 
 from overlayfs import Store
 from overlayfs.errors import UserError
-from overlayfs.mount import control
-from overlayfs.mount.protocol import CommitImage
+from overlayfs.mount import control_client
+from overlayfs.mount.control_protocol import CommitImage
 from overlayfs.store import commit, hashing
 from overlayfs.store.commit import CommitRequest
 from overlayfs.store.commit_transaction import NewLayer
@@ -220,7 +220,7 @@ def _write(dirfd: int, name: bytes) -> None:
 def commit_copy(point: bytes, destination: bytes) -> str:
     """Commit a mount to a directory; return the message of a refusal, empty for none."""
     try:
-        control.Client.at(point).commit(destination)
+        control_client.Client.at(point).commit(destination)
     except UserError as error:
         return str(error)
     return ""
@@ -228,7 +228,7 @@ def commit_copy(point: bytes, destination: bytes) -> str:
 
 def commit_live(point: bytes, image: str) -> None:
     """Commit a mounted image, and wait until the layer is hashed."""
-    client = control.Client.at(point)
+    client = control_client.Client.at(point)
     layer = client.commit_image(CommitImage(image=image, allow_empty=True)).layer
     until(lambda: client.hashing(layer).state != "hashing")
     found = client.hashing(layer)

@@ -14,7 +14,7 @@ from unittest import mock
 from overlayfs import Overlay, sysio
 from overlayfs.errors import oserror
 from overlayfs.mount import daemon, runtime_state, syscalls
-from overlayfs.mount.server import ControlServer
+from overlayfs.mount.control_server import ControlServer
 from tests.support import serving
 from tests.support.serving import MountSpec
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 from unittest import mock
 
 from overlayfs.fs.nodes import ROOT_NUMBER
-from overlayfs.mount import control, server
-from overlayfs.mount.protocol import StatsReply
+from overlayfs.mount import control_client, control_server
+from overlayfs.mount.control_protocol import StatsReply
 from tests.support import engines
 from tests.support.drivers import Stack
 from tests.support.drivers.forked import ForkedMount, load
@@ -58,7 +58,7 @@ class Held(NamedTuple):
 def reporting() -> Iterator[None]:
     """Daemons that are forked within this context reply to `stats` with what they use."""
 
-    async def stats(self: server.ControlServer, _: object) -> StatsReply:
+    async def stats(self: control_server.ControlServer, _: object) -> StatsReply:
         nodes = list(self._overlay.nodes)
         gc.collect()
         found = {
@@ -70,7 +70,7 @@ def reporting() -> Iterator[None]:
         }
         return StatsReply(engine=self._engine.name, uptime=0.0, requests=found)
 
-    with mock.patch.object(server.ControlServer, "_stats", stats):
+    with mock.patch.object(control_server.ControlServer, "_stats", stats):
         yield
 
 
@@ -85,7 +85,7 @@ class Soaked:
 
     def stats(self) -> dict[str, int]:
         """The daemon's reply to `stats`."""
-        return control.Client.at(os.fsencode(self.point)).stats().requests
+        return control_client.Client.at(os.fsencode(self.point)).stats().requests
 
     def held(self) -> Held:
         """Return what the daemon uses now."""

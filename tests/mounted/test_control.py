@@ -14,7 +14,7 @@ import pytest
 
 from overlayfs import __version__
 from overlayfs.errors import UserError
-from overlayfs.mount.control import Client
+from overlayfs.mount.control_client import Client
 from tests.mounted.conftest import Mount
 from tests.support import engines, syscalls
 from tests.support.polling import until

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from overlayfs import StackConfig, Store
-from overlayfs.mount import control
-from overlayfs.mount.protocol import CommitImage
+from overlayfs.mount import control_client
+from overlayfs.mount.control_protocol import CommitImage
 from overlayfs.store import workspaces
 from overlayfs.store.copy_upper import commit_unmounted
 from tests.mounted.scene import PATIENCE, Scene
@@ -185,7 +185,7 @@ def _hashing(scene: Scene) -> Iterator[None]:
     before = processes.children()
     with open(scene.base / "m" / "hole", "wb") as stream:
         stream.truncate(HOLE)
-    control.Client.at(os.fsencode(scene.base / "m")).commit_image(CommitImage(image="next"))
+    control_client.Client.at(os.fsencode(scene.base / "m")).commit_image(CommitImage(image="next"))
     until(lambda: processes.children() - before)
     (hasher,) = processes.children() - before
     os.kill(hasher, signal.SIGSTOP)

@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 
 from overlayfs.errors import oserror
-from overlayfs.mount import control, flush, syscalls
-from overlayfs.mount.protocol import CommitImage
+from overlayfs.mount import control_client, flush, syscalls
+from overlayfs.mount.control_protocol import CommitImage
 from tests.mounted.scene import Scene
 from tests.support import engines, processes, serving
 from tests.support.drivers.forked import unhashed
@@ -83,5 +83,5 @@ def _stored_between_commits(scene: Scene) -> tuple[bytes, bytes]:
 
 def _committed(scene: Scene) -> bytes:
     """Commit while mounted; return what the layer has of the file."""
-    layer = control.Client.at(os.fsencode(scene.point)).commit_image(CommitImage(allow_empty=True)).layer
+    layer = control_client.Client.at(os.fsencode(scene.point)).commit_image(CommitImage(allow_empty=True)).layer
     return (scene.base / "store" / "layers" / layer / "tree" / "mapped").read_bytes()

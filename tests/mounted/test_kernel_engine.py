@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from overlayfs.mount import control
+from overlayfs.mount import control_client
 from tests.mounted.conftest import Mount
 from tests.support import processes
 from tests.support.outcome import errno_of
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine("kernel")
 
 
 def _requests(mount: Mount) -> Counter[str]:
-    return Counter(control.Client.at(os.fsencode(mount.point)).stats().requests)
+    return Counter(control_client.Client.at(os.fsencode(mount.point)).stats().requests)
 
 
 def _start_read_only(mount: Mount, options: str = "") -> None:

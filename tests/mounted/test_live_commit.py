@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import UserError
-from overlayfs.mount import control
-from overlayfs.mount.protocol import CommitImage
+from overlayfs.mount import control_client
+from overlayfs.mount.control_protocol import CommitImage
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import PROGRAM, Mount
 from tests.mounted.images import IMAGE, ImageMount
@@ -224,7 +224,7 @@ def _commits_until_killed(made: ImageMount) -> threading.Thread:
     def run() -> None:
         with suppress(UserError):  # the daemon is gone
             while True:
-                control.Client.at(os.fsencode(made.point)).commit_image(CommitImage(allow_empty=True))
+                control_client.Client.at(os.fsencode(made.point)).commit_image(CommitImage(allow_empty=True))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -260,7 +260,7 @@ def test_the_results_of_the_commands(image: ImageMount) -> None:
 def test_usable_before_it_is_hashed(image: ImageMount) -> None:
     (image.point / "new").write_bytes(b"new")
     before = processes.children()
-    client = control.Client.at(os.fsencode(image.point))
+    client = control_client.Client.at(os.fsencode(image.point))
     layer = client.commit_image(CommitImage(image="site:2")).layer
     with LayerStore(os.fsencode(image.store)) as store:
         assert store.images.find("site:2").layers[0] == layer

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from overlayfs.mount import control
-from overlayfs.mount.protocol import CommitImage
+from overlayfs.mount import control_client
+from overlayfs.mount.control_protocol import CommitImage
 from overlayfs.store.store import LayerStore
 from tests.mounted.writers import Appended, Kept, Mapped, NewFiles, Replaced, Unnamed, Writer, files_in
 from tests.support import engines
@@ -95,7 +95,7 @@ class Work:
         goals = [writer.acknowledged + STEP for writer in self.all]
         until(lambda: all(writer.acknowledged >= goal for writer, goal in zip(self.all, goals, strict=True)))
         before = [writer.acknowledged for writer in self.named]
-        control.Client.at(os.fsencode(self.tree.stack.mountpoint)).commit_image(CommitImage(image=IMAGE))
+        control_client.Client.at(os.fsencode(self.tree.stack.mountpoint)).commit_image(CommitImage(image=IMAGE))
         after = [writer.acknowledged + 1 for writer in self.named]  # one write may have returned and not be counted yet
         committed.look()
         bounds = zip(self.named, before, after, strict=True)

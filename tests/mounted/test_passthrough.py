@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from overlayfs.mount import control
+from overlayfs.mount import control_client
 from tests.mounted.conftest import Mount
 from tests.mounted.passthrough_checks import AUTO, PASSTHROUGH, prepare
 from tests.support import syscalls
@@ -54,7 +54,7 @@ def test_each_io_option_does_what_it_says(mount: Mount) -> None:
                 os.pread(reader.fileno(), 10, at * 30_000)
         with open(mount.point / io, "wb", buffering=0) as file:
             file.writelines(b"x" * 10 for _ in range(10))
-        found = control.Client.at(os.fsencode(mount.point)).stats().requests
+        found = control_client.Client.at(os.fsencode(mount.point)).stats().requests
         writes[io] = found.get("WRITE", 0), bool(found.get("READ"))
         mount.unmount()
     assert writes == {"auto": (0, True), "passthrough": (0, False), "cached": (10, True)}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from overlayfs.mount import control
+from overlayfs.mount import control_client
 from tests.mounted.conftest import Mount
 from tests.support import engines
 from tests.support.polling import until
@@ -171,7 +171,7 @@ WORK: dict[str, Work] = {
 
 
 def _all(mount: Mount) -> Counter[str]:
-    return Counter(control.Client.at(os.fsencode(mount.point)).stats().requests)
+    return Counter(control_client.Client.at(os.fsencode(mount.point)).stats().requests)
 
 
 def _cost(mount: Mount, work: Work) -> dict[str, int]:

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from overlayfs.mount import control
+from overlayfs.mount import control_client
 from tests.mounted.conftest import Mount
 from tests.support import syscalls
 from tests.support.outcome import errno_of
@@ -35,7 +35,7 @@ def _logged(mount: Mount, *flags: str) -> tuple[str, Counter[str]]:
     with open(log, "w+") as written:
         daemon = mount.foreground(*flags, log=written)
         _work(mount)
-        counted = Counter(control.Client.at(os.fsencode(mount.point)).stats().requests)
+        counted = Counter(control_client.Client.at(os.fsencode(mount.point)).stats().requests)
         syscalls.umount(os.fsencode(mount.point))
         daemon.ended()
     return log.read_text(), counted

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overlayfs.mount import control
+from overlayfs.mount import control_client
 from tests.mounted.conftest import Mount
 from tests.support import engines
 
@@ -17,7 +17,7 @@ _LATE = {"FORGET", "RELEASE", "RELEASEDIR"}
 
 
 def _requests(mount: Mount) -> Counter[str]:
-    found = Counter(control.Client.at(os.fsencode(mount.point)).stats().requests)
+    found = Counter(control_client.Client.at(os.fsencode(mount.point)).stats().requests)
     return Counter({kind: count for kind, count in found.items() if kind not in _LATE})
 
 

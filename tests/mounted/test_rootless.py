@@ -18,7 +18,7 @@ from overlayfs.errors import MountError
 from overlayfs.fuse.pyfuse3 import engine as pyfuse3_engine
 from overlayfs.library import Store
 from overlayfs.mount import (  # all of it: a user may not read our interpreter
-    control,
+    control_client,
     daemon,
     image_mount,
     live_commit,
@@ -26,9 +26,9 @@ from overlayfs.mount import (  # all of it: a user may not read our interpreter
     start,
     unmount,
 )
+from overlayfs.mount.control_protocol import CommitImage
 from overlayfs.mount.mounts import kernel_mounts
 from overlayfs.mount.options import Draft
-from overlayfs.mount.protocol import CommitImage
 from overlayfs.store import commit, hashing
 from overlayfs.store.store import LayerStore
 from tests.mounted.conftest import Mount
@@ -99,7 +99,7 @@ def test_a_whole_life(alices: Mount) -> None:
     assert _as_alice(alices, lambda: sorted(os.listdir(point))) == ["d", "moved"]
     with pytest.raises(PermissionError):
         os.listdir(point)  # allow_other is not for users
-    assert _as_alice(alices, lambda: control.Client.at(os.fsencode(point)).status().pid) == alices.pid
+    assert _as_alice(alices, lambda: control_client.Client.at(os.fsencode(point)).status().pid) == alices.pid
     _as_alice(alices, lambda: unmount.unmount(os.fsencode(point)))
     assert processes.reap(alices.pids.pop(), limit=1) == 0
     assert (upper / "moved" / "f").read_bytes() == b"changed"
@@ -278,7 +278,7 @@ def test_a_live_commit(alices: Mount) -> None:
         with open(os.open(point / "object", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "wb", buffering=0) as file:
             file.write(b"before, ")
             numbers = os.stat(point / "one").st_ino, os.fstat(file.fileno()).st_ino
-            made = control.Client.at(os.fsencode(point)).commit_image(CommitImage(image="next"))
+            made = control_client.Client.at(os.fsencode(point)).commit_image(CommitImage(image="next"))
             file.write(b"after")
             (point / "one").write_bytes(b"ONE")
             assert numbers == (os.stat(point / "moved" / "two").st_ino, os.fstat(file.fileno()).st_ino)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount import control, mounts, unmount
+from overlayfs.mount import control_client, mounts, unmount
 from tests.mounted import dying
 from tests.mounted.scene import Scene
 from tests.support import engines, processes
@@ -222,7 +222,7 @@ pages.flush()
 
 def _ask_to_sync(mountpoint: bytes) -> None:
     with suppress(UserError):
-        control.Client.at(mountpoint).sync()
+        control_client.Client.at(mountpoint).sync()
 
 
 def _stacks(pid: int) -> list[str]:

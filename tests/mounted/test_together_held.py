@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from overlayfs.mount import control
+from overlayfs.mount import control_client
 from tests.mounted.held import LIMIT, Hold
 from tests.support import engines
 from tests.support.campaign import Campaign
@@ -124,7 +124,7 @@ class Scene:
 
     def requests(self, kinds: tuple[str, ...]) -> int:
         """Return how many requests of these kinds have arrived."""
-        found = control.Client.at(os.fsencode(self.point)).stats().requests
+        found = control_client.Client.at(os.fsencode(self.point)).stats().requests
         return sum(found.get(kind, 0) for kind in kinds)
 
     def begin_commit(self) -> Client:

@@ -12,9 +12,9 @@ from overlayfs.fs.config import StackConfig
 from overlayfs.fs.overlay import Overlay
 from overlayfs.fuse.caching_policy import CachingPolicy
 from overlayfs.fuse.engine import Engine, MountSettings
+from overlayfs.mount.control_protocol import CommitImage, CommitImageReply
 from overlayfs.mount.live_commit import LiveCommits
 from overlayfs.mount.options import ImageMount
-from overlayfs.mount.protocol import CommitImage, CommitImageReply
 from overlayfs.store.hashing import HashingStatus
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from overlayfs.mount import control, image_mount, live_commit, start
+from overlayfs.mount import control_client, image_mount, live_commit, start
+from overlayfs.mount.control_protocol import CommitImage
 from overlayfs.mount.options import Draft, MountOptions
-from overlayfs.mount.protocol import CommitImage
 from overlayfs.store.records import ImageRecord, now
 from overlayfs.store.store import LayerStore
 from tests.support import processes, syscalls
@@ -50,7 +50,7 @@ class ForkedMount(Tree):
 
     def _mount(self, options: MountOptions) -> None:
         start.mount(options, self._point)
-        self.daemon = control.Client.at(self._point).status().pid
+        self.daemon = control_client.Client.at(self._point).status().pid
 
     def _stop(self) -> None:
         unmount(self.stack.mountpoint)
@@ -69,7 +69,7 @@ class ForkedMount(Tree):
 
     def commit(self, layer: os.PathLike[str]) -> None:
         """Copy the upper to a new layer."""
-        control.Client.at(self._point).commit(os.fsencode(layer))
+        control_client.Client.at(self._point).commit(os.fsencode(layer))
 
 
 class ForkedImage(ForkedMount):
@@ -100,7 +100,7 @@ class ForkedImage(ForkedMount):
 
     def rotation(self) -> None:
         """Commit into the store."""
-        control.Client.at(self._point).commit_image(CommitImage(allow_empty=True))
+        control_client.Client.at(self._point).commit_image(CommitImage(allow_empty=True))
         with LayerStore(self.store) as store:
             made, *_ = store.stack_of(WORKSPACE)
         self.stack.add_layer(Path(os.fsdecode(made.tree_path)))

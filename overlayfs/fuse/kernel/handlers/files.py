@@ -10,7 +10,7 @@ from overlayfs.errors import oserror
 from overlayfs.fs.copyup import Requirements, is_met
 from overlayfs.fs.files import FileHandle, Files
 from overlayfs.fs.nodes import File, Node
-from overlayfs.fs.objects import after_change
+from overlayfs.fs.real_objects import after_change
 from overlayfs.fuse.kernel.handshake import MAX_WRITE
 from overlayfs.fuse.kernel.passthrough import KEEP_CACHE, Target
 from overlayfs.fuse.kernel.protocol import (

@@ -17,10 +17,10 @@ import trio
 
 from overlayfs.errors import UserError
 from overlayfs.fuse.engine import Engine
-from overlayfs.mount import protocol, report, runtime_state
+from overlayfs.mount import control_protocol, report, runtime_state
+from overlayfs.mount.control_protocol import Request
 from overlayfs.mount.flush import prepare_flush, run_unshared
 from overlayfs.mount.options import MountOptions
-from overlayfs.mount.protocol import Request
 from overlayfs.mount.runtime_state import Record
 from overlayfs.store.copy_upper import commit_mounted, refuse_inside
 
@@ -52,15 +52,15 @@ class ControlServer:
         self._began = time.monotonic()
         self._using_mount = trio.CapacityLimiter(1)
         self._commands: dict[type[Request], Callable[[Any], Awaitable[Any]]] = {
-            protocol.Status: self._status,
-            protocol.Stats: self._stats,
-            protocol.Sync: self._sync,
-            protocol.Diff: self._diff,
-            protocol.Why: self._why,
-            protocol.Commit: self._commit,
-            protocol.CommitImage: self._commit_image,
-            protocol.Hashing: self._hashing,
-            protocol.Report: self._report,
+            control_protocol.Status: self._status,
+            control_protocol.Stats: self._stats,
+            control_protocol.Sync: self._sync,
+            control_protocol.Diff: self._diff,
+            control_protocol.Why: self._why,
+            control_protocol.Commit: self._commit,
+            control_protocol.CommitImage: self._commit_image,
+            control_protocol.Hashing: self._hashing,
+            control_protocol.Report: self._report,
         }
 
     async def serve(self, listening: socket.socket) -> None:
@@ -83,35 +83,37 @@ class ControlServer:
         try:
             line = await _read_line(stream)
             _check_peer(stream)
-            request = protocol.decode_request(line)
-            return protocol.encode_result(await self._commands[type(request)](request))
+            request = control_protocol.decode_request(line)
+            return control_protocol.encode_result(await self._commands[type(request)](request))
         except UserError as error:
-            return protocol.encode_error(error)
+            return control_protocol.encode_error(error)
         except OSError as error:
-            return protocol.encode_error(UserError(_sentence(error)))
+            return control_protocol.encode_error(UserError(_sentence(error)))
         except Exception as error:
             log.exception("a control command failed by a defect")
-            return protocol.encode_error(UserError(f"the daemon failed by a defect ({error!r}); its log has the trace"))
+            return control_protocol.encode_error(
+                UserError(f"the daemon failed by a defect ({error!r}); its log has the trace")
+            )
 
-    async def _status(self, _: protocol.Status) -> Record:
+    async def _status(self, _: control_protocol.Status) -> Record:
         return self._record
 
-    async def _stats(self, _: protocol.Stats) -> protocol.StatsReply:
+    async def _stats(self, _: control_protocol.Stats) -> control_protocol.StatsReply:
         requests = dict(sorted(self._engine.counters.items()))
-        return protocol.StatsReply(engine=self._engine.name, uptime=self._uptime(), requests=requests)
+        return control_protocol.StatsReply(engine=self._engine.name, uptime=self._uptime(), requests=requests)
 
-    async def _report(self, _: protocol.Report) -> protocol.ReportReply:
+    async def _report(self, _: control_protocol.Report) -> control_protocol.ReportReply:
         return report.report(self._engine, self._options, self._uptime())
 
     def _uptime(self) -> float:
         return time.monotonic() - self._began
 
-    async def _sync(self, _: protocol.Sync) -> protocol.SyncReply:
+    async def _sync(self, _: control_protocol.Sync) -> control_protocol.SyncReply:
         await self._write_back()
         await self._engine.threads.run(self._overlay.sync)
-        return protocol.SyncReply()
+        return control_protocol.SyncReply()
 
-    async def _diff(self, _: protocol.Diff) -> protocol.DiffReply:
+    async def _diff(self, _: control_protocol.Diff) -> control_protocol.DiffReply:
         """List the changes of one moment: writes wait meanwhile, reads are served between two pieces."""
         changes = []
         async with self._changes_paused():
@@ -119,23 +121,23 @@ class ControlServer:
                 changes.append((kind.decode(), os.fsdecode(path)))
                 if count % PIECE == 0:
                     await trio.lowlevel.checkpoint()
-        return protocol.DiffReply(changes=changes)
+        return control_protocol.DiffReply(changes=changes)
 
-    async def _why(self, request: protocol.Why) -> protocol.WhyReply:
+    async def _why(self, request: control_protocol.Why) -> control_protocol.WhyReply:
         found = self._overlay.explain(_path(request.path))
-        entries = [protocol.LayerEntry(os.fsdecode(each.layer), each.kind, each.role) for each in found]
-        return protocol.WhyReply(layers=entries)
+        entries = [control_protocol.LayerEntry(os.fsdecode(each.layer), each.kind, each.role) for each in found]
+        return control_protocol.WhyReply(layers=entries)
 
-    async def _commit(self, request: protocol.Commit) -> protocol.CommitReply:
+    async def _commit(self, request: control_protocol.Commit) -> control_protocol.CommitReply:
         """Copy the upper: dirty pages are written back first, while writes are still served; then writes wait."""
         destination = _path(request.destination)
         await self._use_mount(lambda: run_unshared(lambda: refuse_inside(destination, self._mountpoint)))
         await self._write_back()
         async with self._changes_paused():
             made = await self._engine.threads.run(commit_mounted, self._overlay, destination)
-        return protocol.CommitReply(layer=os.fsdecode(made.destination), entries=made.entries, size=made.size)
+        return control_protocol.CommitReply(layer=os.fsdecode(made.destination), entries=made.entries, size=made.size)
 
-    async def _commit_image(self, request: protocol.CommitImage) -> protocol.CommitImageReply:
+    async def _commit_image(self, request: control_protocol.CommitImage) -> control_protocol.CommitImageReply:
         """Commit into the store; the reply is sent as soon as the layer is usable."""
         if self._commits is None:
             raise UserError("this is a mount of plain directories: its layers are in no store; commit it with --to DIR")
@@ -151,7 +153,7 @@ class ControlServer:
         with contextlib.suppress(OSError):  # it only describes
             runtime_state.write(self._record)
 
-    async def _hashing(self, request: protocol.Hashing) -> protocol.HashingReply:
+    async def _hashing(self, request: control_protocol.Hashing) -> control_protocol.HashingReply:
         if self._commits is None:
             raise UserError("this is a mount of plain directories: it has nothing in a store")
         return self._commits.hashed(request.layer)

@@ -8,52 +8,52 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overlayfs.errors import MountError, UserError
-from overlayfs.mount import protocol
+from overlayfs.mount import control_protocol
 from overlayfs.mount.runtime_state import Record, WrittenDirectory
 
 REQUESTS = [
-    (protocol.Status(), b'{"command": "status"}\n'),
-    (protocol.Stats(), b'{"command": "stats"}\n'),
-    (protocol.Sync(), b'{"command": "sync"}\n'),
-    (protocol.Diff(), b'{"command": "diff"}\n'),
-    (protocol.Why(path="d/\udcff"), b'{"command": "why", "path": "d/\\udcff"}\n'),
-    (protocol.Commit(destination="/new"), b'{"command": "commit", "destination": "/new"}\n'),
+    (control_protocol.Status(), b'{"command": "status"}\n'),
+    (control_protocol.Stats(), b'{"command": "stats"}\n'),
+    (control_protocol.Sync(), b'{"command": "sync"}\n'),
+    (control_protocol.Diff(), b'{"command": "diff"}\n'),
+    (control_protocol.Why(path="d/\udcff"), b'{"command": "why", "path": "d/\\udcff"}\n'),
+    (control_protocol.Commit(destination="/new"), b'{"command": "commit", "destination": "/new"}\n'),
     (
-        protocol.CommitImage(image="a:1", message="m", author="ann", allow_empty=True),
+        control_protocol.CommitImage(image="a:1", message="m", author="ann", allow_empty=True),
         b'{"command": "commit-image", "image": "a:1", "message": "m", "author": "ann", "allow_empty": true}\n',
     ),
-    (protocol.Hashing(layer="id"), b'{"command": "hashing", "layer": "id"}\n'),
-    (protocol.Report(), b'{"command": "report"}\n'),
+    (control_protocol.Hashing(layer="id"), b'{"command": "hashing", "layer": "id"}\n'),
+    (control_protocol.Report(), b'{"command": "report"}\n'),
 ]
 """Each request with its line, which must never change: daemons and clients of different versions talk."""
 
 
 @pytest.mark.parametrize(("request_", "line"), REQUESTS)
-def test_a_request_is_a_line(request_: protocol.Request, line: bytes) -> None:
-    assert protocol.encode_request(request_) == line
-    assert protocol.decode_request(line) == request_
+def test_a_request_is_a_line(request_: control_protocol.Request, line: bytes) -> None:
+    assert control_protocol.encode_request(request_) == line
+    assert control_protocol.decode_request(line) == request_
 
 
 def test_fields_with_defaults_may_be_absent() -> None:
-    assert protocol.decode_request(b'{"command": "commit-image"}\n') == protocol.CommitImage()
+    assert control_protocol.decode_request(b'{"command": "commit-image"}\n') == control_protocol.CommitImage()
 
 
 def test_a_record_survives() -> None:
     written = (WrittenDirectory("upper", "/u\udcff", "0:7", "/u"),)
     record = Record(1, 2, "/m\udcff", "0:7", "s", ("/a", "/b"), "/u", "/w", "kernel", ("one",), written=written)
-    assert protocol.decode_reply(protocol.encode_result(record), Record) == record
+    assert control_protocol.decode_reply(control_protocol.encode_result(record), Record) == record
 
 
 def test_a_newer_daemon_may_send_more_fields() -> None:
     line = b'{"result": {"engine": "kernel", "uptime": 1.5, "requests": {"READ": 2}, "new": 7}, "new": 7}\n'
-    stats = protocol.decode_reply(line, protocol.StatsReply)
+    stats = control_protocol.decode_reply(line, control_protocol.StatsReply)
     assert (stats.engine, stats.uptime, stats.requests) == ("kernel", 1.5, {"READ": 2})
 
 
 def test_an_error_is_raised_with_its_exit_code() -> None:
     for error in (UserError("a sentence"), MountError("a sentence")):
         with pytest.raises(type(error), match=r"^a sentence$"):
-            protocol.decode_reply(protocol.encode_error(error), protocol.SyncReply)
+            control_protocol.decode_reply(control_protocol.encode_error(error), control_protocol.SyncReply)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_an_error_is_raised_with_its_exit_code() -> None:
 )
 def test_a_malformed_reply_is_a_value_error(line: bytes) -> None:
     with pytest.raises(ValueError):
-        protocol.decode_reply(line, protocol.StatsReply)
+        control_protocol.decode_reply(line, control_protocol.StatsReply)
 
 
 @given(st.binary())
@@ -82,4 +82,4 @@ def test_any_fields_are_a_request_or_an_error(command: str, fields: dict[str, ob
 
 def _decodes_or_refuses(line: bytes) -> None:
     with contextlib.suppress(UserError):
-        assert isinstance(protocol.decode_request(line), protocol.Request)
+        assert isinstance(control_protocol.decode_request(line), control_protocol.Request)
