@@ -10,7 +10,7 @@ from overlayfs.oci import compression, image_spec
 from overlayfs.oci.compression import Compression, Compressor, DecompressingReader
 from overlayfs.oci.layer_entries import EntryWithData, Omissions, layer_entries, merged_entries
 from overlayfs.oci.layer_tar import Progress, source_date_epoch, tar_pieces, unpack_entries, unpack_tar
-from overlayfs.oci.streams import PIECE, HashingReader, PeekableReader, Prefetch, Read
+from overlayfs.oci.streams import PIECE, HashingReader, PeekableReader, Prefetch, Read, prefetch
 from overlayfs.oci.tar_entry import ArchiveError
 from overlayfs.store.layers import Layer, StagedLayer
 from overlayfs.store.manifest import Manifest
@@ -91,8 +91,8 @@ def write_entries(
     with ExitStack() as undo:
         undo.callback(entries.close)
         undo.callback(compressor.close)
-        tar = undo.enter_context(Prefetch(tar_pieces(entries, source_date_epoch()), "tar", join_timeout=None))
-        blob = undo.enter_context(Prefetch(_compress(tar, plain, compressor), "compress", join_timeout=None))
+        tar = prefetch(undo, tar_pieces(entries, source_date_epoch()), "tar", join_timeout=None)
+        blob = prefetch(undo, _compress(tar, plain, compressor), "compress", join_timeout=None)
         for piece in blob:
             if packed is not plain:
                 packed.add(piece)
@@ -230,7 +230,7 @@ def _unpack_blob(
     blob = HashingReader(source if descriptor is None else _limit(source, descriptor.size))
     with ExitStack() as undo:
         plain, read = _decompress(blob, undo)
-        tar = undo.enter_context(Prefetch(iter(lambda: read(PIECE), b""), "decompress"))
+        tar = prefetch(undo, iter(lambda: read(PIECE), b""), "decompress")
         unpacker = unpack_tar(tar.read, staged.tree_fd, progress)
     if descriptor is not None and (blob.digest, blob.size) != (descriptor.digest, descriptor.size):
         raise DigestError(f"it is {blob.digest} with {blob.size} bytes, not {descriptor.digest} as announced")
@@ -262,6 +262,6 @@ def _decompress(blob: HashingReader, undo: ExitStack) -> tuple[HashingReader, Re
     kind = compression.detect(peeked.peek(compression.LONGEST_MAGIC))
     if kind is Compression.NONE:
         return blob, peeked.read
-    ahead = undo.enter_context(Prefetch(iter(lambda: peeked.read(PIECE), b""), "read"))
+    ahead = prefetch(undo, iter(lambda: peeked.read(PIECE), b""), "read")
     plain = HashingReader(DecompressingReader(ahead.read, kind).read)
     return plain, plain.read

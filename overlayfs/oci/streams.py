@@ -12,6 +12,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from typing import Self
 
 from overlayfs import sysio
@@ -80,6 +81,9 @@ class Prefetch:
         self._filled = threading.Semaphore(0)
         self._ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to read ahead."""
         self._thread.start()
 
     def _run(self) -> None:
@@ -117,13 +121,33 @@ class Prefetch:
         while data := self.read(PIECE):
             yield data
 
+    def close(self) -> None:
+        """End the thread, if it was started, and wait for it."""
+        self._ended = True
+        self._free.release()
+        if self._thread.ident is not None:
+            self._thread.join(self._join_timeout)
+
     def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended = True
-        self._free.release()
-        self._thread.join(self._join_timeout)
+        self.close()
+
+
+def prefetch(
+    undo: ExitStack, pieces: Iterator[bytes], name: str, join_timeout: float | None = _JOIN_TIMEOUT
+) -> Prefetch:
+    """Return a started `Prefetch` that `undo` closes.
+
+    The close is registered before the thread starts: an interrupt in between would leave a thread that runs while what
+    it reads is closed.
+    """
+    ahead = Prefetch(pieces, name, join_timeout)
+    undo.callback(ahead.close)
+    ahead.start()
+    return ahead
 
 
 class PeekableReader:

@@ -14,6 +14,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,8 +129,12 @@ def run(session: Session, place: Path, inside: Sequence[str] = ()) -> subprocess
     def quoted(name: str) -> str:
         return shlex.quote(str(place / name))
 
+    # The mounts of tests that run beside this one: a copy of one here would keep its directories in use.
     script = f"""
         set -e
+        for point in $(awk '{{print $2}}' /proc/self/mounts | grep -F {shlex.quote(tempfile.gettempdir())}/ | tac); do
+            case {shlex.quote(str(place))}/ in "$point"/*) ;; *) umount -l "$point" 2>/dev/null || true ;; esac
+        done
         mount -t tmpfs -o mode=755 none /run
         cp {quoted("session")} /run/session
         mknod -m 666 /run/fuse c 10 229; mount --bind /run/fuse /dev/fuse

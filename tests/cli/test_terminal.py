@@ -88,7 +88,7 @@ def test_an_interrupted_commit_leaves_nothing(upper: Path) -> None:
 
 
 def test_no_progress_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "DELAY", 0.0)
     with progress.line() as show, progress.waiting("working"):
         show("1 entry")
     assert capsys.readouterr() == ("", "")

@@ -157,10 +157,17 @@ class _Traced:
         self._info = ctypes.create_string_buffer(_INFO.size)
 
     def seize(self) -> None:
-        """Attach to every thread; new threads are attached automatically."""
+        """Attach to every thread; new threads are attached automatically.
+
+        A thread that ends meanwhile is ESRCH, or EPERM while it exits; the main thread has to be there.
+        """
         for name in os.listdir(f"/proc/{self._pid}/task"):
-            _request(_SEIZE, int(name), 0, _TRACE_SYSGOOD | _TRACE_CLONE)
-            _request(_INTERRUPT, int(name))
+            try:
+                _request(_SEIZE, int(name), 0, _TRACE_SYSGOOD | _TRACE_CLONE)
+                _request(_INTERRUPT, int(name))
+            except (ProcessLookupError, PermissionError):
+                if int(name) == self._pid:
+                    raise
 
     def handle_stop(self, tid: int, status: int) -> None:
         """Handle one stop of one thread and resume it."""
