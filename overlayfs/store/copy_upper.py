@@ -7,6 +7,7 @@ names that were never copied up, is not part of a layer). Attributes that only a
 are left out.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -222,7 +223,7 @@ class _Copier:
         self._view = view
         self._target = target
         self._progress = progress
-        self._dirfds = DirFds(default_capacity())
+        self._dirfds = DirFds(default_capacity(), errno.EXDEV)
         self._directories: list[tuple[bytes, os.stat_result]] = []
         self.linked: dict[tuple[int, int], list[bytes]] = {}
         self.entries = 0

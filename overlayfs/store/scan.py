@@ -131,7 +131,7 @@ class _Walk:
 
     def __init__(self, root: int) -> None:
         self._root = root
-        self._dirfds = DirFds(2 * SPARE)
+        self._dirfds = DirFds(2 * SPARE, errno.EXDEV)
         self._links: dict[tuple[int, int], tuple[bytes, int]] = {}  # first path, names still to come
 
     def run(self) -> Iterator[_Found]:

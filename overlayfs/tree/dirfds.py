@@ -28,15 +28,22 @@ def default_capacity() -> int:
 
 
 class DirFds:
-    """The open directories of all layers of one overlay, least recently used first."""
+    """The open directories of all layers of one overlay, least recently used first.
 
-    def __init__(self, capacity: int) -> None:
+    mounted: the errno for a path on which something is mounted, or that leads across a mount. In a layer of an overlay
+    it must not be EXDEV, with which a rename asks its caller to copy.
+    """
+
+    def __init__(self, capacity: int, mounted: int = errno.EREMOTE) -> None:
         self._capacity = capacity
+        self._mounted = mounted
         self._open: OrderedDict[_Key, int] = OrderedDict()
         self._kept = False
 
     def get(self, root: int, path: bytes) -> int:
-        """Return a borrowed O_PATH descriptor of the directory `path` below `root`; OSError as open_beneath."""
+        """Return a borrowed O_PATH descriptor of the directory `path` below `root`; OSError as open_beneath,
+        but `mounted` for EXDEV.
+        """
         if not path:
             return root
         key = (root, path)
@@ -46,7 +53,7 @@ class DirFds:
                 fd = self._open_directory(root, path)
             except OSError as error:
                 if error.errno == errno.EXDEV:
-                    raise oserror(errno.EREMOTE, path) from error
+                    raise oserror(self._mounted, path) from error
                 if error.errno not in _EXHAUSTED:
                     raise
                 fd = self.retry(lambda: self._open_directory(root, path))
