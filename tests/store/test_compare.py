@@ -188,7 +188,7 @@ def test_the_same_layers_are_not_read(place: Path, monkeypatch: pytest.MonkeyPat
     listing = Lookup.listing
 
     def listed(self: Lookup, node: object) -> list[bytes]:
-        looked.append(self._nodes.path(node))  # type: ignore[arg-type]
+        looked.append(self._nodes.path(node))  # type: ignore[arg-type]  # only directories are looked at
         return listing(self, node)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Lookup, "listing", listed)

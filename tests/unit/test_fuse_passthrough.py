@@ -44,7 +44,7 @@ class FakeKernel:
 
 def open_files(kernel: FakeKernel, io: Io = Io.AUTO, keep_cache: bool = True, passes: bool = True) -> OpenFiles:
     """Open files over a fake kernel."""
-    return OpenFiles(kernel, kernel if passes else None, io, keep_cache)  # type: ignore[arg-type]
+    return OpenFiles(kernel, kernel if passes else None, io, keep_cache)  # type: ignore[arg-type]  # stands for both
 
 
 @pytest.fixture
